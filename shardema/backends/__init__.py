@@ -1,0 +1,75 @@
+"""From a model to its shards: one module for each way that a model can be sharded.
+
+A backend is a module with
+
+* ``matches(models) -> bool``: the models are of this kind;
+* ``read(models) -> list[Shard]``: every parameter and persistent buffer, no collective. Call
+  ``ensure_sharded`` before it;
+* ``ensure_sharded(models)``: frees what a forward left gathered, so that the shards are what the
+  model computes with next;
+* ``mark_written(models)``: the shards were written; a backward through an earlier forward must
+  raise instead of mixing weights;
+* ``ranks(models) -> tuple[int, ...] | None``: global ranks that share the models, None for all.
+
+Private attributes of torch's FSDP are named in their one file only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import nn
+
+from shardema.backends import fsdp1, fsdp2, plain
+from shardema.shard import Shard
+
+Models = Sequence[nn.Module]
+
+
+class Backend(Protocol):
+    """What every backend module offers; see the module's docstring."""
+
+    def matches(self, models: Models) -> bool: ...
+
+    def read(self, models: Models) -> list[Shard]: ...
+
+    def ensure_sharded(self, models: Models) -> None: ...
+
+    def mark_written(self, models: Models) -> None: ...
+
+    def ranks(self, models: Models) -> tuple[int, ...] | None: ...
+
+
+BACKENDS: dict[str, Backend] = {"plain": plain, "fsdp1": fsdp1, "fsdp2": fsdp2}
+
+
+def find(models: Models, name: str = "auto") -> tuple[str, Backend]:
+    """The backend of ``models`` and its name.
+
+    Args:
+        models: modules as the training loop holds them, wrapped.
+        name: ``"auto"``, or the name of the backend that must match. ``"plain"`` also takes DDP.
+
+    Raises:
+        ValueError: two backends match, the named one does not, or there is no such backend.
+    """
+    matching = [key for key in BACKENDS if key != "plain" and BACKENDS[key].matches(models)]
+    if len(matching) > 1:
+        raise ValueError(
+            f"the model is sharded in several ways at once: {matching}; shard it in one way, or "
+            "keep one ShardedEMA for each part"
+        )
+    found = matching[0] if matching else "plain"
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {sorted(BACKENDS)}")
+    if name not in ("auto", found):
+        kinds = sorted({type(model).__name__ for model in models})
+        raise ValueError(
+            f"backend: got {name!r}, but the model ({', '.join(kinds)}) is of backend {found!r}; "
+            "leave backend='auto', or build the EMA after wrapping the model"
+        )
+    return found, BACKENDS[found]
+
+
+__all__ = ["BACKENDS", "Backend", "find"]

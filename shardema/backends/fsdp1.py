@@ -1,0 +1,169 @@
+"""FullyShardedDataParallel (FSDP1): every rank holds one flat range of each flat parameter.
+
+::
+
+    flat parameter of a module      [ weight | bias | padding ]
+    this rank's range                    [----------]
+    its shards                           weight[start:], bias[:stop]    as flat boxes
+
+All strategies and both settings of ``use_orig_params`` are read from the flat parameter's own
+bookkeeping, since with ``use_orig_params=False`` the module has no parameters of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp._runtime_utils import _reshard
+
+from shardema.backends.tree import named_tensors, tie_shared_storage, walk, whole_shard
+from shardema.shard import REPLACED, Box, Dims, Shard, flat_boxes, memory_order
+
+
+def matches(models: Sequence[nn.Module]) -> bool:
+    """Some module is wrapped in FullyShardedDataParallel."""
+    return any(isinstance(module, FSDP) for model in models for module in model.modules())
+
+
+def _handles(models: Sequence[nn.Module]) -> Iterator[tuple[FSDP, Any]]:
+    for model in models:
+        for module in FSDP.fsdp_modules(model):
+            if module._handle is not None:
+                yield module, module._handle
+
+
+def read(models: Sequence[nn.Module]) -> list[Shard]:
+    """Flat boxes of every flat parameter; parameters that FSDP ignores are whole.
+
+    Raises:
+        ValueError: a parameter of a flat parameter is a DTensor (FSDP1 with tensor parallel).
+    """
+    prefixes: dict[int, list[str]] = {}
+    for model in models:
+        for prefix, module in walk(model):
+            prefixes.setdefault(id(module), []).append(prefix)
+    skip: set[tuple[int, str]] = set()
+    shards: list[Shard] = []
+    for owner, handle in _handles(models):
+        skip.add((id(handle._fully_sharded_module), "_flat_param"))
+        skip.add((id(owner), "_flat_param"))
+        shards += _flat_shards(handle, prefixes, skip)
+    rest = [whole_shard(named) for named in named_tensors(models, skip)]
+    shards += tie_shared_storage(rest)
+    return _in_state_dict_order(shards, models)
+
+
+def _flat_shards(
+    handle: Any, prefixes: dict[int, list[str]], skip: set[tuple[int, str]]
+) -> list[Shard]:
+    flat = handle.flat_param
+    local = _local(flat)
+    aliases: dict[tuple[int, str], list[str]] = {}
+    for shared in flat._shared_param_infos:
+        names = [f"{prefix}{shared.param_name}" for prefix in prefixes[id(shared.module)]]
+        aliases.setdefault((id(shared.prim_module), shared.prim_param_name), []).extend(names)
+        skip.add((id(shared.module), shared.param_name))
+    shards = []
+    extensions = flat._param_extensions
+    for index, (info, part) in enumerate(
+        zip(flat._param_infos, flat._shard_param_infos, strict=True)
+    ):
+        first, *more = [f"{prefix}{info.param_name}" for prefix in prefixes[id(info.module)]]
+        skip.add((id(info.module), info.param_name))
+        if extensions[index] is not None:
+            raise ValueError(
+                f"{first}: FSDP1 holds a DTensor here (tensor parallel under FSDP1), which is "
+                "not supported; use fully_shard (FSDP2) with tensor parallel"
+            )
+        shape = tuple(flat._shapes[index])
+        order = memory_order(shape, flat._strides[index])
+        start, numel = part.intra_param_start_idx or 0, part.numel_in_shard or 0
+        begin = part.offset_in_shard or 0
+        names = aliases.get((id(info.module), info.param_name), [])
+        shards.append(
+            Shard(
+                first,
+                local.narrow(0, begin, numel),
+                shape,
+                _ordered_boxes(shape, order, start, numel),
+                "parameter" if flat.requires_grad and _trains(flat, index) else "frozen",
+                tuple([*more, *names]),
+                order,
+                _address(handle, flat, begin * local.element_size() if numel else None),
+            )
+        )
+    return shards
+
+
+def _trains(flat: Any, index: int) -> bool:
+    params = flat._params  # None without use_orig_params, where a flat parameter trains as one
+    return True if params is None else bool(params[index].requires_grad)
+
+
+def _local(flat: Any) -> torch.Tensor:
+    """This rank's range of the flat parameter, whatever the forward has left in ``flat.data``."""
+    local: torch.Tensor = getattr(flat, "_local_shard", flat)  # set by the first forward
+    return local.detach()
+
+
+def _ordered_boxes(shape: Dims, order: Dims, start: int, numel: int) -> tuple[Box, ...]:
+    """Flat boxes of a range that counts the elements in the order of memory."""
+    if not order:
+        return flat_boxes(shape, start, numel)
+    stored = flat_boxes(tuple(shape[dim] for dim in order), start, numel)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return tuple(
+        Box(tuple(box.offsets[i] for i in inverse), tuple(box.sizes[i] for i in inverse))
+        for box in stored
+    )
+
+
+def _address(handle: Any, flat: Any, offset: int | None) -> Callable[[], int]:
+    def address() -> int:
+        if handle.flat_param is not flat:
+            return REPLACED
+        return 0 if offset is None else _local(flat).data_ptr() + offset
+
+    return address
+
+
+def _in_state_dict_order(shards: list[Shard], models: Sequence[nn.Module]) -> list[Shard]:
+    """Sorted as the unwrapped model would list them: by module, then by place of registration."""
+    place: dict[str, int] = {}
+    for model in models:
+        for prefix, _ in walk(model):
+            place.setdefault(prefix, len(place))
+    key = {id(shard): place[shard.fqn[: shard.fqn.rfind(".") + 1]] for shard in shards}
+    return sorted(shards, key=lambda shard: key[id(shard)])
+
+
+def ensure_sharded(models: Sequence[nn.Module]) -> None:
+    """Frees gathered flat parameters.
+
+    SHARD_GRAD_OP keeps all of them after an eval forward, FULL_SHARD those of the root. Torch has
+    no public call for it.
+    """
+    for module, handle in _handles(models):
+        if hasattr(handle.flat_param, "_local_shard"):  # before the first forward all is sharded
+            _reshard(module, handle, handle.uses_sharded_strategy)
+
+
+def mark_written(models: Sequence[nn.Module]) -> None:
+    """Bumps the version of the flat parameters, whose views a pending backward holds."""
+    for _, handle in _handles(models):
+        torch.autograd.graph.increment_version(handle.flat_param)
+
+
+def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:
+    """The ranks of the sharding groups; all of them where the shards are replicated."""
+    found: set[int] = set()
+    for module, handle in _handles(models):
+        if hasattr(module, "_inter_node_pg"):
+            return None
+        found.update(dist.get_process_group_ranks(handle.process_group))
+    return tuple(sorted(found)) or None

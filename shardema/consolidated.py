@@ -1,0 +1,91 @@
+"""Reads a consolidated safetensors file or a folder of HF shards, each rank its own boxes."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardema.errors import CheckpointError
+from shardema.files import Entry, open_existing, read_at, read_header
+from shardema.shard import Box, runs, split_box
+
+_CHUNK = 16 << 20  # bytes read at a time
+_MAX_INDEX = 100_000_000  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies."""
+
+    path: str
+    entry: Entry
+
+
+def tensors_of(source: str) -> dict[str, Place]:
+    """Every tensor of a ``.safetensors`` file, or of a folder in the HF layout.
+
+    Raises:
+        CheckpointError: there is none, or a header is broken.
+    """
+    if not os.path.isdir(source):
+        return _tensors_in(source)
+    single = os.path.join(source, "model.safetensors")
+    index = os.path.join(source, "model.safetensors.index.json")
+    if os.path.exists(single):
+        return _tensors_in(single)
+    if not os.path.exists(index):
+        raise CheckpointError(
+            f"reading {source}: neither model.safetensors nor its index is in it; give a "
+            ".safetensors file or a folder that export or save_pretrained wrote",
+            path=source,
+        )
+    fd = open_existing(index)
+    try:
+        size = os.fstat(fd).st_size
+        names = set(json.loads(read_at(fd, 0, min(size, _MAX_INDEX), index))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"reading {index}: it is broken ({error})", path=index) from error
+    finally:
+        os.close(fd)
+    found: dict[str, Place] = {}
+    for name in sorted(str(name) for name in names):
+        if os.path.basename(name) != name:
+            raise CheckpointError(f"reading {index}: it names {name!r}, outside it", path=index)
+        found.update(_tensors_in(os.path.join(source, name)))
+    return found
+
+
+def _tensors_in(path: str) -> dict[str, Place]:
+    fd = open_existing(path)
+    try:
+        return {name: Place(path, entry) for name, entry in read_header(fd, path).items()}
+    finally:
+        os.close(fd)
+
+
+def read_into(target: Tensor, place: Place, box: Box) -> None:
+    """Sets ``target [*box.sizes]`` to a box of a stored tensor, reading little more than that."""
+    fd = open_existing(place.path)
+    try:
+        _read(fd, place, box, target)
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int, place: Place, box: Box, target: Tensor) -> None:
+    entry = place.entry
+    itemsize = entry.dtype.itemsize
+    numel, starts = runs(entry.shape, box)
+    span = starts[-1] + numel - starts[0]
+    if span * itemsize <= _CHUNK:
+        # one read of the stretches and what lies between them (columns of a matrix, for one)
+        data = read_at(fd, entry.start + starts[0] * itemsize, span * itemsize, place.path)
+        strides = torch.empty(entry.shape, device="meta").stride()
+        target.copy_(torch.frombuffer(data, dtype=entry.dtype).as_strided(box.sizes, strides))
+        return
+    for part in split_box(box, -(-box.numel // 2)):
+        _read(fd, place, part, part.relative_to(box.offsets).view(target))

@@ -1,0 +1,950 @@
+"""`ShardedEMA`: the one thing with state. It holds the shadows and the clock; all else is below.
+
+::
+
+    model -read-> shards -lerp_(1 - retention(t0, t1))-> shadows -gather-> full -export-> files
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from shardema import backends, checkpoint, consolidated, gather, kernels, manifest
+from shardema import export as exporter
+from shardema.agree import Ranks
+from shardema.attach import Attached
+from shardema.backends.tree import unwrap, walk
+from shardema.dcp import BoxedTensor, refuse_pickle
+from shardema.errors import CheckpointError
+from shardema.gather import Holdings, Item, Plan
+from shardema.manifest import StoredAverage
+from shardema.schedules import Schedule, as_schedule, describe
+from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
+from shardema.shard import Shard
+from shardema.swap import Exchange
+
+log = logging.getLogger(__name__)
+
+Select = str | Sequence[str] | Callable[[str, Tensor], bool]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_DEFAULT = "ema"
+
+
+@dataclass
+class _Average:
+    """One average: how it is kept, how far it is, and what it holds."""
+
+    name: str
+    schedule: Schedule
+    policy: ShadowPolicy
+    shadows: Shadows
+    lerp_: kernels.Lerp
+    t: float = 0
+    num_updates: int = 0
+
+
+class ShardedEMA:
+    """An exponential moving average of a sharded model's weights.
+
+    Build it after the model is wrapped (DDP, FSDP, ``fully_shard``, ``torch.compile``). Each rank
+    averages only what it holds. Averaged are the trainable floating-point parameters, tied ones
+    once; frozen parameters and buffers are the model's own, and are part of whatever is gathered.
+
+    Args:
+        model: the module as the training loop holds it, or a list of modules (pipeline chunks).
+        schedule: a decay in [0, 1] per step, a schedule of `shardema.schedules`, a callable
+            ``(t, dt) -> decay``, or ``{name: schedule}`` for several averages.
+        shadow: how the averages are kept; a policy, or ``{name: policy}``.
+        select: what to average: a glob or a list of globs over fqns, or ``(fqn, tensor) -> bool``;
+            every trainable floating-point parameter if None.
+        group: the ranks that share the model; None takes those of its meshes or process groups,
+            else all.
+        backend: ``"auto"``, or the one that must match: ``"plain"`` (DDP too), ``"fsdp1"``,
+            ``"fsdp2"``.
+        kernel: ``"auto"``, ``"foreach"`` or ``"reference"``.
+        timeout: seconds that a rank waits for the others in a collective call.
+
+    Raises:
+        ValueError: a decay outside [0, 1], a pattern that matches nothing, a backend that does
+            not match, names that are not unique, a layout that cannot be averaged.
+        TypeError: an argument of the wrong kind.
+
+    Not collective: the ranks first meet in the first collective call.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> ema = ShardedEMA(model, 0.5)
+        >>> _ = torch.nn.init.constant_(model.weight, 3.0)
+        >>> _ = torch.nn.init.zeros_(ema.full_state_dict()["weight"])  # a copy: the EMA is safe
+        >>> ema.update()
+        >>> ema.num_updates
+        1
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any],
+        *,
+        shadow: ShadowPolicy | Mapping[str, ShadowPolicy] = ShadowPolicy(),  # noqa: B008
+        select: Select | None = None,
+        group: dist.ProcessGroup | None = None,
+        backend: str = "auto",
+        kernel: str = "auto",
+        timeout: float = 300.0,
+    ) -> None:
+        self._models = _as_models(model)
+        schedules = _as_schedules(schedule)
+        policies = _as_policies(shadow, schedules)
+        self._bind_kernel = kernels.find(kernel)
+        self._kernel = kernel
+        self._wanted_backend = backend
+        self._backend_name, self._backend = backends.find(self._models, backend)
+        ranks = None if group is not None else self._backend.ranks(self._models)
+        self._ranks = Ranks(ranks, group, timeout)
+        self._plan: Plan | None = None
+        self._plan_facts: object = None
+        self._inside: str | None = None  # the average that the model holds, in a swap
+        with writable():
+            self._backend.ensure_sharded(self._models)
+            self._shards = self._backend.read(self._models)
+            self._averaged = self._choose(select)
+            self._watch()
+            self._averages: dict[str, _Average] = {}
+            for name, rule in schedules.items():
+                shadows = allocate(self._mine(), policies[name])
+                shadows.copy_from(self._mine())
+                lerp_ = self._bound(shadows)
+                self._averages[name] = _Average(name, rule, policies[name], shadows, lerp_)
+
+    # ---- what it is ---------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the averages; one without a name is called ``"ema"``."""
+        return tuple(self._averages)
+
+    @property
+    def t(self) -> float:
+        """Progress, in the schedule's unit: the sum of every ``dt``."""
+        return max(average.t for average in self._averages.values())
+
+    @property
+    def num_updates(self) -> int:
+        """Updates so far."""
+        return max(average.num_updates for average in self._averages.values())
+
+    @property
+    def unit(self) -> str:
+        """Unit of the clock, such as ``"step"``."""
+        return next(iter(self._averages.values())).schedule.unit
+
+    def __repr__(self) -> str:
+        held = sum(s.local.numel() for s in self._mine())
+        size = sum(f.nbytes for a in self._averages.values() for f in a.shadows.flats)
+        rules = ", ".join(f"{a.name}={a.schedule}" for a in self._averages.values())
+        return (
+            f"ShardedEMA({rules}; backend={self._backend_name}, {len(self._averaged)} tensors, "
+            f"rank {self._ranks.rank} of {self._ranks.size}: {held:,} elements in "
+            f"{size / 2**20:.1f} MiB of shadows; t={self.t:g} {self.unit}s)"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_pickle("ShardedEMA")
+
+    # ---- the update ---------------------------------------------------------------------------
+
+    def update(self, dt: float | None = None) -> None:
+        """Moves the averages towards the present weights. Local: no collective, no host sync.
+
+        Call it after the optimizer step and whatever follows it (projections, clipping).
+
+        Args:
+            dt: progress since the last update, in the schedule's unit; None is one step.
+
+        Raises:
+            RuntimeError: inside ``swap()``; or the model is no longer the one that the EMA was
+                built for (wrapped since, a parameter of another shape or dtype).
+            ValueError: ``dt`` is negative, or missing where the clock does not count steps.
+        """
+        self._not_inside("update")
+        step = self._increment(dt)
+        with writable():
+            self._refresh()
+            # decide on all weights before anything is changed: a schedule may raise
+            weights = [
+                (a, 1.0 - _checked(a.schedule.retention(a.t, a.t + step), a))
+                for a in self._averages.values()
+            ]
+            for average, weight in weights:
+                average.lerp_(weight)
+                average.t += step
+                average.num_updates += 1
+
+    def attach(
+        self, *optimizers: torch.optim.Optimizer, dt: float | Callable[[], float] | None = None
+    ) -> Attached:
+        """Updates by itself, once after the last of the optimizers really stepped. Local.
+
+        Steps that a GradScaler skipped do not count, nor do accelerate's accumulation steps.
+
+        Args:
+            optimizers: torch optimizers, or accelerate's wrappers of them.
+            dt: as for `update`; a callable is asked at every update.
+
+        Returns:
+            A handle; ``handle.remove()`` ends it.
+
+        Raises:
+            TypeError: something that is no torch optimizer.
+            ValueError: no optimizer, or ``dt`` missing where the clock does not count steps.
+        """
+        if not callable(dt):
+            self._increment(dt)
+        return Attached(
+            optimizers,
+            update=lambda: self.update(dt() if callable(dt) else dt),
+            guard=lambda: self._not_inside("an optimizer step"),
+        )
+
+    def _increment(self, dt: float | None) -> float:
+        if dt is None:
+            if self.unit != "step":
+                raise ValueError(
+                    f"update: the schedule counts {self.unit}s, so say how many passed since the "
+                    f"last update: update(dt=<{self.unit}s>)"
+                )
+            return 1
+        if isinstance(dt, bool) or not isinstance(dt, int | float) or not 0 <= dt < float("inf"):
+            raise ValueError(
+                f"update: got dt={dt!r}, expected {self.unit}s since the last update, 0 or more"
+            )
+        return dt
+
+    # ---- evaluating ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def swap(self, name: str | None = None) -> Iterator[None]:
+        """Inside, the model computes with the average; afterwards all is as before, to the bit.
+
+        Parameters and shadows of the same dtype trade places through a chunk of scratch; other
+        parameters are set aside, which takes their size in memory. Local. Forwards inside belong
+        under ``torch.no_grad()``: a backward through a forward from the other side of the swap
+        raises, since it would mix weights.
+
+        Raises:
+            RuntimeError: inside another swap; or, on leaving, someone wrote the model's weights
+                inside (they are restored, the write has gone into the average).
+            ValueError: no average of this name.
+        """
+        self._not_inside("swap")
+        average = self._named(name)
+        with writable():
+            self._refresh()
+            mine = self._mine()
+            views = average.shadows.views
+            exchange = Exchange([s.local for s in mine], [views[s.fqn] for s in mine])
+        try:
+            self._inside = average.name
+            with writable():
+                exchange.swap_in()
+            self._announce_write()
+            versions = [s.local._version for s in mine]
+            yield
+            written = [s.fqn for s, v in zip(mine, versions, strict=True) if s.local._version != v]
+        finally:
+            interrupt: BaseException | None = None
+            while True:
+                try:
+                    with writable():
+                        self._backend.ensure_sharded(self._models)
+                        exchange.swap_out()
+                    self._announce_write()
+                    self._inside = None
+                    break
+                except (KeyboardInterrupt, SystemExit) as error:  # the weights come back first
+                    interrupt = error
+            if interrupt is not None:
+                raise interrupt
+        if written:
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: {checkpoint.few(written)}: written inside swap(), so "
+                "the write went into the average and the weights are as before the swap; write "
+                "weights outside of it, and call ema.reset() or ema.load() to mend the average"
+            )
+
+    def _announce_write(self) -> None:
+        """Tells everyone who may hold copies of the weights that they changed."""
+        self._backend.mark_written(self._models)
+        torch.clear_autocast_cache()
+
+    def copy_to_model(self, name: str | None = None) -> None:
+        """The average becomes the model's weights. Local; the average stays as it is.
+
+        Raises:
+            RuntimeError: inside ``swap()``.
+        """
+        self._not_inside("copy_to_model")
+        average = self._named(name)
+        with writable():
+            self._refresh()
+            for shard in self._mine():
+                shard.local.copy_(average.shadows.views[shard.fqn])
+            self._announce_write()
+
+    def reset(self, name: str | None = None) -> None:
+        """The model's weights become the average, and its ``t`` starts again. Local.
+
+        For a model that was loaded after the EMA was built.
+
+        Args:
+            name: one average; all of them if None.
+
+        Raises:
+            RuntimeError: inside ``swap()``.
+        """
+        self._not_inside("reset")
+        chosen = list(self._averages.values()) if name is None else [self._named(name)]
+        with writable():
+            self._refresh()
+            for average in chosen:
+                average.shadows.copy_from(self._mine())
+                average.t = 0
+                average.num_updates = 0
+
+    # ---- gathering ----------------------------------------------------------------------------
+
+    def full_state_dict(
+        self,
+        name: str | None = None,
+        *,
+        dtype: torch.dtype | Literal["model"] | None = None,
+        all_ranks: bool = False,
+    ) -> dict[str, Any]:
+        """The averaged model as the unwrapped model's ``load_state_dict(strict=True)`` takes it.
+
+        Averages, frozen parameters, persistent buffers, tied names. Collective over the ranks
+        that share the model. Rank 0 needs memory for its result and one bucket of 256 MiB, the
+        others for one bucket.
+
+        Args:
+            name: which average.
+            dtype: of averages and frozen parameters; None keeps the shadow's and the parameter's,
+                ``"model"`` takes the parameter's.
+            all_ranks: give it to every rank.
+
+        Returns:
+            ``{fqn: full CPU tensor [*shape]}`` on the first rank, ``{}`` on the others.
+
+        Raises:
+            RuntimeError: inside ``swap()``, or supposed replicas differ.
+            ValueError: no average of this name, another dtype, ranks that hold different models.
+            RankError: a rank did not come within the timeout.
+        """
+        result: dict[str, Any] = dict(
+            self._iter("full_state_dict", name, dtype, all_ranks=all_ranks)
+        )
+        if all_ranks or self._ranks.leader:
+            for model in self._models:
+                for prefix, module in walk(model):
+                    if type(module).get_extra_state is not nn.Module.get_extra_state:
+                        result[f"{prefix}_extra_state"] = module.get_extra_state()
+        return result
+
+    def iter_full(
+        self, name: str | None = None, *, dtype: torch.dtype | Literal["model"] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Like `full_state_dict`, one ``(fqn, tensor)`` at a time. Collective: loop on every rank.
+
+        The first rank needs memory for one bucket and the tensor at hand, the others for one
+        bucket; their loops run without a turn.
+        """
+        return self._iter("iter_full", name, dtype, all_ranks=False)
+
+    def _iter(
+        self, op: str, name: str | None, dtype: Any, *, all_ranks: bool
+    ) -> Iterator[tuple[str, Tensor]]:
+        plan, average, out_dtype = self._begin(op, name, dtype)
+        holdings = self._holdings(plan, average)
+        chosen = range(len(plan.items))
+        with writable():
+            gather.check_replicas(plan, holdings, self._ranks, op)
+            arriving = gather.stream(
+                plan, chosen, holdings, out_dtype, self._ranks, all_ranks=all_ranks
+            )
+            if not (all_ranks or self._ranks.leader):
+                for _ in arriving:
+                    raise AssertionError("only receivers get pieces")
+                return
+            full = gather.assemble(plan, chosen, arriving)
+        try:
+            while True:
+                with writable():
+                    item, tensor = next(full, (None, None))
+                if item is None or tensor is None:
+                    return
+                for fqn in (item.fqn, *item.aliases):
+                    yield fqn, tensor
+        finally:
+            with writable():
+                arriving.close()
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        dtype: torch.dtype | Literal["model"] | None = None,
+        max_shard_size: int | str = "5GB",
+        mode: exporter.Mode = "auto",
+        progress: bool = True,
+    ) -> None:
+        """Writes the averaged model as one safetensors file, in the HF layout. Collective.
+
+        ``path/model.safetensors``, or ``model-00001-of-0000N.safetensors`` and their index where
+        it is larger than ``max_shard_size``; beside it the config of a model that has
+        ``config.save_pretrained``, so that ``from_pretrained(path)`` loads it. Tied names are
+        written once. No rank holds more than a bucket; the folder appears when it is complete.
+
+        Args:
+            path: the folder; must not exist.
+            name: which average.
+            dtype: as for `full_state_dict`; buffers keep their own.
+            max_shard_size: bytes, or a size such as ``"5GB"``.
+            mode: ``"direct"``: every rank writes its own boxes into the file, on one host and a
+                local file system. ``"stream"``: the first rank writes. ``"auto"``: what is safe.
+            progress: show a bar on the first rank when it takes more than a second.
+
+        Raises:
+            CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
+            ValueError, RuntimeError, RankError: as for `full_state_dict`.
+        """
+        limit = exporter.parse_size(max_shard_size)
+        if mode not in ("auto", "direct", "stream"):
+            raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
+        plan, average, out_dtype = self._begin("export", name, dtype)
+        holdings = self._holdings(plan, average)
+        module = unwrap(self._models[0])
+        exported_dtype = next((out_dtype(i) for i in plan.items if i.averaged), None)
+        with writable():
+            gather.check_replicas(plan, holdings, self._ranks, "export")
+            exporter.export(
+                os.fspath(path),
+                plan,
+                range(len(plan.items)),
+                holdings,
+                self._ranks,
+                out_dtype=out_dtype,
+                name_of=_name_in_files(module),
+                max_shard_size=limit,
+                mode=mode,
+                progress=progress,
+                extra=lambda folder: exporter.write_config(module, folder, exported_dtype),
+            )
+
+    # ---- checkpoints --------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str], *, include_frozen: bool = False) -> None:
+        """Writes every average, its progress and its schedule to a new folder. Collective.
+
+        Every rank writes what it holds, replicas share the work. Pickle-free and checksummed; it
+        loads on any number of ranks and any backend. Buffers are in it, for an offline export.
+
+        Args:
+            folder: where; must not exist.
+            include_frozen: also write the parameters that are not averaged, which an offline
+                export needs and a load does not.
+
+        Raises:
+            CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
+            RuntimeError: inside ``swap()``, or supposed replicas differ.
+        """
+        plan, _, _ = self._begin("save", self.names[0], None)
+        averaged = [i for i, item in enumerate(plan.items) if item.averaged]
+        rest = [
+            i
+            for i, item in enumerate(plan.items)
+            if not item.averaged and (item.role == "buffer" or include_frozen)
+        ]
+        left_out = [
+            plan.items[i].fqn for i in range(len(plan.items)) if i not in {*averaged, *rest}
+        ]
+        sources = [
+            checkpoint.Source(a.name, averaged, self._holdings(plan, a), self._travels_as(a))
+            for a in self._averages.values()
+        ]
+        own = Holdings(plan, self._shards, {})
+        with writable():
+            for source in sources:
+                gather.check_replicas(plan, source.holdings, self._ranks, "save")
+            sources.append(checkpoint.Source(None, rest, own, lambda item: item.dtype))
+            checkpoint.save(
+                os.fspath(folder),
+                plan,
+                sources,
+                {a.name: _stored(a) for a in self._averages.values()},
+                left_out,
+                self._ranks,
+                extra=lambda place: exporter.write_config(unwrap(self._models[0]), place, None),
+            )
+
+    def load(self, folder: str | os.PathLike[str], *, new_schedule: bool = False) -> None:
+        """Reads what `save` wrote, on any number of ranks and any backend. Collective.
+
+        Each rank reads and verifies the blocks that its shards touch, into staging of the
+        shadows' size. Only when every rank has all of its own are they copied in.
+
+        Args:
+            folder: what was given to `save`.
+            new_schedule: go on with this object's schedules where the checkpoint has others.
+
+        Raises:
+            CheckpointError: no checkpoint, or a damaged one: on all ranks.
+            ValueError: a checkpoint of another model, other averages or other schedules.
+            RuntimeError: inside ``swap()``.
+            In each case the averages are unchanged, to the bit.
+        """
+        folder = os.fspath(folder)
+        plan, _, _ = self._begin("load", self.names[0], None)
+        found: list[manifest.Manifest] = []
+
+        def look() -> str:
+            stored = manifest.read(folder)
+            self._check_stored(folder, stored, plan, new_schedule)
+            found.append(stored)
+            return stored.save_id
+
+        def same(ids: list[str]) -> None:
+            if len(set(ids)) > 1:
+                raise CheckpointError(
+                    f"load from {folder}: the ranks see different checkpoints there; give a path "
+                    "on a file system that all ranks share",
+                    path=folder,
+                )
+
+        self._ranks.agree("load (looking)", look, same)
+        staged: dict[str, Shadows] = {}
+
+        def read() -> None:
+            for average in self._averages.values():
+                staging = allocate(self._mine(), average.policy)
+                checkpoint.read_average(folder, found[0], average.name, self._mine(), staging.views)
+                staged[average.name] = staging
+
+        with writable():
+            nbytes = sum(file.size for file in found[0].files)
+            self._ranks.agree("load (reading)", read, nbytes=nbytes * self._ranks.size)
+            for average in self._averages.values():
+                stored_average = found[0].averages[average.name]
+                _copy_all(staged[average.name], average.shadows)
+                average.t = stored_average.t
+                average.num_updates = stored_average.num_updates
+
+    def load_full(
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Tensor],
+        name: str | None = None,
+    ) -> None:
+        """Seeds an average from full tensors; each rank reads its own slices. Collective.
+
+        Args:
+            source: a ``.safetensors`` file, a folder in the HF layout, or ``{fqn: full tensor}``
+                on every rank. Frozen parameters and buffers in it are not used.
+            name: which average. Its ``t`` stays as it is.
+
+        Raises:
+            CheckpointError: no such file, or a broken one.
+            ValueError: names that are missing or unknown, or another shape: the average is
+                unchanged.
+            RuntimeError: inside ``swap()``.
+        """
+        plan, average, _ = self._begin("load_full", name, None)
+        label = "load_full" if isinstance(source, Mapping) else f"load_full from {source}"
+        staged: list[Shadows] = []
+
+        def read() -> None:
+            stored = source if isinstance(source, Mapping) else consolidated.tensors_of(str(source))
+            shapes = {
+                fqn: tuple(v.entry.shape if isinstance(v, consolidated.Place) else v.shape)
+                for fqn, v in stored.items()
+            }
+            names = _match_full(label, plan, shapes)
+            staging = allocate(self._mine(), average.policy)
+            for shard in self._mine():
+                value = stored[names[shard.fqn]]
+                for box, target in shard.pieces(staging.views[shard.fqn]):
+                    if isinstance(value, consolidated.Place):
+                        consolidated.read_into(target, value, box)
+                    else:
+                        target.copy_(box.view(value))
+            staged.append(staging)
+
+        with writable():
+            self._ranks.agree("load_full (reading)", read)
+            _copy_all(staged[0], average.shadows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For torch.distributed.checkpoint: ``dcp.save({"model": ..., "ema": ema})``. Local.
+
+        The tensors share memory with the averages: ``dcp.load`` fills them in place, and
+        ``dcp.async_save`` copies them before it returns. Pickling the result raises.
+
+        Raises:
+            RuntimeError: inside ``swap()``.
+        """
+        self._not_inside("state_dict")
+        with writable():
+            self._refresh()
+            return {
+                "averages": {
+                    a.name: {s.fqn: BoxedTensor.of(s, a.shadows.views[s.fqn]) for s in self._mine()}
+                    for a in self._averages.values()
+                },
+                "progress": {
+                    a.name: {"t": a.t, "num_updates": a.num_updates}
+                    for a in self._averages.values()
+                },
+                "schedules": {a.name: describe(a.schedule) for a in self._averages.values()},
+            }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes what ``dcp.load`` filled. Local.
+
+        Raises:
+            RuntimeError: inside ``swap()``.
+            ValueError: other averages, tensors or schedules than this object's.
+        """
+        self._not_inside("load_state_dict")
+        averages = state_dict["averages"]
+        if set(averages) != set(self._averages):
+            raise ValueError(
+                f"load_state_dict: got averages {sorted(averages)}, expected {sorted(self.names)}"
+            )
+        for average in self._averages.values():
+            given = averages[average.name]
+            views = average.shadows.views
+            if set(given) != set(views):
+                odd = sorted(set(given) ^ set(views))
+                raise ValueError(
+                    f"load_state_dict: average {average.name!r} differs in {checkpoint.few(odd)}; "
+                    "it is of another model or another select="
+                )
+            self._check_schedule(
+                "load_state_dict", average, dict(state_dict["schedules"][average.name])
+            )
+        with writable():
+            for average in self._averages.values():
+                for fqn, value in averages[average.name].items():
+                    local = value.local if isinstance(value, BoxedTensor) else None
+                    if local is None or local.shape != average.shadows.views[fqn].shape:
+                        raise ValueError(
+                            f"load_state_dict: {fqn}: got {type(value).__name__}, expected what "
+                            "ema.state_dict() gives; take ema.load_full for full tensors"
+                        )
+                    if local.data_ptr() != average.shadows.views[fqn].data_ptr():
+                        average.shadows.views[fqn].copy_(local)
+                progress = state_dict["progress"][average.name]
+                average.t = progress["t"]
+                average.num_updates = progress["num_updates"]
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _mine(self) -> list[Shard]:
+        """The shards that are averaged."""
+        return [shard for shard in self._shards if shard.fqn in self._averaged]
+
+    def _choose(self, select: Select | None) -> frozenset[str]:
+        floating = [s for s in self._shards if s.role != "buffer" and s.local.is_floating_point()]
+        trainable = [s for s in floating if s.role == "parameter"]
+        if select is None:
+            chosen = trainable
+        elif callable(select):
+            chosen = [s for s in floating if select(s.fqn, s.local)]
+        else:
+            patterns = [select] if isinstance(select, str) else list(select)
+            chosen = []
+            for pattern in patterns:
+                hits = [s for s in floating if fnmatch.fnmatchcase(s.fqn, pattern)]
+                if not hits:
+                    known = checkpoint.few([s.fqn for s in floating])
+                    raise ValueError(
+                        f"select: {pattern!r} matches no floating-point parameter of {known}"
+                    )
+                chosen += hits
+        if not chosen:
+            raise ValueError(
+                "nothing to average: the model has no trainable floating-point parameter"
+                + ("" if select is None else " that select= takes")
+            )
+        complex_ones = [s.fqn for s in self._shards if s.local.is_complex() and s.role != "buffer"]
+        if select is None and complex_ones:
+            raise ValueError(
+                f"{checkpoint.few(complex_ones)}: complex parameters are not averaged; keep them "
+                "as pairs of real numbers (torch.view_as_real), or leave them out with select="
+            )
+        return frozenset(shard.fqn for shard in chosen)
+
+    def _watch(self) -> None:
+        """Notes what to compare in `_refresh`."""
+        self._facts = [_facts(shard) for shard in self._shards]
+        self._addresses = [(shard.address, shard.address()) for shard in self._mine()]
+
+    def _bound(self, shadows: Shadows) -> kernels.Lerp:
+        mine = self._mine()
+        return self._bind_kernel([shadows.views[s.fqn] for s in mine], [s.local for s in mine])
+
+    def _refresh(self) -> None:
+        """Makes the shards the present weights: frees what is gathered, finds what was replaced."""
+        self._backend.ensure_sharded(self._models)
+        if any(address() != known for address, known in self._addresses):
+            self._read_again()
+
+    def _read_again(self) -> None:
+        """Reads the model anew.
+
+        Raises:
+            RuntimeError: it is no longer the model that the EMA was built for.
+        """
+        rank = f"rank {self._ranks.rank}"
+        name, _ = backends.find(self._models)
+        if name != self._backend_name:
+            raise RuntimeError(
+                f"{rank}: the model was {self._backend_name!r} when the EMA was built and is "
+                f"{name!r} now; build the EMA after wrapping the model"
+            )
+        shards = self._backend.read(self._models)
+        facts = [_facts(shard) for shard in shards]
+        if facts != self._facts:
+            raise RuntimeError(f"{rank}: {_changed(self._facts, facts)}")
+        self._shards = shards
+        self._watch()
+        for average in self._averages.values():
+            average.lerp_ = self._bound(average.shadows)
+
+    def _not_inside(self, op: str) -> None:
+        if self._inside is not None:
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: {op} inside swap(): the model holds average "
+                f"{self._inside!r} and the average holds the weights; leave the with block first"
+            )
+
+    def _named(self, name: str | None) -> _Average:
+        if name is None and len(self._averages) > 1:
+            raise ValueError(f"name: there are several averages, give one of {list(self.names)}")
+        key = self.names[0] if name is None else name
+        if key not in self._averages:
+            raise ValueError(f"name: got {name!r}, expected one of {list(self.names)}")
+        return self._averages[key]
+
+    def _begin(
+        self, op: str, name: str | None, dtype: Any
+    ) -> tuple[Plan, _Average, Callable[[Item], torch.dtype]]:
+        """The start of every collective call: all ranks are ready, and know the plan."""
+
+        def ready() -> bool:
+            self._not_inside(op)
+            self._named(name)
+            _check_dtype(op, dtype)
+            with writable():
+                self._backend.ensure_sharded(self._models)
+                self._read_again()
+            return self._plan is not None
+
+        if not self._ranks.agree(op, ready, all):
+            self._plan = gather.make_plan(self._shards, self._averaged, self._ranks)
+        assert self._plan is not None
+        average = self._named(name)
+        own = self._travels_as(average)
+
+        def out_dtype(item: Item) -> torch.dtype:
+            if item.role == "buffer" or dtype == "model":
+                return item.dtype
+            if dtype is not None and item.dtype.is_floating_point:
+                assert isinstance(dtype, torch.dtype)
+                return dtype
+            return own(item)
+
+        return self._plan, average, out_dtype
+
+    def _travels_as(self, average: _Average) -> Callable[[Item], torch.dtype]:
+        """The dtype of an item where this average stands for the model."""
+        return lambda i: average.policy.dtype_for(i.dtype) if i.averaged else i.dtype
+
+    def _holdings(self, plan: Plan, average: _Average) -> Holdings:
+        return Holdings(plan, self._shards, average.shadows.views)
+
+    def _check_stored(
+        self, folder: str, stored: manifest.Manifest, plan: Plan, new_schedule: bool
+    ) -> None:
+        if set(stored.averages) != set(self._averages):
+            raise ValueError(
+                f"load from {folder}: it holds averages {sorted(stored.averages)}, expected "
+                f"{sorted(self.names)}; build the EMA with the same names"
+            )
+        items = [item for item in plan.items if item.averaged]
+        for average in self._averages.values():
+            dtype = self._travels_as(average)
+            checkpoint.check_same_tensors(folder, stored, average.name, items, dtype)
+            if not new_schedule:
+                was = stored.averages[average.name].schedule
+                self._check_schedule(f"load from {folder}", average, was)
+
+    def _check_schedule(self, op: str, average: _Average, was: dict[str, Any]) -> None:
+        now = describe(average.schedule)
+        if was != now:
+            raise ValueError(
+                f"{op}: average {average.name!r} was kept with schedule {was}, this object has "
+                f"{now}; build it with the same schedule, or load(..., new_schedule=True) to go "
+                "on with the new one"
+            )
+
+
+def _as_models(model: Any) -> tuple[nn.Module, ...]:
+    models = tuple(model) if isinstance(model, list | tuple) else (model,)
+    for one in models:
+        if type(one).__module__.split(".")[0] == "deepspeed":
+            raise TypeError(
+                f"model: got a {type(one).__name__}; DeepSpeed engines are not supported by this "
+                "version, which averages plain, DDP, FSDP1 and FSDP2 models"
+            )
+        if not isinstance(one, nn.Module):
+            raise TypeError(
+                f"model: got {type(one).__name__}, expected a torch.nn.Module, wrapped as the "
+                "training loop holds it, or a list of them"
+            )
+    if not models:
+        raise ValueError("model: got an empty list, expected one module or more")
+    return models
+
+
+def _as_schedules(schedule: Any) -> dict[str, Schedule]:
+    given = schedule if isinstance(schedule, Mapping) else {_DEFAULT: schedule}
+    if not given:
+        raise ValueError("schedule: got an empty dict, expected {name: schedule}")
+    for name in given:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"schedule: got the name {name!r}; names are letters, digits, '.', '_' and '-'"
+            )
+    schedules = {name: as_schedule(rule) for name, rule in given.items()}
+    units = {rule.unit for rule in schedules.values()}
+    if len(units) > 1:
+        raise ValueError(f"schedule: the averages count {sorted(units)}, expected one unit for all")
+    return schedules
+
+
+def _as_policies(shadow: Any, schedules: Mapping[str, Schedule]) -> dict[str, ShadowPolicy]:
+    if isinstance(shadow, Mapping):
+        if set(shadow) != set(schedules):
+            raise ValueError(
+                f"shadow: got policies for {sorted(shadow)}, expected {sorted(schedules)}"
+            )
+        return {name: shadow[name] for name in schedules}
+    if not isinstance(shadow, ShadowPolicy):
+        raise TypeError(f"shadow: got {shadow!r}, expected a ShadowPolicy or {{name: policy}}")
+    return dict.fromkeys(schedules, shadow)
+
+
+def _checked(retention: float, average: _Average) -> float:
+    if not 0 <= retention <= 1:
+        raise ValueError(
+            f"schedule of average {average.name!r} ({average.schedule}): got retention "
+            f"{retention} at t={average.t}, expected a number in [0, 1]"
+        )
+    return retention
+
+
+def _check_dtype(op: str, dtype: Any) -> None:
+    good = dtype is None or dtype == "model"
+    if not good and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"{op}: got dtype={dtype!r}, expected None, 'model' or a floating-point torch.dtype"
+        )
+
+
+def _facts(shard: Shard) -> tuple[Any, ...]:
+    """What must not change under an EMA; requires_grad may (the choice was made at the start)."""
+    local = shard.local
+    layout = (local.dtype, local.device, shard.boxes, shard.order, shard.aliases)
+    return (shard.fqn, shard.shape, shard.role == "buffer", *layout)
+
+
+def _changed(before: list[tuple[Any, ...]], now: list[tuple[Any, ...]]) -> str:
+    then, today = {f[0]: f for f in before}, {f[0]: f for f in now}
+    remedy = "; build the EMA after the model has its final form, and a new one when it changes"
+    for word, names in (("is new", today.keys() - then.keys()), ("is gone", then.keys() - today)):
+        if names:
+            return f"{checkpoint.few(sorted(names))} {word} since the EMA was built{remedy}"
+    words = ("fqn", "shape", "kind", "dtype", "device", "boxes", "memory order", "tied names")
+    for fqn, was in then.items():
+        for word, a, b in zip(words, was, today[fqn], strict=True):
+            if a != b:
+                return f"{fqn}: got {word} {b}, expected {a} as when the EMA was built{remedy}"
+    return f"the order of the model's tensors changed{remedy}"
+
+
+def _copy_all(source: Shadows, target: Shadows) -> None:
+    for there, here in zip(source.flats, target.flats, strict=True):
+        here.copy_(there)
+
+
+def _stored(average: _Average) -> StoredAverage:
+    return StoredAverage(
+        describe(average.schedule),
+        average.t,
+        average.num_updates,
+        str(average.policy.dtype).removeprefix("torch."),
+    )
+
+
+def _name_in_files(module: nn.Module) -> Callable[[Item], str]:
+    """The name that a tied tensor is written under: as transformers, not one it would drop."""
+    tied = getattr(module, "_tied_weights_keys", None) or ()
+    dropped = set(tied)
+
+    def name(item: Item) -> str:
+        names = (item.fqn, *item.aliases)
+        return next((fqn for fqn in names if fqn not in dropped), item.fqn)
+
+    return name
+
+
+def _match_full(label: str, plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """For each averaged fqn the name that the source has it under."""
+    found: dict[str, str] = {}
+    known: set[str] = set()
+    missing = []
+    for item in plan.items:
+        names = (item.fqn, *item.aliases)
+        known.update(names)
+        if not item.averaged:
+            continue
+        there = next((name for name in names if name in shapes), None)
+        if there is None:
+            missing.append(item.fqn)
+        elif shapes[there] != item.shape:
+            raise ValueError(
+                f"{label}: {there} has shape {shapes[there]}, expected {item.shape}; it is of "
+                "another model"
+            )
+        else:
+            found[item.fqn] = there
+    unknown = sorted(shapes.keys() - known)
+    if missing or unknown:
+        text = f"lacks {checkpoint.few(missing)}" if missing else ""
+        text += " and " if missing and unknown else ""
+        text += f"has the unknown {checkpoint.few(unknown)}" if unknown else ""
+        raise ValueError(f"{label}: it {text}; it is of another model")
+    return found

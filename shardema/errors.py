@@ -1,0 +1,28 @@
+"""The errors that are the library's own.
+
+Bad arguments raise ValueError or TypeError, a call at the wrong moment RuntimeError. What can go
+wrong outside the program (a full disk, a broken file, a rank that died) raises one of these, the
+same class on every rank that is alive.
+"""
+
+from __future__ import annotations
+
+
+class RankError(RuntimeError):
+    """A collective call failed on some rank.
+
+    Attributes:
+        rank: global rank that failed first, -1 if unknown.
+        path: file or folder concerned, "" if none.
+        errno: the system's error number, None if there is none.
+    """
+
+    def __init__(self, message: str, *, rank: int = -1, path: str = "", errno: int | None = None):
+        super().__init__(message)
+        self.rank = rank
+        self.path = path
+        self.errno = errno
+
+
+class CheckpointError(RankError):
+    """A checkpoint or an export could not be written or read; what was there before still is."""

@@ -1,0 +1,389 @@
+"""One consolidated safetensors file (or HF shards of it), written by all ranks at once.
+
+The head of a safetensors file follows from names and shapes alone, so every rank knows where in
+the file each of its boxes belongs, and writes it there: no full tensor, no collective on data::
+
+    rank 0   [head][== w ==..........][== b ==....]
+    rank 1         [..........== w ==][....== b ==]     the same file
+
+That needs one host and a local file system: network file systems write whole pages back and
+clobber the neighbours. Elsewhere the same bytes are streamed through the leader, bucket by bucket.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from shardema.agree import Ranks
+from shardema.checkpoint import begin, commit, discard
+from shardema.files import (
+    Entry,
+    NewFile,
+    layout,
+    open_existing,
+    reporting,
+    sync_folder,
+    write_all,
+    write_file,
+)
+from shardema.gather import BUCKET_BYTES, Holdings, Item, Plan, raw_bytes, stream
+from shardema.shard import Box, Dims, runs, split_box
+
+Mode = Literal["auto", "direct", "stream"]
+
+# File systems on which ranks of one host may write into one file side by side.
+_LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "f2fs", "ramfs"}
+_SMALL_RUN = 4096  # bytes; tensors whose boxes are shorter stretches than this are streamed
+_CHUNK = 16 << 20  # bytes that are converted or fetched from a device at a time
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One safetensors file of an export: its head and where each tensor goes."""
+
+    name: str
+    head: bytes
+    entries: Mapping[str, Entry]
+
+    @property
+    def size(self) -> int:
+        return max((e.start + e.nbytes for e in self.entries.values()), default=len(self.head))
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as ``"5GB"`` or ``"512MiB"``.
+
+    Raises:
+        ValueError: it is no size, or not above zero.
+
+    >>> parse_size("5GB")
+    5000000000
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    unit = (
+        _UNITS.get(match[2].upper().removesuffix("B") + "B" if match[2] else "") if match else None
+    )
+    value = int(float(match[1]) * unit) if match and unit else 0
+    if value <= 0:
+        raise ValueError(f"max_shard_size: got {size!r}, expected a size such as '5GB' or '512MiB'")
+    return value
+
+
+def plan_targets(
+    tensors: Sequence[tuple[str, torch.dtype, Dims]], max_shard_size: int
+) -> tuple[list[Target], bytes | None]:
+    """The files of an export and the bytes of their index; None where one file is enough.
+
+    As transformers does it: tensors fill a file in order until the next would pass the limit; a
+    tensor larger than the limit has a file of its own.
+    """
+    groups: list[list[tuple[str, torch.dtype, Dims]]] = [[]]
+    used = total = 0
+    for name, dtype, shape in tensors:
+        nbytes = Box(shape, shape).numel * dtype.itemsize
+        if groups[-1] and used + nbytes > max_shard_size:
+            groups.append([])
+            used = 0
+        groups[-1].append((name, dtype, shape))
+        used += nbytes
+        total += nbytes
+    metadata = {"format": "pt"}
+    if len(groups) == 1:
+        return [Target("model.safetensors", *layout(groups[0], metadata))], None
+    targets = [
+        Target(f"model-{i:05d}-of-{len(groups):05d}.safetensors", *layout(group, metadata))
+        for i, group in enumerate(groups, start=1)
+    ]
+    places = {name: target.name for target in targets for name in target.entries}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    return targets, (json.dumps(index, indent=2) + "\n").encode()
+
+
+def write_box(
+    fd: int, entry: Entry, box: Box, values: Tensor, done: Callable[[int], object]
+) -> None:
+    """Writes ``values [*box.sizes]`` of a tensor to its places in the file.
+
+    Args:
+        done: told the number of bytes after each stretch or chunk.
+    """
+    itemsize = entry.dtype.itemsize
+    for part in split_box(box, max(1, _CHUNK // itemsize)):
+        chunk = part.relative_to(box.offsets).view(values)
+        data = raw_bytes(chunk.to(device="cpu", dtype=entry.dtype))
+        numel, starts = runs(entry.shape, part)
+        step = numel * itemsize
+        for number, start in enumerate(starts):
+            stretch = data[number * step : (number + 1) * step]
+            write_all(fd, entry.start + start * itemsize, stretch)
+        done(len(data))
+
+
+def export(
+    folder: str,
+    plan: Plan,
+    chosen: Sequence[int],
+    holdings: Holdings,
+    ranks: Ranks,
+    *,
+    out_dtype: Callable[[Item], torch.dtype],
+    name_of: Callable[[Item], str],
+    max_shard_size: int,
+    mode: Mode,
+    progress: bool,
+    extra: Callable[[str], None],
+) -> None:
+    """Writes the chosen items in the HF layout. Collective over ``ranks``.
+
+    Args:
+        folder: where; must not exist.
+        out_dtype: the dtype that an item is written in.
+        name_of: the name that an item is written under.
+        mode: ``"direct"`` lets every rank write its own boxes, ``"stream"`` brings them to the
+            leader, ``"auto"`` takes the first where it is safe.
+        progress: show a bar on the leader once the export has taken a second.
+        extra: called on the leader with the temporary folder, to write what else belongs in it.
+
+    Raises:
+        ValueError: ``mode="direct"`` on several hosts or a file system that is not local.
+        CheckpointError: on all ranks, if any could not write; nothing is left behind.
+    """
+    tensors = [(name_of(item), out_dtype(item), item.shape) for item in _items(plan, chosen)]
+    targets, index = plan_targets(tensors, max_shard_size)
+    temporary = begin(folder, "export", ranks)
+    total = sum(entry.nbytes for target in targets for entry in target.entries.values())
+    bar = tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="export",
+        delay=1,
+        leave=False,
+        disable=not (progress and ranks.leader),
+    )
+    writer = Writer(temporary, targets, bar.update)
+    try:
+        direct = _choose_mode(temporary, mode, ranks) == "direct"
+        by_hand, streamed = _divide(plan, chosen, direct, out_dtype)
+        ranks.agree("export (reserving)", lambda: _reserve(temporary, targets, ranks))
+        with bar:
+            ranks.agree(
+                "export (writing)",
+                lambda: _write_own(plan, by_hand, holdings, ranks, writer, name_of),
+                nbytes=total,
+            )
+            if streamed:
+                _write_streamed(plan, streamed, holdings, ranks, writer, name_of, out_dtype)
+
+        def finish(_: list[None]) -> None:
+            with reporting(temporary, "export to"):
+                if index is not None:
+                    write_file(os.path.join(temporary, "model.safetensors.index.json"), index)
+                extra(temporary)
+                for name in os.listdir(temporary):
+                    _sync(os.path.join(temporary, name))
+            commit(folder, temporary, "export")
+
+        ranks.agree("export (finishing)", writer.sync, finish, nbytes=total)
+    except BaseException:
+        writer.close()
+        discard(temporary, ranks)
+        raise
+
+
+def _items(plan: Plan, chosen: Sequence[int]) -> Iterator[Item]:
+    return (plan.items[index] for index in chosen)
+
+
+def _choose_mode(temporary: str, mode: Mode, ranks: Ranks) -> str:
+    def facts() -> list[Any]:
+        return [host_id(), is_local(temporary)]
+
+    def choose(found: list[list[Any]]) -> str:
+        hosts = {host for host, _ in found}
+        local = all(is_here for _, is_here in found)
+        if mode == "direct" and (len(hosts) > 1 or not local):
+            raise ValueError(
+                f"export: got mode='direct' with ranks on {len(hosts)} host(s) and "
+                f"{'a' if local else 'no'} local file system; ranks may write side by side only "
+                "on one host and a local file system: leave mode='auto'"
+            )
+        if mode == "auto":
+            return "direct" if len(hosts) == 1 and local else "stream"
+        return mode
+
+    return str(ranks.agree("export (choosing)", facts, choose))
+
+
+def host_id() -> str:
+    """A name that the processes of one host share, and only they."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{socket.gethostname()}/{file.read().strip()}"
+    except OSError:
+        return socket.gethostname()
+
+
+def is_local(path: str) -> bool:
+    """Whether ``path`` is on a file system that this host alone writes to."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo") as file:
+            lines = [line.split() for line in file]
+    except OSError:
+        return False
+    kinds = [line[line.index("-") + 1] for line in lines if line[2] == wanted]
+    return bool(kinds) and kinds[-1] in _LOCAL
+
+
+def _divide(
+    plan: Plan, chosen: Sequence[int], direct: bool, out_dtype: Callable[[Item], torch.dtype]
+) -> tuple[list[int], list[int]]:
+    """Items that their holders write, and items that the leader does: those in tiny stretches."""
+    by_hand: list[int] = []
+    streamed: list[int] = []
+    for index in chosen:
+        item = plan.items[index]
+        small = False
+        for box, _ in item.holders:
+            numel, starts = runs(item.shape, box) if len(item.holders) > 1 else (0, [])
+            if len(starts) > 1 and numel * out_dtype(item).itemsize < _SMALL_RUN:
+                small = True
+                break
+        (by_hand if direct and not small else streamed).append(index)
+    return by_hand, streamed
+
+
+def _reserve(temporary: str, targets: Sequence[Target], ranks: Ranks) -> None:
+    """The leader alone reserves space: where that is emulated, it writes over the others' bytes."""
+    if ranks.leader:
+        for target in targets:
+            path = os.path.join(temporary, target.name)
+            with reporting(path, "writing"), NewFile(path, target.size) as file:
+                file.write_at(0, target.head)
+
+
+class Writer:
+    """The files of an export, opened when first written to."""
+
+    def __init__(
+        self, folder: str, targets: Sequence[Target], done: Callable[[int], object]
+    ) -> None:
+        self._folder = folder
+        self._places = {name: target for target in targets for name in target.entries}
+        self._fds: dict[str, int] = {}
+        self._done = done
+
+    def write(self, name: str, box: Box, values: Tensor) -> None:
+        target = self._places[name]
+        path = os.path.join(self._folder, target.name)
+        if target.name not in self._fds:
+            self._fds[target.name] = open_existing(path, write=True)
+        with reporting(path, "writing"):
+            write_box(self._fds[target.name], target.entries[name], box, values, self._done)
+
+    def sync(self) -> None:
+        """Syncs and closes what this rank wrote to."""
+        for name, fd in self._fds.items():
+            with reporting(os.path.join(self._folder, name), "writing"):
+                os.fsync(fd)
+        self.close()
+
+    def close(self) -> None:
+        """Closes what this rank wrote to."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
+def _write_own(
+    plan: Plan,
+    chosen: Sequence[int],
+    holdings: Holdings,
+    ranks: Ranks,
+    writer: Writer,
+    name_of: Callable[[Item], str],
+) -> None:
+    for index in chosen:
+        item = plan.items[index]
+        for (box, _), owner in zip(item.holders, plan.writers[index], strict=True):
+            if owner == ranks.index:
+                writer.write(name_of(item), box, holdings(index, box))
+
+
+def _write_streamed(
+    plan: Plan,
+    chosen: Sequence[int],
+    holdings: Holdings,
+    ranks: Ranks,
+    writer: Writer,
+    name_of: Callable[[Item], str],
+    out_dtype: Callable[[Item], torch.dtype],
+) -> None:
+    failed: Exception | None = None
+    for piece, values in stream(plan, chosen, holdings, out_dtype, ranks, limit=BUCKET_BYTES):
+        if failed is None:  # after a failure go on receiving, so that no sender waits for ever
+            try:
+                writer.write(name_of(plan.items[piece.item]), piece.box, values)
+            except Exception as error:
+                failed = error
+
+    def report() -> None:
+        if failed is not None:
+            raise failed
+
+    ranks.agree("export (streaming)", report)
+
+
+def _sync(path: str) -> None:
+    if os.path.isdir(path):
+        sync_folder(path)
+        return
+    fd = open_existing(path)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_config(module: nn.Module, folder: str, dtype: torch.dtype | None) -> None:
+    """Writes what ``from_pretrained`` needs beside the weights, if the model knows how.
+
+    Args:
+        module: the unwrapped model; nothing happens unless it has ``config.save_pretrained``.
+        dtype: of the written weights, noted in the config.
+    """
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "save_pretrained"):
+        return
+    config = copy.deepcopy(config)
+    if getattr(config, "architectures", False) is None:
+        config.architectures = [_original_class(module).__name__]
+    if dtype is not None and hasattr(config, "dtype"):
+        config.dtype = dtype
+    config.save_pretrained(folder)
+    generation: Any = getattr(module, "generation_config", None)
+    if hasattr(generation, "save_pretrained"):
+        generation.save_pretrained(folder)
+
+
+def _original_class(module: nn.Module) -> type:
+    """The class as it was before ``fully_shard`` put its own in front."""
+    from torch.distributed.fsdp import FSDPModule
+
+    classes = itertools.dropwhile(lambda c: issubclass(c, FSDPModule), type(module).__mro__)
+    return next(classes)

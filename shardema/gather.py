@@ -1,0 +1,384 @@
+"""Puts the full tensors together, on demand and in bounded memory.
+
+::
+
+    shards of all ranks  -make_plan->  Plan      once: who holds which box of which tensor
+    Plan                 -pieces_of->  buckets   boxes in the order of the tensors, at most 256 MiB
+    bucket               -stream->     pieces    each owner sends its part, the leader receives
+
+A rank sends only boxes that it owns: of several replicas of a box one is the owner. The leader
+never needs more than its result plus one bucket, the others one bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from torch import distributed as dist
+
+from shardema.agree import Ranks
+from shardema.shard import Box, Dims, Role, Shard, check_covered, split_box
+
+BUCKET_BYTES = 256 << 20
+_ALIGN = 16  # bytes; a part of a bucket starts where any dtype may start
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One tensor of the model as all ranks together hold it.
+
+    Attributes:
+        dtype: of the model's own tensor; an average of it may have another.
+        device: type of the device that it lies on.
+        averaged: whether there are averages of it.
+        holders: each distinct box with the indices of the ranks that hold it, ascending.
+    """
+
+    fqn: str
+    shape: Dims
+    dtype: torch.dtype
+    device: str
+    role: Role
+    averaged: bool
+    aliases: tuple[str, ...]
+    holders: tuple[tuple[Box, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor of the model and who holds what of it; the same on all ranks.
+
+    Attributes:
+        items: in the order of the unwrapped model's state_dict.
+        writers: for each item, the rank that writes each of its boxes: replicas share the work.
+    """
+
+    items: tuple[Item, ...]
+    writers: tuple[tuple[int, ...], ...] = field(repr=False)
+
+    def readers(self, index: int) -> list[int]:
+        """For each box of item ``index`` the rank that sends it: the leader, where it holds it."""
+        return [holders[0] for _, holders in self.items[index].holders]
+
+
+def make_plan(shards: Sequence[Shard], averaged: Container[str], ranks: Ranks) -> Plan:
+    """Exchanges what every rank holds. Collective over ``ranks``.
+
+    Args:
+        shards: this rank's shards.
+        averaged: the fqns that there are averages of.
+
+    Raises:
+        ValueError: ranks disagree about a tensor, or some part of it is held by nobody or twice.
+    """
+    mine = [
+        (s.fqn, facts_of(s, averaged), [(box.offsets, box.sizes) for box in s.boxes])
+        for s in shards
+    ]
+    merged: dict[str, dict[str, Any]] = {}
+    for index, theirs in enumerate(ranks.all_gather(mine)):
+        for fqn, facts, boxes in theirs:
+            entry = merged.setdefault(fqn, {"facts": facts, "first": index, "boxes": {}})
+            if entry["facts"] != facts:
+                raise ValueError(_disagreement(fqn, entry, facts, index, ranks))
+            for offsets, sizes in boxes:
+                entry["boxes"].setdefault((offsets, sizes), []).append(index)
+    items = []
+    for fqn, entry in merged.items():
+        holders = sorted((Box(*key), tuple(who)) for key, who in entry["boxes"].items())
+        item = Item(*(fqn, *entry["facts"], tuple(holders)))
+        check_covered(fqn, item.shape, [box for box, _ in holders])
+        items.append(item)
+    return Plan(tuple(items), _share_writing(items, ranks.size))
+
+
+def facts_of(shard: Shard, averaged: Container[str]) -> tuple[Any, ...]:
+    """What all ranks must agree on about a tensor: the fields of `Item` from ``shape`` on."""
+    local = shard.local
+    return (
+        shard.shape,
+        local.dtype,
+        local.device.type,
+        shard.role,
+        shard.fqn in averaged,
+        shard.aliases,
+    )
+
+
+def _disagreement(
+    fqn: str, entry: dict[str, Any], facts: tuple[Any, ...], index: int, ranks: Ranks
+) -> str:
+    words = ("shape", "dtype", "device", "role", "averaged", "tied names")
+    pairs = zip(words, facts, entry["facts"], strict=True)
+    word, got, expected = next(pair for pair in pairs if pair[1] != pair[2])
+    return (
+        f"{fqn}: rank {ranks.ranks[index]} has {word} {got}, rank {ranks.ranks[entry['first']]} "
+        f"has {expected}; the ranks do not hold one model: pass group= with the ranks that share it"
+    )
+
+
+def _share_writing(items: Sequence[Item], size: int) -> tuple[tuple[int, ...], ...]:
+    """The writer of each box: the least loaded of its holders; for buffers the first one.
+
+    Buffers may differ between replicas (BatchNorm under DDP): the first rank's are the model's.
+    """
+    load = [0] * size
+    writers = []
+    for item in items:
+        chosen = []
+        for box, holders in item.holders:
+            best = holders[0] if item.role == "buffer" else min(holders, key=load.__getitem__)
+            load[best] += box.numel * item.dtype.itemsize
+            chosen.append(best)
+        writers.append(tuple(chosen))
+    return tuple(writers)
+
+
+def check_replicas(plan: Plan, local: Callable[[int, Box], Tensor], ranks: Ranks, op: str) -> None:
+    """Compares what supposed replicas hold. Collective over ``ranks``.
+
+    Args:
+        local: this rank's values of a box of item ``index``.
+
+    Raises:
+        RuntimeError: ranks hold different values of the same box.
+    """
+    digests: dict[str, xxhash.xxh3_128] = {}
+    for index, _, box, holders in _replicated(plan):
+        if ranks.index in holders:
+            key = ",".join(map(str, holders))
+            _hash_into(digests.setdefault(key, xxhash.xxh3_128()), local(index, box))
+    words = {key: digest.hexdigest() for key, digest in digests.items()}
+    suspects = ranks.agree(f"{op} (comparing replicas)", lambda: words, _differing)
+    if not suspects:
+        return
+    detail = {
+        item.fqn: _digest(local(index, box))
+        for index, item, box, holders in _replicated(plan)
+        if ",".join(map(str, holders)) in suspects and ranks.index in holders
+    }
+
+    def name_them(all_details: list[dict[str, str]]) -> None:
+        for item in plan.items:
+            values = {i: d[item.fqn] for i, d in enumerate(all_details) if item.fqn in d}
+            odd = [i for i in values if values[i] != next(iter(values.values()))]
+            if odd:
+                first = ranks.ranks[next(iter(values))]
+                raise RuntimeError(
+                    f"{item.fqn}: ranks {[ranks.ranks[i] for i in odd]} hold other values than "
+                    f"rank {first}, so they are not replicas of one model; pass group= with the "
+                    "ranks that share it (expert parallel, re-indexed pipeline chunks), give the "
+                    "tensors distinct names, or make the ranks equal before training"
+                )
+
+    ranks.agree(f"{op} (comparing replicas)", lambda: detail, name_them)
+
+
+def _replicated(plan: Plan) -> Iterator[tuple[int, Item, Box, tuple[int, ...]]]:
+    for index, item in enumerate(plan.items):
+        if item.role != "buffer":
+            for box, holders in item.holders:
+                if len(holders) > 1:
+                    yield index, item, box, holders
+
+
+def _differing(all_words: list[dict[str, str]]) -> list[str]:
+    seen: dict[str, set[str]] = {}
+    for words in all_words:
+        for key, digest in words.items():
+            seen.setdefault(key, set()).add(digest)
+    return [key for key, digests in seen.items() if len(digests) > 1]
+
+
+def _digest(tensor: Tensor) -> str:
+    digest = xxhash.xxh3_128()
+    _hash_into(digest, tensor)
+    return digest.hexdigest()
+
+
+def _hash_into(digest: xxhash.xxh3_128, tensor: Tensor) -> None:
+    for part in split_box(Box((0,) * tensor.dim(), tuple(tensor.shape)), 1 << 22):
+        digest.update(raw_bytes(part.view(tensor).cpu()))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor in row-major order; a view where it is contiguous."""
+    flat = tensor.contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of an item that travels as one: ``owner`` is the index of the rank that sends it."""
+
+    item: int
+    box: Box
+    owner: int
+
+
+def buckets(
+    plan: Plan, chosen: Sequence[int], out_dtype: Callable[[Item], torch.dtype], limit: int
+) -> Iterator[list[Piece]]:
+    """The boxes of the chosen items, in order, in groups of at most ``limit`` bytes."""
+    bucket: list[Piece] = []
+    used = 0
+    for index in chosen:
+        item = plan.items[index]
+        itemsize = out_dtype(item).itemsize
+        for (box, _), owner in zip(item.holders, plan.readers(index), strict=True):
+            for part in split_box(box, max(1, limit // itemsize)):
+                size = -(-part.numel * itemsize // _ALIGN) * _ALIGN
+                if bucket and used + size > limit:
+                    yield bucket
+                    bucket, used = [], 0
+                bucket.append(Piece(index, part, owner))
+                used += size
+    if bucket:
+        yield bucket
+
+
+def stream(
+    plan: Plan,
+    chosen: Sequence[int],
+    local: Callable[[int, Box], Tensor],
+    out_dtype: Callable[[Item], torch.dtype],
+    ranks: Ranks,
+    *,
+    all_ranks: bool = False,
+    limit: int = BUCKET_BYTES,
+) -> Generator[tuple[Piece, Tensor]]:
+    """Brings the chosen items to the leader, bucket by bucket. Collective over ``ranks``.
+
+    Every rank must run it to the end or close it: a consumer that stops early, or fails, still
+    takes part in the transfers that the others wait in.
+
+    Args:
+        chosen: indices of the items, in the order wanted.
+        local: this rank's values of a box of an item, ``[*box.sizes]``.
+        out_dtype: the dtype that an item travels and arrives in.
+        all_ranks: bring them to all ranks.
+        limit: bytes of a bucket.
+
+    Yields:
+        A piece and its values ``[*piece.box.sizes]`` on the CPU, valid until the next one; only
+        on ranks that receive.
+    """
+    groups = buckets(plan, chosen, out_dtype, limit)
+    receives = all_ranks or ranks.leader
+    for bucket in groups:
+        parts = _exchange(plan, bucket, local, out_dtype, ranks, all_ranks)
+        if not receives:
+            continue
+        try:
+            yield from zip(bucket, parts, strict=True)
+        except BaseException:  # the consumer stopped: let the other ranks finish, then stop
+            for rest in groups:
+                _exchange(plan, rest, local, out_dtype, ranks, all_ranks)
+            raise
+
+
+def _exchange(
+    plan: Plan,
+    bucket: list[Piece],
+    local: Callable[[int, Box], Tensor],
+    out_dtype: Callable[[Item], torch.dtype],
+    ranks: Ranks,
+    all_ranks: bool,
+) -> list[Tensor]:
+    """Moves one bucket; returns its pieces in order on ranks that receive, else nothing."""
+    places: list[int] = []
+    sizes: dict[int, int] = {}
+    for piece in bucket:
+        places.append(sizes.get(piece.owner, 0))
+        n = piece.box.numel * out_dtype(plan.items[piece.item]).itemsize
+        sizes[piece.owner] = places[-1] + -(-n // _ALIGN) * _ALIGN
+
+    def view(buffer: Tensor, number: int) -> Tensor:
+        piece = bucket[number]
+        dtype = out_dtype(plan.items[piece.item])
+        n = piece.box.numel * dtype.itemsize
+        return buffer[places[number] : places[number] + n].view(dtype).view(piece.box.sizes)
+
+    home = _home(plan, bucket, ranks)
+    receives = all_ranks or ranks.leader
+    own = None
+    if ranks.index in sizes:
+        device = torch.device("cpu") if ranks.leader and not all_ranks else home
+        own = torch.empty(sizes[ranks.index], dtype=torch.uint8, device=device)
+        for number, piece in enumerate(bucket):
+            if piece.owner == ranks.index:
+                view(own, number).copy_(local(piece.item, piece.box))
+    buffers: dict[int, Tensor] = {ranks.index: own} if own is not None else {}
+    if all_ranks and ranks.size > 1:
+        for owner, size in sizes.items():
+            if owner != ranks.index:
+                buffers[owner] = torch.empty(size, dtype=torch.uint8, device=home)
+            dist.broadcast(buffers[owner], src=ranks.ranks[owner], group=ranks.group())
+    elif ranks.leader:
+        others = [owner for owner in sizes if owner != ranks.index]
+        waiting = []
+        for owner in others:
+            buffers[owner] = torch.empty(sizes[owner], dtype=torch.uint8, device=home)
+            waiting.append(dist.irecv(buffers[owner], src=ranks.ranks[owner], group=ranks.group()))
+        for work in waiting:
+            assert work is not None
+            work.wait()
+    elif own is not None:
+        dist.send(own, dst=ranks.ranks[0], group=ranks.group())
+    if not receives:
+        return []
+    arrived = {owner: buffer.cpu() for owner, buffer in buffers.items()}
+    return [view(arrived[piece.owner], number) for number, piece in enumerate(bucket)]
+
+
+def _home(plan: Plan, bucket: list[Piece], ranks: Ranks) -> torch.device:
+    """The device that the bucket travels on; told from the plan, so all ranks choose alike."""
+    if ranks.size == 1:
+        return torch.device("cpu")
+    kinds = {plan.items[piece.item].device for piece in bucket} - {"cpu"}
+    return ranks.transport(kinds.pop() if kinds else "cpu")
+
+
+class Holdings:
+    """This rank's values of any box that it holds.
+
+    Args:
+        plan: the plan that ``shards`` are part of.
+        shards: this rank's shards.
+        shadows: by fqn, what stands in the place of a shard's own tensor.
+    """
+
+    def __init__(self, plan: Plan, shards: Sequence[Shard], shadows: Mapping[str, Tensor]) -> None:
+        by_fqn = {s.fqn: list(s.pieces(shadows.get(s.fqn, s.local))) for s in shards}
+        self._pieces = [by_fqn.get(item.fqn, []) for item in plan.items]
+
+    def __call__(self, index: int, box: Box) -> Tensor:
+        """Values of ``box`` of item ``index``, a view ``[*box.sizes]``."""
+        for held, values in self._pieces[index]:
+            if held.intersect(box) == box:
+                return box.relative_to(held.offsets).view(values)
+        raise AssertionError((index, box))
+
+
+def assemble(
+    plan: Plan, chosen: Sequence[int], arriving: Iterator[tuple[Piece, Tensor]]
+) -> Iterator[tuple[Item, Tensor]]:
+    """Full tensors ``[*shape]`` on the CPU, one at a time, from the pieces of `stream`."""
+    pieces = iter(arriving)
+    for index in chosen:
+        item = plan.items[index]
+        missing = sum(box.numel for box, _ in item.holders)
+        full: Tensor | None = None
+        while missing:
+            piece, values = next(pieces)
+            assert piece.item == index, (piece, item.fqn)
+            if full is None:
+                full = torch.empty(item.shape, dtype=values.dtype)
+            piece.box.view(full).copy_(values)
+            missing -= piece.box.numel
+        yield item, torch.empty(item.shape, dtype=item.dtype) if full is None else full

@@ -1,0 +1,395 @@
+"""``shardema.json``: what a checkpoint holds, where it lies, and a checksum of every block.
+
+::
+
+    {"checksum": "<xxh3_128 of the body's bytes>", "body": {
+        "format": "shardema", "version": [1, 0], "save_id": ..., "world_size": ...,
+        "averages": {name: {"schedule": ..., "t": ..., "num_updates": ..., "dtype": ...}},
+        "tensors":  [{"average": name or null, "fqn", "role", "shape", "dtype", "aliases"}, ...],
+        "left_out": [fqn, ...],
+        "files":    [{"name", "size", "head", "blocks": [xxh3_128 of 4 MiB, ...],
+                      "pieces": [[tensor, offsets, sizes], ...]}, ...]}}
+
+The pieces of a file lie one after the other behind its head, row-major. Nothing in it is trusted:
+every number is checked before it is used. A checksum finds damage; it is not a signature, and
+whoever can write the folder can write the manifest too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+
+from shardema.errors import CheckpointError
+from shardema.files import DTYPES, NAMES, checked_int, open_existing, read_at
+from shardema.shard import Box, Dims, Role, check_covered, flat_boxes
+
+NAME = "shardema.json"
+VERSION = (1, 0)
+BLOCK = 4 << 20  # bytes that one checksum covers
+MAX_MANIFEST = 1 << 30  # bytes
+_START = b'{"checksum":"'
+_MIDDLE = b'","body":'
+_END = b"}\n"
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of a checkpoint; ``average`` is None for buffers and frozen parameters."""
+
+    average: str | None
+    fqn: str
+    role: Role
+    shape: Dims
+    dtype: torch.dtype
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPiece:
+    """A box of tensor number ``tensor``; ``start`` is its first byte in the file."""
+
+    tensor: int
+    box: Box
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One safetensors file of a checkpoint."""
+
+    name: str
+    size: int
+    head: int
+    blocks: tuple[str, ...]
+    pieces: tuple[StoredPiece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAverage:
+    """Progress and schedule of one average."""
+
+    schedule: dict[str, Any]
+    t: float
+    num_updates: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known of a checkpoint without reading a tensor."""
+
+    save_id: str
+    world_size: int
+    averages: dict[str, StoredAverage]
+    tensors: tuple[Stored, ...]
+    left_out: tuple[str, ...]
+    files: tuple[StoredFile, ...]
+
+
+def pack(manifest: Manifest) -> bytes:
+    """The bytes of the manifest's file."""
+    body = {
+        "format": "shardema",
+        "version": list(VERSION),
+        "save_id": manifest.save_id,
+        "world_size": manifest.world_size,
+        "block": BLOCK,
+        "averages": {
+            name: {
+                "schedule": a.schedule,
+                "t": a.t,
+                "num_updates": a.num_updates,
+                "dtype": a.dtype,
+            }
+            for name, a in manifest.averages.items()
+        },
+        "tensors": [
+            {
+                "average": t.average,
+                "fqn": t.fqn,
+                "role": t.role,
+                "shape": t.shape,
+                "dtype": NAMES[t.dtype],
+                "aliases": t.aliases,
+            }
+            for t in manifest.tensors
+        ],
+        "left_out": manifest.left_out,
+        "files": [
+            {
+                "name": f.name,
+                "size": f.size,
+                "head": f.head,
+                "blocks": f.blocks,
+                "pieces": [[p.tensor, p.box.offsets, p.box.sizes] for p in f.pieces],
+            }
+            for f in manifest.files
+        ],
+    }
+    text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    return _START + xxhash.xxh3_128_hexdigest(text).encode() + _MIDDLE + text + _END
+
+
+def read(folder: str) -> Manifest:
+    """The manifest of the checkpoint in ``folder``, checked.
+
+    Raises:
+        CheckpointError: no checkpoint, a damaged manifest, a version that is not known, or files
+            that are missing or of another size.
+    """
+    path = os.path.join(folder, NAME)
+    if not os.path.lexists(path):
+        raise CheckpointError(_missing(folder), path=folder)
+    fd = open_existing(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size > MAX_MANIFEST:
+            raise CheckpointError(f"reading {path}: {size} bytes are no manifest", path=path)
+        data = bytes(read_at(fd, 0, size, path))
+    finally:
+        os.close(fd)
+    begin, middle = len(_START), len(_START) + 32
+    body = data[middle + len(_MIDDLE) : -len(_END)]
+    framed = (
+        data.startswith(_START)
+        and data[middle : middle + len(_MIDDLE)] == _MIDDLE
+        and data.endswith(_END)
+        and data[begin:middle] == xxhash.xxh3_128_hexdigest(body).encode()
+    )
+    if not framed:
+        raise CheckpointError(
+            f"reading {path}: its checksum does not fit: the file is damaged; load another step",
+            path=path,
+        )
+    try:
+        manifest = _parse(json.loads(body), path)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"reading {path}: {error!r} in the manifest", path=path) from error
+    _check_files(folder, manifest)
+    return manifest
+
+
+def _missing(folder: str) -> str:
+    if not os.path.isdir(folder):
+        return f"reading {folder}: no such folder; give the folder that ema.save wrote"
+    inside = sorted(os.listdir(folder))
+    text = f"reading {folder}: no {NAME} in it, so this is no finished checkpoint of ema.save"
+    nested = [name for name in inside if os.path.exists(os.path.join(folder, name, NAME))]
+    return f"{text}; did you mean {os.path.join(folder, nested[-1])}?" if nested else text
+
+
+def _parse(body: Any, path: str) -> Manifest:
+    if body["format"] != "shardema":
+        raise ValueError(f"format {body['format']!r}, expected 'shardema'")
+    major, minor = (checked_int(n) for n in body["version"])
+    if major != VERSION[0]:
+        raise CheckpointError(
+            f"reading {path}: format version {major}.{minor}, this shardema reads "
+            f"{VERSION[0]}.x; install the version that wrote it",
+            path=path,
+        )
+    if body["block"] != BLOCK:
+        raise ValueError(f"block {body['block']!r}, expected {BLOCK}")
+    averages = {
+        str(name): StoredAverage(
+            dict(a["schedule"]), _number(a["t"]), checked_int(a["num_updates"]), str(a["dtype"])
+        )
+        for name, a in body["averages"].items()
+    }
+    tensors = tuple(_tensor(value, averages) for value in body["tensors"])
+    keys = {(t.average, t.fqn) for t in tensors}
+    if len(keys) != len(tensors):
+        raise ValueError("a tensor is listed twice")
+    files = tuple(_file(value, tensors) for value in body["files"])
+    if len({file.name for file in files}) != len(files):
+        raise ValueError("a file is listed twice")
+    boxes: list[list[Box]] = [[] for _ in tensors]
+    for file in files:
+        for piece in file.pieces:
+            boxes[piece.tensor].append(piece.box)
+    for tensor, held in zip(tensors, boxes, strict=True):
+        check_covered(tensor.fqn, tensor.shape, sorted(held))
+    return Manifest(
+        str(body["save_id"]),
+        checked_int(body["world_size"]),
+        averages,
+        tensors,
+        tuple(str(fqn) for fqn in body["left_out"]),
+        files,
+    )
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError(f"expected a number, got {value!r}")
+    return float(value) if isinstance(value, float) else value
+
+
+def _tensor(value: Any, averages: dict[str, StoredAverage]) -> Stored:
+    average = value["average"]
+    if average is not None and average not in averages:
+        raise ValueError(f"unknown average {average!r}")
+    role = value["role"]
+    if role not in ("parameter", "frozen", "buffer"):
+        raise ValueError(f"unknown role {role!r}")
+    shape = tuple(checked_int(n) for n in value["shape"])
+    if len(shape) > 64 or math.prod(shape) > 1 << 53:
+        raise ValueError(f"shape {shape} is out of reach")
+    aliases = tuple(str(alias) for alias in value["aliases"])
+    return Stored(average, str(value["fqn"]), role, shape, DTYPES[value["dtype"]], aliases)
+
+
+def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:
+    name = value["name"]
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+        raise ValueError(f"file name {name!r}")
+    size, head = checked_int(value["size"]), checked_int(value["head"])
+    start = head
+    pieces = []
+    for number, offsets, sizes in value["pieces"]:
+        tensor = tensors[checked_int(number)]
+        box = Box(tuple(checked_int(n) for n in offsets), tuple(checked_int(n) for n in sizes))
+        inside = len(box.offsets) == len(box.sizes) == len(tensor.shape) and all(
+            n > 0 and o + n <= full
+            for o, n, full in zip(box.offsets, box.sizes, tensor.shape, strict=True)
+        )
+        if not inside:
+            raise ValueError(f"{box} is not inside {tensor.fqn} of shape {tensor.shape}")
+        pieces.append(StoredPiece(checked_int(number), box, start))
+        start += box.numel * tensor.dtype.itemsize
+    blocks = tuple(str(block) for block in value["blocks"])
+    if start != size or len(blocks) != -(-size // BLOCK):
+        raise ValueError(f"{name}: sizes do not add up")
+    return StoredFile(name, size, head, blocks, tuple(pieces))
+
+
+def _check_files(folder: str, manifest: Manifest) -> None:
+    for file in manifest.files:
+        path = os.path.join(folder, file.name)
+        try:
+            found = os.lstat(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"reading {path}: {error.strerror}; the checkpoint is not whole",
+                path=path,
+                errno=error.errno,
+            ) from error
+        if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
+            raise CheckpointError(
+                f"reading {path}: {found.st_size} bytes, expected a regular file of {file.size}; "
+                "the checkpoint is damaged",
+                path=path,
+            )
+
+
+def parts(
+    folder: str, manifest: Manifest, wanted: dict[int, list[Box]]
+) -> Iterator[tuple[int, Box, torch.Tensor]]:
+    """Reads the blocks that touch the wanted boxes, verified, once each, in the files' order.
+
+    Args:
+        wanted: boxes by number of the tensor.
+
+    Yields:
+        ``(tensor, box, values)``: values ``[*box.sizes]`` of a box of that tensor, valid until
+        the next one. The boxes cover the wanted ones; they may reach beyond.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or damaged.
+    """
+    for file in manifest.files:
+        needed = []
+        for piece in file.pieces:
+            reach = _reach(piece, wanted.get(piece.tensor, ()))
+            if reach is not None:
+                itemsize = manifest.tensors[piece.tensor].dtype.itemsize
+                start, stop = (piece.start + edge * itemsize for edge in reach)
+                needed.append((start, stop, piece))
+        if needed:
+            yield from _read_file(os.path.join(folder, file.name), file, needed, manifest)
+
+
+def _reach(piece: StoredPiece, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
+    """First and last-plus-one element of the piece that any of the boxes touches."""
+    low, high = piece.box.numel, 0
+    for box in boxes:
+        common = piece.box.intersect(box)
+        if common is None:
+            continue
+        inner = common.relative_to(piece.box.offsets)
+        first = last = 0
+        for offset, size, full in zip(inner.offsets, inner.sizes, piece.box.sizes, strict=True):
+            first = first * full + offset
+            last = last * full + offset + size - 1
+        low, high = min(low, first), max(high, last + 1)
+    return (low, high) if high > low else None
+
+
+def _read_file(
+    path: str,
+    file: StoredFile,
+    needed: list[tuple[int, int, StoredPiece]],
+    manifest: Manifest,
+) -> Iterator[tuple[int, Box, torch.Tensor]]:
+    fd = open_existing(path)
+    try:
+        blocks = sorted(
+            {b for start, stop, _ in needed for b in range(start // BLOCK, -(-stop // BLOCK))}
+        )
+        next_needed = 0
+        for block in blocks:
+            begin = block * BLOCK
+            end = min(begin + BLOCK, file.size)
+            data = read_at(fd, begin, end - begin, path)
+            if xxhash.xxh3_128_hexdigest(data) != file.blocks[block]:
+                raise CheckpointError(
+                    f"reading {path}: bytes {begin} to {end} do not fit their checksum "
+                    f"({_names_in(needed, begin, end, manifest)}): the file is damaged; load "
+                    "another step",
+                    path=path,
+                )
+            while next_needed < len(needed) and needed[next_needed][1] <= begin:
+                next_needed += 1
+            for start, stop, piece in needed[next_needed:]:
+                if start >= end:
+                    break
+                yield from _part(piece, max(start, begin), min(stop, end), begin, data, manifest)
+    finally:
+        os.close(fd)
+
+
+def _names_in(
+    needed: list[tuple[int, int, StoredPiece]], begin: int, end: int, manifest: Manifest
+) -> str:
+    names = [
+        manifest.tensors[p.tensor].fqn for start, stop, p in needed if start < end and stop > begin
+    ]
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _part(
+    piece: StoredPiece, start: int, stop: int, begin: int, data: bytearray, manifest: Manifest
+) -> Iterator[tuple[int, Box, torch.Tensor]]:
+    """The elements of ``piece`` in bytes ``[start, stop)``; ``data`` begins at ``begin``."""
+    dtype = manifest.tensors[piece.tensor].dtype
+    count = (stop - start) // dtype.itemsize
+    if count == 0:
+        return
+    flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start - begin)
+    first = (start - piece.start) // dtype.itemsize
+    done = 0
+    for box in flat_boxes(piece.box.sizes, first, count):
+        values = flat[done : done + box.numel].view(box.sizes)
+        done += box.numel
+        yield piece.tensor, box.shifted(piece.box.offsets), values

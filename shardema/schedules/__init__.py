@@ -1,0 +1,31 @@
+"""How fast an average forgets: a schedule is a frozen value with ``retention(t0, t1)``.
+
+``retention(t0, t1)`` in [0, 1] is the share of the average at progress ``t0`` that is left at
+``t1``, and it is multiplicative: ``r(a, c) == r(a, b) * r(b, c)``. So an update every k steps, a
+changed batch size, or samples as the clock are exact. The decay of an update that brings the
+clock to ``t`` is ``retention(t - dt, t)``. A schedule carries the ``unit`` of its clock.
+"""
+
+from __future__ import annotations
+
+from shardema.schedules.base import Schedule, as_schedule, describe, registered, restore
+from shardema.schedules.constant import constant
+from shardema.schedules.custom import custom
+from shardema.schedules.half_life import half_life
+from shardema.schedules.power import power
+from shardema.schedules.ramp import ramp
+from shardema.schedules.warmup import warmup
+
+__all__ = [
+    "Schedule",
+    "as_schedule",
+    "constant",
+    "custom",
+    "describe",
+    "half_life",
+    "power",
+    "ramp",
+    "registered",
+    "restore",
+    "warmup",
+]

@@ -1,0 +1,108 @@
+"""The contract of a schedule, and its form in a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+_REGISTRY: dict[str, type[Any]] = {}
+_S = TypeVar("_S", bound=type[Any])
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Anything with a unit and a multiplicative ``retention(t0, t1)``, ``0 <= t0 <= t1``."""
+
+    @property
+    def unit(self) -> str:
+        """Unit of ``t``: ``"step"``, ``"sample"``, ``"token"``, ``"epoch"`` or the caller's own."""
+
+    def retention(self, t0: float, t1: float) -> float:
+        """Share of the average at ``t0`` that is left at ``t1``, in [0, 1]."""
+
+
+def register(cls: _S) -> _S:
+    """Class decorator: the schedule may be stored in a checkpoint by its name and parameters."""
+    _REGISTRY[cls.__name__] = cls
+    return cls
+
+
+def registered() -> dict[str, type[Any]]:
+    """Every schedule that a checkpoint can name: ``{name: class}``."""
+    return dict(_REGISTRY)
+
+
+def describe(schedule: Schedule) -> dict[str, Any]:
+    """The schedule as a checkpoint stores it: ``{"name": ..., "params": {...}}``.
+
+    A schedule that is not registered is stored by its class name and samples of its values, so
+    that a load can tell whether it was given the same one again.
+    """
+    cls = type(schedule)
+    if _REGISTRY.get(cls.__name__) is cls:
+        store = getattr(schedule, "store", None)
+        params = store() if store is not None else dataclasses.asdict(schedule)  # type: ignore[call-overload]
+        return {"name": cls.__name__, "params": params}
+    samples = [schedule.retention(float(t), float(t + 1)) for t in (0, 1, 9, 99, 999, 99999)]
+    return {"name": f"{cls.__module__}.{cls.__qualname__}", "samples": samples}
+
+
+def restore(description: dict[str, Any]) -> Schedule | None:
+    """The schedule that `describe` stored; None if its code is needed to make it."""
+    cls = _REGISTRY.get(str(description.get("name")))
+    params = description.get("params")
+    if cls is None or not isinstance(params, dict) or "samples" in params:
+        return None
+    made: Schedule = cls(**params)
+    return made
+
+
+def as_schedule(value: Any) -> Schedule:
+    """``value`` as a schedule: a float in [0, 1], a schedule, or a callable ``(t, dt) -> decay``.
+
+    Raises:
+        ValueError: a decay outside [0, 1].
+        TypeError: none of these.
+    """
+    from shardema.schedules.constant import constant
+    from shardema.schedules.custom import custom
+
+    if isinstance(value, bool):
+        raise TypeError(f"schedule: got {value!r}, expected a decay, a schedule or a callable")
+    if isinstance(value, int | float):
+        return constant(float(value))
+    if isinstance(value, Schedule) and not isinstance(value, type):
+        return value
+    if callable(value) and not isinstance(value, type):
+        return custom(value)
+    raise TypeError(
+        f"schedule: got {value!r}, expected a decay in [0, 1], a schedule such as "
+        "schedules.half_life(1000), or a callable (t, dt) -> decay"
+    )
+
+
+def check_decay(decay: float, what: str) -> None:
+    """Raises ValueError unless ``decay`` is a number in [0, 1]."""
+    if not isinstance(decay, int | float) or isinstance(decay, bool) or not 0 <= decay <= 1:
+        raise ValueError(f"{what}: got decay={decay!r}, expected a number in [0, 1], as 0.9999")
+
+
+def check_positive(value: float, what: str) -> None:
+    """Raises ValueError unless ``value`` is a finite number above zero."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not 0 < value < float("inf"):
+        raise ValueError(f"{what}: got {value!r}, expected a finite number above 0")
+
+
+def whole_steps(t0: float, t1: float, name: str) -> tuple[int, int]:
+    """``(t0, t1)`` as integers.
+
+    Raises:
+        ValueError: a step-wise rule was asked about a part of a step.
+    """
+    if t0 != int(t0) or t1 != int(t1):
+        raise ValueError(
+            f"{name}: got progress {t0} to {t1}, expected whole steps, since its rule is given "
+            "step by step; call update(dt=...) with whole numbers or take schedules.half_life"
+        )
+    return int(t0), int(t1)

@@ -1,0 +1,43 @@
+"""Any callable ``(t, dt) -> decay`` as a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from shardema.schedules.base import check_decay, register
+
+_SAMPLED = (1, 2, 10, 100, 1000, 100000)
+
+
+@register
+@dataclass(frozen=True)
+class custom:
+    """The decay of the update that brings the clock to ``t`` is ``fn(t, dt)``.
+
+    A checkpoint stores the function's name and sampled values, never its code: give the same
+    function again at load.
+
+    Args:
+        fn: ``(t, dt) -> decay`` in [0, 1].
+        unit: unit of the clock.
+
+    >>> custom(lambda t, dt: 0.9).retention(3, 4)
+    0.9
+    """
+
+    fn: Callable[[float, float], float]
+    unit: str = "step"
+
+    def retention(self, t0: float, t1: float) -> float:
+        decay = self.fn(t1, t1 - t0)
+        check_decay(decay, f"schedule {self._name()} at t={t1}, dt={t1 - t0}")
+        return float(decay)
+
+    def store(self) -> dict[str, Any]:
+        samples = [float(self.fn(t, 1)) for t in _SAMPLED]
+        return {"fn": self._name(), "unit": self.unit, "samples": samples}
+
+    def _name(self) -> str:
+        return str(getattr(self.fn, "__qualname__", type(self.fn).__qualname__))

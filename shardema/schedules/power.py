@@ -1,0 +1,63 @@
+"""The power-function average of EDM2, whose width is a fixed share of the run so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shardema.schedules.base import register
+
+_MAX_STD = 12**-0.5  # the std of the uniform profile, gamma = 0
+
+
+def gamma_of_std(std: float) -> float:
+    """Exponent gamma of the profile whose relative standard deviation is ``std``.
+
+    Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models"
+    (arXiv 2312.02696), equation 123: the largest real root of
+    ``g^3 + 7 g^2 + (16 - std^-2) g + (12 - std^-2)``.
+
+    >>> round(gamma_of_std(0.10), 2)
+    6.94
+    """
+    roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])
+    return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
+
+
+@register
+@dataclass(frozen=True)
+class power:
+    """``(t0 / t1) ** (gamma + 1)`` with gamma from the relative width ``std``.
+
+    The weight of progress tau in the average at t is proportional to ``tau ** gamma``; its
+    standard deviation is ``std * t`` (arXiv 2312.02696, equations 1 and 2). The first update
+    copies the weights, since nothing is retained from t = 0.
+
+    Args:
+        std: relative standard deviation, in (0, 0.2887).
+        unit: unit of the clock.
+
+    >>> power(0.10).retention(0, 1)
+    0.0
+    """
+
+    std: float
+    unit: str = "step"
+    gamma: float = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.std, int | float) or not 0 < self.std < _MAX_STD:
+            raise ValueError(
+                f"schedules.power: got std={self.std!r}, expected a number in (0, {_MAX_STD:.4f}), "
+                "such as 0.05 or 0.10"
+            )
+        object.__setattr__(self, "gamma", gamma_of_std(self.std))
+
+    def retention(self, t0: float, t1: float) -> float:
+        if t0 == t1:
+            return 1.0
+        return float((t0 / t1) ** (self.gamma + 1))
+
+    def store(self) -> dict[str, float | str]:
+        return {"std": self.std, "unit": self.unit}

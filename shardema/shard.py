@@ -1,0 +1,276 @@
+"""What one rank holds of a tensor, and where it sits in the full tensor.
+
+The words of the whole library:
+
+* ``fqn``    clean, fully qualified name: what the unwrapped model calls the tensor
+* ``shape``  always the full shape; ``local`` is what this rank holds of it
+* ``Box``    offsets and sizes of a block inside the full tensor
+* ``Shard``  ``local`` and the boxes that its elements fill, in order
+* ``shadow`` the averaged twin of a shard: the same boxes, other storage
+* ``axis``   of a mesh; ``dim`` of a tensor
+
+::
+
+    full [4, 6]            rank 0: one box            rank 1 of a flat layout: three boxes
+    . . . . . .            Box((0, 0), (2, 6))        Box((1, 4), (1, 2))
+    . . . . x x                                       Box((2, 0), (1, 6))
+    x x x x x x                                       Box((3, 0), (1, 3))
+    x x x . . .
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Role = Literal["parameter", "frozen", "buffer"]
+Dims = tuple[int, ...]
+
+REPLACED = -1  # what `Shard.address` gives when the model holds another tensor now
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Box:
+    """A block of a full tensor: ``offsets`` and ``sizes``, one number per dim."""
+
+    offsets: Dims
+    sizes: Dims
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+    def view(self, full: Tensor) -> Tensor:
+        """The part of ``full`` inside this box, as a view: ``[*sizes]``."""
+        for dim, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
+            full = full.narrow(dim, offset, size)
+        return full
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common part in coordinates of the full tensor, None if it is empty."""
+        pairs = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        offsets, sizes = [], []
+        for a, n, b, m in pairs:
+            start, stop = max(a, b), min(a + n, b + m)
+            if stop <= start:
+                return None
+            offsets.append(start)
+            sizes.append(stop - start)
+        return Box(tuple(offsets), tuple(sizes))
+
+    def relative_to(self, origin: Dims) -> Box:
+        """This box with ``origin`` as the zero of its coordinates."""
+        return Box(tuple(o - z for o, z in zip(self.offsets, origin, strict=True)), self.sizes)
+
+    def shifted(self, origin: Dims) -> Box:
+        """This box, whose coordinates count from ``origin``, in coordinates of the full tensor."""
+        return Box(tuple(o + z for o, z in zip(self.offsets, origin, strict=True)), self.sizes)
+
+
+def whole(shape: Sequence[int]) -> tuple[Box, ...]:
+    """The one box that is the full tensor; none if the tensor is empty."""
+    return (Box((0,) * len(shape), tuple(shape)),) if math.prod(shape) else ()
+
+
+def flat_boxes(shape: Dims, start: int, numel: int) -> tuple[Box, ...]:
+    """The row-major range ``[start, start + numel)`` of a tensor as boxes, in order.
+
+    At most ``2 * len(shape) - 1`` boxes: the range enters and leaves each dim once.
+
+    >>> flat_boxes((4, 6), 10, 11)  # doctest: +NORMALIZE_WHITESPACE
+    (Box(offsets=(1, 4), sizes=(1, 2)), Box(offsets=(2, 0), sizes=(1, 6)),
+     Box(offsets=(3, 0), sizes=(1, 3)))
+    """
+    if numel == 0:
+        return ()
+    if not shape:
+        return (Box((), ()),)
+    row = math.prod(shape[1:])
+    stop = start + numel
+    first, last = start // row, stop // row  # rows that the range starts in and stops in
+
+    def part(index: int, begin: int, end: int) -> list[Box]:
+        inner = flat_boxes(shape[1:], begin, end - begin)
+        return [Box((index, *box.offsets), (1, *box.sizes)) for box in inner]
+
+    if first == last:
+        return tuple(part(first, start - first * row, stop - first * row))
+    boxes: list[Box] = []
+    if start % row:
+        boxes += part(first, start % row, row)
+        first += 1
+    if last > first:
+        zeros = (0,) * (len(shape) - 1)
+        boxes.append(Box((first, *zeros), (last - first, *shape[1:])))
+    if stop % row:
+        boxes += part(last, 0, stop % row)
+    return tuple(boxes)
+
+
+def split_box(box: Box, max_numel: int) -> Iterator[Box]:
+    """``box`` cut into boxes of at most ``max_numel`` elements, in row-major order."""
+    if box.numel <= max_numel:
+        yield box
+        return
+    dim = next(d for d, size in enumerate(box.sizes) if size > 1)
+    rows = max(1, max_numel // (box.numel // box.sizes[dim]))
+    for begin in range(0, box.sizes[dim], rows):
+        size = min(rows, box.sizes[dim] - begin)
+        offsets = (*box.offsets[:dim], box.offsets[dim] + begin, *box.offsets[dim + 1 :])
+        sizes = (*box.sizes[:dim], size, *box.sizes[dim + 1 :])
+        yield from split_box(Box(offsets, sizes), max_numel)
+
+
+def runs(shape: Dims, box: Box) -> tuple[int, list[int]]:
+    """``box`` as stretches that are contiguous in the row-major full tensor.
+
+    Returns ``(numel, starts)``: every stretch has ``numel`` elements, ``starts`` are their first
+    elements in the flat full tensor, in row-major order of the box.
+    """
+    numel, inner, dim = 1, 1, len(shape)
+    while dim > 0:  # grow over the trailing dims while the box fills them
+        dim -= 1
+        numel *= box.sizes[dim]
+        if box.sizes[dim] != shape[dim]:
+            break
+    starts = [0]
+    for d in reversed(range(len(shape))):
+        if d < dim:
+            rows = range(box.offsets[d], box.offsets[d] + box.sizes[d])
+            starts = [row * inner + s for row in rows for s in starts]
+        else:
+            starts = [box.offsets[d] * inner + s for s in starts]
+        inner *= shape[d]
+    return numel, starts
+
+
+def check_covered(fqn: str, shape: Dims, boxes: Sequence[Box]) -> None:
+    """Raises ValueError unless ``boxes`` (sorted) hold each element of the tensor exactly once."""
+    numel = math.prod(shape)
+    held = sum(box.numel for box in boxes)
+    if held != numel:
+        raise ValueError(
+            f"{fqn}: the ranks together hold {held} elements, expected {numel} for shape "
+            f"{tuple(shape)}; pass group= with the ranks that share the model, all of them"
+        )
+    # The volume is right, so a hole needs an overlap. Boxes sorted by offsets that overlap are
+    # close in the order of their first dim: compare those whose first rows meet.
+    open_boxes: list[Box] = []
+    for box in boxes:
+        if box.offsets:
+            start = box.offsets[0]
+            open_boxes = [b for b in open_boxes if b.offsets[0] + b.sizes[0] > start]
+        clash = next((b for b in open_boxes if b.intersect(box) is not None), None)
+        if clash is not None or (not box.offsets and open_boxes):
+            raise ValueError(
+                f"{fqn}: {clash} and {box} are held by different ranks and overlap; pass group= "
+                "with the ranks that share the model"
+            )
+        open_boxes.append(box)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Shard:
+    """What this rank holds of one tensor of the model.
+
+    Args:
+        fqn: clean, fully qualified name.
+        local: the live storage on this rank. With one box it has the box's sizes (any dense
+            stride) or is flat; with several boxes it is a contiguous 1-D tensor that holds them
+            one after the other. Empty if ``boxes`` is.
+        shape: the full shape.
+        boxes: where the elements of ``local`` sit in the full tensor, in order.
+        role: ``"parameter"`` (trainable), ``"frozen"`` or ``"buffer"``.
+        aliases: further names of the same tensor (tied weights).
+        order: the dims of the full tensor from slowest to fastest in a flat ``local``; row-major
+            if empty. FSDP1 flattens a channels_last weight in the order of its memory.
+        address: gives the address of the live storage now, `REPLACED` if the model holds another
+            tensor under this name; tells `update` when to read the model again.
+    """
+
+    fqn: str
+    local: Tensor
+    shape: Dims
+    boxes: tuple[Box, ...]
+    role: Role = "parameter"
+    aliases: tuple[str, ...] = ()
+    order: Dims = ()
+    address: Callable[[], int] = field(default=lambda: 0, repr=False)
+
+    def pieces(self, local: Tensor | None = None) -> Iterator[tuple[Box, Tensor]]:
+        """Each box with the view of ``local`` that fills it, ``[*box.sizes]``.
+
+        ``local`` may be any tensor laid out like this shard's (its shadow, a staging buffer).
+        """
+        local = self.local if local is None else local
+        if len(self.boxes) == 1 and tuple(local.shape) == self.boxes[0].sizes and not self.order:
+            yield self.boxes[0], local
+            return
+        start = 0
+        for box in self.boxes:
+            flat = local.narrow(0, start, box.numel)
+            start += box.numel
+            if self.order:
+                stored = flat.view([box.sizes[dim] for dim in self.order])
+                inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+                yield box, stored.permute(inverse)
+            else:
+                yield box, flat.view(box.sizes)
+        assert start == local.numel(), (self.fqn, start, local.numel())
+
+
+def memory_order(shape: Sequence[int], stride: Sequence[int]) -> Dims:
+    """Dims from slowest to fastest in memory; empty when that is row-major.
+
+    Raises:
+        ValueError: the strides overlap or leave gaps.
+    """
+    dims = sorted(range(len(shape)), key=lambda d: (-stride[d], d))
+    expected = 1
+    for dim in reversed(dims):
+        if shape[dim] == 1:
+            continue
+        if stride[dim] != expected:
+            raise ValueError(f"strides {tuple(stride)} of shape {tuple(shape)} are not dense")
+        expected *= shape[dim]
+    kept = [dim for dim in dims if shape[dim] != 1]
+    if kept == sorted(kept):
+        return ()
+    ones = [dim for dim in range(len(shape)) if shape[dim] == 1]
+    return tuple(ones + kept)
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether two elements of ``tensor`` share memory (an expanded tensor, for one)."""
+    reach = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda x: x[1]):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach = stride * (size - 1) + reach
+    return False
+
+
+def dense_like(tensor: Tensor) -> Dims:
+    """The strides of a dense tensor that keeps the memory order of ``tensor``."""
+    return tuple(torch.empty_like(tensor, device="meta").stride())
+
+
+def aligned_parts(a: Tensor, b: Tensor, max_numel: int) -> list[tuple[Tensor, Tensor]]:
+    """Two tensors of one shape as pairs of views of at most ``max_numel`` elements each.
+
+    Flat stretches of memory where both lie alike and dense, blocks of the shape elsewhere.
+    """
+    n = a.numel()
+    if n == 0:
+        return []
+    if a.stride() == b.stride() and a.stride() == dense_like(a):
+        flat = [t.as_strided((n,), (1,)) for t in (a, b)]
+        return list(zip(*(torch.split(t, max_numel) for t in flat), strict=True))
+    boxes = [part for box in whole(a.shape) for part in split_box(box, max_numel)]
+    return [(box.view(a), box.view(b)) for box in boxes]
