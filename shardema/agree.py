@@ -160,7 +160,9 @@ class Ranks:
             answer = self._collect(store, f"{name}/{turn}", op, reply, timeout)
             store.set(answer_key, json.dumps(answer))
             return answer
-        if not _wait(store, [answer_key], timeout):
+        # the leader may come as late as the timeout allows, and then wait as long for the others
+        here = _wait(store, [f"{name}/{turn}/0"], timeout)
+        if not (here and _wait(store, [answer_key], 2 * timeout)):
             gone = f"rank {self.ranks[0]} did not call {op} within {timeout:g} s"
             store.set(mine, json.dumps({"op": op, "error": _gave_up(self.rank, gone)}))
             return {"error": _gave_up(self.ranks[0], _everywhere(gone, op))}

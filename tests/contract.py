@@ -1,0 +1,492 @@
+"""What every backend must pass. A fact is told the name of a layout and builds its own model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from shardema import RankError, ShardedEMA, schedules
+from shardema.backends.tree import unwrap
+from shardema.shadows import writable
+from tests import meters, oracle, zoo
+from tests.layouts import LAYOUTS, Layout
+
+STEPS = 20
+
+
+def write(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Sets the parameters from full tensors, by torch's own means."""
+    if hasattr(model, "rewrap"):
+        fresh = model.rewrap(values)
+        with torch.no_grad():
+            pairs = zip(model.parameters(), fresh.parameters(), strict=True)
+            for mine, theirs in pairs:
+                mine.to_local().copy_(theirs.to_local())
+        return
+    full = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, dict(values), options=full)
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    return {fqn: p.detach() for fqn, p in model.named_parameters()}
+
+
+def trained(layout: Layout, **options: bool) -> tuple[nn.Module, ShardedEMA, dict[str, Tensor]]:
+    """A model and its EMA after a few writes and updates, and the model's present values."""
+    model = layout.build(**options)
+    ema = ShardedEMA(model, 0.75)
+    like = parameters_of(zoo.make(**dict.fromkeys(layout.options, True), **options))
+    values: dict[str, Tensor] = {}
+    for step in range(3):
+        values = zoo.script(like, step)
+        write(model, values)
+        ema.update()
+    return model, ema, values
+
+
+@contextlib.contextmanager
+def shared_folder() -> Iterator[str]:
+    """One temporary folder that all ranks see."""
+    name = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(name, src=0)
+    yield name[0]
+    dist.barrier()
+
+
+def forward(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(zoo.tokens()).clone()
+
+
+def same_everywhere(full: dict[str, Any]) -> dict[str, Any]:
+    """The first rank's dict, on all ranks."""
+    told = [full]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def assert_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert got.keys() == expected.keys(), got.keys() ^ expected.keys()
+    for fqn, value in expected.items():
+        assert torch.equal(got[fqn], value), fqn
+
+
+# ---- facts ------------------------------------------------------------------------------------
+
+
+def scripted_updates_equal_the_unsharded_run(layout: Layout, **options: bool) -> None:
+    plain = zoo.make(**dict.fromkeys(layout.options, True), **options)
+    model = layout.build(**options)
+    schedule = schedules.ramp(0.9)
+    ema = ShardedEMA(model, schedule)
+    assert ema._backend_name == layout.backend
+    alone = ShardedEMA(plain, schedule, backend="plain", kernel="reference")
+    like = parameters_of(plain)
+    trainable = {fqn for fqn, p in plain.named_parameters() if p.requires_grad}
+    history = [{fqn: value.clone() for fqn, value in like.items() if fqn in trainable}]
+    for step in range(STEPS):
+        values = zoo.script(like, step)
+        write(model, values)
+        with torch.no_grad():
+            for fqn, value in values.items():
+                like[fqn].copy_(value)
+        ema.update()
+        alone.update()
+        history.append({fqn: value for fqn, value in values.items() if fqn in trainable})
+    full = same_everywhere(ema.full_state_dict())
+    weights = [1 - schedule.retention(n, n + 1) for n in range(STEPS)]
+    truth = oracle.average(history, weights)
+    shadows = alone._averages["ema"].shadows.views
+    assert shadows.keys() == truth.keys()
+    for fqn, value in truth.items():
+        assert full[fqn].dtype == torch.float32
+        assert torch.equal(full[fqn], shadows[fqn]), fqn
+        oracle.assert_close(full[fqn], value, STEPS)
+        assert not torch.equal(full[fqn], history[-1][fqn].float()), fqn
+
+
+def bf16_parameters_are_averaged_in_fp32(layout: Layout) -> None:
+    scripted_updates_equal_the_unsharded_run(layout, bf16=True)
+
+
+def the_gathered_model_loads_strictly(layout: Layout) -> None:
+    model, ema, values = trained(layout)
+    with torch.no_grad():
+        unwrap(model).mask[0] = 7.0
+    full = ema.full_state_dict()
+    everywhere = ema.full_state_dict(all_ranks=True)
+    pairs = list(ema.iter_full())
+    if dist.get_rank() != 0:
+        assert full == {}
+        assert pairs == []
+        full = everywhere
+    else:
+        assert_same(dict(pairs), full)
+    assert_same(full, everywhere)
+    fresh = zoo.make(**dict.fromkeys(layout.options, True))
+    fresh.load_state_dict(full, strict=True)
+    assert set(full) == set(fresh.state_dict())
+    assert full["head.weight"] is full["embed.weight"]
+    assert torch.equal(full["frozen.weight"], values["frozen.weight"])
+    assert full["mask"].tolist() == [7.0, -torch.inf]
+    assert torch.equal(full["table"], torch.arange(5) * 10_000)
+    assert full["flag"].item() is True
+    bf16 = ema.full_state_dict(dtype=torch.bfloat16, all_ranks=True)
+    assert bf16["out.weight"].dtype == bf16["frozen.weight"].dtype == torch.bfloat16
+    assert bf16["norm.running_var"].dtype == torch.float32
+    assert torch.equal(bf16["out.weight"], full["out.weight"].bfloat16())
+
+
+def leaving_iter_full_early_hangs_nobody(layout: Layout) -> None:
+    _, ema, _ = trained(layout)
+    for _ in ema.iter_full():
+        break
+    assert_same(same_everywhere(ema.full_state_dict()), ema.full_state_dict(all_ranks=True))
+
+
+def update_is_local_and_allocates_nothing(layout: Layout) -> None:
+    for options in ({}, {"bf16": True}):
+        model, ema, _ = trained(layout, **options)
+        with meters.collectives() as calls:
+            assert meters.allocated(ema.update) == 0
+        assert calls == []
+        assert meters.read_only_locals(ema)
+        del model
+
+
+def swap_is_seen_and_undone_exactly(layout: Layout, **options: bool) -> None:
+    model, ema, values = trained(layout, **options)
+    model.eval()
+    full = ema.full_state_dict(all_ranks=True)
+    before = forward(model)  # leaves what the backend leaves gathered
+    plain = zoo.make(**dict.fromkeys(layout.options, True), **options).eval()
+    plain.load_state_dict(full)
+    with ema.swap():
+        inside = forward(model)
+        again = forward(model)
+    after = forward(model)
+    alone = forward(plain)
+    if layout.exact:
+        assert torch.equal(inside, alone)
+    else:  # tensor parallel adds up in another order: some roundings of the output
+        error = (inside - alone).norm() / alone.norm()
+        assert error <= 8 * torch.finfo(alone.dtype).eps, error
+    assert torch.equal(inside, again)
+    assert not torch.allclose(inside, before)
+    assert torch.equal(after, before)
+    kept = ema.full_state_dict(all_ranks=True)
+    assert_same(kept, full)
+    ema.reset()
+    assert_same(
+        {
+            k: v
+            for k, v in ema.full_state_dict(dtype="model", all_ranks=True).items()
+            if k in values
+        },
+        {k: values[k] for k in values},
+    )
+
+
+def swap_of_bf16_parameters_is_undone_exactly(layout: Layout) -> None:
+    swap_is_seen_and_undone_exactly(layout, bf16=True)
+
+
+def swap_restores_after_an_exception(layout: Layout) -> None:
+    model, ema, _ = trained(layout)
+    model.eval()
+    before, full = forward(model), ema.full_state_dict(all_ranks=True)
+    with pytest.raises(ZeroDivisionError), ema.swap():
+        fail_after(forward(model))
+    assert torch.equal(forward(model), before)
+    assert_same(ema.full_state_dict(all_ranks=True), full)
+
+
+def swap_restores_after_an_interrupt_anywhere(layout: Layout) -> None:
+    model, ema, _ = trained(layout)
+    model.eval()
+    before, full = forward(model), ema.full_state_dict(all_ranks=True)
+    total = meters.copies(lambda: _enter_and_leave(ema))
+    most = torch.tensor(total)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    assert most >= 6  # both ways, three phases
+    for at in range(int(most)):  # a rank with fewer shards is not interrupted in every round
+        hit = pytest.raises(KeyboardInterrupt) if at < total else contextlib.nullcontext()
+        with hit, meters.interrupt_at_copy(at):
+            _enter_and_leave(ema)
+        assert torch.equal(forward(model), before), at
+    assert_same(ema.full_state_dict(all_ranks=True), full)
+
+
+def fail_after(_: Tensor) -> None:
+    raise ZeroDivisionError
+
+
+def _enter_and_leave(ema: ShardedEMA) -> None:
+    with ema.swap():
+        pass
+
+
+def swap_is_seen_inside_an_outer_autocast(layout: Layout) -> None:
+    model, ema, _ = trained(layout)
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(zoo.tokens()).clone()
+        with ema.swap():
+            inside = model(zoo.tokens()).clone()
+        after = model(zoo.tokens()).clone()
+    assert not torch.equal(inside, before)
+    assert torch.equal(after, before)
+
+
+def an_ema_built_under_inference_mode_works(layout: Layout) -> None:
+    model = layout.build()
+    with torch.inference_mode():
+        ema = ShardedEMA(model, 0.5)
+    like = parameters_of(zoo.make(**dict.fromkeys(layout.options, True)))
+    write(model, zoo.script(like, 1))
+    ema.update()
+    with torch.inference_mode(), ema.swap():
+        ema_inside = ema._inside
+    assert ema_inside == "ema"
+    ema.update()
+    assert ema.num_updates == 2
+
+
+def everything_else_raises_inside_swap(layout: Layout) -> None:
+    model, ema, _ = trained(layout)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = ema.attach(optimizer)
+    calls: list[Callable[[], object]] = [
+        ema.update,
+        ema.full_state_dict,
+        ema.state_dict,
+        ema.reset,
+        ema.copy_to_model,
+        optimizer.step,
+        lambda: list(ema.iter_full()),
+        lambda: ema.save("/nonexistent/x"),
+        lambda: ema.load("/nonexistent/x"),
+        lambda: ema.load_full("/nonexistent/x"),
+        lambda: ema.export("/nonexistent/x"),
+        lambda: _enter_and_leave(ema),
+    ]
+    with ema.swap():
+        for call in calls:
+            with pytest.raises(RuntimeError, match=r"rank \d+: .* inside swap\(\)"):
+                call()
+    handle.remove()
+    ema.update()
+
+
+def a_write_inside_swap_is_reported(layout: Layout) -> None:
+    model, ema, _ = trained(layout)
+    before = forward(model.eval())
+    with pytest.raises(RuntimeError, match=r"written inside swap"), ema.swap(), torch.no_grad():
+        next(s for s in ema._mine() if s.local.numel()).local.add_(1)
+    assert torch.equal(forward(model), before)
+
+
+def a_backward_across_a_swap_raises(layout: Layout) -> None:
+    model, ema, _ = trained(layout)
+    loss = model(zoo.tokens()).sum()
+    with ema.swap():
+        pass
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
+        loss.backward()
+    model.zero_grad()
+
+
+def training_goes_on_as_if_nothing_was_swapped(layout: Layout) -> None:
+    losses = []
+    for swapping in (False, True):
+        model = layout.build()
+        ema = ShardedEMA(model, 0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        ema.attach(optimizer)
+        seen = []
+        for step in range(5):
+            loss = model(zoo.tokens(step)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.item())
+            if swapping and step in (1, 3):
+                model.eval()
+                forward(model)
+                with ema.swap():
+                    forward(model)
+                model.train()
+        losses.append((seen, ema.full_state_dict(all_ranks=True)))
+        assert ema.num_updates == 5
+    (plain, average), (swapped, average_swapped) = losses
+    assert plain == swapped
+    assert_same(average, average_swapped)
+
+
+def copy_to_model_reset_and_load_full(layout: Layout) -> None:
+    model, ema, values = trained(layout)
+    full = ema.full_state_dict(all_ranks=True)
+    ema.copy_to_model()
+    ema.reset()
+    assert (ema.t, ema.num_updates) == (0, 0)
+    assert_same(ema.full_state_dict(all_ranks=True), full)
+    write(model, values)
+    ema.reset()
+    again = ema.full_state_dict(all_ranks=True)
+    assert torch.equal(again["out.weight"], values["out.weight"])
+    ema.load_full(full)
+    assert_same(ema.full_state_dict(all_ranks=True), full)
+    with shared_folder() as folder:
+        ema.export(f"{folder}/full")
+        ema.reset()
+        ema.load_full(f"{folder}/full")
+        assert_same(ema.full_state_dict(all_ranks=True), full)
+
+
+def a_saved_average_loads(layout: Layout) -> None:
+    model, ema, values = trained(layout)
+    full = ema.full_state_dict(all_ranks=True)
+    with shared_folder() as folder:
+        ema.save(f"{folder}/a")
+        write(model, zoo.script(values, 9))
+        ema.update()
+        ema.load(f"{folder}/a")
+        assert (ema.t, ema.num_updates) == (3, 3)
+        write(model, values)
+        assert_same(ema.full_state_dict(all_ranks=True), full)
+
+
+def an_export_is_what_safetensors_would_write(layout: Layout) -> None:
+    _, ema, _ = trained(layout)
+    full = ema.full_state_dict(all_ranks=True)
+    del full["head.weight"]
+    with shared_folder() as folder:
+        for mode in ("direct", "stream"):
+            ema.export(f"{folder}/{mode}", mode=mode, progress=False)
+        ema.export(f"{folder}/parts", max_shard_size=300, dtype=torch.bfloat16)
+        if dist.get_rank() == 0:
+            tensors = {k: v.contiguous() for k, v in full.items()}
+            reference = f"{folder}/reference.safetensors"
+            safetensors.torch.save_file(tensors, reference, metadata={"format": "pt"})
+            expected = Path(reference).read_bytes()
+            for mode in ("direct", "stream"):
+                assert Path(f"{folder}/{mode}/model.safetensors").read_bytes() == expected
+            names = sorted(os.listdir(f"{folder}/parts"))
+            assert names[-1] == "model.safetensors.index.json"
+            assert len(names) > 3
+            parts: dict[str, Tensor] = {}
+            for name in names[:-1]:
+                parts |= safetensors.torch.load_file(f"{folder}/parts/{name}")
+            for fqn, value in parts.items():
+                assert torch.equal(value, full[fqn].to(value.dtype)), fqn
+            assert parts.keys() == full.keys()
+            assert sorted(os.listdir(folder)) == [
+                "direct",
+                "parts",
+                "reference.safetensors",
+                "stream",
+            ]
+
+
+def dcp_saves_and_loads_it(layout: Layout) -> None:
+    model, ema, values = trained(layout)
+    full = ema.full_state_dict(all_ranks=True)
+    with shared_folder() as folder:
+        dcp.save({"ema": ema}, checkpoint_id=f"{folder}/dcp")
+        group = dist.new_group(backend="gloo")  # of its own: it is used from another thread
+        future = dcp.async_save({"ema": ema}, checkpoint_id=f"{folder}/async", process_group=group)
+        write(model, zoo.script(values, 9))
+        ema.update()  # the shadows are overwritten before the result is there
+        future.result()
+        write(model, values)
+        for name in ("dcp", "async"):
+            ema.reset()
+            dcp.load({"ema": ema}, checkpoint_id=f"{folder}/{name}")
+            assert (ema.t, ema.num_updates) == (3, 3)
+            assert_same(ema.full_state_dict(all_ranks=True), full)
+
+
+def a_replica_that_is_none_is_refused(layout: Layout) -> None:
+    model = layout.build()
+    inner = unwrap(model)
+    ema = ShardedEMA(model, 0.5)
+    with writable():
+        view = next(iter(ema._averages["ema"].shadows.views.values()))
+        shards = ema._mine()
+    ema.full_state_dict()
+    assert ema._plan is not None
+    replicated = [
+        (item.fqn, holders)
+        for item in ema._plan.items
+        if item.averaged
+        for _, holders in item.holders
+        if len(holders) > 1
+    ]
+    del inner, view
+    if not replicated:
+        return
+    fqn, holders = replicated[0]
+    if dist.get_rank() == holders[-1]:
+        shard = next(s for s in shards if s.fqn == fqn)
+        ema._averages["ema"].shadows.views[shard.fqn].add_(1)
+    for call in (ema.full_state_dict, lambda: ema.save("/nonexistent/x")):
+        with pytest.raises(RuntimeError, match=rf"{fqn}: ranks \[.*{holders[-1]}.*\] hold other"):
+            call()
+
+
+def a_rank_that_does_not_come_is_named(layout: Layout) -> None:
+    if dist.get_world_size() == 1:
+        return
+    model = layout.build()
+    ema = ShardedEMA(model, 0.5, timeout=1.0)
+    if dist.get_rank() != 1:
+        with pytest.raises(RankError, match=r"ranks \[1\] did not call full_state_dict"):
+            ema.full_state_dict()
+        dist.barrier()
+    else:
+        dist.barrier()
+        with pytest.raises(RankError, match="did not call full_state_dict"):
+            ema.full_state_dict()
+    assert len(ema.full_state_dict(all_ranks=True)) > 10
+
+
+FACTS = [
+    scripted_updates_equal_the_unsharded_run,
+    bf16_parameters_are_averaged_in_fp32,
+    the_gathered_model_loads_strictly,
+    leaving_iter_full_early_hangs_nobody,
+    update_is_local_and_allocates_nothing,
+    swap_is_seen_and_undone_exactly,
+    swap_of_bf16_parameters_is_undone_exactly,
+    swap_restores_after_an_exception,
+    swap_restores_after_an_interrupt_anywhere,
+    swap_is_seen_inside_an_outer_autocast,
+    an_ema_built_under_inference_mode_works,
+    everything_else_raises_inside_swap,
+    a_write_inside_swap_is_reported,
+    a_backward_across_a_swap_raises,
+    training_goes_on_as_if_nothing_was_swapped,
+    copy_to_model_reset_and_load_full,
+    a_saved_average_loads,
+    an_export_is_what_safetensors_would_write,
+    dcp_saves_and_loads_it,
+    a_replica_that_is_none_is_refused,
+    a_rank_that_does_not_come_is_named,
+]
+
+
+def check(fact: str, layout: str) -> None:
+    """Runs one fact by name, so that it can travel to another process."""
+    next(f for f in FACTS if f.__name__ == fact)(LAYOUTS[layout])

@@ -1,0 +1,153 @@
+"""Every way to shard the zoo's models: a constructor each, and what is special about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from tests import zoo
+
+UNITS = ("module", "conv", "frozen", "out", "narrow")  # the rest belongs to the root
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to shard.
+
+    Attributes:
+        worlds: numbers of ranks that it is tried on.
+        backend: the backend that must be found.
+        options: of `zoo.make`, where the wrapper cannot take every model.
+        exact: the forward gives the same bits as the unsharded one (tensor parallel does not).
+    """
+
+    name: str
+    backend: str
+    worlds: tuple[int, ...]
+    wrap: Callable[[nn.Module], nn.Module]
+    options: tuple[str, ...] = ()
+    exact: bool = True
+
+    def build(self, **options: bool) -> nn.Module:
+        """The wrapped zoo model."""
+
+        def wrapped(values: Mapping[str, Tensor] | None = None) -> nn.Module:
+            model = zoo.make(**dict.fromkeys(self.options, True), **options)
+            if values is not None:
+                model.load_state_dict(values, strict=False)
+            return self.wrap(model)
+
+        model = wrapped()
+        if not self.exact:
+            # torch cannot write full tensors into uneven strided shards (set_model_state_dict
+            # asserts on torch 2.13): write them into a fresh model and shard that
+            model.rewrap = wrapped
+        return model
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def _fsdp1(**settings: Any) -> Callable[[nn.Module], nn.Module]:
+    def wrap(model: nn.Module) -> nn.Module:
+        units = [getattr(model, name) for name in UNITS]
+        settings_now = dict(settings)
+        if settings["sharding_strategy"] == ShardingStrategy.HYBRID_SHARD:
+            settings_now["device_mesh"] = init_device_mesh(
+                "cpu", (2, 2), mesh_dim_names=("replicate", "shard")
+            )
+        return FSDP(
+            model,
+            auto_wrap_policy=CustomPolicy(lambda m: any(m is unit for unit in units)),
+            device_id=torch.device("cpu"),
+            **settings_now,
+        )
+
+    return wrap
+
+
+def _fsdp2(keep: bool | None = None) -> Callable[[nn.Module], nn.Module]:
+    def wrap(model: nn.Module) -> nn.Module:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        return _shard(model, mesh, keep)
+
+    return wrap
+
+
+def _shard(model: nn.Module, mesh: Any, keep: bool | None = None) -> nn.Module:
+    how = {} if keep is None else {"reshard_after_forward": not keep}
+    for name in UNITS:
+        fully_shard(getattr(model, name), mesh=mesh, **how)
+    return fully_shard(model, mesh=mesh, **how)
+
+
+def hsdp(model: nn.Module) -> nn.Module:
+    return _shard(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+
+def fsdp2_tp(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    plan = {  # 7 rows on 2 ranks: only a DTensor between the two knows that it is uneven
+        "module.module": ColwiseParallel(use_local_output=False),
+        "module._orig_mod": RowwiseParallel(),
+    }
+    parallelize_module(model, mesh["tp"], plan)
+    return _shard(model, mesh["dp"])
+
+
+_STRATEGY = ShardingStrategy
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("plain", "plain", (1,), lambda m: m, ("channels_last", "scalar")),
+        Layout("ddp", "plain", (2, 3), ddp, ("channels_last", "scalar")),
+        Layout(
+            "fsdp1",
+            "fsdp1",
+            (2, 3),
+            _fsdp1(sharding_strategy=_STRATEGY.FULL_SHARD, use_orig_params=True),
+            ("channels_last",),
+        ),
+        Layout(
+            "fsdp1-flat",
+            "fsdp1",
+            (2, 3),
+            _fsdp1(sharding_strategy=_STRATEGY.FULL_SHARD, use_orig_params=False),
+            ("channels_last",),
+        ),
+        Layout(
+            "fsdp1-grad-op",
+            "fsdp1",
+            (2, 3),
+            _fsdp1(sharding_strategy=_STRATEGY.SHARD_GRAD_OP, use_orig_params=True),
+        ),
+        Layout(
+            "fsdp1-no-shard",
+            "fsdp1",
+            (2,),
+            _fsdp1(sharding_strategy=_STRATEGY.NO_SHARD, use_orig_params=True),
+        ),
+        Layout(
+            "fsdp1-hybrid",
+            "fsdp1",
+            (4,),
+            _fsdp1(sharding_strategy=_STRATEGY.HYBRID_SHARD, use_orig_params=True),
+        ),
+        Layout("fsdp2", "fsdp2", (2, 3), _fsdp2()),
+        Layout("fsdp2-keep", "fsdp2", (2, 3), _fsdp2(keep=True)),
+        Layout("hsdp", "fsdp2", (4,), hsdp),
+        Layout("fsdp2-tp", "fsdp2", (4,), fsdp2_tp, exact=False),
+    )
+}

@@ -1,0 +1,134 @@
+"""Meters: collectives, allocations, copies. Each is shown to fire in test_meters.py."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardema import ShardedEMA
+
+_COMMUNICATION = (
+    "allgather",
+    "_allgather_base",
+    "allgather_into_tensor_coalesced",
+    "allgather_coalesced",
+    "allreduce",
+    "allreduce_coalesced",
+    "barrier",
+    "broadcast",
+    "gather",
+    "reduce",
+    "reduce_scatter",
+    "_reduce_scatter_base",
+    "scatter",
+    "alltoall",
+    "alltoall_base",
+    "send",
+    "recv",
+    "recv_anysource",
+)
+
+
+@contextlib.contextmanager
+def collectives() -> Iterator[list[str]]:
+    """Names of the calls that reach any ProcessGroup inside, in order."""
+    calls: list[str] = []
+    cls = dist.ProcessGroup
+    originals = {name: cls.__dict__[name] for name in _COMMUNICATION if name in cls.__dict__}
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in originals:
+        setattr(cls, name, counted(name, getattr(cls, name)))
+    try:
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(cls, name, original)
+
+
+def allocated(call: Callable[[], object]) -> int:
+    """Bytes of CPU tensors that a call allocates, counted at the allocator."""
+    call()  # the first call may
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    return sum(
+        event.cpu_memory_usage
+        for event in seen.events()
+        if event.name == "[memory]" and event.cpu_memory_usage > 0
+    )
+
+
+class _Dispatched(TorchDispatchMode):
+    """Sees every operation on tensors inside."""
+
+    def __init__(self, seen: Callable[[Any, tuple[Any, ...]], None]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self._seen(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+def read_only_locals(ema: ShardedEMA) -> bool:
+    """Whether `update` hands plain local tensors to its arithmetic, and no DTensor."""
+    kinds: set[type] = set()
+
+    def note(func: Any, args: tuple[Any, ...]) -> None:
+        if "lerp" in str(func) or "copy" in str(func):
+            for arg in args[:2]:
+                for tensor in arg if isinstance(arg, list | tuple) else [arg]:
+                    kinds.add(type(tensor))
+
+    with _Dispatched(note):
+        ema.update()
+    return bool(kinds) and all(kind in (Tensor, torch.nn.Parameter) for kind in kinds)
+
+
+def copies(call: Callable[[], object]) -> int:
+    """How many in-place copies a call makes."""
+    count = 0
+
+    def note(func: Any, _: tuple[Any, ...]) -> None:
+        nonlocal count
+        count += func is torch.ops.aten.copy_.default
+
+    with _Dispatched(note):
+        call()
+    return count
+
+
+@contextlib.contextmanager
+def interrupt_at_copy(number: int) -> Iterator[None]:
+    """Raises KeyboardInterrupt right after the in-place copy of this number, once."""
+    left = number
+
+    class Interrupt(_Dispatched):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal left
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.copy_.default:
+                left -= 1
+                if left == -1:
+                    raise KeyboardInterrupt
+            return result
+
+    with Interrupt(lambda func, args: None):
+        yield
