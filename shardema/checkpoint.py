@@ -59,19 +59,22 @@ def save(
     averages: Mapping[str, StoredAverage],
     left_out: Sequence[str],
     ranks: Ranks,
+    *,
+    name_of: Callable[[Item], str],
     extra: Callable[[str], None],
 ) -> None:
     """Writes a checkpoint. Collective over ``ranks``.
 
     Args:
         folder: where; must not exist. Its parent is made.
+        name_of: the name that an export writes an item under.
         extra: called on the leader with the temporary folder, to write what else belongs in it.
 
     Raises:
         CheckpointError: on all ranks, if any could not write; nothing is left behind.
     """
     temporary = begin(folder, "save", ranks)
-    tensors = _tensors(plan, sources)
+    tensors = _tensors(plan, sources, name_of)
     nbytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
 
     def finish(entries: list[dict[str, Any] | None]) -> None:
@@ -218,7 +221,9 @@ def _chunks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
             yield raw_bytes(part.view(tensor).cpu())
 
 
-def _tensors(plan: Plan, sources: Sequence[Source]) -> tuple[Stored, ...]:
+def _tensors(
+    plan: Plan, sources: Sequence[Source], name_of: Callable[[Item], str]
+) -> tuple[Stored, ...]:
     """The tensors of a checkpoint, numbered source by source."""
     tensors = []
     for source in sources:
@@ -226,7 +231,15 @@ def _tensors(plan: Plan, sources: Sequence[Source]) -> tuple[Stored, ...]:
             item = plan.items[index]
             dtype = source.dtype(item)
             tensors.append(
-                Stored(source.name, item.fqn, item.role, item.shape, dtype, item.aliases)
+                Stored(
+                    source.name,
+                    item.fqn,
+                    name_of(item),
+                    item.role,
+                    item.shape,
+                    dtype,
+                    item.aliases,
+                )
             )
     return tuple(tensors)
 

@@ -486,6 +486,7 @@ class ShardedEMA:
             for a in self._averages.values()
         ]
         own = Holdings(plan, self._shards, {})
+        module = unwrap(self._models[0])
         with writable():
             for source in sources:
                 gather.check_replicas(plan, source.holdings, self._ranks, "save")
@@ -497,7 +498,8 @@ class ShardedEMA:
                 {a.name: _stored(a) for a in self._averages.values()},
                 left_out,
                 self._ranks,
-                extra=lambda place: exporter.write_config(unwrap(self._models[0]), place, None),
+                name_of=_name_in_files(module),
+                extra=lambda place: exporter.write_config(module, place, None),
             )
 
     def load(self, folder: str | os.PathLike[str], *, new_schedule: bool = False) -> None:

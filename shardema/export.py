@@ -179,7 +179,9 @@ def export(
     try:
         direct = _choose_mode(temporary, mode, ranks) == "direct"
         by_hand, streamed = _divide(plan, chosen, direct, out_dtype)
-        ranks.agree("export (reserving)", lambda: _reserve(temporary, targets, ranks))
+        ranks.agree(
+            "export (reserving)", lambda: reserve(temporary, targets) if ranks.leader else None
+        )
         with bar:
             ranks.agree(
                 "export (writing)",
@@ -269,13 +271,15 @@ def _divide(
     return by_hand, streamed
 
 
-def _reserve(temporary: str, targets: Sequence[Target], ranks: Ranks) -> None:
-    """The leader alone reserves space: where that is emulated, it writes over the others' bytes."""
-    if ranks.leader:
-        for target in targets:
-            path = os.path.join(temporary, target.name)
-            with reporting(path, "writing"), NewFile(path, target.size) as file:
-                file.write_at(0, target.head)
+def reserve(temporary: str, targets: Sequence[Target]) -> None:
+    """Makes the files with their heads and reserves their space. On one rank only.
+
+    Where the file system cannot reserve, that is done by writing, over what others wrote.
+    """
+    for target in targets:
+        path = os.path.join(temporary, target.name)
+        with reporting(path, "writing"), NewFile(path, target.size) as file:
+            file.write_at(0, target.head)
 
 
 class Writer:

@@ -5,7 +5,8 @@
     {"checksum": "<xxh3_128 of the body's bytes>", "body": {
         "format": "shardema", "version": [1, 0], "save_id": ..., "world_size": ...,
         "averages": {name: {"schedule": ..., "t": ..., "num_updates": ..., "dtype": ...}},
-        "tensors":  [{"average": name or null, "fqn", "role", "shape", "dtype", "aliases"}, ...],
+        "tensors":  [{"average": name or null, "fqn", "file_name", "role", "shape",
+                      "dtype", "aliases"}, ...],
         "left_out": [fqn, ...],
         "files":    [{"name", "size", "head", "blocks": [xxh3_128 of 4 MiB, ...],
                       "pieces": [[tensor, offsets, sizes], ...]}, ...]}}
@@ -45,14 +46,20 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of a checkpoint; ``average`` is None for buffers and frozen parameters."""
+    """One tensor of a checkpoint.
+
+    Attributes:
+        average: None for buffers and frozen parameters.
+        file_name: the name that an export writes it under; one of the fqn and its aliases.
+    """
 
     average: str | None
     fqn: str
+    file_name: str
     role: Role
     shape: Dims
     dtype: torch.dtype
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +125,7 @@ def pack(manifest: Manifest) -> bytes:
             {
                 "average": t.average,
                 "fqn": t.fqn,
+                "file_name": t.file_name,
                 "role": t.role,
                 "shape": t.shape,
                 "dtype": NAMES[t.dtype],
@@ -247,7 +255,10 @@ def _tensor(value: Any, averages: dict[str, StoredAverage]) -> Stored:
     if len(shape) > 64 or math.prod(shape) > 1 << 53:
         raise ValueError(f"shape {shape} is out of reach")
     aliases = tuple(str(alias) for alias in value["aliases"])
-    return Stored(average, str(value["fqn"]), role, shape, DTYPES[value["dtype"]], aliases)
+    fqn, file_name = str(value["fqn"]), str(value["file_name"])
+    if file_name not in (fqn, *aliases):
+        raise ValueError(f"{fqn} has the file name {file_name!r}")
+    return Stored(average, fqn, file_name, role, shape, DTYPES[value["dtype"]], aliases)
 
 
 def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:

@@ -1,0 +1,104 @@
+"""A consolidated export from a checkpoint folder alone: one process, no model code, one block."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import distributed as dist
+
+from shardema import manifest as manifests
+from shardema.agree import Ranks
+from shardema.checkpoint import begin, commit, discard, few
+from shardema.export import Writer, parse_size, plan_targets, reserve
+from shardema.files import open_existing, read_at, reporting, write_file
+from shardema.manifest import Manifest, Stored
+from shardema.shard import whole
+
+_CONFIGS = ("config.json", "generation_config.json")
+_MAX_CONFIG = 10_000_000  # bytes
+
+
+def export_checkpoint(
+    folder: str,
+    out: str,
+    *,
+    average: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    partial: bool = False,
+    done: Callable[[int], object] = lambda n: None,
+) -> Manifest:
+    """Writes one average of a checkpoint in the HF layout, as ``ema.export`` does.
+
+    Args:
+        folder: what ``ema.save`` wrote.
+        out: the folder to write; must not exist.
+        average: which one; may be None where there is one.
+        dtype: of the averages and frozen parameters; None keeps the stored ones.
+        max_shard_size: bytes, or a size such as ``"5GB"``.
+        partial: go on though the checkpoint lacks the parameters that are not averaged.
+        done: told the number of bytes after each part.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, or ``out`` exists.
+        ValueError: no average of this name, or parameters that the checkpoint lacks.
+    """
+    limit = parse_size(max_shard_size)
+    stored = manifests.read(folder)
+    name = _choose(stored, average)
+    if stored.left_out and not partial:
+        raise ValueError(
+            f"{folder} lacks {few(stored.left_out)}: parameters that are not averaged; save with "
+            "ema.save(folder, include_frozen=True), or export without them (--partial)"
+        )
+    numbers = [n for n, t in enumerate(stored.tensors) if t.average in (name, None)]
+    wanted = {n: list(whole(stored.tensors[n].shape)) for n in numbers}
+
+    def out_dtype(tensor: Stored) -> torch.dtype:
+        cast = dtype is not None and tensor.role != "buffer" and tensor.dtype.is_floating_point
+        return dtype if cast and dtype is not None else tensor.dtype
+
+    tensors = [(t.file_name, out_dtype(t), t.shape) for t in (stored.tensors[n] for n in numbers)]
+    targets, index = plan_targets(tensors, limit)
+    alone = Ranks((dist.get_rank() if dist.is_initialized() else 0,))
+    temporary = begin(out, "export", alone)
+    writer = Writer(temporary, targets, done)
+    try:
+        reserve(temporary, targets)
+        for number, box, values in manifests.parts(folder, stored, wanted):
+            writer.write(stored.tensors[number].file_name, box, values)
+        writer.sync()
+        with reporting(temporary, "export to"):
+            if index is not None:
+                write_file(os.path.join(temporary, "model.safetensors.index.json"), index)
+            _copy_configs(folder, temporary)
+        commit(out, temporary, "export")
+    except BaseException:
+        writer.close()
+        discard(temporary, alone)
+        raise
+    return stored
+
+
+def _choose(stored: Manifest, average: str | None) -> str:
+    names = list(stored.averages)
+    if average is None and len(names) > 1:
+        raise ValueError(f"there are several averages, choose one of {names}")
+    if average is not None and average not in names:
+        raise ValueError(f"got average {average!r}, expected one of {names}")
+    return names[0] if average is None else average
+
+
+def _copy_configs(folder: str, temporary: str) -> None:
+    for name in _CONFIGS:
+        path = os.path.join(folder, name)
+        if not os.path.lexists(path):
+            continue
+        fd = open_existing(path)
+        try:
+            size = min(os.fstat(fd).st_size, _MAX_CONFIG)
+            write_file(os.path.join(temporary, name), bytes(read_at(fd, 0, size, path)))
+        finally:
+            os.close(fd)
