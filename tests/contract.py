@@ -241,13 +241,18 @@ def _enter_and_leave(ema: ShardedEMA) -> None:
 def swap_is_seen_inside_an_outer_autocast(layout: Layout) -> None:
     model, ema, _ = trained(layout)
     model.eval()
+    plain = zoo.make(**dict.fromkeys(layout.options, True)).eval()
+    plain.load_state_dict(ema.full_state_dict(all_ranks=True))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         before = model(zoo.tokens()).clone()
         with ema.swap():
             inside = model(zoo.tokens()).clone()
         after = model(zoo.tokens()).clone()
+        alone = plain(zoo.tokens()).clone()
     assert not torch.equal(inside, before)
     assert torch.equal(after, before)
+    if layout.exact:
+        assert torch.equal(inside, alone)
 
 
 def an_ema_built_under_inference_mode_works(layout: Layout) -> None:

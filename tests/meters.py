@@ -62,13 +62,17 @@ def collectives() -> Iterator[list[str]]:
 def allocated(call: Callable[[], object]) -> int:
     """Bytes of CPU tensors that a call allocates, counted at the allocator."""
     call()  # the first call may
+    return allocated_at_first(call)
+
+
+def allocated_at_first(call: Callable[[], object]) -> int:
+    """Like `allocated`, of a call that was not made before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
-    return sum(
-        event.cpu_memory_usage
-        for event in seen.events()
-        if event.name == "[memory]" and event.cpu_memory_usage > 0
-    )
+    # every single allocation, also one that the same operation frees again
+    assert seen.profiler is not None
+    raw = seen.profiler.kineto_results.events()
+    return sum(e.nbytes() for e in raw if e.name() == "[memory]" and e.nbytes() > 0)
 
 
 class _Dispatched(TorchDispatchMode):

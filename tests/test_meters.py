@@ -1,0 +1,58 @@
+"""Each meter fires on a planted offence; what it says of the library is worth something then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from shardema import ShardedEMA
+from tests import meters, world
+
+
+def test_the_allocation_meter_fires() -> None:
+    values = torch.zeros(1000)
+    assert meters.allocated(lambda: values + 1) >= 4000
+    assert meters.allocated(values.zero_) == 0
+
+
+def test_the_copy_meter_fires() -> None:
+    values = torch.zeros(3)
+    assert meters.copies(lambda: values.copy_(values)) == 1
+    assert meters.copies(lambda: values.add_(1)) == 0
+    with pytest.raises(KeyboardInterrupt), meters.interrupt_at_copy(0):
+        values.copy_(values)
+
+
+def test_the_local_meter_fires() -> None:
+    ema = ShardedEMA(torch.nn.Linear(2, 2), 0.5)
+    assert meters.read_only_locals(ema)
+
+    class Odd(torch.Tensor):
+        pass
+
+    view = ema._averages["ema"].shadows.views["weight"]
+    odd = view.as_subclass(Odd)
+    ema._averages["ema"].lerp_ = lambda w: odd.lerp_(odd, w)
+    assert not meters.read_only_locals(ema)
+
+
+def fires_on_collectives() -> None:
+    with meters.collectives() as calls:
+        dist.all_reduce(torch.zeros(1))
+        dist.all_gather_object([None, None], 1)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            dist.send(torch.zeros(1), 1)
+        else:
+            dist.recv(torch.zeros(1), 0)
+    assert "allreduce" in calls
+    assert any("gather" in call for call in calls)
+    assert {"send", "recv"} & set(calls)
+    with meters.collectives() as calls:
+        torch.zeros(1).add_(1)
+    assert calls == []
+
+
+def test_the_collective_meter_fires() -> None:
+    world.run(fires_on_collectives, 2)

@@ -1,0 +1,148 @@
+"""Boxes: flat ranges, cuts and stretches are exact for every shape and range."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from shardema.shard import (
+    Box,
+    Shard,
+    aligned_parts,
+    check_covered,
+    flat_boxes,
+    memory_order,
+    overlaps,
+    runs,
+    split_box,
+    whole,
+)
+
+shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)
+
+
+@st.composite
+def ranges(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
+    shape = draw(shapes)
+    n = math.prod(shape)
+    start = draw(st.integers(0, n))
+    return shape, start, draw(st.integers(0, n - start))
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], Box]:
+    shape = draw(shapes)
+    offsets = tuple(draw(st.integers(0, n - 1)) for n in shape)
+    pairs = zip(shape, offsets, strict=True)
+    return shape, Box(offsets, tuple(draw(st.integers(1, n - o)) for n, o in pairs))
+
+
+@given(ranges())
+def test_flat_boxes_hold_the_range_in_order(case: tuple[tuple[int, ...], int, int]) -> None:
+    shape, start, numel = case
+    full = torch.arange(math.prod(shape)).view(shape)
+    found = flat_boxes(shape, start, numel)
+    assert len(found) <= max(1, 2 * len(shape) - 1)
+    elements = [i for box in found for i in box.view(full).reshape(-1).tolist()]
+    assert elements == list(range(start, start + numel))
+
+
+@given(boxes())
+def test_runs_are_the_contiguous_stretches(case: tuple[tuple[int, ...], Box]) -> None:
+    shape, box = case
+    numel, starts = runs(shape, box)
+    flat = [start + i for start in starts for i in range(numel)]
+    assert flat == box.view(torch.arange(math.prod(shape)).view(shape)).reshape(-1).tolist()
+
+
+@given(boxes(), st.integers(1, 9))
+def test_a_split_box_is_whole_and_small(case: tuple[tuple[int, ...], Box], most: int) -> None:
+    shape, box = case
+    full = torch.arange(math.prod(shape)).view(shape)
+    parts = list(split_box(box, most))
+    assert max(part.numel for part in parts) <= most
+    elements = [i for part in parts for i in part.view(full).reshape(-1).tolist()]
+    assert elements == box.view(full).reshape(-1).tolist()
+
+
+@given(boxes(), st.data())
+def test_an_intersection_holds_the_common_elements(
+    case: tuple[tuple[int, ...], Box], data: st.DataObject
+) -> None:
+    shape, box = case
+    offsets = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    pairs = zip(shape, offsets, strict=True)
+    other = Box(offsets, tuple(data.draw(st.integers(1, n - o)) for n, o in pairs))
+    full = torch.arange(math.prod(shape)).view(shape)
+    mine, theirs = (set(b.view(full).reshape(-1).tolist()) for b in (box, other))
+    common = box.intersect(other)
+    assert (set() if common is None else set(common.view(full).reshape(-1).tolist())) == (
+        mine & theirs
+    )
+
+
+@given(st.permutations([0, 1, 2, 3]))
+@settings(max_examples=24)
+def test_a_flat_range_of_any_memory_order_finds_its_elements(order: list[int]) -> None:
+    stored = torch.arange(2 * 3 * 4 * 5).view([(2, 3, 4, 5)[d] for d in order])
+    inverse = sorted(range(4), key=order.__getitem__)
+    full = stored.permute(inverse)  # [2, 3, 4, 5] in some memory order
+    kept = memory_order(full.shape, full.stride())
+    assert (kept or (0, 1, 2, 3)) == tuple(order)
+    start, numel = 17, 61
+    sizes = tuple(full.shape[d] for d in order)
+    placed = []
+    for box in flat_boxes(sizes, start, numel):
+        offsets = tuple(box.offsets[i] for i in inverse)
+        placed.append(Box(offsets, tuple(box.sizes[i] for i in inverse)))
+    flat = full.permute(order).reshape(-1)[start : start + numel]
+    shard = Shard("w", flat, tuple(full.shape), tuple(placed), order=kept)
+    for box, values in shard.pieces():
+        assert torch.equal(values, box.view(full))
+
+
+@pytest.mark.parametrize(
+    ("held", "fault"),
+    [
+        ([Box((0, 0), (2, 3)), Box((2, 0), (1, 3))], "hold 9 elements, expected 12"),
+        ([Box((0, 0), (3, 3)), Box((2, 0), (1, 3))], "overlap"),
+        ([Box((0, 0), (4, 3))], None),
+        ([Box((0, 0), (4, 1)), Box((0, 1), (2, 2)), Box((2, 1), (2, 2))], None),
+        ([Box((0, 0), (4, 2)), Box((1, 1), (4, 1))], "overlap"),
+    ],
+)
+def test_coverage_finds_holes_and_overlaps(held: list[Box], fault: str | None) -> None:
+    if fault is None:
+        check_covered("w", (4, 3), sorted(held))
+        return
+    with pytest.raises(ValueError, match=fault):
+        check_covered("w", (4, 3), sorted(held))
+
+
+def test_strides_that_share_memory_are_found() -> None:
+    assert overlaps(torch.zeros(3).expand(4, 3))
+    assert overlaps(torch.zeros(9).as_strided((4, 3), (2, 1)))
+    assert not overlaps(torch.zeros(4, 3).t())
+    assert not overlaps(torch.zeros(4, 6)[:, ::2])
+    with pytest.raises(ValueError, match="not dense"):
+        memory_order((4, 3), (6, 2))
+
+
+@pytest.mark.parametrize("kind", ["row-major", "transposed", "gaps"])
+def test_aligned_parts_pair_the_same_elements(kind: str) -> None:
+    a = torch.arange(35.0).view(5, 7)
+    b = torch.empty(5, 7)
+    if kind == "transposed":
+        a, b = a.t(), torch.empty(5, 7).t()
+    if kind == "gaps":
+        a, b = a[:, ::2], torch.empty(5, 4)
+    for mine, theirs in aligned_parts(a, b, 6):
+        assert mine.numel() <= 6
+        theirs.copy_(mine)
+    assert torch.equal(a, b)
+    assert whole(()) == (Box((), ()),)
+    assert whole((0, 3)) == ()
