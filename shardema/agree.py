@@ -222,8 +222,14 @@ def _packed(error: BaseException, rank: int) -> dict[str, Any]:
         text = f"rank {rank}: {text}"
     path = getattr(error, "path", None) or getattr(error, "filename", None) or ""
     errno = getattr(error, "errno", None)
-    where = getattr(error, "rank", rank)
-    return {"type": kind, "text": text, "rank": where, "path": str(path), "errno": errno}
+    known = getattr(error, "rank", -1)
+    return {
+        "type": kind,
+        "text": text,
+        "rank": rank if known < 0 else known,
+        "path": str(path),
+        "errno": errno,
+    }
 
 
 def _unpacked(packed: dict[str, Any]) -> Exception:

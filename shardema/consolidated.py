@@ -47,7 +47,7 @@ def tensors_of(source: str) -> dict[str, Place]:
     try:
         size = os.fstat(fd).st_size
         names = set(json.loads(read_at(fd, 0, min(size, _MAX_INDEX), index))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"reading {index}: it is broken ({error})", path=index) from error
     finally:
         os.close(fd)

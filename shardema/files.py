@@ -242,7 +242,7 @@ def read_header(fd: int, path: str) -> dict[str, Entry]:
             if entry.start + entry.nbytes > size:
                 raise ValueError(f"{name}: the file was cut short")
             entries[str(name)] = entry
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"reading {path}: its safetensors header is broken ({error})", path=path
         ) from error

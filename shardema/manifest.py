@@ -182,7 +182,7 @@ def read(folder: str) -> Manifest:
         )
     try:
         manifest = _parse(json.loads(body), path)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"reading {path}: {error!r} in the manifest", path=path) from error
     _check_files(folder, manifest)
     return manifest

@@ -1,0 +1,109 @@
+"""The command line: tables for people, JSON for programs, one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from shardema import ShardedEMA, schedules
+from shardema.cli import main
+from tests import contract, world
+from tests.layouts import LAYOUTS
+
+
+def run(*words: str | Path) -> tuple[int, str]:
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    return done.exit_code, done.output
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    net[1].bias.requires_grad_(False)
+    rules = {"fast": schedules.half_life(100), "slow": schedules.power(0.1)}
+    ema = ShardedEMA(net, rules)
+    ema.update()
+    ema.save(tmp_path / "lean")
+    ema.save(tmp_path / "whole", include_frozen=True)
+    for name in rules:
+        ema.export(tmp_path / f"online-{name}", name)
+    return tmp_path
+
+
+def test_inspect_shows_what_is_in_it(folder: Path) -> None:
+    code, text = run("inspect", folder / "lean", "--tensors")
+    assert code == 0
+    for word in ("fast", "slow", "half_life", "power", "1 steps", "1 rank(s)", "0.weight", "3 x 4"):
+        assert word in text, word
+    assert "not in it: 1 parameter(s)" in text
+    code, text = run("inspect", folder / "lean", "--json")
+    facts = json.loads(text)
+    assert facts["averages"]["slow"]["schedule"]["params"]["std"] == 0.1
+    assert facts["averages"]["fast"]["elements"] == 4 * 3 + 3 + 3
+    assert facts["left_out"] == ["1.bias"]
+
+
+@pytest.mark.parametrize("average", ["fast", "slow"])
+def test_export_writes_what_the_ema_would(folder: Path, average: str) -> None:
+    code, text = run("export", folder / "whole", folder / "out", "--average", average)
+    assert (code, text.strip()) == (0, f"{folder / 'out'}: average '{average}' at t=1")
+    offline = (folder / "out/model.safetensors").read_bytes()
+    assert offline == (folder / f"online-{average}/model.safetensors").read_bytes()
+
+
+def test_export_casts_and_cuts(folder: Path) -> None:
+    words = ("--average", "fast", "--dtype", "bfloat16", "--max-shard-size", "30", "--quiet")
+    assert run("export", folder / "whole", folder / "out", *words) == (0, "")
+    index = json.loads((folder / "out/model.safetensors.index.json").read_text())
+    parts = {}
+    for name in sorted(set(index["weight_map"].values())):
+        parts |= safetensors.torch.load_file(folder / "out" / name)
+    assert parts.keys() == index["weight_map"].keys()
+    full = safetensors.torch.load_file(folder / "online-fast/model.safetensors")
+    assert torch.equal(parts["0.weight"], full["0.weight"].bfloat16())
+    assert parts["1.running_var"].dtype == torch.float32
+
+
+def test_what_is_wrong_is_one_line(folder: Path) -> None:
+    out = folder / "out"
+    for words, code, text in (
+        (("inspect", folder / "none"), 1, "no such folder"),
+        (("inspect", folder), 1, "did you mean"),
+        (("export", folder / "whole", out), 2, "there are several averages, choose one of"),
+        (("export", folder / "whole", out, "--average", "x"), 2, "expected one of"),
+        (("export", folder / "lean", out, "--average", "fast"), 2, "lacks 1.bias"),
+        (("export", folder / "whole", folder, "--average", "fast"), 1, "it exists already"),
+        (
+            ("export", folder / "whole", out, "--average", "fast", "--max-shard-size", "x"),
+            2,
+            "expected a size such as",
+        ),
+    ):
+        got, said = run(*words)
+        assert got == code, said
+        assert text in said
+        assert "Traceback" not in said
+        assert not out.exists()
+    code, _ = run("export", folder / "lean", out, "--average", "fast", "--partial")
+    assert code == 0
+    assert "1.bias" not in safetensors.torch.load_file(out / "model.safetensors")
+
+
+def save_sharded(folder: str) -> None:
+    _, ema, _ = contract.trained(LAYOUTS["fsdp2-tp"])
+    ema.save(f"{folder}/ck", include_frozen=True)
+    ema.export(f"{folder}/online", progress=False)
+
+
+def test_export_joins_what_four_ranks_wrote(tmp_path: Path) -> None:
+    world.run(save_sharded, 4, str(tmp_path))
+    assert run("export", tmp_path / "ck", tmp_path / "offline", "--quiet") == (0, "")
+    offline = (tmp_path / "offline/model.safetensors").read_bytes()
+    assert offline == (tmp_path / "online/model.safetensors").read_bytes()

@@ -1,0 +1,242 @@
+"""Bad input: one clear error with rank, fqn, got, expected and remedy; nothing is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from shardema import CheckpointError, ShadowPolicy, ShardedEMA, schedules
+from tests import world, zoo
+from tests.test_checkpoint import bits
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: ShardedEMA(net(), 1.2), ValueError, r"decay=1.2, expected a number in \[0, 1\]"),
+        (lambda: ShardedEMA(net(), None), TypeError, "got None, expected a decay"),
+        (lambda: ShardedEMA("net", 0.5), TypeError, "got str, expected a torch.nn.Module"),
+        (lambda: ShardedEMA([], 0.5), ValueError, "empty list"),
+        (lambda: ShardedEMA(nn.ReLU(), 0.5), ValueError, "no trainable floating-point parameter"),
+        (lambda: ShardedEMA(net(), 0.5, select="*.wieght"), ValueError, "matches no floating"),
+        (lambda: ShardedEMA(net(), 0.5, select=lambda n, t: False), ValueError, "nothing to"),
+        (lambda: ShardedEMA(net(), 0.5, backend="fsdp2"), ValueError, "is of backend 'plain'"),
+        (lambda: ShardedEMA(net(), 0.5, backend="zero9"), ValueError, "expected 'auto' or one of"),
+        (lambda: ShardedEMA(net(), 0.5, kernel="fast"), ValueError, "expected 'auto' or one of"),
+        (lambda: ShardedEMA(net(), {}), ValueError, "empty dict"),
+        (lambda: ShardedEMA(net(), {"a/b": 0.5}), ValueError, "names are letters, digits"),
+        (
+            lambda: ShardedEMA(net(), {"a": 0.5, "b": schedules.half_life(9, unit="token")}),
+            ValueError,
+            r"count \['step', 'token'\], expected one unit",
+        ),
+        (
+            lambda: ShardedEMA(net(), 0.5, shadow={"a": ShadowPolicy()}),
+            ValueError,
+            r"policies for \['a'\], expected \['ema'\]",
+        ),
+        (lambda: ShardedEMA(net(), 0.5, shadow="fp32"), TypeError, "expected a ShadowPolicy"),
+        (lambda: ShadowPolicy(dtype=torch.bfloat16), ValueError, "a 16-bit average rounds"),
+        (
+            lambda: ShardedEMA(nn.Linear(2, 2, dtype=torch.complex64), 0.5),
+            ValueError,
+            "no trainable floating-point|complex parameters",
+        ),
+    ],
+)
+def test_construction(make: Callable[[], object], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_a_tensor_that_shares_memory_is_refused() -> None:
+    model = net()
+    model[0].weight = nn.Parameter(torch.zeros(4).expand(3, 4))
+    with pytest.raises(ValueError, match=r"0.weight: .* shares memory between elements"):
+        ShardedEMA(model, 0.5)
+    model = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False)])
+    model[1].weight.data = model[0].weight.data[:2]
+    with pytest.raises(ValueError, match=r"1.weight and 0.weight share a part of their memory"):
+        ShardedEMA(model, 0.5)
+
+
+def test_weights_that_are_tied_by_storage_are_averaged_once() -> None:
+    model = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])
+    model[1].weight.data = model[0].weight.data
+    ema = ShardedEMA(model, 0.5)
+    start = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    ema.update()
+    full = ema.full_state_dict()
+    assert torch.equal(full["0.weight"], torch.lerp(start, start + 1, 0.5))
+    assert full["1.weight"] is full["0.weight"]
+    with ema.swap():
+        assert torch.equal(model[1].weight, full["0.weight"])
+    assert torch.equal(model[1].weight, start + 1)
+
+
+def changes() -> dict[str, tuple[Callable[[nn.Module], object], str]]:
+    def other_shape(model: nn.Module) -> None:
+        model[0].weight = nn.Parameter(torch.zeros(5, 4))
+
+    def other_dtype(model: nn.Module) -> None:
+        model.to(torch.bfloat16)
+
+    def gone(model: nn.Module) -> None:
+        del model[1].bias
+
+    return {
+        "shape": (other_shape, r"rank 0: 0.weight: got shape \(5, 4\), expected \(3, 4\)"),
+        "dtype": (other_dtype, r"rank 0: 0.weight: got dtype torch.bfloat16, expected torch.floa"),
+        "gone": (gone, r"rank 0: 1.bias is gone since the EMA was built"),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(changes()))
+def test_a_model_that_changed_is_refused(name: str) -> None:
+    change, text = changes()[name]
+    model = net()
+    ema = ShardedEMA(model, 0.5)
+    before = bits(ema)
+    change(model)
+    for call in (ema.update, ema.full_state_dict, ema.reset, ema.copy_to_model, ema.state_dict):
+        with pytest.raises(RuntimeError, match=text):
+            call()
+    with pytest.raises(RuntimeError, match=text), ema.swap():
+        pass
+    assert bits(ema) == before
+
+
+def test_a_new_parameter_is_reported_at_the_next_collective_call() -> None:
+    model = net()
+    ema = ShardedEMA(model, 0.5)
+    model.append(nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match=r"2.bias, 2.weight is new since the EMA was built"):
+        ema.full_state_dict()
+
+
+def test_replaced_storage_is_found_again() -> None:
+    model = net()
+    ema = ShardedEMA(model, 0.5)
+    for replace in (
+        lambda: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+        lambda: setattr(model[0].weight, "data", model[0].weight.data.clone()),
+        lambda: setattr(model[0], "weight", nn.Parameter(model[0].weight.detach().clone())),
+    ):
+        replace()
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        was = ema.full_state_dict()["0.weight"].clone()
+        ema.update()
+        now = ema.full_state_dict()["0.weight"]
+        assert torch.equal(now, torch.lerp(was, model[0].weight.detach(), 0.5))
+
+
+def test_update_wants_a_sensible_dt() -> None:
+    ema = ShardedEMA(net(), schedules.half_life(100, unit="sample"))
+    before = bits(ema)
+    with pytest.raises(ValueError, match=r"say how many passed .* update\(dt=<samples>\)"):
+        ema.update()
+    for dt in (-1, float("nan"), float("inf"), "3", True):
+        with pytest.raises(ValueError, match="expected samples since the last update"):
+            ema.update(dt)  # type: ignore[arg-type]
+    ramp = ShardedEMA(net(), schedules.ramp(0.9))
+    with pytest.raises(ValueError, match="expected whole steps"):
+        ramp.update(0.5)
+    odd = ShardedEMA(net(), lambda t, dt: 1.5)
+    with pytest.raises(ValueError, match=r"got decay=1.5"):
+        odd.update()
+    assert (bits(ema), ramp.t, odd.t) == (before, 0, 0)
+    ema.update(32)
+    assert ema.t == 32
+
+
+def test_arguments_of_gathers_and_exports(tmp_path: Path) -> None:
+    ema = ShardedEMA(net(), 0.5)
+    for call, text in (
+        (lambda: ema.full_state_dict("other"), "name: got 'other', expected one of"),
+        (lambda: ema.full_state_dict(dtype=torch.int8), r"dtype=torch.int8, expected None"),
+        (lambda: ema.export(tmp_path / "x", mode="fast"), "mode: got 'fast', expected 'auto'"),
+        (lambda: ema.export(tmp_path / "x", max_shard_size="5 potatoes"), "expected a size such"),
+        (lambda: ema.export(tmp_path / "x", max_shard_size=0), "expected a size such"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_load_full_refuses_what_is_not_the_model(tmp_path: Path) -> None:
+    ema = ShardedEMA(net(), 0.5)
+    before = bits(ema)
+    good = {fqn: value.clone() for fqn, value in ema.full_state_dict().items()}
+    lacking = {fqn: value for fqn, value in good.items() if fqn != "1.bias"}
+    safetensors.torch.save_file(lacking, tmp_path / "lacking.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 100)
+    for source, error, text in (
+        (lacking, ValueError, "it lacks 1.bias"),
+        (tmp_path / "lacking.safetensors", ValueError, "it lacks 1.bias"),
+        (good | {"2.weight": good["1.bias"]}, ValueError, "has the unknown 2.weight"),
+        (
+            good | {"1.bias": torch.zeros(7)},
+            ValueError,
+            r"1.bias has shape \(7,\), expected \(2,\)",
+        ),
+        (tmp_path / "none.safetensors", CheckpointError, "No such file"),
+        (tmp_path, CheckpointError, "neither model.safetensors nor its index"),
+        (tmp_path / "broken.safetensors", CheckpointError, "not a safetensors file"),
+    ):
+        with pytest.raises(error, match=text):
+            ema.load_full(source)
+        assert bits(ema) == before
+
+
+def wrapped_after_the_ema_was_built() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp import fully_shard
+
+    model = zoo.make()
+    ema = ShardedEMA(model, 0.5)
+    before = bits(ema)
+    fully_shard(model)
+    for call in (ema.update, ema.full_state_dict):
+        with pytest.raises(RuntimeError, match=r"was 'plain' .* is 'fsdp2' now; build the EMA aft"):
+            call()
+    assert bits(ema) == before
+    inner = net()
+    ema = ShardedEMA(inner, 0.5)
+    FSDP(inner, device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(RuntimeError, match="build the EMA after"):
+        ema.update()
+    whole = ShardedEMA(fully_shard(net()), 0.5)
+    whole.update()
+
+
+def ranks_with_different_models() -> None:
+    from torch import distributed as dist
+
+    wide = 3 if dist.get_rank() else 4
+    ema = ShardedEMA(nn.Linear(wide, 2), 0.5)
+    with pytest.raises(ValueError, match=r"weight: rank 1 has shape \(2, 3\), rank 0 has \(2, 4\)"):
+        ema.full_state_dict()
+
+
+def test_ranks_that_differ_all_raise() -> None:
+    facts = [
+        world.Fact("wrapped", wrapped_after_the_ema_was_built),
+        world.Fact("different", ranks_with_different_models),
+    ]
+    verdicts = world.judge(facts, 2)
+    for fact in facts:
+        verdicts.check(fact.name)
