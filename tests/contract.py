@@ -67,7 +67,7 @@ def shared_folder() -> Iterator[str]:
 
 def forward(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model(zoo.tokens()).clone()
+        return model(zoo.tokens()).cpu().clone()
 
 
 def same_everywhere(full: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def same_everywhere(full: dict[str, Any]) -> dict[str, Any]:
 def assert_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
     assert got.keys() == expected.keys(), got.keys() ^ expected.keys()
     for fqn, value in expected.items():
-        assert torch.equal(got[fqn], value), fqn
+        assert torch.equal(got[fqn].cpu(), value.cpu()), fqn
 
 
 # ---- facts ------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def scripted_updates_equal_the_unsharded_run(layout: Layout, **options: bool) ->
     alone = ShardedEMA(plain, schedule, backend="plain", kernel="reference")
     like = parameters_of(plain)
     trainable = {fqn for fqn, p in plain.named_parameters() if p.requires_grad}
-    history = [{fqn: value.clone() for fqn, value in like.items() if fqn in trainable}]
+    history = [{fqn: value.cpu().clone() for fqn, value in like.items() if fqn in trainable}]
     for step in range(STEPS):
         values = zoo.script(like, step)
         write(model, values)
@@ -112,7 +112,7 @@ def scripted_updates_equal_the_unsharded_run(layout: Layout, **options: bool) ->
     assert shadows.keys() == truth.keys()
     for fqn, value in truth.items():
         assert full[fqn].dtype == torch.float32
-        assert torch.equal(full[fqn], shadows[fqn]), fqn
+        assert torch.equal(full[fqn], shadows[fqn].cpu()), fqn
         oracle.assert_close(full[fqn], value, STEPS)
         assert not torch.equal(full[fqn], history[-1][fqn].float()), fqn
 
@@ -161,6 +161,10 @@ def update_is_local_and_allocates_nothing(layout: Layout) -> None:
         model, ema, _ = trained(layout, **options)
         with meters.collectives() as calls:
             assert meters.allocated(ema.update) == 0
+            if zoo.DEVICE == "cuda":
+                assert meters.allocated_on_gpu(ema.update) == 0
+                with meters.no_sync():
+                    ema.update()
         assert calls == []
         assert meters.read_only_locals(ema)
         del model
@@ -243,7 +247,7 @@ def swap_is_seen_inside_an_outer_autocast(layout: Layout) -> None:
     model.eval()
     plain = zoo.make(**dict.fromkeys(layout.options, True)).eval()
     plain.load_state_dict(ema.full_state_dict(all_ranks=True))
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), torch.autocast(zoo.DEVICE, dtype=torch.bfloat16):
         before = model(zoo.tokens()).clone()
         with ema.swap():
             inside = model(zoo.tokens()).clone()

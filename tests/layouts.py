@@ -66,12 +66,12 @@ def _fsdp1(**settings: Any) -> Callable[[nn.Module], nn.Module]:
         settings_now = dict(settings)
         if settings["sharding_strategy"] == ShardingStrategy.HYBRID_SHARD:
             settings_now["device_mesh"] = init_device_mesh(
-                "cpu", (2, 2), mesh_dim_names=("replicate", "shard")
+                zoo.DEVICE, (2, 2), mesh_dim_names=("replicate", "shard")
             )
         return FSDP(
             model,
             auto_wrap_policy=CustomPolicy(lambda m: any(m is unit for unit in units)),
-            device_id=torch.device("cpu"),
+            device_id=torch.device(zoo.DEVICE),
             **settings_now,
         )
 
@@ -80,7 +80,7 @@ def _fsdp1(**settings: Any) -> Callable[[nn.Module], nn.Module]:
 
 def _fsdp2(keep: bool | None = None) -> Callable[[nn.Module], nn.Module]:
     def wrap(model: nn.Module) -> nn.Module:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = init_device_mesh(zoo.DEVICE, (dist.get_world_size(),))
         return _shard(model, mesh, keep)
 
     return wrap
@@ -94,11 +94,13 @@ def _shard(model: nn.Module, mesh: Any, keep: bool | None = None) -> nn.Module:
 
 
 def hsdp(model: nn.Module) -> nn.Module:
-    return _shard(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    return _shard(
+        model, init_device_mesh(zoo.DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))
+    )
 
 
 def fsdp2_tp(model: nn.Module) -> nn.Module:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(zoo.DEVICE, (2, 2), mesh_dim_names=("dp", "tp"))
     plan = {  # 7 rows on 2 ranks: only a DTensor between the two knows that it is uneven
         "module.module": ColwiseParallel(use_local_output=False),
         "module._orig_mod": RowwiseParallel(),

@@ -75,6 +75,24 @@ def allocated_at_first(call: Callable[[], object]) -> int:
     return sum(e.nbytes() for e in raw if e.name() == "[memory]" and e.nbytes() > 0)
 
 
+def allocated_on_gpu(call: Callable[[], object]) -> int:
+    """Allocations that a call makes on the GPU."""
+    call()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    call()
+    return int(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
+
+
+@contextlib.contextmanager
+def no_sync() -> Iterator[None]:
+    """Raises where the host waits for the GPU inside."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 class _Dispatched(TorchDispatchMode):
     """Sees every operation on tensors inside."""
 

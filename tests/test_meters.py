@@ -37,6 +37,15 @@ def test_the_local_meter_fires() -> None:
     assert not meters.read_only_locals(ema)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_gpu_meters_fire() -> None:
+    values = torch.zeros(1000, device="cuda")
+    assert meters.allocated_on_gpu(lambda: values + 1) == 1
+    assert meters.allocated_on_gpu(values.zero_) == 0
+    with pytest.raises(RuntimeError, match="synchronizing"), meters.no_sync():
+        values[0].item()
+
+
 def fires_on_collectives() -> None:
     with meters.collectives() as calls:
         dist.all_reduce(torch.zeros(1))

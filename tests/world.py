@@ -48,15 +48,20 @@ class Verdicts:
         assert not said, "\n".join(said)
 
 
-def _main(rank: int, size: int, folder: str, facts: Sequence[Fact], told: Any) -> None:
+def _main(rank: int, size: int, folder: str, facts: Sequence[Fact], told: Any, device: str) -> None:
     import torch
     from torch import distributed as dist
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # torch warns of NO_SHARD, FSDP1 and more at every call
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    from tests import zoo
+
+    zoo.DEVICE = device
+    if device == "cuda":
+        torch.cuda.set_device(0)
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=size,
@@ -86,8 +91,10 @@ def _main(rank: int, size: int, folder: str, facts: Sequence[Fact], told: Any) -
         dist.destroy_process_group()
 
 
-def judge(facts: Sequence[Fact], ranks: int, timeout: float = 280.0) -> Verdicts:
-    """Runs the facts in a world of ``ranks`` processes."""
+def judge(
+    facts: Sequence[Fact], ranks: int, timeout: float = 280.0, device: str = "cpu"
+) -> Verdicts:
+    """Runs the facts in a world of ``ranks`` processes, with models on ``device``."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     told: dict[str, list[str]] = {fact.name: ["no word from this rank"] * ranks for fact in facts}
@@ -95,7 +102,9 @@ def judge(facts: Sequence[Fact], ranks: int, timeout: float = 280.0) -> Verdicts
     with tempfile.TemporaryDirectory() as folder:
         words = context.SimpleQueue()
         processes = [
-            context.Process(target=_main, args=(rank, ranks, folder, facts, words), daemon=True)
+            context.Process(
+                target=_main, args=(rank, ranks, folder, facts, words, device), daemon=True
+            )
             for rank in range(ranks)
         ]
         for process in processes:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 TOKENS = 11
+DEVICE = "cpu"  # set by world.judge in the ranks
 
 
 class Inner(nn.Module):
@@ -60,18 +61,19 @@ def make(**options: bool) -> Zoo:
     dtype = torch.bfloat16 if options.pop("bf16", False) else torch.float32
     generator_state = torch.get_rng_state()
     torch.manual_seed(0)
-    model = Zoo(**options).to(dtype)
+    model = Zoo(**options).to(device=DEVICE, dtype=dtype)
     torch.set_rng_state(generator_state)
     return model
 
 
 def tokens(seed: int = 0) -> Tensor:
     """A batch [3, 4]."""
-    return torch.randint(TOKENS, (3, 4), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(TOKENS, (3, 4), generator=torch.Generator().manual_seed(seed))
+    return drawn.to(DEVICE)
 
 
 def script(like: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-    """What all parameters are at a step: a function of the name and the step alone."""
+    """What all parameters are at a step, on the CPU: a function of the name and the step."""
     values = {}
     for fqn, tensor in like.items():
         seed = int.from_bytes(hashlib.sha256(f"{fqn}/{step}".encode()).digest()[:6], "little")

@@ -1,0 +1,117 @@
+"""The documents say what the code does: examples run, public names and messages are found."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import shardema
+from shardema.backends import BACKENDS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def examples(page: Path) -> list[tuple[int, str]]:
+    """Line and code of each block that is marked ``python`` and nothing else."""
+    text = page.read_text()
+    return [
+        (text.count("\n", 0, match.start("code")), match["code"])
+        for match in FENCE.finditer(text)
+        if match["info"].strip() == "python"
+    ]
+
+
+def modules() -> list[str]:
+    found = pkgutil.walk_packages(shardema.__path__, "shardema.")
+    return ["shardema", *(module.name for module in found)]
+
+
+@pytest.fixture
+def untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder of its own; what an example registers or seeds is undone."""
+    monkeypatch.chdir(tmp_path)
+    backends = dict(BACKENDS)
+    with torch.random.fork_rng():
+        yield
+    BACKENDS.clear()
+    BACKENDS.update(backends)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_examples_of_a_page_run(page: Path, untouched: None) -> None:
+    blocks = examples(page)
+    assert blocks, f"{page.name} has no example"
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for line, code in blocks:  # padded, so that a traceback shows the page's own lines
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    lost = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert lost == []
+
+
+@pytest.mark.parametrize("name", modules())
+def test_the_doctests_of_a_module_pass(name: str, untouched: None) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.parametrize("module", [shardema, shardema.schedules], ids=lambda m: m.__name__)
+def test_every_public_name_is_documented(module: ModuleType) -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    for name in module.__all__:
+        value = getattr(module, name)
+        assert inspect.getdoc(value), f"{module.__name__}.{name} has no docstring"
+        assert f"{module.__name__}.{name}" in page, f"{module.__name__}.{name} is not in api.md"
+
+
+def test_every_public_method_is_documented() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    for name, value in vars(shardema.ShardedEMA).items():
+        if not name.startswith("_"):
+            assert inspect.getdoc(value), f"ShardedEMA.{name} has no docstring"
+            if callable(value):
+                assert f"`{name}`" in page, f"the table of calls in api.md lacks {name}"
+
+
+def templates() -> list[str]:
+    """Every string of the package, with a null character where a value is put in."""
+    found = []
+    for path in Path(shardema.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "\0" for v in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_every_message_in_errors_is_one_of_the_code() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text()
+    tables = page.split("\n## ", 1)[1]
+    messages = re.findall(r"^\| `([^`]+)` \|", tables, re.MULTILINE)
+    assert len(messages) > 50
+    known = templates()
+    for message in messages:
+        parts = map(re.escape, message.split("..."))
+        pattern = re.compile(".*".join(parts), re.DOTALL)
+        assert any(pattern.search(text) for text in known), f"no code says {message!r}"
