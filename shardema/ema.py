@@ -382,7 +382,13 @@ class ShardedEMA:
         with writable():
             gather.check_replicas(plan, holdings, self._ranks, op)
             arriving = gather.stream(
-                plan, chosen, holdings, out_dtype, self._ranks, all_ranks=all_ranks
+                plan,
+                chosen,
+                holdings,
+                out_dtype,
+                self._ranks,
+                limit=gather.BUCKET_BYTES,
+                all_ranks=all_ranks,
             )
             if not (all_ranks or self._ranks.leader):
                 for _ in arriving:

@@ -249,8 +249,8 @@ def stream(
     out_dtype: Callable[[Item], torch.dtype],
     ranks: Ranks,
     *,
+    limit: int,
     all_ranks: bool = False,
-    limit: int = BUCKET_BYTES,
 ) -> Generator[tuple[Piece, Tensor]]:
     """Brings the chosen items to the leader, bucket by bucket. Collective over ``ranks``.
 
@@ -261,87 +261,123 @@ def stream(
         chosen: indices of the items, in the order wanted.
         local: this rank's values of a box of an item, ``[*box.sizes]``.
         out_dtype: the dtype that an item travels and arrives in.
-        all_ranks: bring them to all ranks.
         limit: bytes of a bucket.
+        all_ranks: bring them to all ranks.
 
     Yields:
         A piece and its values ``[*piece.box.sizes]`` on the CPU, valid until the next one; only
         on ranks that receive.
     """
-    groups = buckets(plan, chosen, out_dtype, limit)
-    receives = all_ranks or ranks.leader
+    all_groups = list(buckets(plan, chosen, out_dtype, limit))
+    transfer = _Transfer(plan, local, out_dtype, ranks, all_ranks)
+    transfer.reserve(all_groups)
+    groups = iter(all_groups)
     for bucket in groups:
-        parts = _exchange(plan, bucket, local, out_dtype, ranks, all_ranks)
-        if not receives:
-            continue
+        parts = transfer.move(bucket)
         try:
-            yield from zip(bucket, parts, strict=True)
+            yield from zip(bucket, parts, strict=True) if transfer.receives else ()
         except BaseException:  # the consumer stopped: let the other ranks finish, then stop
             for rest in groups:
-                _exchange(plan, rest, local, out_dtype, ranks, all_ranks)
+                transfer.move(rest)
             raise
 
 
-def _exchange(
-    plan: Plan,
-    bucket: list[Piece],
-    local: Callable[[int, Box], Tensor],
-    out_dtype: Callable[[Item], torch.dtype],
-    ranks: Ranks,
-    all_ranks: bool,
-) -> list[Tensor]:
-    """Moves one bucket; returns its pieces in order on ranks that receive, else nothing."""
-    places: list[int] = []
-    sizes: dict[int, int] = {}
-    for piece in bucket:
-        places.append(sizes.get(piece.owner, 0))
-        n = piece.box.numel * out_dtype(plan.items[piece.item]).itemsize
-        sizes[piece.owner] = places[-1] + -(-n // _ALIGN) * _ALIGN
+class _Transfer:
+    """Moves buckets, one after the other, through one buffer of a bucket's size."""
 
-    def view(buffer: Tensor, number: int) -> Tensor:
-        piece = bucket[number]
-        dtype = out_dtype(plan.items[piece.item])
-        n = piece.box.numel * dtype.itemsize
-        return buffer[places[number] : places[number] + n].view(dtype).view(piece.box.sizes)
+    def __init__(
+        self,
+        plan: Plan,
+        local: Callable[[int, Box], Tensor],
+        out_dtype: Callable[[Item], torch.dtype],
+        ranks: Ranks,
+        all_ranks: bool,
+    ) -> None:
+        self._plan = plan
+        self._local = local
+        self._out_dtype = out_dtype
+        self._ranks = ranks
+        self._all_ranks = all_ranks
+        self._buffers: dict[torch.device, Tensor] = {}
+        self.receives = all_ranks or ranks.leader
 
-    home = _home(plan, bucket, ranks)
-    receives = all_ranks or ranks.leader
-    own = None
-    if ranks.index in sizes:
-        device = torch.device("cpu") if ranks.leader and not all_ranks else home
-        own = torch.empty(sizes[ranks.index], dtype=torch.uint8, device=device)
-        for number, piece in enumerate(bucket):
+    def reserve(self, groups: Sequence[list[Piece]]) -> None:
+        """Allocates a buffer for each device, as large as its largest bucket needs."""
+        sizes: dict[torch.device, int] = {}
+        for bucket in groups:
+            device = self._home(bucket)
+            _, spans = self._layout(bucket)
+            size = sum(spans[owner][1] for owner in self._owners(spans))
+            sizes[device] = max(size, sizes.get(device, 0))
+        for device, size in sizes.items():
+            self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def move(self, bucket: list[Piece]) -> list[Tensor]:
+        """The pieces of the bucket, in order, on ranks that receive; else nothing."""
+        ranks = self._ranks
+        places, spans = self._layout(bucket)
+        device = self._home(bucket)
+        owners = self._owners(spans)
+        first = min((spans[o][0] for o in owners), default=0)
+        size = sum(spans[o][1] for o in owners)
+        buffer = self._buffers[device][:size]
+        # a sender's buffer holds its own span only, so it starts where that does
+        slots = {o: buffer[spans[o][0] - first :][: spans[o][1]] for o in owners}
+        for piece, place in zip(bucket, places, strict=True):
             if piece.owner == ranks.index:
-                view(own, number).copy_(local(piece.item, piece.box))
-    buffers: dict[int, Tensor] = {ranks.index: own} if own is not None else {}
-    if all_ranks and ranks.size > 1:
+                self._view(buffer, place - first, piece).copy_(self._local(piece.item, piece.box))
+        if self._all_ranks and ranks.size > 1:
+            for owner in owners:
+                dist.broadcast(slots[owner], src=ranks.ranks[owner], group=ranks.group())
+        elif ranks.leader:
+            works = [
+                dist.irecv(slots[owner], src=ranks.ranks[owner], group=ranks.group())
+                for owner in owners
+                if owner != ranks.index
+            ]
+            for work in works:
+                assert work is not None
+                work.wait()
+        elif owners:
+            dist.send(slots[ranks.index], dst=ranks.ranks[0], group=ranks.group())
+        if not self.receives:
+            return []
+        arrived = buffer.cpu()
+        return [self._view(arrived, place, p) for p, place in zip(bucket, places, strict=True)]
+
+    def _layout(self, bucket: list[Piece]) -> tuple[list[int], dict[int, tuple[int, int]]]:
+        """First byte of each piece, and (first byte, bytes) of each owner: one span for each."""
+        sizes: dict[int, int] = {}
+        within = []
+        for piece in bucket:
+            within.append(sizes.get(piece.owner, 0))
+            sizes[piece.owner] = within[-1] + -(-self._nbytes(piece) // _ALIGN) * _ALIGN
+        spans: dict[int, tuple[int, int]] = {}
+        start = 0
         for owner, size in sizes.items():
-            if owner != ranks.index:
-                buffers[owner] = torch.empty(size, dtype=torch.uint8, device=home)
-            dist.broadcast(buffers[owner], src=ranks.ranks[owner], group=ranks.group())
-    elif ranks.leader:
-        others = [owner for owner in sizes if owner != ranks.index]
-        waiting = []
-        for owner in others:
-            buffers[owner] = torch.empty(sizes[owner], dtype=torch.uint8, device=home)
-            waiting.append(dist.irecv(buffers[owner], src=ranks.ranks[owner], group=ranks.group()))
-        for work in waiting:
-            assert work is not None
-            work.wait()
-    elif own is not None:
-        dist.send(own, dst=ranks.ranks[0], group=ranks.group())
-    if not receives:
-        return []
-    arrived = {owner: buffer.cpu() for owner, buffer in buffers.items()}
-    return [view(arrived[piece.owner], number) for number, piece in enumerate(bucket)]
+            spans[owner] = (start, size)
+            start += size
+        pairs = zip(bucket, within, strict=True)
+        return [spans[piece.owner][0] + offset for piece, offset in pairs], spans
 
+    def _owners(self, spans: dict[int, tuple[int, int]]) -> list[int]:
+        """Owners whose span of a bucket this rank has room for: all, or itself."""
+        return [owner for owner in spans if self.receives or owner == self._ranks.index]
 
-def _home(plan: Plan, bucket: list[Piece], ranks: Ranks) -> torch.device:
-    """The device that the bucket travels on; told from the plan, so all ranks choose alike."""
-    if ranks.size == 1:
-        return torch.device("cpu")
-    kinds = {plan.items[piece.item].device for piece in bucket} - {"cpu"}
-    return ranks.transport(kinds.pop() if kinds else "cpu")
+    def _nbytes(self, piece: Piece) -> int:
+        return piece.box.numel * self._out_dtype(self._plan.items[piece.item]).itemsize
+
+    def _view(self, buffer: Tensor, start: int, piece: Piece) -> Tensor:
+        dtype = self._out_dtype(self._plan.items[piece.item])
+        raw = buffer[start : start + self._nbytes(piece)]
+        return raw.view(dtype).view(piece.box.sizes)
+
+    def _home(self, bucket: list[Piece]) -> torch.device:
+        """The device that a bucket travels on; told from the plan, so all ranks choose alike."""
+        if self._ranks.size == 1:
+            return torch.device("cpu")
+        kinds = {self._plan.items[piece.item].device for piece in bucket} - {"cpu"}
+        return self._ranks.transport(kinds.pop() if kinds else "cpu")
 
 
 class Holdings:

@@ -15,9 +15,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 
-from shardema import RankError, ShardedEMA, schedules
+from shardema import RankError, ShardedEMA, gather, schedules
 from shardema.backends.tree import unwrap
 from shardema.shadows import writable
 from tests import meters, oracle, zoo
@@ -154,6 +158,20 @@ def leaving_iter_full_early_hangs_nobody(layout: Layout) -> None:
     for _ in ema.iter_full():
         break
     assert_same(same_everywhere(ema.full_state_dict()), ema.full_state_dict(all_ranks=True))
+
+
+def a_gather_needs_its_result_and_one_bucket(layout: Layout) -> None:
+    _, ema, _ = trained(layout)
+    original, gather.BUCKET_BYTES = gather.BUCKET_BYTES, 700
+    full: dict[str, Any] = {}
+    try:
+        ema.full_state_dict()  # makes the plan
+        grown = meters.allocated_at_first(lambda: full.update(ema.full_state_dict()))
+    finally:
+        gather.BUCKET_BYTES = original
+    result = sum(t.untyped_storage().nbytes() for t in {id(t): t for t in full.values()}.values())
+    assert grown <= result + 700 + 16
+    assert_same(same_everywhere(full), ema.full_state_dict(all_ranks=True))
 
 
 def update_is_local_and_allocates_nothing(layout: Layout) -> None:
@@ -413,7 +431,11 @@ def dcp_saves_and_loads_it(layout: Layout) -> None:
     model, ema, values = trained(layout)
     full = ema.full_state_dict(all_ranks=True)
     with shared_folder() as folder:
-        dcp.save({"ema": ema}, checkpoint_id=f"{folder}/dcp")
+        state: dict[str, Any] = {"ema": ema}
+        if not (layout.backend == "fsdp1" and "channels_last" in layout.options):
+            # which torch's own sharded state dict of FSDP1 refuses
+            state["model"] = get_model_state_dict(model)
+        dcp.save(state, checkpoint_id=f"{folder}/dcp")
         group = dist.new_group(backend="gloo")  # of its own: it is used from another thread
         future = dcp.async_save({"ema": ema}, checkpoint_id=f"{folder}/async", process_group=group)
         write(model, zoo.script(values, 9))
@@ -476,6 +498,7 @@ FACTS = [
     bf16_parameters_are_averaged_in_fp32,
     the_gathered_model_loads_strictly,
     leaving_iter_full_early_hangs_nobody,
+    a_gather_needs_its_result_and_one_bucket,
     update_is_local_and_allocates_nothing,
     swap_is_seen_and_undone_exactly,
     swap_of_bf16_parameters_is_undone_exactly,
