@@ -100,7 +100,7 @@ def _show(console: Console, checkpoint: str, stored: Manifest, facts: dict[str, 
         params = ", ".join(f"{k}={v}" for k, v in given.items() if k not in ("unit", "samples"))
         table.add_row(
             name,
-            f"{a['t']:g} {given.get('unit', 'step')}s",
+            f"{a['t']} {given.get('unit', 'step')}s",
             str(a["num_updates"]),
             f"{rule['name']}({params})",
             str(a["tensors"]),
@@ -174,4 +174,4 @@ def export(
         raise click.UsageError(str(error)) from error
     if not quiet:
         name = average or next(iter(stored.averages))
-        click.echo(f"{out}: average {name!r} at t={stored.averages[name].t:g}")
+        click.echo(f"{out}: average {name!r} at t={stored.averages[name].t}")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import logging
+import math
+import numbers
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,9 +38,10 @@ from shardema.swap import Exchange
 
 log = logging.getLogger(__name__)
 
-Select = str | Sequence[str] | Callable[[str, Tensor], bool]
+Select = str | Sequence[str] | Callable[[str, tuple[int, ...]], bool]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _DEFAULT = "ema"
+_EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
 
 
 @dataclass
@@ -66,8 +69,8 @@ class ShardedEMA:
         schedule: a decay in [0, 1] per step, a schedule of `shardema.schedules`, a callable
             ``(t, dt) -> decay``, or ``{name: schedule}`` for several averages.
         shadow: how the averages are kept; a policy, or ``{name: policy}``.
-        select: what to average: a glob or a list of globs over fqns, or ``(fqn, tensor) -> bool``;
-            every trainable floating-point parameter if None.
+        select: what to average: a glob or a list of globs over fqns, or ``(fqn, shape) -> bool``
+            given the full shape; every trainable floating-point parameter if None.
         group: the ranks that share the model; None takes those of its meshes or process groups,
             else all.
         backend: ``"auto"``, or the one that must match: ``"plain"`` (DDP too), ``"fsdp1"``,
@@ -115,7 +118,6 @@ class ShardedEMA:
         ranks = None if group is not None else self._backend.ranks(self._models)
         self._ranks = Ranks(ranks, group, timeout)
         self._plan: Plan | None = None
-        self._plan_facts: object = None
         self._inside: str | None = None  # the average that the model holds, in a swap
         with writable():
             self._backend.ensure_sharded(self._models)
@@ -138,7 +140,7 @@ class ShardedEMA:
 
     @property
     def t(self) -> float:
-        """Progress, in the schedule's unit: the sum of every ``dt``."""
+        """Progress in the schedule's unit, the sum of every ``dt``."""
         return max(average.t for average in self._averages.values())
 
     @property
@@ -158,7 +160,7 @@ class ShardedEMA:
         return (
             f"ShardedEMA({rules}; backend={self._backend_name}, {len(self._averaged)} tensors, "
             f"rank {self._ranks.rank} of {self._ranks.size}: {held:,} elements in "
-            f"{size / 2**20:.1f} MiB of shadows; t={self.t:g} {self.unit}s)"
+            f"{size / 2**20:.1f} MiB of shadows; t={self.t} {self.unit}s)"
         )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -227,11 +229,12 @@ class ShardedEMA:
                     f"last update: update(dt=<{self.unit}s>)"
                 )
             return 1
-        if isinstance(dt, bool) or not isinstance(dt, int | float) or not 0 <= dt < float("inf"):
+        if isinstance(dt, bool) or not isinstance(dt, numbers.Real) or not 0 <= dt < math.inf:
             raise ValueError(
-                f"update: got dt={dt!r}, expected {self.unit}s since the last update, 0 or more"
+                f"update: got dt={dt!r}, expected {self.unit}s since the last update, a number of "
+                "0 or more (of a tensor its .item(), which waits for the device)"
             )
-        return dt
+        return int(dt) if isinstance(dt, numbers.Integral) else float(dt)
 
     # ---- evaluating ---------------------------------------------------------------------------
 
@@ -360,7 +363,7 @@ class ShardedEMA:
             for model in self._models:
                 for prefix, module in walk(model):
                     if type(module).get_extra_state is not nn.Module.get_extra_state:
-                        result[f"{prefix}_extra_state"] = module.get_extra_state()
+                        result[f"{prefix}{_EXTRA}"] = module.get_extra_state()
         return result
 
     def iter_full(
@@ -522,7 +525,8 @@ class ShardedEMA:
             CheckpointError: no checkpoint, or a damaged one: on all ranks.
             ValueError: a checkpoint of another model, other averages or other schedules.
             RuntimeError: inside ``swap()``.
-            In each case the averages are unchanged, to the bit.
+
+        After an error the averages are as before, to the bit.
         """
         folder = os.fspath(folder)
         plan, _, _ = self._begin("load", self.names[0], None)
@@ -587,6 +591,7 @@ class ShardedEMA:
             shapes = {
                 fqn: tuple(v.entry.shape if isinstance(v, consolidated.Place) else v.shape)
                 for fqn, v in stored.items()
+                if not fqn.endswith(_EXTRA)
             }
             names = _match_full(label, plan, shapes)
             staging = allocate(self._mine(), average.policy)
@@ -679,12 +684,16 @@ class ShardedEMA:
         if select is None:
             chosen = trainable
         elif callable(select):
-            chosen = [s for s in floating if select(s.fqn, s.local)]
+            chosen = [s for s in floating if select(s.fqn, s.shape)]
         else:
             patterns = [select] if isinstance(select, str) else list(select)
             chosen = []
             for pattern in patterns:
-                hits = [s for s in floating if fnmatch.fnmatchcase(s.fqn, pattern)]
+                hits = [
+                    s
+                    for s in floating
+                    if any(fnmatch.fnmatchcase(fqn, pattern) for fqn in (s.fqn, *s.aliases))
+                ]
                 if not hits:
                     known = checkpoint.few([s.fqn for s in floating])
                     raise ValueError(
@@ -807,15 +816,17 @@ class ShardedEMA:
             checkpoint.check_same_tensors(folder, stored, average.name, items, dtype)
             if not new_schedule:
                 was = stored.averages[average.name].schedule
-                self._check_schedule(f"load from {folder}", average, was)
+                otherwise = ", or load(..., new_schedule=True) to go on with the new one"
+                self._check_schedule(f"load from {folder}", average, was, otherwise)
 
-    def _check_schedule(self, op: str, average: _Average, was: dict[str, Any]) -> None:
+    def _check_schedule(
+        self, op: str, average: _Average, was: dict[str, Any], otherwise: str = ""
+    ) -> None:
         now = describe(average.schedule)
         if was != now:
             raise ValueError(
                 f"{op}: average {average.name!r} was kept with schedule {was}, this object has "
-                f"{now}; build it with the same schedule, or load(..., new_schedule=True) to go "
-                "on with the new one"
+                f"{now}; build it with the same schedule{otherwise}"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from torch import distributed as dist
 from shardema import manifest as manifests
 from shardema.agree import Ranks
 from shardema.checkpoint import begin, commit, discard, few
+from shardema.errors import CheckpointError
 from shardema.export import Writer, parse_size, plan_targets, reserve
 from shardema.files import open_existing, read_at, reporting, write_file
 from shardema.manifest import Manifest, Stored
@@ -61,6 +63,8 @@ def export_checkpoint(
         return dtype if cast and dtype is not None else tensor.dtype
 
     tensors = [(t.file_name, out_dtype(t), t.shape) for t in (stored.tensors[n] for n in numbers)]
+    averaged = (stored.tensors[n] for n in numbers if stored.tensors[n].average == name)
+    written = next((out_dtype(t) for t in averaged), None)
     targets, index = plan_targets(tensors, limit)
     alone = Ranks((dist.get_rank() if dist.is_initialized() else 0,))
     temporary = begin(out, "export", alone)
@@ -73,7 +77,7 @@ def export_checkpoint(
         with reporting(temporary, "export to"):
             if index is not None:
                 write_file(os.path.join(temporary, "model.safetensors.index.json"), index)
-            _copy_configs(folder, temporary)
+            _copy_configs(folder, temporary, written)
         commit(out, temporary, "export")
     except BaseException:
         writer.close()
@@ -91,7 +95,8 @@ def _choose(stored: Manifest, average: str | None) -> str:
     return names[0] if average is None else average
 
 
-def _copy_configs(folder: str, temporary: str) -> None:
+def _copy_configs(folder: str, temporary: str, dtype: torch.dtype | None) -> None:
+    """Copies the configs of a transformers model, with the dtype that is written now."""
     for name in _CONFIGS:
         path = os.path.join(folder, name)
         if not os.path.lexists(path):
@@ -99,6 +104,20 @@ def _copy_configs(folder: str, temporary: str) -> None:
         fd = open_existing(path)
         try:
             size = min(os.fstat(fd).st_size, _MAX_CONFIG)
-            write_file(os.path.join(temporary, name), bytes(read_at(fd, 0, size, path)))
+            data = bytes(read_at(fd, 0, size, path))
         finally:
             os.close(fd)
+        write_file(os.path.join(temporary, name), _with_dtype(data, path, dtype))
+
+
+def _with_dtype(data: bytes, path: str, dtype: torch.dtype | None) -> bytes:
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"reading {path}: it is no JSON ({error})", path=path) from error
+    stated = [key for key in ("dtype", "torch_dtype") if isinstance(config, dict) and key in config]
+    if dtype is None or not stated:
+        return data
+    for key in stated:
+        config[key] = str(dtype).removeprefix("torch.")
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

@@ -28,8 +28,8 @@ class ShadowPolicy:
 
     Args:
         dtype: ``"auto"`` keeps float32 for parameters of float32 and less, float64 for float64;
-            or torch.float32, torch.float64. A 16-bit average is refused: it stops moving (bf16
-            at decay 0.999 moves only while the parameter differs from it by 50 % or more).
+            or torch.float32, torch.float64. A 16-bit average is refused: a step that is smaller
+            than half of its last bit is rounded away, so it stands still.
 
     Raises:
         ValueError: another dtype.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,12 +68,21 @@ def allocated(call: Callable[[], object]) -> int:
 
 def allocated_at_first(call: Callable[[], object]) -> int:
     """Like `allocated`, of a call that was not made before."""
+    return sum(n for n in _memory_events(call) if n > 0)
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Most bytes of CPU tensors that a call holds at a time, beyond what it was started with."""
+    return max(itertools.accumulate(_memory_events(call), initial=0))
+
+
+def _memory_events(call: Callable[[], object]) -> list[int]:
+    """Bytes of every single allocation and, negative, of every release, in their order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
-    # every single allocation, also one that the same operation frees again
     assert seen.profiler is not None
-    raw = seen.profiler.kineto_results.events()
-    return sum(e.nbytes() for e in raw if e.name() == "[memory]" and e.nbytes() > 0)
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
 def allocated_on_gpu(call: Callable[[], object]) -> int:

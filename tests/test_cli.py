@@ -107,3 +107,18 @@ def test_export_joins_what_four_ranks_wrote(tmp_path: Path) -> None:
     assert run("export", tmp_path / "ck", tmp_path / "offline", "--quiet") == (0, "")
     offline = (tmp_path / "offline/model.safetensors").read_bytes()
     assert offline == (tmp_path / "online/model.safetensors").read_bytes()
+
+
+def test_the_config_says_the_dtype_that_is_written(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32}
+    net = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16)
+    net.config.dtype = torch.bfloat16
+    ema = ShardedEMA(net, 0.5)
+    ema.save(tmp_path / "ck")
+    for words, dtype in (((), torch.float32), (("--dtype", "float16"), torch.float16)):
+        out = tmp_path / str(dtype)
+        assert run("export", tmp_path / "ck", out, "--quiet", *words) == (0, "")
+        assert AutoModelForCausalLM.from_pretrained(out).dtype == dtype

@@ -240,3 +240,39 @@ def test_ranks_that_differ_all_raise() -> None:
     verdicts = world.judge(facts, 2)
     for fact in facts:
         verdicts.check(fact.name)
+
+
+class Stateful(nn.Linear):
+    """A module with extra state, which is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"scale": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"scale": 3}
+
+
+def test_extra_state_goes_through_gather_and_load_full() -> None:
+    model = Stateful(2, 2)
+    ema = ShardedEMA(model, 0.5)
+    full = ema.full_state_dict()
+    Stateful(2, 2).load_state_dict(full, strict=True)
+    ema.load_full(full)
+
+
+def test_select_takes_names_of_tied_weights_and_full_shapes() -> None:
+    model = zoo.make()
+    matrices = ShardedEMA(model, 0.5, select=lambda fqn, shape: len(shape) > 1)
+    assert "out.weight" in matrices._averaged
+    assert "out.bias" not in matrices._averaged
+    assert ShardedEMA(model, 0.5, select="head.*")._averaged == {"embed.weight"}
+    frozen = ShardedEMA(model, 0.5, select=["frozen.*"])
+    assert frozen._averaged == {"frozen.weight", "frozen.bias"}
+
+
+def test_dt_may_be_of_numpy() -> None:
+    import numpy as np
+
+    ema = ShardedEMA(net(), schedules.half_life(100, unit="token"))
+    ema.update(np.int64(12_345_678))
+    assert "t=12345678 tokens" in repr(ema)

@@ -44,7 +44,8 @@ def describe(schedule: Schedule) -> dict[str, Any]:
         params = store() if store is not None else dataclasses.asdict(schedule)  # type: ignore[call-overload]
         return {"name": cls.__name__, "params": params}
     samples = [schedule.retention(float(t), float(t + 1)) for t in (0, 1, 9, 99, 999, 99999)]
-    return {"name": f"{cls.__module__}.{cls.__qualname__}", "samples": samples}
+    params = {"unit": schedule.unit, "samples": samples}
+    return {"name": f"{cls.__module__}.{cls.__qualname__}", "params": params}
 
 
 def restore(description: dict[str, Any]) -> Schedule | None:

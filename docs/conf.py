@@ -1,0 +1,23 @@
+"""Sphinx settings: ``sphinx-build -W docs docs/_build``."""
+
+from __future__ import annotations
+
+import shardema
+
+project = "shardema"
+author = "the shardema authors"
+version = release = shardema.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"shardema {release}"
+
+myst_heading_anchors = 3
+default_role = "py:obj"  # the docstrings name things in single backticks
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
