@@ -1,0 +1,145 @@
+"""Whole stories, as a user lives them: train, be killed, resume, export, load the export.
+
+One backend is in the gate; the others run with --full, and leave a dated row each in
+benchmarks/results/stories.csv, which the README's table of backends goes by.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ROOT / "benchmarks/results/stories.csv"
+SMALL = ["--layers", "2", "--width", "32", "--context", "32", "--batch", "2"]
+SMALL += ["--val-windows", "8", "--eval-every", "10"]
+RUN = [*SMALL, "--steps", "40", "--save-every", "4", "--device", "cpu"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+ACCELERATE = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes"),
+]
+FULL = pytest.mark.full
+STORIES = [
+    pytest.param("fsdp2", 2, TORCHRUN, id="fsdp2"),
+    pytest.param("plain", 1, TORCHRUN, id="plain", marks=FULL),
+    pytest.param("ddp", 2, TORCHRUN, id="ddp", marks=FULL),
+    pytest.param("fsdp1", 2, TORCHRUN, id="fsdp1", marks=FULL),
+    pytest.param("hsdp", 4, TORCHRUN, id="hsdp", marks=FULL),
+    pytest.param("fsdp2-tp", 4, TORCHRUN, id="fsdp2-tp", marks=FULL),
+    pytest.param("fsdp2", 2, ACCELERATE, id="accelerate-fsdp2", marks=FULL),
+]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(8):
+        words = " ".join(f"{(number * 7 + i) % 13}{'abcdef'[i % 6]}" for i in range(2000))
+        (folder / f"{number}.txt").write_text(words)
+    return folder
+
+
+def command(launcher: list[str], ranks: int, backend: str, text: Path, out: Path) -> list[str]:
+    script = [*launcher, str(ranks), "launch/train.py", "--backend", backend]
+    return [*script, *RUN, "--data", str(text), "--out", str(out)]
+
+
+def finish(words: list[str]) -> str:
+    done = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, timeout=200, env=one_thread()
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def one_thread() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def killed_after(words: list[str], sign: Path) -> None:
+    """Starts it and kills all its processes, SIGKILL, as soon as ``sign`` is there."""
+    process = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=one_thread(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 120
+    while not sign.exists() and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert sign.exists()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("backend", "ranks", "launcher"), STORIES)
+def test_a_killed_run_goes_on_to_the_same_average(
+    backend: str,
+    ranks: int,
+    launcher: list[str],
+    text: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    start = time.monotonic()
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    finish(command(launcher, ranks, backend, text, straight))
+    words = command(launcher, ranks, backend, text, broken)
+    killed_after(words, broken / "step-000008")
+    assert not (broken / "export").exists()
+    finish([*words, "--resume"])
+    names = ["export/model.safetensors", "log.csv"]
+    for name in names:
+        assert (broken / name).read_bytes() == (straight / name).read_bytes(), name
+    *_, last = csv.DictReader((straight / "log.csv").open())
+    evaluate = [sys.executable, "launch/train.py", "--evaluate", str(straight / "export")]
+    said = finish([*evaluate, "--data", str(text), "--val-windows", "8", "--device", "cpu"])
+    assert float(said.split()[-1]) == pytest.approx(float(last["ema_loss"]), abs=1e-5)
+    assert float(last["ema_loss"]) != float(last["raw_loss"])
+    if request.config.getoption("--full"):
+        note(backend, ranks, "accelerate launch" if launcher is ACCELERATE else "torchrun", start)
+
+
+def note(backend: str, ranks: int, launcher: str, start: float) -> None:
+    """Appends a row for the story that was lived."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    new = not ROWS.exists()
+    with ROWS.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(
+                ["commit", "date", "torch", "device", "backend", "ranks", "launcher", "story", "s"]
+            )
+        story = "train, SIGKILL, resume, export, evaluate"
+        day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        seconds = round(time.monotonic() - start, 1)
+        row = [commit, day, torch.__version__, "cpu", backend, ranks, launcher, story, seconds]
+        writer.writerow(row)
+
+
+def test_bad_data_ends_every_rank_with_one_line(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    words = command(TORCHRUN, 2, "ddp", empty, tmp_path / "out")
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=one_thread())
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
+    assert lines, done.stderr[-3000:]
+    assert str(empty) in lines[0]
+    assert not (tmp_path / "out").exists()
