@@ -262,6 +262,7 @@ class ShardedEMA:
         try:
             self._inside = average.name
             with writable():
+                self._await_copies()
                 exchange.swap_in()
             self._announce_write()
             versions = [s.local._version for s in mine]
@@ -273,6 +274,7 @@ class ShardedEMA:
                 try:
                     with writable():
                         self._backend.ensure_sharded(self._models)
+                        self._await_copies()
                         exchange.swap_out()
                     self._announce_write()
                     self._inside = None
@@ -287,6 +289,15 @@ class ShardedEMA:
                 "the write went into the average and the weights are as before the swap; write "
                 "weights outside of it, and call ema.reset() or ema.load() to mend the average"
             )
+
+    def _await_copies(self) -> None:
+        """Waits until no copy to an accelerator reads weights that lie in host memory.
+
+        FSDP with CPU offload sends pinned shards to the device while the host goes on.
+        """
+        pinned = (s.local.is_pinned() for s in self._mine() if s.local.device.type == "cpu")
+        if torch.accelerator.is_available() and any(pinned):
+            torch.accelerator.synchronize()
 
     def _announce_write(self) -> None:
         """Tells everyone who may hold copies of the weights that they changed."""
@@ -303,6 +314,7 @@ class ShardedEMA:
         average = self._named(name)
         with writable():
             self._refresh()
+            self._await_copies()
             for shard in self._mine():
                 shard.local.copy_(average.shadows.views[shard.fqn])
             self._announce_write()
@@ -700,6 +712,12 @@ class ShardedEMA:
                         f"select: {pattern!r} matches no floating-point parameter of {known}"
                     )
                 chosen += hits
+        unmade = [s.fqn for s in chosen if s.local.device.type == "meta"]
+        if unmade:
+            raise ValueError(
+                f"{checkpoint.few(unmade)}: on the meta device, without values to average; "
+                "materialise the model first (to_empty and its initialisation, or a checkpoint)"
+            )
         if not chosen:
             raise ValueError(
                 "nothing to average: the model has no trainable floating-point parameter"

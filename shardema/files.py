@@ -96,6 +96,9 @@ class NewFile:
 def _reserve(fd: int, size: int) -> None:
     if size == 0:
         return
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        os.ftruncate(fd, size)
+        return
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:

@@ -28,6 +28,11 @@ def net() -> nn.Module:
         (lambda: ShardedEMA(net(), None), TypeError, "got None, expected a decay"),
         (lambda: ShardedEMA("net", 0.5), TypeError, "got str, expected a torch.nn.Module"),
         (lambda: ShardedEMA([], 0.5), ValueError, "empty list"),
+        (
+            lambda: ShardedEMA(nn.Linear(2, 2, device="meta"), 0.5),
+            ValueError,
+            "weight, bias: on the meta device",
+        ),
         (lambda: ShardedEMA(nn.ReLU(), 0.5), ValueError, "no trainable floating-point parameter"),
         (lambda: ShardedEMA(net(), 0.5, select="*.wieght"), ValueError, "matches no floating"),
         (lambda: ShardedEMA(net(), 0.5, select=lambda n, t: False), ValueError, "nothing to"),

@@ -1,0 +1,36 @@
+"""Print and draw what a run has logged: curves.py LOG.csv PICTURE.png."""
+
+from pathlib import Path
+
+import click
+from matplotlib.figure import Figure
+
+import record
+
+
+@click.command()
+@click.argument("log", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("picture", type=click.Path(path_type=Path))
+def main(log: Path, picture: Path) -> None:
+    """Print LOG as a table and draw its validation losses into PICTURE."""
+    rows = record.read(log)
+    if not rows:
+        raise click.ClickException(f"{log} has no rows")
+    click.echo(f"{'step':>8}{'raw loss':>12}{'EMA loss':>12}")
+    for row in rows:
+        click.echo(f"{row['step']:8.0f}{row['raw_loss']:12.6f}{row['ema_loss']:12.6f}")
+    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(7, 4), layout="constrained")  # not pyplot: there may be no display
+    axes = figure.subplots()
+    axes.plot(steps, [row["raw_loss"] for row in rows], color="0.6", marker=".", label="raw")
+    axes.plot(steps, [row["ema_loss"] for row in rows], color="tab:blue", marker=".", label="EMA")
+    axes.set(xlabel="step", ylabel="validation loss (nats per byte)")
+    axes.set_title("The same run, evaluated with raw and with averaged weights")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    click.echo(f"drawn in {picture}")
+
+
+if __name__ == "__main__":
+    main()

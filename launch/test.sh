@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Lint, types and tests: ./launch/test.sh [pytest arguments]; --full runs the long ones too.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+make_env test
+cd "$ROOT"
+# each rank computes with one thread: more threads than cores make small operations far slower
+export OMP_NUM_THREADS=1
+"$PYTHON" -m ruff check .
+"$PYTHON" -m mypy --strict shardema
+exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,228 @@
+"""Train a small GPT over bytes, and an average of its weights, on any backend.
+
+    torchrun --standalone --nproc_per_node 2 launch/train.py --backend fsdp2 --out runs/first
+
+What shardema adds to a training script are the lines with "ema" in train(). The model is in gpt.py,
+the text in chars.py, what differs between backends in parallel.py, steps on disk in checkpoint.py,
+curves in record.py, the command line in flags.py.
+"""
+
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from shardema import RankError, ShardedEMA
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import chars
+import checkpoint
+import parallel
+from flags import NEWEST, options, refuse_unused, schedule
+from gpt import GPT, GPTConfig
+from parallel import Layout, agreed
+from record import Record
+
+MUST_MATCH = {"layers", "width", "heads", "context", "vocabulary", "ema"}  # on resume
+LR_WARMUP = 20  # steps; the learning rate is constant afterwards: the average takes the noise out
+
+
+def train(flags: SimpleNamespace) -> None:
+    rank = dist.get_rank()
+    with agreed():
+        config = GPTConfig(flags.layers, flags.width, flags.heads, flags.context)
+        layout = parallel.layout(flags.backend, flags.device, flags.tp, flags.replicas, flags.heads)
+        corpus = chars.read(flags.data, config.context)
+        about = describe(flags, config, corpus)
+        resume = start_from(flags, about)
+        start = checkpoint.step_of(resume) if resume else 0
+    digests = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, corpus.digest)
+    with agreed():
+        if len(set(digests)) > 1:
+            raise ValueError("the nodes read different text: give --data the same files on each")
+        record = Record(flags.out, resume, start) if rank == 0 else None
+    with agreed():
+        if not flags.out.is_dir():
+            raise ValueError(f"{flags.out} is not on a file system that all nodes share")
+
+    torch.manual_seed(flags.seed)  # every rank builds the same weights; nothing else is random
+    model = parallel.wrap(GPT(config), layout, flags.bf16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr)
+    ema = ShardedEMA(model, schedule(flags.ema))
+    if resume:
+        checkpoint.load(resume, model, optimizer, ema)
+
+    quiet = None if rank == 0 else True  # None: only where somebody watches
+    bar = tqdm(range(start + 1, flags.steps + 1), disable=quiet, unit="step")
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = flags.lr * min(1, step / LR_WARMUP)
+        loss = train_step(model, step, flags, corpus, layout)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+
+        last = step == flags.steps
+        if step % flags.eval_every == 0 or last:
+            dist.all_reduce(loss)
+            row = {"train": loss.item() / dist.get_world_size()}
+            row["raw"] = validate(model, config, flags, corpus, layout)
+            with ema.swap():
+                row["ema"] = validate(model, config, flags, corpus, layout)
+            if record is not None:
+                record.add(step, **row)
+                bar.write(f"step {step:6d}  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
+        if step % flags.save_every == 0 or last:
+            checkpoint.save(flags.out, step, model, optimizer, ema, about)
+
+    export = flags.out / "export"
+    with agreed():
+        if rank == 0 and export.exists():  # of this run, before it was given more steps
+            shutil.rmtree(export)
+    ema.export(export)
+    if record is not None:
+        record.close()
+        click.echo(f"averaged weights are in {export}")
+
+
+def train_step(
+    model: nn.Module, step: int, flags: SimpleNamespace, corpus: chars.Corpus, layout: Layout
+) -> Tensor:
+    """Forward and backward of one step; this rank's mean loss."""
+    total = torch.zeros((), device=layout.device)
+    for micro in range(flags.accumulate):
+        # where, not what was drawn before, decides the batch: a resumed run sees the same text
+        place = (flags.seed, step, micro, layout.data_rank)
+        x, y = chars.batch(corpus.train, flags.context, flags.batch, place)
+        with parallel.accumulate(model, last=micro == flags.accumulate - 1):
+            loss = next_byte_loss(model, x, y, layout, flags.bf16) / flags.accumulate
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+def next_byte_loss(model: nn.Module, x: Tensor, y: Tensor, layout: Layout, bf16: bool) -> Tensor:
+    with parallel.precision(layout, bf16):
+        logits = model(x.to(layout.device))
+    return F.cross_entropy(logits.float().flatten(0, 1), y.to(layout.device).flatten())
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    config: GPTConfig,
+    flags: SimpleNamespace,
+    corpus: chars.Corpus,
+    layout: Layout,
+) -> float:
+    """Mean loss over the validation windows: the same ones for every world size. Collective."""
+    starts = chars.validation_starts(corpus.validation, config.context, flags.val_windows)
+    total = torch.zeros(2, dtype=torch.float64, device=layout.device)  # sum of losses, windows
+    for first in range(0, len(starts), flags.batch * layout.data_world):
+        mine = starts[first + layout.data_rank * flags.batch :][: flags.batch]
+        # a rank without windows left runs along: a sharded forward waits for every rank
+        x, y = chars.windows(corpus.validation, config.context, mine if len(mine) else starts[:1])
+        loss = next_byte_loss(model, x, y, layout, flags.bf16)
+        total += torch.tensor([loss.item() * len(mine), len(mine)], device=layout.device)
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def describe(flags: SimpleNamespace, config: GPTConfig, corpus: chars.Corpus) -> dict[str, Any]:
+    """What decides the numbers of a run: stored with each step, compared on resume."""
+    names = ("ema", "backend", "batch", "accumulate", "lr", "bf16", "seed")
+    about = asdict(config) | {name: getattr(flags, name) for name in names}
+    return about | {"world_size": dist.get_world_size(), "data": corpus.digest}
+
+
+def start_from(flags: SimpleNamespace, about: dict[str, Any]) -> Path | None:
+    """The step to go on from, None for a new run; ValueError if the flags fit neither."""
+    out = flags.out
+    held = checkpoint.steps(out)
+    resume = None
+    if flags.resume == NEWEST:
+        if not held:
+            raise ValueError(f"--resume: {out} holds no complete step")
+        resume = held[-1]
+    elif flags.resume is not None:
+        resume = Path(flags.resume)
+    at = checkpoint.step_of(resume) if resume else 0
+    if resume is None or resume.resolve().parent != out.resolve():
+        if held or (out / "log.csv").exists():
+            raise ValueError(f"{out} already holds a run: give --resume, or another --out")
+    elif at < checkpoint.step_of(held[-1]):
+        raise ValueError(f"{out} already holds {held[-1].name}: go on from {at} in another --out")
+    if resume is None:
+        return None
+    before = checkpoint.facts(resume)
+    changed = [name for name in about if before.get(name) != about[name]]
+    for name in changed:
+        if name in MUST_MATCH:
+            was, wanted = before.get(name), about[name]
+            raise ValueError(f"{resume} was made with --{name} {was}, not {wanted}")
+    if at > flags.steps or (at == flags.steps and (out / "export").exists()):
+        raise ValueError(f"{resume} has nothing left to do: --steps is {flags.steps}")
+    if changed and dist.get_rank() == 0:
+        click.echo(f"note: {', '.join(changed)} changed since {resume}", err=True)
+    return resume
+
+
+def evaluate(flags: SimpleNamespace) -> None:
+    """Print the validation loss of an exported folder: a plain model, nothing of shardema."""
+    folder = flags.evaluate
+    with agreed():
+        if dist.get_world_size() > 1:
+            raise ValueError("--evaluate is for one process: start it without torchrun")
+        config = GPTConfig.from_pretrained(folder)
+        layout = parallel.layout("plain", flags.device, None, None, config.heads)
+        corpus = chars.read(flags.data, config.context)
+        model = GPT(config).to(layout.device)
+        try:
+            files = sorted(folder.glob("*.safetensors"))
+            model.load_state_dict({k: v for file in files for k, v in load_file(file).items()})
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{folder} holds no weights of this GPT: {error}") from error
+    click.echo(f"validation loss {validate(model, config, flags, corpus, layout):.6f}")
+
+
+@click.command(context_settings={"show_default": True})
+@options
+@click.pass_context
+def main(ctx: click.Context, **values: Any) -> None:
+    """Train a small GPT over bytes, and an average of its weights."""
+    flags = SimpleNamespace(**values)
+    if flags.evaluate is None:
+        train(flags)
+    else:
+        with agreed():
+            refuse_unused(ctx)
+        evaluate(flags)
+
+
+if __name__ == "__main__":
+    code = 0
+    with parallel.process_group():
+        try:
+            with agreed():
+                context = main.make_context("train.py", sys.argv[1:])
+            main.invoke(context)
+        except click.exceptions.Exit as stop:
+            code = stop.exit_code
+        except RankError as error:  # a full disk, a damaged step: every rank is told
+            click.echo(f"Error: {error}", err=True)
+            code = 1
+    # DTensor's caches keep the group, and with it gloo's threads, past destroy_process_group; one
+    # that frees a tensor while the interpreter shuts down can abort the process: leave without that
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
