@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,8 @@ class Attached:
             self._handles.pop().remove()
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if _only_makes_state():
+            return
         self._guard()
         if id(optimizer) in self._stepped:
             self._end_round()
@@ -56,6 +59,8 @@ class Attached:
             # A fused optimizer under GradScaler skips inside its kernel, and the hook fires all
             # the same. This read syncs with the device; only such optimizers pay for it.
             return
+        if _only_makes_state():
+            return
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._inner):
             self._end_round()
@@ -63,6 +68,19 @@ class Attached:
     def _end_round(self) -> None:
         self._stepped.clear()
         self._update()
+
+
+def _only_makes_state() -> bool:
+    """Whether torch.distributed.checkpoint steps, with a learning rate of 0.
+
+    ``get_state_dict`` does so where the optimizer has no state yet; the weights do not move.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:

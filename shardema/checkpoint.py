@@ -33,7 +33,7 @@ from shardema.errors import CheckpointError
 from shardema.files import NewFile, layout, reporting, sync_folder, write_file
 from shardema.gather import Holdings, Item, Plan, raw_bytes
 from shardema.manifest import BLOCK, Manifest, Stored, StoredAverage, StoredFile, StoredPiece
-from shardema.shard import Box, Shard, split_box
+from shardema.shard import Box, Shard, few, split_box
 
 _CHUNK = BLOCK  # bytes that travel from a device at a time
 
@@ -305,8 +305,3 @@ def check_same_tensors(
                 f"dtype {there.dtype}, expected {item.shape} and {dtype(item)}; build the model "
                 "and the ShadowPolicy as they were at the save"
             )
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

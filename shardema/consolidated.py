@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from shardema.errors import CheckpointError
 from shardema.files import Entry, open_existing, read_at, read_header
-from shardema.shard import Box, runs, split_box
+from shardema.gather import Plan
+from shardema.shard import Box, Dims, few, runs, split_box
 
 _CHUNK = 16 << 20  # bytes read at a time
 _MAX_INDEX = 100_000_000  # bytes
@@ -89,3 +91,36 @@ def _read(fd: int, place: Place, box: Box, target: Tensor) -> None:
         return
     for part in split_box(box, -(-box.numel // 2)):
         _read(fd, place, part, part.relative_to(box.offsets).view(target))
+
+
+def match(label: str, plan: Plan, shapes: Mapping[str, Dims]) -> dict[str, str]:
+    """For each averaged fqn the name that the source has it under.
+
+    Raises:
+        ValueError: names that are missing or unknown, or another shape.
+    """
+    found: dict[str, str] = {}
+    known: set[str] = set()
+    missing = []
+    for item in plan.items:
+        names = (item.fqn, *item.aliases)
+        known.update(names)
+        if not item.averaged:
+            continue
+        there = next((name for name in names if name in shapes), None)
+        if there is None:
+            missing.append(item.fqn)
+        elif shapes[there] != item.shape:
+            raise ValueError(
+                f"{label}: {there} has shape {shapes[there]}, expected {item.shape}; it is of "
+                "another model"
+            )
+        else:
+            found[item.fqn] = there
+    unknown = sorted(shapes.keys() - known)
+    if missing or unknown:
+        text = f"lacks {few(missing)}" if missing else ""
+        text += " and " if missing and unknown else ""
+        text += f"has the unknown {few(unknown)}" if unknown else ""
+        raise ValueError(f"{label}: it {text}; it is of another model")
+    return found

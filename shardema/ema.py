@@ -8,12 +8,8 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import logging
-import math
-import numbers
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -22,25 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from shardema import backends, checkpoint, consolidated, gather, kernels, manifest
+from shardema import backends, checkpoint, consolidated, gather, kernels, layout, manifest
 from shardema import export as exporter
 from shardema.agree import Ranks
+from shardema.arguments import as_models, as_policies, as_schedules, check_dtype, increment
 from shardema.attach import Attached
 from shardema.backends.tree import unwrap, walk
 from shardema.dcp import BoxedTensor, refuse_pickle
 from shardema.errors import CheckpointError
 from shardema.gather import Holdings, Item, Plan
+from shardema.layout import Select
 from shardema.manifest import StoredAverage
-from shardema.schedules import Schedule, as_schedule, describe
+from shardema.schedules import Schedule, describe
 from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
-from shardema.shard import Shard
+from shardema.shard import Shard, few
 from shardema.swap import Exchange
 
 log = logging.getLogger(__name__)
 
-Select = str | Sequence[str] | Callable[[str, tuple[int, ...]], bool]
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_DEFAULT = "ema"
 _EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
 
 
@@ -55,6 +50,16 @@ class _Average:
     lerp_: kernels.Lerp
     t: float = 0
     num_updates: int = 0
+
+    def weight(self, dt: float) -> float:
+        """The weight of the present in an update that brings the clock to ``t + dt``."""
+        retention = self.schedule.retention(self.t, self.t + dt)
+        if not 0 <= retention <= 1:
+            raise ValueError(
+                f"schedule of average {self.name!r} ({self.schedule}): got retention {retention} "
+                f"at t={self.t}, expected a number in [0, 1]"
+            )
+        return 1.0 - retention
 
 
 class ShardedEMA:
@@ -108,9 +113,9 @@ class ShardedEMA:
         kernel: str = "auto",
         timeout: float = 300.0,
     ) -> None:
-        self._models = _as_models(model)
-        schedules = _as_schedules(schedule)
-        policies = _as_policies(shadow, schedules)
+        self._models = as_models(model)
+        schedules = as_schedules(schedule)
+        policies = as_policies(shadow, schedules)
         self._bind_kernel = kernels.find(kernel)
         self._kernel = kernel
         self._wanted_backend = backend
@@ -122,7 +127,7 @@ class ShardedEMA:
         with writable():
             self._backend.ensure_sharded(self._models)
             self._shards = self._backend.read(self._models)
-            self._averaged = self._choose(select)
+            self._averaged = layout.choose(self._shards, select)
             self._watch()
             self._averages: dict[str, _Average] = {}
             for name, rule in schedules.items():
@@ -182,14 +187,11 @@ class ShardedEMA:
             ValueError: ``dt`` is negative, or missing where the clock does not count steps.
         """
         self._not_inside("update")
-        step = self._increment(dt)
+        step = increment(dt, self.unit)
         with writable():
             self._refresh()
             # decide on all weights before anything is changed: a schedule may raise
-            weights = [
-                (a, 1.0 - _checked(a.schedule.retention(a.t, a.t + step), a))
-                for a in self._averages.values()
-            ]
+            weights = [(a, a.weight(step)) for a in self._averages.values()]
             for average, weight in weights:
                 average.lerp_(weight)
                 average.t += step
@@ -214,27 +216,12 @@ class ShardedEMA:
             ValueError: no optimizer, or ``dt`` missing where the clock does not count steps.
         """
         if not callable(dt):
-            self._increment(dt)
+            increment(dt, self.unit)
         return Attached(
             optimizers,
             update=lambda: self.update(dt() if callable(dt) else dt),
             guard=lambda: self._not_inside("an optimizer step"),
         )
-
-    def _increment(self, dt: float | None) -> float:
-        if dt is None:
-            if self.unit != "step":
-                raise ValueError(
-                    f"update: the schedule counts {self.unit}s, so say how many passed since the "
-                    f"last update: update(dt=<{self.unit}s>)"
-                )
-            return 1
-        if isinstance(dt, bool) or not isinstance(dt, numbers.Real) or not 0 <= dt < math.inf:
-            raise ValueError(
-                f"update: got dt={dt!r}, expected {self.unit}s since the last update, a number of "
-                "0 or more (of a tensor its .item(), which waits for the device)"
-            )
-        return int(dt) if isinstance(dt, numbers.Integral) else float(dt)
 
     # ---- evaluating ---------------------------------------------------------------------------
 
@@ -285,7 +272,7 @@ class ShardedEMA:
                 raise interrupt
         if written:
             raise RuntimeError(
-                f"rank {self._ranks.rank}: {checkpoint.few(written)}: written inside swap(), so "
+                f"rank {self._ranks.rank}: {few(written)}: written inside swap(), so "
                 "the write went into the average and the weights are as before the swap; write "
                 "weights outside of it, and call ema.reset() or ema.load() to mend the average"
             )
@@ -468,7 +455,7 @@ class ShardedEMA:
                 holdings,
                 self._ranks,
                 out_dtype=out_dtype,
-                name_of=_name_in_files(module),
+                name_of=exporter.name_in_files(module),
                 max_shard_size=limit,
                 mode=mode,
                 progress=progress,
@@ -519,7 +506,7 @@ class ShardedEMA:
                 {a.name: _stored(a) for a in self._averages.values()},
                 left_out,
                 self._ranks,
-                name_of=_name_in_files(module),
+                name_of=exporter.name_in_files(module),
                 extra=lambda place: exporter.write_config(module, place, None),
             )
 
@@ -572,7 +559,7 @@ class ShardedEMA:
             self._ranks.agree("load (reading)", read, nbytes=nbytes * self._ranks.size)
             for average in self._averages.values():
                 stored_average = found[0].averages[average.name]
-                _copy_all(staged[average.name], average.shadows)
+                average.shadows.copy_all(staged[average.name])
                 average.t = stored_average.t
                 average.num_updates = stored_average.num_updates
 
@@ -605,7 +592,7 @@ class ShardedEMA:
                 for fqn, v in stored.items()
                 if not fqn.endswith(_EXTRA)
             }
-            names = _match_full(label, plan, shapes)
+            names = consolidated.match(label, plan, shapes)
             staging = allocate(self._mine(), average.policy)
             for shard in self._mine():
                 value = stored[names[shard.fqn]]
@@ -618,7 +605,7 @@ class ShardedEMA:
 
         with writable():
             self._ranks.agree("load_full (reading)", read)
-            _copy_all(staged[0], average.shadows)
+            average.shadows.copy_all(staged[0])
 
     def state_dict(self) -> dict[str, Any]:
         """For torch.distributed.checkpoint: ``dcp.save({"model": ..., "ema": ema})``. Local.
@@ -663,7 +650,7 @@ class ShardedEMA:
             if set(given) != set(views):
                 odd = sorted(set(given) ^ set(views))
                 raise ValueError(
-                    f"load_state_dict: average {average.name!r} differs in {checkpoint.few(odd)}; "
+                    f"load_state_dict: average {average.name!r} differs in {few(odd)}; "
                     "it is of another model or another select="
                 )
             self._check_schedule(
@@ -690,50 +677,9 @@ class ShardedEMA:
         """The shards that are averaged."""
         return [shard for shard in self._shards if shard.fqn in self._averaged]
 
-    def _choose(self, select: Select | None) -> frozenset[str]:
-        floating = [s for s in self._shards if s.role != "buffer" and s.local.is_floating_point()]
-        trainable = [s for s in floating if s.role == "parameter"]
-        if select is None:
-            chosen = trainable
-        elif callable(select):
-            chosen = [s for s in floating if select(s.fqn, s.shape)]
-        else:
-            patterns = [select] if isinstance(select, str) else list(select)
-            chosen = []
-            for pattern in patterns:
-                hits = [
-                    s
-                    for s in floating
-                    if any(fnmatch.fnmatchcase(fqn, pattern) for fqn in (s.fqn, *s.aliases))
-                ]
-                if not hits:
-                    known = checkpoint.few([s.fqn for s in floating])
-                    raise ValueError(
-                        f"select: {pattern!r} matches no floating-point parameter of {known}"
-                    )
-                chosen += hits
-        unmade = [s.fqn for s in chosen if s.local.device.type == "meta"]
-        if unmade:
-            raise ValueError(
-                f"{checkpoint.few(unmade)}: on the meta device, without values to average; "
-                "materialise the model first (to_empty and its initialisation, or a checkpoint)"
-            )
-        if not chosen:
-            raise ValueError(
-                "nothing to average: the model has no trainable floating-point parameter"
-                + ("" if select is None else " that select= takes")
-            )
-        complex_ones = [s.fqn for s in self._shards if s.local.is_complex() and s.role != "buffer"]
-        if select is None and complex_ones:
-            raise ValueError(
-                f"{checkpoint.few(complex_ones)}: complex parameters are not averaged; keep them "
-                "as pairs of real numbers (torch.view_as_real), or leave them out with select="
-            )
-        return frozenset(shard.fqn for shard in chosen)
-
     def _watch(self) -> None:
         """Notes what to compare in `_refresh`."""
-        self._facts = [_facts(shard) for shard in self._shards]
+        self._facts = [layout.facts(shard) for shard in self._shards]
         self._addresses = [(shard.address, shard.address()) for shard in self._mine()]
 
     def _bound(self, shadows: Shadows) -> kernels.Lerp:
@@ -760,9 +706,9 @@ class ShardedEMA:
                 f"{name!r} now; build the EMA after wrapping the model"
             )
         shards = self._backend.read(self._models)
-        facts = [_facts(shard) for shard in shards]
+        facts = [layout.facts(shard) for shard in shards]
         if facts != self._facts:
-            raise RuntimeError(f"{rank}: {_changed(self._facts, facts)}")
+            raise RuntimeError(f"{rank}: {layout.difference(self._facts, facts)}")
         self._shards = shards
         self._watch()
         for average in self._averages.values():
@@ -791,7 +737,7 @@ class ShardedEMA:
         def ready() -> bool:
             self._not_inside(op)
             self._named(name)
-            _check_dtype(op, dtype)
+            check_dtype(op, dtype)
             with writable():
                 self._backend.ensure_sharded(self._models)
                 self._read_again()
@@ -848,95 +794,6 @@ class ShardedEMA:
             )
 
 
-def _as_models(model: Any) -> tuple[nn.Module, ...]:
-    models = tuple(model) if isinstance(model, list | tuple) else (model,)
-    for one in models:
-        if type(one).__module__.split(".")[0] == "deepspeed":
-            raise TypeError(
-                f"model: got a {type(one).__name__}; DeepSpeed engines are not supported by this "
-                "version, which averages plain, DDP, FSDP1 and FSDP2 models"
-            )
-        if not isinstance(one, nn.Module):
-            raise TypeError(
-                f"model: got {type(one).__name__}, expected a torch.nn.Module, wrapped as the "
-                "training loop holds it, or a list of them"
-            )
-    if not models:
-        raise ValueError("model: got an empty list, expected one module or more")
-    return models
-
-
-def _as_schedules(schedule: Any) -> dict[str, Schedule]:
-    given = schedule if isinstance(schedule, Mapping) else {_DEFAULT: schedule}
-    if not given:
-        raise ValueError("schedule: got an empty dict, expected {name: schedule}")
-    for name in given:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(
-                f"schedule: got the name {name!r}; names are letters, digits, '.', '_' and '-'"
-            )
-    schedules = {name: as_schedule(rule) for name, rule in given.items()}
-    units = {rule.unit for rule in schedules.values()}
-    if len(units) > 1:
-        raise ValueError(f"schedule: the averages count {sorted(units)}, expected one unit for all")
-    return schedules
-
-
-def _as_policies(shadow: Any, schedules: Mapping[str, Schedule]) -> dict[str, ShadowPolicy]:
-    if isinstance(shadow, Mapping):
-        if set(shadow) != set(schedules):
-            raise ValueError(
-                f"shadow: got policies for {sorted(shadow)}, expected {sorted(schedules)}"
-            )
-        return {name: shadow[name] for name in schedules}
-    if not isinstance(shadow, ShadowPolicy):
-        raise TypeError(f"shadow: got {shadow!r}, expected a ShadowPolicy or {{name: policy}}")
-    return dict.fromkeys(schedules, shadow)
-
-
-def _checked(retention: float, average: _Average) -> float:
-    if not 0 <= retention <= 1:
-        raise ValueError(
-            f"schedule of average {average.name!r} ({average.schedule}): got retention "
-            f"{retention} at t={average.t}, expected a number in [0, 1]"
-        )
-    return retention
-
-
-def _check_dtype(op: str, dtype: Any) -> None:
-    good = dtype is None or dtype == "model"
-    if not good and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(
-            f"{op}: got dtype={dtype!r}, expected None, 'model' or a floating-point torch.dtype"
-        )
-
-
-def _facts(shard: Shard) -> tuple[Any, ...]:
-    """What must not change under an EMA; requires_grad may (the choice was made at the start)."""
-    local = shard.local
-    layout = (local.dtype, local.device, shard.boxes, shard.order, shard.aliases)
-    return (shard.fqn, shard.shape, shard.role == "buffer", *layout)
-
-
-def _changed(before: list[tuple[Any, ...]], now: list[tuple[Any, ...]]) -> str:
-    then, today = {f[0]: f for f in before}, {f[0]: f for f in now}
-    remedy = "; build the EMA after the model has its final form, and a new one when it changes"
-    for word, names in (("is new", today.keys() - then.keys()), ("is gone", then.keys() - today)):
-        if names:
-            return f"{checkpoint.few(sorted(names))} {word} since the EMA was built{remedy}"
-    words = ("fqn", "shape", "kind", "dtype", "device", "boxes", "memory order", "tied names")
-    for fqn, was in then.items():
-        for word, a, b in zip(words, was, today[fqn], strict=True):
-            if a != b:
-                return f"{fqn}: got {word} {b}, expected {a} as when the EMA was built{remedy}"
-    return f"the order of the model's tensors changed{remedy}"
-
-
-def _copy_all(source: Shadows, target: Shadows) -> None:
-    for there, here in zip(source.flats, target.flats, strict=True):
-        here.copy_(there)
-
-
 def _stored(average: _Average) -> StoredAverage:
     return StoredAverage(
         describe(average.schedule),
@@ -944,44 +801,3 @@ def _stored(average: _Average) -> StoredAverage:
         average.num_updates,
         str(average.policy.dtype).removeprefix("torch."),
     )
-
-
-def _name_in_files(module: nn.Module) -> Callable[[Item], str]:
-    """The name that a tied tensor is written under: as transformers, not one it would drop."""
-    tied = getattr(module, "_tied_weights_keys", None) or ()
-    dropped = set(tied)
-
-    def name(item: Item) -> str:
-        names = (item.fqn, *item.aliases)
-        return next((fqn for fqn in names if fqn not in dropped), item.fqn)
-
-    return name
-
-
-def _match_full(label: str, plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """For each averaged fqn the name that the source has it under."""
-    found: dict[str, str] = {}
-    known: set[str] = set()
-    missing = []
-    for item in plan.items:
-        names = (item.fqn, *item.aliases)
-        known.update(names)
-        if not item.averaged:
-            continue
-        there = next((name for name in names if name in shapes), None)
-        if there is None:
-            missing.append(item.fqn)
-        elif shapes[there] != item.shape:
-            raise ValueError(
-                f"{label}: {there} has shape {shapes[there]}, expected {item.shape}; it is of "
-                "another model"
-            )
-        else:
-            found[item.fqn] = there
-    unknown = sorted(shapes.keys() - known)
-    if missing or unknown:
-        text = f"lacks {checkpoint.few(missing)}" if missing else ""
-        text += " and " if missing and unknown else ""
-        text += f"has the unknown {checkpoint.few(unknown)}" if unknown else ""
-        raise ValueError(f"{label}: it {text}; it is of another model")
-    return found

@@ -391,3 +391,15 @@ def _original_class(module: nn.Module) -> type:
 
     classes = itertools.dropwhile(lambda c: issubclass(c, FSDPModule), type(module).__mro__)
     return next(classes)
+
+
+def name_in_files(module: nn.Module) -> Callable[[Item], str]:
+    """The name that a tied tensor is written under: as transformers, not one it would drop."""
+    tied = getattr(module, "_tied_weights_keys", None) or ()
+    dropped = set(tied)
+
+    def name(item: Item) -> str:
+        names = (item.fqn, *item.aliases)
+        return next((fqn for fqn in names if fqn not in dropped), item.fqn)
+
+    return name

@@ -11,12 +11,12 @@ from torch import distributed as dist
 
 from shardema import manifest as manifests
 from shardema.agree import Ranks
-from shardema.checkpoint import begin, commit, discard, few
+from shardema.checkpoint import begin, commit, discard
 from shardema.errors import CheckpointError
 from shardema.export import Writer, parse_size, plan_targets, reserve
 from shardema.files import open_existing, read_at, reporting, write_file
 from shardema.manifest import Manifest, Stored
-from shardema.shard import whole
+from shardema.shard import few, whole
 
 _CONFIGS = ("config.json", "generation_config.json")
 _MAX_CONFIG = 10_000_000  # bytes

@@ -70,6 +70,11 @@ class Shadows:
         for shard in shards:
             self.views[shard.fqn].copy_(shard.local)
 
+    def copy_all(self, other: Shadows) -> None:
+        """Sets every shadow to that of ``other``, which was allocated alike."""
+        for mine, theirs in zip(self.flats, other.flats, strict=True):
+            mine.copy_(theirs)
+
 
 def allocate(shards: Sequence[Shard], policy: ShadowPolicy) -> Shadows:
     """Uninitialised shadows of ``shards``, on the shards' own devices."""

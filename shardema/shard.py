@@ -274,3 +274,8 @@ def aligned_parts(a: Tensor, b: Tensor, max_numel: int) -> list[tuple[Tensor, Te
         return list(zip(*(torch.split(t, max_numel) for t in flat), strict=True))
     boxes = [part for box in whole(a.shape) for part in split_box(box, max_numel)]
     return [(box.view(a), box.view(b)) for box in boxes]
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

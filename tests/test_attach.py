@@ -47,6 +47,17 @@ def test_a_step_that_the_scaler_skips_does_not_count(fused: bool) -> None:
     assert counts == [1, 1, 2]
 
 
+def test_a_step_that_only_makes_optimizer_state_does_not_count() -> None:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model, ema, optimizer = setup()
+    ema.attach(optimizer)
+    get_state_dict(model, optimizer)
+    assert ema.num_updates == 0
+    optimizer.step()
+    assert ema.num_updates == 1
+
+
 def test_several_optimizers_make_one_update_per_round() -> None:
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     ema = ShardedEMA(model, 0.5)

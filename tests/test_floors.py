@@ -20,6 +20,8 @@ FLOORS = {
     "agree": 1,
     "files": 1,
     "attach": 1,
+    "layout": 1,
+    "arguments": 2,
     "manifest": 2,
     "gather": 2,
     "checkpoint": 2,

@@ -8,9 +8,9 @@ clock to ``t`` is ``retention(t - dt, t)``. A schedule carries the ``unit`` of i
 
 from __future__ import annotations
 
-from shardema.schedules.base import Schedule, as_schedule, describe, registered, restore
+from shardema.schedules.base import Schedule, describe, registered, restore
 from shardema.schedules.constant import constant
-from shardema.schedules.custom import custom
+from shardema.schedules.custom import as_schedule, custom
 from shardema.schedules.half_life import half_life
 from shardema.schedules.power import power
 from shardema.schedules.ramp import ramp

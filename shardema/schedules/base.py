@@ -58,30 +58,6 @@ def restore(description: dict[str, Any]) -> Schedule | None:
     return made
 
 
-def as_schedule(value: Any) -> Schedule:
-    """``value`` as a schedule: a float in [0, 1], a schedule, or a callable ``(t, dt) -> decay``.
-
-    Raises:
-        ValueError: a decay outside [0, 1].
-        TypeError: none of these.
-    """
-    from shardema.schedules.constant import constant
-    from shardema.schedules.custom import custom
-
-    if isinstance(value, bool):
-        raise TypeError(f"schedule: got {value!r}, expected a decay, a schedule or a callable")
-    if isinstance(value, int | float):
-        return constant(float(value))
-    if isinstance(value, Schedule) and not isinstance(value, type):
-        return value
-    if callable(value) and not isinstance(value, type):
-        return custom(value)
-    raise TypeError(
-        f"schedule: got {value!r}, expected a decay in [0, 1], a schedule such as "
-        "schedules.half_life(1000), or a callable (t, dt) -> decay"
-    )
-
-
 def check_decay(decay: float, what: str) -> None:
     """Raises ValueError unless ``decay`` is a number in [0, 1]."""
     if not isinstance(decay, int | float) or isinstance(decay, bool) or not 0 <= decay <= 1:

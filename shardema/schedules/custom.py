@@ -1,4 +1,4 @@
-"""Any callable ``(t, dt) -> decay`` as a schedule."""
+"""Any callable ``(t, dt) -> decay`` as a schedule, and whatever else a user may give for one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shardema.schedules.base import check_decay, register
+from shardema.schedules.base import Schedule, check_decay, register
+from shardema.schedules.constant import constant
 
 _SAMPLED = (1, 2, 10, 100, 1000, 100000)
 
@@ -41,3 +42,24 @@ class custom:
 
     def _name(self) -> str:
         return str(getattr(self.fn, "__qualname__", type(self.fn).__qualname__))
+
+
+def as_schedule(value: Any) -> Schedule:
+    """``value`` as a schedule: a float in [0, 1], a schedule, or a callable ``(t, dt) -> decay``.
+
+    Raises:
+        ValueError: a decay outside [0, 1].
+        TypeError: none of these.
+    """
+    if isinstance(value, bool):
+        raise TypeError(f"schedule: got {value!r}, expected a decay, a schedule or a callable")
+    if isinstance(value, int | float):
+        return constant(float(value))
+    if isinstance(value, Schedule) and not isinstance(value, type):
+        return value
+    if callable(value) and not isinstance(value, type):
+        return custom(value)
+    raise TypeError(
+        f"schedule: got {value!r}, expected a decay in [0, 1], a schedule such as "
+        "schedules.half_life(1000), or a callable (t, dt) -> decay"
+    )

@@ -1,0 +1,94 @@
+"""The arguments of `ShardedEMA` in one form each; bad ones are refused with what was expected."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardema.schedules import Schedule, as_schedule
+from shardema.shadows import ShadowPolicy
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_DEFAULT = "ema"  # the name of an average that was not given one
+
+
+def as_models(model: Any) -> tuple[nn.Module, ...]:
+    """``model`` as modules. Raises TypeError, or ValueError for an empty list."""
+    models = tuple(model) if isinstance(model, list | tuple) else (model,)
+    for one in models:
+        if type(one).__module__.split(".")[0] == "deepspeed":
+            raise TypeError(
+                f"model: got a {type(one).__name__}; DeepSpeed engines are not supported by this "
+                "version, which averages plain, DDP, FSDP1 and FSDP2 models"
+            )
+        if not isinstance(one, nn.Module):
+            raise TypeError(
+                f"model: got {type(one).__name__}, expected a torch.nn.Module, wrapped as the "
+                "training loop holds it, or a list of them"
+            )
+    if not models:
+        raise ValueError("model: got an empty list, expected one module or more")
+    return models
+
+
+def as_schedules(schedule: Any) -> dict[str, Schedule]:
+    """``schedule`` as schedules by name. Raises ValueError or TypeError."""
+    given = schedule if isinstance(schedule, Mapping) else {_DEFAULT: schedule}
+    if not given:
+        raise ValueError("schedule: got an empty dict, expected {name: schedule}")
+    for name in given:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"schedule: got the name {name!r}; names are letters, digits, '.', '_' and '-'"
+            )
+    schedules = {name: as_schedule(rule) for name, rule in given.items()}
+    units = {rule.unit for rule in schedules.values()}
+    if len(units) > 1:
+        raise ValueError(f"schedule: the averages count {sorted(units)}, expected one unit for all")
+    return schedules
+
+
+def as_policies(shadow: Any, schedules: Mapping[str, Schedule]) -> dict[str, ShadowPolicy]:
+    """``shadow`` as policies by name. Raises ValueError or TypeError."""
+    if isinstance(shadow, Mapping):
+        if set(shadow) != set(schedules):
+            raise ValueError(
+                f"shadow: got policies for {sorted(shadow)}, expected {sorted(schedules)}"
+            )
+        return {name: shadow[name] for name in schedules}
+    if not isinstance(shadow, ShadowPolicy):
+        raise TypeError(f"shadow: got {shadow!r}, expected a ShadowPolicy or {{name: policy}}")
+    return dict.fromkeys(schedules, shadow)
+
+
+def increment(dt: Any, unit: str) -> float:
+    """``dt`` as a Python number; a missing one is one step. Raises ValueError."""
+    if dt is None:
+        if unit != "step":
+            raise ValueError(
+                f"update: the schedule counts {unit}s, so say how many passed since the "
+                f"last update: update(dt=<{unit}s>)"
+            )
+        return 1
+    real = isinstance(dt, numbers.Real) and not isinstance(dt, bool)
+    if not 0 <= (float(dt) if real else math.nan) < math.inf:
+        raise ValueError(
+            f"update: got dt={dt!r}, expected {unit}s since the last update, a number of "
+            "0 or more (of a tensor its .item(), which waits for the device)"
+        )
+    return int(dt) if isinstance(dt, numbers.Integral) else float(dt)
+
+
+def check_dtype(op: str, dtype: Any) -> None:
+    """Raises ValueError unless ``dtype`` is one that weights can be gathered in."""
+    good = dtype is None or dtype == "model"
+    if not good and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"{op}: got dtype={dtype!r}, expected None, 'model' or a floating-point torch.dtype"
+        )

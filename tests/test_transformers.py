@@ -1,0 +1,241 @@
+"""An export of a sharded transformers model is one that `from_pretrained` loads, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from shardema import ShardedEMA
+from tests import world
+from tests.contract import assert_same, shared_folder
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import: nothing here may look for a network
+
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 128
+PARTS = 40_000  # bytes; the model has several times as many
+HEAD = "lm_head.weight"
+KINDS = ("tied", "untied")
+
+
+def make(kind: str) -> LlamaForCausalLM:
+    """A small Llama, from a configuration: nothing is downloaded."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=kind == "tied",
+        )
+    )
+
+
+def trained(kind: str) -> tuple[LlamaForCausalLM, ShardedEMA]:
+    """A sharded Llama after a few steps, and its average, which is not where the weights are."""
+    model = make(kind)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    ema = ShardedEMA(model, 0.7)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    ema.attach(optimizer)
+    for _ in range(4):
+        tokens = torch.randint(VOCABULARY, (2, 16))
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ema.num_updates == 4
+    model.eval()
+    return model, ema
+
+
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens).logits.clone()
+
+
+# ---- on two ranks -----------------------------------------------------------------------------
+
+
+def writes_its_exports(folder: str, kind: str) -> None:
+    """The exports and the logits that the tests below look at, in one process."""
+    model, ema = trained(kind)
+    tokens = torch.randint(VOCABULARY, (3, 16))
+    live = logits_of(model, tokens)
+    with ema.swap():
+        average = logits_of(model, tokens)
+    assert not torch.allclose(live, average)
+    ema.export(f"{folder}/{kind}/whole")
+    ema.export(f"{folder}/{kind}/parts", max_shard_size=PARTS)
+    ema.export(f"{folder}/{kind}/bf16", dtype=torch.bfloat16)
+    if dist.get_rank() == 0:
+        save_file({"tokens": tokens, "logits": average}, f"{folder}/{kind}/seen.safetensors")
+
+
+def load_full_gives_back_the_average(kind: str) -> None:
+    model, ema = trained(kind)
+    full = ema.full_state_dict(all_ranks=True)
+    with shared_folder() as folder:
+        ema.export(f"{folder}/whole")
+        ema.export(f"{folder}/parts", max_shard_size=PARTS)
+        ema.export(f"{folder}/bf16", dtype=torch.bfloat16)
+        for source in ("whole", "parts", "whole/model.safetensors"):
+            ema.reset()
+            assert not torch.equal(ema.full_state_dict(all_ranks=True)[HEAD], full[HEAD])
+            ema.load_full(f"{folder}/{source}")
+            assert_same(ema.full_state_dict(all_ranks=True), full)
+        ema.load_full(f"{folder}/bf16")
+        rounded = {fqn: value.bfloat16().float() for fqn, value in full.items()}
+        assert_same(ema.full_state_dict(all_ranks=True), rounded)
+        fresh = ShardedEMA(model, 0.7)  # another run that starts from the export
+        fresh.load_full(f"{folder}/whole")
+        assert_same(fresh.full_state_dict(all_ranks=True), full)
+
+
+# ---- in one process ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What the two ranks wrote and said."""
+
+    folder: Path
+    verdicts: world.Verdicts
+
+    def of(self, kind: str, name: str) -> Path:
+        self.verdicts.check(f"writes_its_exports/{kind}")
+        return self.folder / kind / name
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """One world of two ranks for the whole file."""
+    folder = tmp_path_factory.mktemp("exported")
+    facts = [
+        fact
+        for kind in KINDS
+        for fact in (
+            world.Fact(f"writes_its_exports/{kind}", writes_its_exports, (str(folder), kind)),
+            world.Fact(f"load_full/{kind}", load_full_gives_back_the_average, (kind,)),
+        )
+    ]
+    return Exported(folder, world.judge(facts, 2))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The ranks compute with one thread: more of them may split a sum in another way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def load(folder: Path) -> Any:
+    """The model as a user loads it, with nothing missing and nothing left over."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, local_files_only=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """All tensors of an export."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        part = load_file(path)
+        assert not tensors.keys() & part.keys()
+        tensors |= part
+    return tensors
+
+
+@pytest.mark.parametrize("name", ["whole", "parts"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_pretrained_computes_what_swap_computed(
+    exported: Exported, one_thread: None, kind: str, name: str
+) -> None:
+    folder = exported.of(kind, name)
+    seen = load_file(exported.of(kind, "seen.safetensors"))
+    model = load(folder)
+    assert type(model) is LlamaForCausalLM
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(logits_of(model, seen["tokens"]), seen["logits"])
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (kind == "tied")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_is_what_save_pretrained_writes(
+    exported: Exported, tmp_path: Path, kind: str
+) -> None:
+    folder = exported.of(kind, "whole")
+    load(folder).save_pretrained(tmp_path)
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_max_shard_size_makes_parts_and_an_index(exported: Exported, kind: str) -> None:
+    folder = exported.of(kind, "parts")
+    whole = stored(exported.of(kind, "whole"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    count = len(names)
+    assert count > 2
+    assert names == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    assert set(index["weight_map"].values()) == set(names)
+    for fqn, name in index["weight_map"].items():
+        assert torch.equal(load_file(folder / name)[fqn], whole[fqn]), fqn
+    assert index["weight_map"].keys() == whole.keys() == stored(folder).keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tied_head_is_not_in_the_file(exported: Exported, kind: str) -> None:
+    names = make(kind).state_dict().keys()
+    expected = names - {HEAD} if kind == "tied" else set(names)
+    assert stored(exported.of(kind, "whole")).keys() == expected
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("whole", "float32"), ("bf16", "bfloat16")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_config_names_the_class_and_the_dtype(
+    exported: Exported, kind: str, name: str, dtype: str
+) -> None:
+    config = json.loads((exported.of(kind, name) / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["dtype"] == dtype
+    assert config["tie_word_embeddings"] == (kind == "tied")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_in_bf16_loads_as_bf16(exported: Exported, kind: str) -> None:
+    model = load(exported.of(kind, "bf16"))
+    average = stored(exported.of(kind, "whole"))
+    for fqn, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, average[fqn].bfloat16()), fqn
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_full_gives_back_the_exported_average(exported: Exported, kind: str) -> None:
+    exported.verdicts.check(f"load_full/{kind}")
