@@ -6,6 +6,7 @@ benchmarks/results/stories.csv, which the README's table of backends goes by.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import os
@@ -59,12 +60,23 @@ def finish(words: list[str]) -> str:
     done = subprocess.run(
         words, cwd=ROOT, capture_output=True, text=True, timeout=200, env=one_thread()
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    wrong = [line for line in done.stderr.splitlines() if "rror" in line]
+    assert done.returncode == 0, "\n".join([*wrong, done.stderr[-3000:]])
     return done.stdout
 
 
 def one_thread() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def descendants(parent: int) -> list[int]:
+    """Processes that the parent started, and those that they started, the youngest first."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    found = [pid for pid, of in parents.items() if of == parent]
+    return [d for pid in found for d in [*descendants(pid), pid]]
 
 
 def killed_after(words: list[str], sign: Path) -> None:
@@ -73,14 +85,14 @@ def killed_after(words: list[str], sign: Path) -> None:
         words,
         cwd=ROOT,
         env=one_thread(),
-        start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     end = time.monotonic() + 120
     while not sign.exists() and time.monotonic() < end and process.poll() is None:
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in [*descendants(process.pid), process.pid]:  # torchrun's workers have own sessions
+        os.kill(pid, signal.SIGKILL)
     process.wait()
     assert sign.exists()
 
