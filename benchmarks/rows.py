@@ -81,7 +81,7 @@ def measured(
     """
     return Row(
         commit(),
-        datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        today(),
         torch.__version__,
         device,
         world_size,
@@ -125,6 +125,11 @@ def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
         if header is None:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
+
+def today() -> str:
+    """The day, in UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d")
 
 
 def commit() -> str:

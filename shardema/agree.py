@@ -69,6 +69,7 @@ class Ranks:
         self.index = self.ranks.index(self.rank)
         self.timeout = timeout
         self._world = world
+        self._active = active
         self._group = group
 
     @property
@@ -127,6 +128,11 @@ class Ranks:
             ValueError, TypeError, RuntimeError, CheckpointError: what a rank raised, everywhere.
             RankError: another error of a rank, ranks in different calls, or the timeout.
         """
+        if not self._active and dist.is_available() and dist.is_initialized():
+            raise RuntimeError(
+                f"{op}: the process group was initialised after the EMA was built, which therefore "
+                "knows of one rank only; build it after init_process_group and after wrapping"
+            )
         word: dict[str, Any] = {"op": op}
         raised: BaseException | None = None
         try:

@@ -117,8 +117,6 @@ class ShardedEMA:
         schedules = as_schedules(schedule)
         policies = as_policies(shadow, schedules)
         self._bind_kernel = kernels.find(kernel)
-        self._kernel = kernel
-        self._wanted_backend = backend
         self._backend_name, self._backend = backends.find(self._models, backend)
         ranks = None if group is not None else self._backend.ranks(self._models)
         self._ranks = Ranks(ranks, group, timeout)
@@ -263,6 +261,7 @@ class ShardedEMA:
                         self._backend.ensure_sharded(self._models)
                         self._await_copies()
                         exchange.swap_out()
+                        self._follow(mine)
                     self._announce_write()
                     self._inside = None
                     break
@@ -276,6 +275,19 @@ class ShardedEMA:
                 "the write went into the average and the weights are as before the swap; write "
                 "weights outside of it, and call ema.reset() or ema.load() to mend the average"
             )
+
+    def _follow(self, shards: Sequence[Shard]) -> None:
+        """Takes the weights along to where the model keeps them now.
+
+        FSDP1 with CPU offload moves its shards to pinned memory in its first forward;
+        ``load_state_dict(assign=True)`` replaces them.
+        """
+        if self._at_home():
+            return
+        self._read_again()
+        for old, new in zip(shards, self._mine(), strict=True):
+            if new.local.data_ptr() != old.local.data_ptr():
+                new.local.copy_(old.local)
 
     def _await_copies(self) -> None:
         """Waits until no copy to an accelerator reads weights that lie in host memory.
@@ -689,8 +701,12 @@ class ShardedEMA:
     def _refresh(self) -> None:
         """Makes the shards the present weights: frees what is gathered, finds what was replaced."""
         self._backend.ensure_sharded(self._models)
-        if any(address() != known for address, known in self._addresses):
+        if not self._at_home():
             self._read_again()
+
+    def _at_home(self) -> bool:
+        """Whether every shard is where it was when the model was read."""
+        return all(address() == known for address, known in self._addresses)
 
     def _read_again(self) -> None:
         """Reads the model anew.

@@ -149,6 +149,22 @@ def test_replaced_storage_is_found_again() -> None:
         assert torch.equal(now, torch.lerp(was, model[0].weight.detach(), 0.5))
 
 
+def test_weights_that_moved_inside_a_swap_come_back_too() -> None:
+    model = net()
+    ema = ShardedEMA(model, 0.5)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    ema.update()
+    before = {fqn: value.clone() for fqn, value in model.state_dict().items()}
+    average = ema.full_state_dict()
+    with ema.swap():
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+        model[1].weight.data = model[1].weight.data.clone()
+    after, kept = model.state_dict(), ema.full_state_dict()
+    assert all(torch.equal(after[fqn], value) for fqn, value in before.items())
+    assert all(torch.equal(kept[fqn], value) for fqn, value in average.items())
+
+
 def test_update_wants_a_sensible_dt() -> None:
     ema = ShardedEMA(net(), schedules.half_life(100, unit="sample"))
     before = bits(ema)
@@ -228,6 +244,16 @@ def wrapped_after_the_ema_was_built() -> None:
     whole.update()
 
 
+def built_before_the_process_group() -> None:
+    from torch import distributed as dist
+
+    ema = ShardedEMA(net(), 0.5)
+    ema._ranks._active = False  # as if init_process_group had come only now
+    assert dist.is_initialized()
+    with pytest.raises(RuntimeError, match="process group was initialised after the EMA was built"):
+        ema.full_state_dict()
+
+
 def ranks_with_different_models() -> None:
     from torch import distributed as dist
 
@@ -241,6 +267,7 @@ def test_ranks_that_differ_all_raise() -> None:
     facts = [
         world.Fact("wrapped", wrapped_after_the_ema_was_built),
         world.Fact("different", ranks_with_different_models),
+        world.Fact("before", built_before_the_process_group),
     ]
     verdicts = world.judge(facts, 2)
     for fact in facts:
