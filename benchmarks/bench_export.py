@@ -407,7 +407,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"verified: the files of {', '.join(others)} hold what {REFERENCE} wrote")
         if not over:
             say(f"{' and '.join(OURS)}: within {args.limit_mib:g} MiB on every rank")
-        say("\n".join([*differing, *over]))
+        for line in (*differing, *over):
+            say(line)
         return 1 if differing or over else 0
     finally:
         dist.destroy_process_group()

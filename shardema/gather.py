@@ -299,6 +299,7 @@ class _Transfer:
         self._ranks = ranks
         self._all_ranks = all_ranks
         self._buffers: dict[torch.device, Tensor] = {}
+        self._host = torch.empty(0, dtype=torch.uint8)  # where what came by a device arrives
         self.receives = all_ranks or ranks.leader
 
     def reserve(self, groups: Sequence[list[Piece]]) -> None:
@@ -311,6 +312,9 @@ class _Transfer:
             sizes[device] = max(size, sizes.get(device, 0))
         for device, size in sizes.items():
             self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
+        away = [size for device, size in sizes.items() if device.type != "cpu"]
+        if self.receives and away:
+            self._host = torch.empty(max(away), dtype=torch.uint8)
 
     def move(self, bucket: list[Piece]) -> list[Tensor]:
         """The pieces of the bucket, in order, on ranks that receive; else nothing."""
@@ -342,7 +346,7 @@ class _Transfer:
             dist.send(slots[ranks.index], dst=ranks.ranks[0], group=ranks.group())
         if not self.receives:
             return []
-        arrived = buffer.cpu()
+        arrived = buffer if device.type == "cpu" else self._host[:size].copy_(buffer)
         return [self._view(arrived, place, p) for p, place in zip(bucket, places, strict=True)]
 
     def _layout(self, bucket: list[Piece]) -> tuple[list[int], dict[int, tuple[int, int]]]:
