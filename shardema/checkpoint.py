@@ -60,21 +60,19 @@ def save(
     left_out: Sequence[str],
     ranks: Ranks,
     *,
-    name_of: Callable[[Item], str],
     extra: Callable[[str], None],
 ) -> None:
     """Writes a checkpoint. Collective over ``ranks``.
 
     Args:
         folder: where; must not exist. Its parent is made.
-        name_of: the name that an export writes an item under.
         extra: called on the leader with the temporary folder, to write what else belongs in it.
 
     Raises:
         CheckpointError: on all ranks, if any could not write; nothing is left behind.
     """
     temporary = begin(folder, "save", ranks)
-    tensors = _tensors(plan, sources, name_of)
+    tensors = _tensors(plan, sources)
     nbytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
 
     def finish(entries: list[dict[str, Any] | None]) -> None:
@@ -221,9 +219,7 @@ def _chunks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
             yield raw_bytes(part.view(tensor).cpu())
 
 
-def _tensors(
-    plan: Plan, sources: Sequence[Source], name_of: Callable[[Item], str]
-) -> tuple[Stored, ...]:
+def _tensors(plan: Plan, sources: Sequence[Source]) -> tuple[Stored, ...]:
     """The tensors of a checkpoint, numbered source by source."""
     tensors = []
     for source in sources:
@@ -234,7 +230,7 @@ def _tensors(
                 Stored(
                     source.name,
                     item.fqn,
-                    name_of(item),
+                    item.file_name,
                     item.role,
                     item.shape,
                     dtype,

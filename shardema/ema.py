@@ -467,7 +467,6 @@ class ShardedEMA:
                 holdings,
                 self._ranks,
                 out_dtype=out_dtype,
-                name_of=exporter.name_in_files(module),
                 max_shard_size=limit,
                 mode=mode,
                 progress=progress,
@@ -498,9 +497,8 @@ class ShardedEMA:
             for i, item in enumerate(plan.items)
             if not item.averaged and (item.role == "buffer" or include_frozen)
         ]
-        left_out = [
-            plan.items[i].fqn for i in range(len(plan.items)) if i not in {*averaged, *rest}
-        ]
+        kept = {*averaged, *rest}
+        left_out = [item.fqn for i, item in enumerate(plan.items) if i not in kept]
         sources = [
             checkpoint.Source(a.name, averaged, self._holdings(plan, a), self._travels_as(a))
             for a in self._averages.values()
@@ -518,7 +516,6 @@ class ShardedEMA:
                 {a.name: _stored(a) for a in self._averages.values()},
                 left_out,
                 self._ranks,
-                name_of=exporter.name_in_files(module),
                 extra=lambda place: exporter.write_config(module, place, None),
             )
 
@@ -760,7 +757,9 @@ class ShardedEMA:
             return self._plan is not None
 
         if not self._ranks.agree(op, ready, all):
-            self._plan = gather.make_plan(self._shards, self._averaged, self._ranks)
+            self._plan = gather.make_plan(
+                self._shards, self._averaged, self._ranks, exporter.dropped_names(self._models)
+            )
         assert self._plan is not None
         average = self._named(name)
         own = self._travels_as(average)

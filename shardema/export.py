@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shardema.agree import Ranks
+from shardema.backends.tree import unwrap
 from shardema.checkpoint import begin, commit, discard
 from shardema.files import (
     Entry,
@@ -141,7 +142,6 @@ def export(
     ranks: Ranks,
     *,
     out_dtype: Callable[[Item], torch.dtype],
-    name_of: Callable[[Item], str],
     max_shard_size: int,
     mode: Mode,
     progress: bool,
@@ -152,7 +152,6 @@ def export(
     Args:
         folder: where; must not exist.
         out_dtype: the dtype that an item is written in.
-        name_of: the name that an item is written under.
         mode: ``"direct"`` lets every rank write its own boxes, ``"stream"`` brings them to the
             leader, ``"auto"`` takes the first where it is safe.
         progress: show a bar on the leader once the export has taken a second.
@@ -162,7 +161,7 @@ def export(
         ValueError: ``mode="direct"`` on several hosts or a file system that is not local.
         CheckpointError: on all ranks, if any could not write; nothing is left behind.
     """
-    tensors = [(name_of(item), out_dtype(item), item.shape) for item in _items(plan, chosen)]
+    tensors = [(item.file_name, out_dtype(item), item.shape) for item in _items(plan, chosen)]
     targets, index = plan_targets(tensors, max_shard_size)
     temporary = begin(folder, "export", ranks)
     total = sum(entry.nbytes for target in targets for entry in target.entries.values())
@@ -185,11 +184,11 @@ def export(
         with bar:
             ranks.agree(
                 "export (writing)",
-                lambda: _write_own(plan, by_hand, holdings, ranks, writer, name_of),
+                lambda: _write_own(plan, by_hand, holdings, ranks, writer),
                 nbytes=total,
             )
             if streamed:
-                _write_streamed(plan, streamed, holdings, ranks, writer, name_of, out_dtype)
+                _write_streamed(plan, streamed, holdings, ranks, writer, out_dtype)
 
         def finish(_: list[None]) -> None:
             with reporting(temporary, "export to"):
@@ -320,13 +319,12 @@ def _write_own(
     holdings: Holdings,
     ranks: Ranks,
     writer: Writer,
-    name_of: Callable[[Item], str],
 ) -> None:
     for index in chosen:
         item = plan.items[index]
         for (box, _), owner in zip(item.holders, plan.writers[index], strict=True):
             if owner == ranks.index:
-                writer.write(name_of(item), box, holdings(index, box))
+                writer.write(item.file_name, box, holdings(index, box))
 
 
 def _write_streamed(
@@ -335,14 +333,13 @@ def _write_streamed(
     holdings: Holdings,
     ranks: Ranks,
     writer: Writer,
-    name_of: Callable[[Item], str],
     out_dtype: Callable[[Item], torch.dtype],
 ) -> None:
     failed: Exception | None = None
     for piece, values in stream(plan, chosen, holdings, out_dtype, ranks, limit=BUCKET_BYTES):
         if failed is None:  # after a failure go on receiving, so that no sender waits for ever
             try:
-                writer.write(name_of(plan.items[piece.item]), piece.box, values)
+                writer.write(plan.items[piece.item].file_name, piece.box, values)
             except Exception as error:
                 failed = error
 
@@ -393,13 +390,7 @@ def _original_class(module: nn.Module) -> type:
     return next(classes)
 
 
-def name_in_files(module: nn.Module) -> Callable[[Item], str]:
-    """The name that a tied tensor is written under: as transformers, not one it would drop."""
-    tied = getattr(module, "_tied_weights_keys", None) or ()
-    dropped = set(tied)
-
-    def name(item: Item) -> str:
-        names = (item.fqn, *item.aliases)
-        return next((fqn for fqn in names if fqn not in dropped), item.fqn)
-
-    return name
+def dropped_names(models: Sequence[nn.Module]) -> set[str]:
+    """Names of tied weights that transformers drops from its files, if it has another for them."""
+    keys = (getattr(unwrap(model), "_tied_weights_keys", None) or () for model in models)
+    return {name for names in keys for name in names}

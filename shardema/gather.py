@@ -36,6 +36,7 @@ class Item:
         dtype: of the model's own tensor; an average of it may have another.
         device: type of the device that it lies on.
         averaged: whether there are averages of it.
+        file_name: of its names the one that an export writes it under.
         holders: each distinct box with the indices of the ranks that hold it, ascending.
     """
 
@@ -46,6 +47,7 @@ class Item:
     role: Role
     averaged: bool
     aliases: tuple[str, ...]
+    file_name: str
     holders: tuple[tuple[Box, tuple[int, ...]], ...]
 
 
@@ -66,18 +68,24 @@ class Plan:
         return [holders[0] for _, holders in self.items[index].holders]
 
 
-def make_plan(shards: Sequence[Shard], averaged: Container[str], ranks: Ranks) -> Plan:
+def make_plan(
+    shards: Sequence[Shard],
+    averaged: Container[str],
+    ranks: Ranks,
+    dropped: Container[str] = (),
+) -> Plan:
     """Exchanges what every rank holds. Collective over ``ranks``.
 
     Args:
         shards: this rank's shards.
         averaged: the fqns that there are averages of.
+        dropped: names of tied tensors that an export does not use, if there is another.
 
     Raises:
         ValueError: ranks disagree about a tensor, or some part of it is held by nobody or twice.
     """
     mine = [
-        (s.fqn, facts_of(s, averaged), [(box.offsets, box.sizes) for box in s.boxes])
+        (s.fqn, facts_of(s, averaged, dropped), [(box.offsets, box.sizes) for box in s.boxes])
         for s in shards
     ]
     merged: dict[str, dict[str, Any]] = {}
@@ -97,9 +105,11 @@ def make_plan(shards: Sequence[Shard], averaged: Container[str], ranks: Ranks) -
     return Plan(tuple(items), _share_writing(items, ranks.size))
 
 
-def facts_of(shard: Shard, averaged: Container[str]) -> tuple[Any, ...]:
+def facts_of(shard: Shard, averaged: Container[str], dropped: Container[str]) -> tuple[Any, ...]:
     """What all ranks must agree on about a tensor: the fields of `Item` from ``shape`` on."""
     local = shard.local
+    names = (shard.fqn, *shard.aliases)
+    file_name = next((name for name in names if name not in dropped), shard.fqn)
     return (
         shard.shape,
         local.dtype,
@@ -107,13 +117,14 @@ def facts_of(shard: Shard, averaged: Container[str]) -> tuple[Any, ...]:
         shard.role,
         shard.fqn in averaged,
         shard.aliases,
+        file_name,
     )
 
 
 def _disagreement(
     fqn: str, entry: dict[str, Any], facts: tuple[Any, ...], index: int, ranks: Ranks
 ) -> str:
-    words = ("shape", "dtype", "device", "role", "averaged", "tied names")
+    words = ("shape", "dtype", "device", "role", "averaged", "tied names", "file name")
     pairs = zip(words, facts, entry["facts"], strict=True)
     word, got, expected = next(pair for pair in pairs if pair[1] != pair[2])
     return (
