@@ -22,7 +22,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from shardema import CheckpointError, ShardedEMA, files, manifest, schedules
+from shardema import CheckpointError, ShadowPolicy, ShardedEMA, files, manifest, schedules
 from shardema.manifest import BLOCK
 from tests import contract, world
 from tests.layouts import LAYOUTS
@@ -231,6 +231,14 @@ def test_another_model_is_refused(saved: Path) -> None:
         with pytest.raises(ValueError, match=text):
             ema.load(saved)
         assert bits(ema) == before
+
+
+def test_another_dtype_is_refused(saved: Path) -> None:
+    ema = ShardedEMA(model(), 0.5, shadow=ShadowPolicy(dtype=torch.float64))
+    before = bits(ema)
+    with pytest.raises(ValueError, match=r"dtype torch.float32, expected .* and torch.float64"):
+        ema.load(saved)
+    assert bits(ema) == before
 
 
 def test_another_schedule_is_refused_unless_allowed(saved: Path) -> None:
