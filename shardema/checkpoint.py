@@ -30,7 +30,7 @@ from torch import Tensor
 from shardema import manifest as manifests
 from shardema.agree import Ranks
 from shardema.errors import CheckpointError
-from shardema.files import NewFile, layout, reporting, sync_folder, write_file
+from shardema.files import NewFile, layout, reporting, sync_path, write_file
 from shardema.gather import Holdings, Item, Plan, raw_bytes
 from shardema.manifest import BLOCK, Manifest, Stored, StoredAverage, StoredFile, StoredPiece
 from shardema.shard import Box, Shard, few, split_box
@@ -151,11 +151,13 @@ def commit(folder: str, temporary: str, op: str) -> None:
     """Gives the temporary folder its final name, durably. On the leader only."""
     folder = os.path.abspath(folder)
     with reporting(folder, op):
-        sync_folder(temporary)
+        for name in os.listdir(temporary):  # the model's config was written by its own code
+            sync_path(os.path.join(temporary, name))
+        sync_path(temporary)
         if os.path.lexists(folder):
             raise CheckpointError(f"{op} to {folder}: it appeared meanwhile", path=folder)
         os.rename(temporary, folder)
-        sync_folder(os.path.dirname(folder))
+        sync_path(os.path.dirname(folder))
 
 
 def _write_rank(

@@ -35,7 +35,6 @@ from shardema.files import (
     layout,
     open_existing,
     reporting,
-    sync_folder,
     write_all,
     write_file,
 )
@@ -195,8 +194,6 @@ def export(
                 if index is not None:
                     write_file(os.path.join(temporary, "model.safetensors.index.json"), index)
                 extra(temporary)
-                for name in os.listdir(temporary):
-                    _sync(os.path.join(temporary, name))
             commit(folder, temporary, "export")
 
         ranks.agree("export (finishing)", writer.sync, finish, nbytes=total)
@@ -348,17 +345,6 @@ def _write_streamed(
             raise failed
 
     ranks.agree("export (streaming)", report)
-
-
-def _sync(path: str) -> None:
-    if os.path.isdir(path):
-        sync_folder(path)
-        return
-    fd = open_existing(path)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def write_config(module: nn.Module, folder: str, dtype: torch.dtype | None) -> None:

@@ -160,9 +160,9 @@ def read_at(fd: int, offset: int, size: int, path: str) -> bytearray:
     return data
 
 
-def sync_folder(path: str) -> None:
-    """Returns when the names in the folder are on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sync_path(path: str) -> None:
+    """Returns when the bytes of a file, or the names in a folder, are on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
