@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardema.errors import CheckpointError
-from shardema.files import Entry, open_existing, read_at, read_header
+from shardema.files import Entry, open_existing, read_at, read_header, read_whole
 from shardema.gather import Plan
 from shardema.shard import Box, Dims, few, runs, split_box
 
@@ -45,14 +45,10 @@ def tensors_of(source: str) -> dict[str, Place]:
             ".safetensors file or a folder that export or save_pretrained wrote",
             path=source,
         )
-    fd = open_existing(index)
     try:
-        size = os.fstat(fd).st_size
-        names = set(json.loads(read_at(fd, 0, min(size, _MAX_INDEX), index))["weight_map"].values())
+        names = set(json.loads(read_whole(index, _MAX_INDEX))["weight_map"].values())
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"reading {index}: it is broken ({error})", path=index) from error
-    finally:
-        os.close(fd)
     found: dict[str, Place] = {}
     for name in sorted(str(name) for name in names):
         if os.path.basename(name) != name:

@@ -722,10 +722,12 @@ class ShardedEMA:
         facts = [layout.facts(shard) for shard in shards]
         if facts != self._facts:
             raise RuntimeError(f"{rank}: {layout.difference(self._facts, facts)}")
+        moved = not self._at_home()
         self._shards = shards
         self._watch()
-        for average in self._averages.values():
-            average.lerp_ = self._bound(average.shadows)
+        if moved:  # else the kernels hold the right tensors already
+            for average in self._averages.values():
+                average.lerp_ = self._bound(average.shadows)
 
     def _not_inside(self, op: str) -> None:
         if self._inside is not None:

@@ -160,6 +160,24 @@ def read_at(fd: int, offset: int, size: int, path: str) -> bytearray:
     return data
 
 
+def read_whole(path: str, limit: int) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        CheckpointError: it is not one, or it has more than ``limit`` bytes.
+    """
+    fd = open_existing(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise CheckpointError(
+                f"reading {path}: {size} bytes, expected at most {limit}", path=path
+            )
+        return bytes(read_at(fd, 0, size, path))
+    finally:
+        os.close(fd)
+
+
 def sync_path(path: str) -> None:
     """Returns when the bytes of a file, or the names in a folder, are on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)

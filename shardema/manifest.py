@@ -31,7 +31,7 @@ import torch
 import xxhash
 
 from shardema.errors import CheckpointError
-from shardema.files import DTYPES, NAMES, checked_int, open_existing, read_at
+from shardema.files import DTYPES, NAMES, checked_int, open_existing, read_at, read_whole
 from shardema.shard import Box, Dims, Role, check_covered, flat_boxes
 
 NAME = "shardema.json"
@@ -159,14 +159,7 @@ def read(folder: str) -> Manifest:
     path = os.path.join(folder, NAME)
     if not os.path.lexists(path):
         raise CheckpointError(_missing(folder), path=folder)
-    fd = open_existing(path)
-    try:
-        size = os.fstat(fd).st_size
-        if size > MAX_MANIFEST:
-            raise CheckpointError(f"reading {path}: {size} bytes are no manifest", path=path)
-        data = bytes(read_at(fd, 0, size, path))
-    finally:
-        os.close(fd)
+    data = read_whole(path, MAX_MANIFEST)
     begin, middle = len(_START), len(_START) + 32
     body = data[middle + len(_MIDDLE) : -len(_END)]
     framed = (

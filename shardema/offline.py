@@ -14,7 +14,7 @@ from shardema.agree import Ranks
 from shardema.checkpoint import begin, commit, discard
 from shardema.errors import CheckpointError
 from shardema.export import Writer, parse_size, plan_targets, reserve
-from shardema.files import open_existing, read_at, reporting, write_file
+from shardema.files import read_whole, reporting, write_file
 from shardema.manifest import Manifest, Stored
 from shardema.shard import few, whole
 
@@ -101,12 +101,7 @@ def _copy_configs(folder: str, temporary: str, dtype: torch.dtype | None) -> Non
         path = os.path.join(folder, name)
         if not os.path.lexists(path):
             continue
-        fd = open_existing(path)
-        try:
-            size = min(os.fstat(fd).st_size, _MAX_CONFIG)
-            data = bytes(read_at(fd, 0, size, path))
-        finally:
-            os.close(fd)
+        data = read_whole(path, _MAX_CONFIG)
         write_file(os.path.join(temporary, name), _with_dtype(data, path, dtype))
 
 

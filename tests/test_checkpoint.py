@@ -128,6 +128,13 @@ def test_only_regular_files_are_read(saved: Path, tmp_path: Path) -> None:
     assert_refused(saved, "not a regular file")
 
 
+def test_a_manifest_over_the_limit_is_not_read(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "MAX_MANIFEST", 10)
+    assert_refused(saved, "bytes, expected at most 10")
+
+
 def test_a_folder_without_a_checkpoint_says_what_it_lacks(tmp_path: Path, saved: Path) -> None:
     assert_refused(tmp_path / "nowhere", "no such folder")
     assert_refused(tmp_path, r"no shardema.json in it.*did you mean .*/ema\?")
@@ -368,9 +375,7 @@ def test_ranks_fail_and_read_together(tmp_path: Path) -> None:
         folder = tmp_path / check.__name__
         folder.mkdir()
         facts.append(world.Fact(check.__name__, check, (str(folder),)))
-    verdicts = world.judge(facts, 2)
-    for fact in facts:
-        verdicts.check(fact.name)
+    world.hold(facts, 2)
 
 
 SAVER = """

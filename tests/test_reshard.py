@@ -86,9 +86,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for size, layout in WRITERS
             if size == ranks
         ]
-        verdicts = world.judge(facts, ranks)
-        for fact in facts:
-            verdicts.check(fact.name)
+        world.hold(facts, ranks)
     return folder
 
 
@@ -99,9 +97,7 @@ def test_every_layout_reads_every_other(checkpoints: Path, ranks: int) -> None:
         for size, layout in READERS
         if size == ranks
     ]
-    verdicts = world.judge(facts, ranks)
-    for fact in facts:
-        verdicts.check(fact.name)
+    world.hold(facts, ranks)
 
 
 def test_all_exports_are_the_same_bytes(checkpoints: Path) -> None:
@@ -209,6 +205,4 @@ def test_partial_models(tmp_path: Path) -> None:
         world.Fact("group", group_names_the_ranks_that_share_the_model),
         world.Fact("several", several_averages_are_each_as_if_alone),
     ]
-    verdicts = world.judge(facts, 2)
-    for fact in facts:
-        verdicts.check(fact.name)
+    world.hold(facts, 2)

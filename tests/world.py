@@ -132,6 +132,13 @@ def judge(
     return Verdicts(told)
 
 
+def hold(facts: Sequence[Fact], ranks: int) -> None:
+    """Runs the facts in a world; raises at the first that does not hold."""
+    verdicts = judge(facts, ranks)
+    for fact in facts:
+        verdicts.check(fact.name)
+
+
 def run(check: Callable[..., None], ranks: int, *args: Any, timeout: float = 280.0) -> None:
     """Runs one function in a world; raises with all ranks' tracebacks."""
     judge([Fact("it", check, args)], ranks, timeout).check("it")
