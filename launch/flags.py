@@ -49,59 +49,80 @@ def refuse_unused(ctx: click.Context) -> None:
             raise click.UsageError(f"--{name.replace('_', '-')} has no effect with --evaluate")
 
 
-OPTIONS = (
-    click.option("--backend", type=click.Choice(BACKENDS), default="fsdp2"),
-    click.option(
+OPTIONS = {
+    "backend": click.option("--backend", type=click.Choice(BACKENDS), default="fsdp2"),
+    "out": click.option(
         "--out", type=click.Path(path_type=Path), default="runs/train", help="Folder of the run."
     ),
-    click.option(
+    "data": click.option(
         "--data",
         type=click.Path(path_type=Path, exists=True, readable=True),
         help="A file or a folder of text.  [default: Python's standard library]",
     ),
-    click.option("--steps", type=click.IntRange(1), default=300, help="Optimizer steps in all."),
-    click.option("--batch", type=click.IntRange(1), default=8, help="Windows per rank and pass."),
-    click.option("--accumulate", type=click.IntRange(1), default=1, help="Passes per step."),
-    click.option("--lr", type=click.FloatRange(0, min_open=True), default=2e-3),
-    click.option(
+    "steps": click.option(
+        "--steps", type=click.IntRange(1), default=300, help="Optimizer steps in all."
+    ),
+    "batch": click.option(
+        "--batch", type=click.IntRange(1), default=8, help="Windows per rank and pass."
+    ),
+    "accumulate": click.option(
+        "--accumulate", type=click.IntRange(1), default=1, help="Passes per step."
+    ),
+    "lr": click.option("--lr", type=click.FloatRange(0, min_open=True), default=2e-3),
+    "ema": click.option(
         "--ema",
         default="power:0.1",
         metavar="NAME:VALUE",
         callback=checked_schedule,
         help="power:STD, half-life:STEPS, constant:DECAY, warmup:DECAY or ramp:DECAY.",
     ),
-    click.option("--bf16", is_flag=True, help="Compute in bfloat16; weights stay float32."),
-    click.option("--layers", type=click.IntRange(1), default=4),
-    click.option("--width", type=click.IntRange(1), default=128),
-    click.option("--heads", type=click.IntRange(1), default=4),
-    click.option("--context", type=click.IntRange(1), default=128, help="Bytes in a window."),
-    click.option("--tp", type=click.IntRange(1), help="Ranks per layer, fsdp2-tp.  [default: 2]"),
-    click.option("--replicas", type=click.IntRange(1), help="Copies, hsdp.  [default: 2]"),
-    click.option("--seed", type=click.IntRange(0), default=0),
-    click.option("--eval-every", type=click.IntRange(1), default=50),
-    click.option("--val-windows", type=click.IntRange(1), default=128),
-    click.option("--save-every", type=click.IntRange(1), default=100),
-    click.option(
+    "bf16": click.option("--bf16", is_flag=True, help="Compute in bfloat16; weights stay float32."),
+    "layers": click.option("--layers", type=click.IntRange(1), default=4),
+    "width": click.option("--width", type=click.IntRange(1), default=128),
+    "heads": click.option("--heads", type=click.IntRange(1), default=4),
+    "context": click.option(
+        "--context", type=click.IntRange(1), default=128, help="Bytes in a window."
+    ),
+    "tp": click.option(
+        "--tp", type=click.IntRange(1), help="Ranks per layer, fsdp2-tp.  [default: 2]"
+    ),
+    "replicas": click.option(
+        "--replicas", type=click.IntRange(1), help="Copies, hsdp.  [default: 2]"
+    ),
+    "seed": click.option("--seed", type=click.IntRange(0), default=0),
+    "eval_every": click.option("--eval-every", type=click.IntRange(1), default=50),
+    "val_windows": click.option("--val-windows", type=click.IntRange(1), default=128),
+    "save_every": click.option("--save-every", type=click.IntRange(1), default=100),
+    "resume": click.option(
         "--resume",
         is_flag=False,
         flag_value=NEWEST,
         metavar="[STEP]",
         help="Go on from the newest step of --out, or from the folder of a step.",
     ),
-    click.option(
+    "device": click.option(
         "--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]"
     ),
-    click.option(
+    "evaluate": click.option(
         "--evaluate",
         type=click.Path(path_type=Path, exists=True, file_okay=False),
         metavar="EXPORT",
         help="Only print the validation loss of an exported folder, in one process.",
     ),
-)
+}
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
     """All of them, in the order of --help."""
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
+    return only(*OPTIONS)(command)
+
+
+def only(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Some of them, for a script that a trainer takes the rest from."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            command = OPTIONS[name](command)
+        return command
+
+    return add
