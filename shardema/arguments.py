@@ -22,10 +22,10 @@ def as_models(model: Any) -> tuple[nn.Module, ...]:
     """``model`` as modules. Raises TypeError, or ValueError for an empty list."""
     models = tuple(model) if isinstance(model, list | tuple) else (model,)
     for one in models:
-        if type(one).__module__.split(".")[0] == "deepspeed":
+        if type(one).__module__.startswith("deepspeed.inference"):
             raise TypeError(
-                f"model: got a {type(one).__name__}; DeepSpeed engines are not supported by this "
-                "version, which averages plain, DDP, FSDP1 and FSDP2 models"
+                f"model: got DeepSpeed's {type(one).__name__}, which does not train, expected the "
+                "engine that deepspeed.initialize returned"
             )
         if not isinstance(one, nn.Module):
             raise TypeError(

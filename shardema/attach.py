@@ -87,7 +87,7 @@ def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     if type(optimizer).__module__.split(".")[0] == "deepspeed":
         raise TypeError(
             f"attach: got DeepSpeed's {type(optimizer).__name__}, whose steps are its engine's; "
-            "call ema.update() after engine.step()"
+            "attach the engine that the EMA was built for: ema.attach(engine)"
         )
     if hasattr(optimizer, "step_was_skipped") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer  # accelerate: the inner one steps only when it really does

@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,12 @@ from shardema.layout import Select
 from shardema.manifest import StoredAverage
 from shardema.schedules import Schedule, describe
 from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
-from shardema.shard import Shard, few
-from shardema.swap import Exchange
+from shardema.shard import Shard, few, present
+from shardema.swap import Exchange, uninterrupted
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 _EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
 
 
@@ -65,21 +67,26 @@ class _Average:
 class ShardedEMA:
     """An exponential moving average of a sharded model's weights.
 
-    Build it after the model is wrapped (DDP, FSDP, ``fully_shard``, ``torch.compile``). Each rank
-    averages only what it holds. Averaged are the trainable floating-point parameters, tied ones
-    once; frozen parameters and buffers are the model's own, and are part of whatever is gathered.
+    Build it after the model is wrapped (DDP, FSDP, ``fully_shard``, ``torch.compile``,
+    ``deepspeed.initialize``). Each rank averages only what it holds. Averaged are the trainable
+    floating-point parameters, tied ones once; frozen parameters and buffers are the model's own,
+    and are part of whatever is gathered.
 
     Args:
-        model: the module as the training loop holds it, or a list of modules (pipeline chunks).
+        model: the module as the training loop holds it, a DeepSpeed engine, or a list of modules
+            (pipeline chunks).
         schedule: a decay in [0, 1] per step, a schedule of `shardema.schedules`, a callable
             ``(t, dt) -> decay``, or ``{name: schedule}`` for several averages.
         shadow: how the averages are kept; a policy, or ``{name: policy}``.
         select: what to average: a glob or a list of globs over fqns, or ``(fqn, shape) -> bool``
             given the full shape; every trainable floating-point parameter if None.
+        source: ``"master"`` averages what the optimizer steps, the fp32 masters of a DeepSpeed
+            engine; ``"model"`` what the forward computes with, its 16-bit weights. Elsewhere the
+            two are the same.
         group: the ranks that share the model; None takes those of its meshes or process groups,
             else all.
         backend: ``"auto"``, or the one that must match: ``"plain"`` (DDP too), ``"fsdp1"``,
-            ``"fsdp2"``.
+            ``"fsdp2"``, ``"zero"``.
         kernel: ``"auto"``, ``"foreach"`` or ``"reference"``.
         timeout: seconds that a rank waits for the others in a collective call.
 
@@ -108,6 +115,7 @@ class ShardedEMA:
         *,
         shadow: ShadowPolicy | Mapping[str, ShadowPolicy] = ShadowPolicy(),  # noqa: B008
         select: Select | None = None,
+        source: Literal["master", "model"] = "master",
         group: dist.ProcessGroup | None = None,
         backend: str = "auto",
         kernel: str = "auto",
@@ -116,6 +124,9 @@ class ShardedEMA:
         self._models = as_models(model)
         schedules = as_schedules(schedule)
         policies = as_policies(shadow, schedules)
+        if source not in ("master", "model"):
+            raise ValueError(f"source: got {source!r}, expected 'master' or 'model'")
+        self._source = source
         self._bind_kernel = kernels.find(kernel)
         self._backend_name, self._backend = backends.find(self._models, backend)
         ranks = None if group is not None else self._backend.ranks(self._models)
@@ -124,7 +135,9 @@ class ShardedEMA:
         self._inside: str | None = None  # the average that the model holds, in a swap
         with writable():
             self._backend.ensure_sharded(self._models)
-            self._shards = self._backend.read(self._models)
+            self._shards = self._read()
+            self._engine = self._backend.engine(self._models)
+            self._counted = self._engine.applied() if self._engine is not None else None
             self._averaged = layout.choose(self._shards, select)
             self._watch()
             self._averages: dict[str, _Average] = {}
@@ -174,7 +187,9 @@ class ShardedEMA:
     def update(self, dt: float | None = None) -> None:
         """Moves the averages towards the present weights. Local: no collective, no host sync.
 
-        Call it after the optimizer step and whatever follows it (projections, clipping).
+        Call it after the optimizer step and whatever follows it (projections, clipping). After a
+        step that a DeepSpeed engine did not make (gradient accumulation, an overflow), or that
+        was counted before, it does nothing.
 
         Args:
             dt: progress since the last update, in the schedule's unit; None is one step.
@@ -186,40 +201,52 @@ class ShardedEMA:
         """
         self._not_inside("update")
         step = increment(dt, self.unit)
+        applied = self._engine.applied() if self._engine is not None else None
+        if self._engine is not None and applied in (None, self._counted):
+            return
         with writable():
             self._refresh()
             # decide on all weights before anything is changed: a schedule may raise
             weights = [(a, a.weight(step)) for a in self._averages.values()]
             for average, weight in weights:
                 average.lerp_(weight)
+            for group in present(self._lent()):
+                for average, weight in weights:
+                    self._bind_kernel(*average.shadows.runs(group))(weight)
+            for average in self._averages.values():
                 average.t += step
                 average.num_updates += 1
+        self._counted = applied
 
     def attach(
-        self, *optimizers: torch.optim.Optimizer, dt: float | Callable[[], float] | None = None
-    ) -> Attached:
+        self, *optimizers: Any, dt: float | Callable[[], float] | None = None
+    ) -> backends.Handle:
         """Updates by itself, once after the last of the optimizers really stepped. Local.
 
         Steps that a GradScaler skipped do not count, nor do accelerate's accumulation steps.
 
         Args:
-            optimizers: torch optimizers, or accelerate's wrappers of them.
+            optimizers: torch optimizers, or accelerate's wrappers of them; for a DeepSpeed engine
+                the engine itself, whose ``step`` is then followed.
             dt: as for `update`; a callable is asked at every update.
 
         Returns:
             A handle; ``handle.remove()`` ends it.
 
         Raises:
-            TypeError: something that is no torch optimizer.
+            TypeError: something that is no torch optimizer, such as one inside an engine.
             ValueError: no optimizer, or ``dt`` missing where the clock does not count steps.
         """
         if not callable(dt):
             increment(dt, self.unit)
-        return Attached(
-            optimizers,
-            update=lambda: self.update(dt() if callable(dt) else dt),
-            guard=lambda: self._not_inside("an optimizer step"),
-        )
+
+        def update() -> None:
+            self.update(dt() if callable(dt) else dt)
+
+        if self._engine is not None and optimizers == self._models:
+            return self._engine.hook(after=update)
+        guard = functools.partial(self._not_inside, "an optimizer step")
+        return Attached(optimizers, update, guard)
 
     # ---- evaluating ---------------------------------------------------------------------------
 
@@ -228,53 +255,96 @@ class ShardedEMA:
         """Inside, the model computes with the average; afterwards all is as before, to the bit.
 
         Parameters and shadows of the same dtype trade places through a chunk of scratch; other
-        parameters are set aside, which takes their size in memory. Local. Forwards inside belong
-        under ``torch.no_grad()``: a backward through a forward from the other side of the swap
-        raises, since it would mix weights.
+        parameters are set aside, which takes their size in memory. Local. The weights of a
+        DeepSpeed engine are written over and restored from its masters; the ranks gather them, so
+        there it is collective. Forwards inside belong under ``torch.no_grad()``: a backward
+        through a forward from the other side of the swap raises, since it would mix weights.
 
         Raises:
             RuntimeError: inside another swap; or, on leaving, someone wrote the model's weights
-                inside (they are restored, the write has gone into the average).
+                inside (they are restored, the write has gone into the average, or with an engine
+                is lost).
             ValueError: no average of this name.
         """
-        self._not_inside("swap")
-        average = self._named(name)
-        with writable():
-            self._refresh()
-            mine = self._mine()
-            views = average.shadows.views
-            exchange = Exchange([s.local for s in mine], [views[s.fqn] for s in mine])
+        average, mine, exchange = self._together("swap", lambda: self._ready_to_swap(name))
+        guards = []
+        if self._engine is not None:
+            guard = functools.partial(self._not_inside, "an optimizer step")
+            guards.append(self._engine.hook(before=guard))
         try:
             self._inside = average.name
-            with writable():
+            with writable(), self._spread():
                 self._await_copies()
                 exchange.swap_in()
             self._announce_write()
-            versions = [s.local._version for s in mine]
+            versions = self._versions(mine)
             yield
-            written = [s.fqn for s, v in zip(mine, versions, strict=True) if s.local._version != v]
+            now = self._versions(mine)
         finally:
-            interrupt: BaseException | None = None
-            while True:
-                try:
-                    with writable():
-                        self._backend.ensure_sharded(self._models)
-                        self._await_copies()
-                        exchange.swap_out()
-                        self._follow(mine)
-                    self._announce_write()
-                    self._inside = None
-                    break
-                except (KeyboardInterrupt, SystemExit) as error:  # the weights come back first
-                    interrupt = error
-            if interrupt is not None:
-                raise interrupt
+            with self._spread():
+                self._put_back(exchange, mine)
+            for hook in guards:
+                hook.remove()
+        written = [name for name, version in now.items() if version != versions[name]]
         if written:
             raise RuntimeError(
                 f"rank {self._ranks.rank}: {few(written)}: written inside swap(), so "
                 "the write went into the average and the weights are as before the swap; write "
                 "weights outside of it, and call ema.reset() or ema.load() to mend the average"
             )
+
+    def _ready_to_swap(self, name: str | None) -> tuple[_Average, list[Shard], Exchange]:
+        self._not_inside("swap")
+        average = self._named(name)
+        with writable():
+            self._refresh()
+            mine = self._mine()
+            return average, mine, Exchange(mine, average.shadows.views)
+
+    def _together(self, op: str, work: Callable[[], _T]) -> _T:
+        """``work()``; where an engine makes the call collective, on all ranks or on none."""
+        if self._engine is None:
+            return work()
+        done: list[_T] = []
+        self._ranks.agree(op, lambda: done.append(work()))
+        return done[0]
+
+    @contextlib.contextmanager
+    def _spread(self) -> Iterator[None]:
+        """The block writes the model's own tensors; an engine's reach all ranks when it ends."""
+        if self._engine is None:
+            yield
+            return
+        with uninterrupted(), writable():
+            self._engine.release()
+            try:
+                yield
+            finally:  # the other ranks gather too, whatever happened here
+                self._engine.publish()
+
+    def _put_back(self, exchange: Exchange, mine: Sequence[Shard]) -> None:
+        """The end of a swap: the weights come back first, whatever interrupts it."""
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                with writable():
+                    self._backend.ensure_sharded(self._models)
+                    self._await_copies()
+                    exchange.swap_out()
+                    self._follow(mine)
+                self._announce_write()
+                self._inside = None
+                break
+            except (KeyboardInterrupt, SystemExit) as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def _versions(self, shards: Sequence[Shard]) -> dict[str, int]:
+        """Counters that every in-place write moves, by fqn; of an engine, its parameters'."""
+        if self._engine is not None:
+            return {fqn: p._version for fqn, p in self._engine.parameters().items()}
+        return {shard.fqn: shard.local._version for shard in shards}
 
     def _follow(self, shards: Sequence[Shard]) -> None:
         """Takes the weights along to where the model keeps them now.
@@ -286,7 +356,7 @@ class ShardedEMA:
             return
         self._read_again()
         for old, new in zip(shards, self._mine(), strict=True):
-            if new.local.data_ptr() != old.local.data_ptr():
+            if new.weights is None and new.local.data_ptr() != old.local.data_ptr():
                 new.local.copy_(old.local)
 
     def _await_copies(self) -> None:
@@ -294,7 +364,7 @@ class ShardedEMA:
 
         FSDP with CPU offload sends pinned shards to the device while the host goes on.
         """
-        pinned = (s.local.is_pinned() for s in self._mine() if s.local.device.type == "cpu")
+        pinned = (s.own.is_pinned() for s in self._mine() if s.own.device.type == "cpu")
         if torch.accelerator.is_available() and any(pinned):
             torch.accelerator.synchronize()
 
@@ -304,19 +374,30 @@ class ShardedEMA:
         torch.clear_autocast_cache()
 
     def copy_to_model(self, name: str | None = None) -> None:
-        """The average becomes the model's weights. Local; the average stays as it is.
+        """The average becomes the model's weights; the average stays as it is.
+
+        Local; collective with a DeepSpeed engine, whose masters are written too.
 
         Raises:
             RuntimeError: inside ``swap()``.
         """
-        self._not_inside("copy_to_model")
-        average = self._named(name)
-        with writable():
-            self._refresh()
+
+        def ready() -> _Average:
+            self._not_inside("copy_to_model")
+            average = self._named(name)
+            with writable():
+                self._refresh()
+            return average
+
+        average = self._together("copy_to_model", ready)
+        with writable(), self._spread():
             self._await_copies()
-            for shard in self._mine():
-                shard.local.copy_(average.shadows.views[shard.fqn])
-            self._announce_write()
+            for group in present(self._mine(), write=True):
+                for shard in group:
+                    shard.local.copy_(average.shadows.views[shard.fqn])
+                    if shard.weights is not None:
+                        shard.weights.copy_(shard.local)
+        self._announce_write()
 
     def reset(self, name: str | None = None) -> None:
         """The model's weights become the average, and its ``t`` starts again. Local.
@@ -571,6 +652,7 @@ class ShardedEMA:
                 average.shadows.copy_all(staged[average.name])
                 average.t = stored_average.t
                 average.num_updates = stored_average.num_updates
+        self._counted = self._engine.applied() if self._engine is not None else None
 
     def load_full(
         self,
@@ -682,6 +764,16 @@ class ShardedEMA:
 
     # ---- inside -------------------------------------------------------------------------------
 
+    def _read(self) -> list[Shard]:
+        shards = self._backend.read(self._models)
+        if self._source == "master":
+            return shards
+        return [replace(shard, reads_weights=True) for shard in shards]
+
+    def _lent(self) -> list[Shard]:
+        """The shards whose source is not in memory."""
+        return [s for s in self._mine() if s.away is not None and not s.reads_weights]
+
     def _mine(self) -> list[Shard]:
         """The shards that are averaged."""
         return [shard for shard in self._shards if shard.fqn in self._averaged]
@@ -692,8 +784,8 @@ class ShardedEMA:
         self._addresses = [(shard.address, shard.address()) for shard in self._mine()]
 
     def _bound(self, shadows: Shadows) -> kernels.Lerp:
-        mine = self._mine()
-        return self._bind_kernel([shadows.views[s.fqn] for s in mine], [s.local for s in mine])
+        lent = {shard.fqn for shard in self._lent()}
+        return self._bind_kernel(*shadows.runs([s for s in self._mine() if s.fqn not in lent]))
 
     def _refresh(self) -> None:
         """Makes the shards the present weights: frees what is gathered, finds what was replaced."""
@@ -718,7 +810,7 @@ class ShardedEMA:
                 f"{rank}: the model was {self._backend_name!r} when the EMA was built and is "
                 f"{name!r} now; build the EMA after wrapping the model"
             )
-        shards = self._backend.read(self._models)
+        shards = self._read()
         facts = [layout.facts(shard) for shard in shards]
         if facts != self._facts:
             raise RuntimeError(f"{rank}: {layout.difference(self._facts, facts)}")

@@ -34,7 +34,7 @@ class Item:
 
     Attributes:
         dtype: of the model's own tensor; an average of it may have another.
-        device: type of the device that it lies on.
+        device: type of the device that it lies on, or its average does.
         averaged: whether there are averages of it.
         file_name: of its names the one that an export writes it under.
         holders: each distinct box with the indices of the ranks that hold it, ascending.
@@ -107,15 +107,15 @@ def make_plan(
 
 def facts_of(shard: Shard, averaged: Container[str], dropped: Container[str]) -> tuple[Any, ...]:
     """What all ranks must agree on about a tensor: the fields of `Item` from ``shape`` on."""
-    local = shard.local
     names = (shard.fqn, *shard.aliases)
     file_name = next((name for name in names if name not in dropped), shard.fqn)
+    is_averaged = shard.fqn in averaged
     return (
         shard.shape,
-        local.dtype,
-        local.device.type,
+        shard.own.dtype,
+        (shard.source if is_averaged else shard.own).device.type,
         shard.role,
-        shard.fqn in averaged,
+        is_averaged,
         shard.aliases,
         file_name,
     )
@@ -405,7 +405,7 @@ class Holdings:
     """
 
     def __init__(self, plan: Plan, shards: Sequence[Shard], shadows: Mapping[str, Tensor]) -> None:
-        by_fqn = {s.fqn: list(s.pieces(shadows.get(s.fqn, s.local))) for s in shards}
+        by_fqn = {s.fqn: list(s.pieces(shadows.get(s.fqn, s.own))) for s in shards}
         self._pieces = [by_fqn.get(item.fqn, []) for item in plan.items]
 
     def __call__(self, index: int, box: Box) -> Tensor:

@@ -60,7 +60,7 @@ def choose(shards: Sequence[Shard], select: Select | None) -> frozenset[str]:
 
 def facts(shard: Shard) -> tuple[Any, ...]:
     """What must not change under an EMA; requires_grad may (the choice was made at the start)."""
-    local = shard.local
+    local = shard.source
     layout = (local.dtype, local.device, shard.boxes, shard.order, shard.aliases)
     return (shard.fqn, shard.shape, shard.role == "buffer", *layout)
 

@@ -3,7 +3,9 @@
 ::
 
     shards      [conv.weight]   [norm.bias] []        local tensors of the model, any dense stride
-    flat        |------------|--|---------|--|        one buffer, each view starts on 64 bytes
+    flat        |------------|--|---------|--|        one buffer; neighbours in the model's memory
+                                                      are neighbours here, the rest starts on
+                                                      64 bytes
     views        conv.weight     norm.bias            same sizes and strides as the shard
 """
 
@@ -17,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shardema.shard import Shard, dense_like
+from shardema.shard import Shard, dense_like, present
 
 _ALIGN = 64  # bytes
 
@@ -67,29 +69,96 @@ class Shadows:
 
     def copy_from(self, shards: Sequence[Shard]) -> None:
         """Sets every shadow to its shard's present value."""
-        for shard in shards:
-            self.views[shard.fqn].copy_(shard.local)
+        for group in present(shards):
+            for shard in group:
+                self.views[shard.fqn].copy_(shard.source)
 
     def copy_all(self, other: Shadows) -> None:
-        """Sets every shadow to that of ``other``, which was allocated alike."""
-        for mine, theirs in zip(self.flats, other.flats, strict=True):
-            mine.copy_(theirs)
+        """Sets every shadow to that of ``other``, which is of the same shards."""
+        for fqn, mine in self.views.items():  # the flats may lie in another order
+            mine.copy_(other.views[fqn])
+
+    def runs(self, shards: Sequence[Shard]) -> tuple[list[Tensor], list[Tensor]]:
+        """Shadows and sources of ``shards``, as few tensors as their memory allows.
+
+        Neighbours in memory become one flat tensor: a whole flat partition is one.
+        """
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for shard in sorted((s for s in shards if s.source.numel()), key=_place):
+            shadow, source = self.views[shard.fqn], shard.source
+            joined = _joined(*pairs[-1], shadow, source) if pairs else None
+            if joined is None:
+                pairs.append((shadow, source))
+            else:
+                pairs[-1] = joined
+        return [shadow for shadow, _ in pairs], [source for _, source in pairs]
 
 
 def allocate(shards: Sequence[Shard], policy: ShadowPolicy) -> Shadows:
-    """Uninitialised shadows of ``shards``, on the shards' own devices."""
-    offsets: dict[tuple[torch.device, torch.dtype], int] = {}
-    places: dict[str, tuple[tuple[torch.device, torch.dtype], int]] = {}
-    for shard in shards:
-        key = (shard.local.device, policy.dtype_for(shard.local.dtype))
-        start = offsets.get(key, 0)
-        places[shard.fqn] = (key, start)
+    """Uninitialised shadows of ``shards``, on the devices of what they average.
+
+    What lies together in memory does so among the shadows too, small gaps included.
+    """
+    ends: dict[_Key, int] = {}
+    last: dict[_Key, Shard] = {}
+    starts: dict[str, tuple[_Key, int]] = {}
+    for shard in sorted(shards, key=_place):
+        source = shard.source
+        key = (source.device, policy.dtype_for(source.dtype))
         step = _ALIGN // key[1].itemsize
-        offsets[key] = start + -(-shard.local.numel() // step) * step
-    flats = {key: torch.zeros(n, dtype=key[1], device=key[0]) for key, n in offsets.items()}
+        start = ends.get(key, 0)
+        gap = _gap(last[key], shard) if key in last else None
+        start = -(-start // step) * step if gap is None else start + gap
+        starts[shard.fqn] = (key, start)
+        ends[key] = start + source.numel()
+        last[key] = shard
+    flats = {key: torch.zeros(n, dtype=key[1], device=key[0]) for key, n in ends.items()}
     views = {}
     for shard in shards:
-        key, start = places[shard.fqn]
-        strides = dense_like(shard.local)
-        views[shard.fqn] = flats[key].as_strided(shard.local.shape, strides, start)
+        key, start = starts[shard.fqn]
+        strides = dense_like(shard.source)
+        views[shard.fqn] = flats[key].as_strided(shard.source.shape, strides, start)
     return Shadows(tuple(flats.values()), views)
+
+
+_Key = tuple[torch.device, torch.dtype]
+
+
+def _place(shard: Shard) -> tuple[int, int]:
+    """Where the source lies: in which storage, at which element."""
+    if shard.away is not None and not shard.reads_weights:
+        return id(shard.away[0]), shard.away[1]
+    return shard.source.untyped_storage().data_ptr(), int(shard.source.storage_offset())
+
+
+def _gap(before: Shard, shard: Shard) -> int | None:
+    """Elements of padding between two sources, None where they are no neighbours."""
+    (storage, start), (other, place) = _place(before), _place(shard)
+    gap = place - start - before.source.numel()
+    near = storage == other and 0 <= gap < _ALIGN // before.source.dtype.itemsize
+    return gap if near and before.source.dtype == shard.source.dtype else None
+
+
+def _joined(
+    shadow: Tensor, source: Tensor, next_shadow: Tensor, next_source: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The two pairs as one, with the padding between them; None where that is not possible.
+
+    The padding is averaged too, and never read.
+    """
+    if source.untyped_storage().data_ptr() != next_source.untyped_storage().data_ptr():
+        return None
+    dense = all(
+        a.stride() == b.stride() == dense_like(a)
+        for a, b in ((shadow, source), (next_shadow, next_source))
+    )
+    steps = [
+        b.storage_offset() - a.storage_offset()
+        for a, b in ((shadow, next_shadow), (source, next_source))
+    ]
+    gap = steps[0] - source.numel()
+    near = 0 <= gap < _ALIGN // source.dtype.itemsize
+    if not (dense and near and steps[0] == steps[1] and source.dtype == next_source.dtype):
+        return None
+    numel = steps[0] + next_source.numel()
+    return tuple(t.as_strided((numel,), (1,)) for t in (shadow, source))  # type: ignore[return-value]

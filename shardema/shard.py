@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -174,15 +175,27 @@ def check_covered(fqn: str, shape: Dims, boxes: Sequence[Box]) -> None:
         open_boxes.append(box)
 
 
+@dataclass(frozen=True, eq=False)
+class Loan:
+    """Storage that is away, on a disk, but for the time that it is asked for.
+
+    Args:
+        hold: ``hold(write)`` brings it back for the length of a ``with`` block, as a flat tensor;
+            with ``write=True`` what the block wrote is kept.
+    """
+
+    hold: Callable[[bool], AbstractContextManager[Tensor]]
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Shard:
     """What this rank holds of one tensor of the model.
 
     Args:
         fqn: clean, fully qualified name.
-        local: the live storage on this rank. With one box it has the box's sizes (any dense
-            stride) or is flat; with several boxes it is a contiguous 1-D tensor that holds them
-            one after the other. Empty if ``boxes`` is.
+        local: the live storage on this rank: what the optimizer steps. With one box it has the
+            box's sizes (any dense stride) or is flat; with several boxes it is a contiguous 1-D
+            tensor that holds them one after the other. Empty if ``boxes`` is.
         shape: the full shape.
         boxes: where the elements of ``local`` sit in the full tensor, in order.
         role: ``"parameter"`` (trainable), ``"frozen"`` or ``"buffer"``.
@@ -191,6 +204,11 @@ class Shard:
             if empty. FSDP1 flattens a channels_last weight in the order of its memory.
         address: gives the address of the live storage now, `REPLACED` if the model holds another
             tensor under this name; tells `update` when to read the model again.
+        weights: what the forward computes with, where that is another tensor than ``local``: the
+            16-bit copy of an fp32 master, laid out alike. None where ``local`` is it.
+        reads_weights: the average is of ``weights``, not of ``local``.
+        away: where ``local`` is lent and where it starts in the loan; ``local`` itself is then a
+            stand-in of the same size without values. See `present`.
     """
 
     fqn: str
@@ -201,6 +219,19 @@ class Shard:
     aliases: tuple[str, ...] = ()
     order: Dims = ()
     address: Callable[[], int] = field(default=lambda: 0, repr=False)
+    weights: Tensor | None = None
+    reads_weights: bool = False
+    away: tuple[Loan, int] | None = field(default=None, repr=False)
+
+    @property
+    def own(self) -> Tensor:
+        """The model's own tensor: what its forward computes with."""
+        return self.local if self.weights is None else self.weights
+
+    @property
+    def source(self) -> Tensor:
+        """What is averaged."""
+        return self.own if self.reads_weights else self.local
 
     def pieces(self, local: Tensor | None = None) -> Iterator[tuple[Box, Tensor]]:
         """Each box with the view of ``local`` that fills it, ``[*box.sizes]``.
@@ -222,6 +253,29 @@ class Shard:
             else:
                 yield box, flat.view(box.sizes)
         assert start == local.numel(), (self.fqn, start, local.numel())
+
+
+def present(shards: Sequence[Shard], *, write: bool = False) -> Iterator[list[Shard]]:
+    """The shards in groups; while a group is at hand, the ``local`` of each is really there.
+
+    Args:
+        write: what is written into ``local`` is to be kept.
+    """
+    here: list[Shard] = []
+    lent: dict[Loan, list[tuple[Shard, int]]] = {}
+    for shard in shards:
+        if shard.away is None:
+            here.append(shard)
+        else:
+            lent.setdefault(shard.away[0], []).append((shard, shard.away[1]))
+    if here or not lent:
+        yield here
+    for loan, group in lent.items():
+        with loan.hold(write) as flat:
+            yield [
+                replace(s, local=flat.narrow(0, start, s.local.numel()), away=None)
+                for s, start in group
+            ]
 
 
 def memory_order(shape: Sequence[int], stride: Sequence[int]) -> Dims:

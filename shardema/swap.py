@@ -10,33 +10,45 @@ is done, so an interrupt at any point can be carried on from or undone::
 
 Other dtype (a bf16 parameter, an fp32 shadow): the parameter is set aside whole first, since a
 rounded copy of the shadow could not be turned back.
+
+Weights that are a copy of a master: the shadow is written over the weights, and the master over
+them afterwards. Nothing is set aside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardema.shard import aligned_parts, dense_like
+from shardema.shard import Shard, aligned_parts, dense_like, present
 
 CHUNK_NUMEL = 1 << 22  # elements of scratch for the exchange
 
 
 class Exchange:
-    """Trades the values of parameters and shadows, and back.
+    """Trades the values of a model's own tensors and their averages, and back.
 
     Args:
-        params: local tensors of the model.
-        shadows: their averages, of the same shapes.
+        shards: this rank's averaged shards.
+        shadows: their averages by fqn.
     """
 
-    def __init__(self, params: Sequence[Tensor], shadows: Sequence[Tensor]) -> None:
+    def __init__(self, shards: Sequence[Shard], shadows: Mapping[str, Tensor]) -> None:
         self._trades: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, shadow, scratch
         self._aside: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, shadow, copy
+        self._copies = [shard for shard in shards if shard.weights is not None]
+        self._shadows = shadows
         scratches: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        for param, shadow in zip(params, shadows, strict=True):
+        for shard in shards:
+            param, shadow = shard.local, shadows[shard.fqn]
+            if shard.weights is not None:
+                continue
             if param.dtype != shadow.dtype:
                 self._aside.append((param, shadow, param.clone()))
                 continue
@@ -51,7 +63,9 @@ class Exchange:
         self._state = (0, 0, 1)
 
     def swap_in(self) -> None:
-        """The parameters take the shadows' values."""
+        """The model takes the shadows' values."""
+        for shard in self._copies:
+            shard.own.copy_(self._shadows[shard.fqn])
         for param, shadow, _ in self._aside:
             param.copy_(shadow)
         while self._state[0] < len(self._trades):
@@ -62,6 +76,9 @@ class Exchange:
 
         May be called again after an interrupt.
         """
+        for group in present(self._copies):
+            for shard in group:
+                shard.own.copy_(shard.local)
         for param, _, copy in self._aside:
             param.copy_(copy)
         if self._state[1]:
@@ -81,3 +98,25 @@ class Exchange:
             self._state = (done, 2, step)
         shadow.copy_(scratch)
         self._state = (done + step, 0, step)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds signals back until the block ends: a rank that leaves a collective half way would be
+    out of step with the others for good. Handlers are Python's, so only the main thread needs it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = {number: handler for number, handler in before.items() if callable(handler)}
+    for number, handler in ours.items():
+        signal.signal(number, lambda *what, call=handler: held.append((call, what)))
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+        for call, what in held:
+            call(*what)

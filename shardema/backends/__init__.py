@@ -9,22 +9,46 @@ A backend is a module with
   model computes with next;
 * ``mark_written(models)``: the shards were written; a backward through an earlier forward must
   raise instead of mixing weights;
-* ``ranks(models) -> tuple[int, ...] | None``: global ranks that share the models, None for all.
+* ``ranks(models) -> tuple[int, ...] | None``: global ranks that share the models, None for all;
+* ``engine(models) -> Engine | None``: who steps the weights and spreads what was written into
+  them, where the training loop and the forward do not.
 
-Private attributes of torch's FSDP are named in their one file only.
+Private attributes of torch's FSDP and of DeepSpeed are named in their one file only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
-from shardema.backends import fsdp1, fsdp2, plain
+from shardema.backends import fsdp1, fsdp2, plain, zero
 from shardema.shard import Shard
 
 Models = Sequence[nn.Module]
+
+
+class Handle(Protocol):
+    """Ends what it stands for."""
+
+    def remove(self) -> None: ...
+
+
+class Engine(Protocol):
+    """What steps the weights by itself; `zero.Engine` says what each call does."""
+
+    def applied(self) -> int | None: ...
+
+    def parameters(self) -> Mapping[str, Tensor]: ...
+
+    def release(self) -> None: ...
+
+    def publish(self) -> None: ...
+
+    def hook(
+        self, *, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
+    ) -> Handle: ...
 
 
 class Backend(Protocol):
@@ -40,8 +64,10 @@ class Backend(Protocol):
 
     def ranks(self, models: Models) -> tuple[int, ...] | None: ...
 
+    def engine(self, models: Models) -> Engine | None: ...
 
-BACKENDS: dict[str, Backend] = {"plain": plain, "fsdp1": fsdp1, "fsdp2": fsdp2}
+
+BACKENDS: dict[str, Backend] = {"plain": plain, "fsdp1": fsdp1, "fsdp2": fsdp2, "zero": zero}
 
 
 def find(models: Models, name: str = "auto") -> tuple[str, Backend]:
@@ -72,4 +98,4 @@ def find(models: Models, name: str = "auto") -> tuple[str, Backend]:
     return found, BACKENDS[found]
 
 
-__all__ = ["BACKENDS", "Backend", "find"]
+__all__ = ["BACKENDS", "Backend", "Engine", "Handle", "find"]

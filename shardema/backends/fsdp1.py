@@ -167,3 +167,7 @@ def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:
             return None
         found.update(dist.get_process_group_ranks(handle.process_group))
     return tuple(sorted(found)) or None
+
+
+def engine(models: Sequence[nn.Module]) -> None:
+    """None: the training loop steps the weights, and the wrapper gathers them in each forward."""

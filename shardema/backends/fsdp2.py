@@ -114,3 +114,7 @@ def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:
             root = getattr(mesh, "_get_root_mesh", lambda mesh=mesh: mesh)()
             found.update(root.mesh.flatten().tolist())
     return tuple(sorted(found)) or None
+
+
+def engine(models: Sequence[nn.Module]) -> None:
+    """None: the training loop steps the weights, and the wrapper gathers them in each forward."""

@@ -42,3 +42,7 @@ def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:
     if not groups:
         return None
     return tuple(sorted({r for group in groups for r in dist.get_process_group_ranks(group)}))
+
+
+def engine(models: Sequence[nn.Module]) -> None:
+    """None: the training loop steps the weights."""

@@ -31,6 +31,7 @@ _WRAPPERS = (
         "FullyShardedDataParallel",
         "_fsdp_wrapped_module",
     ),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),
 )
 
 

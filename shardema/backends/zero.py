@@ -1,0 +1,511 @@
+"""DeepSpeed engines, ZeRO-0 to ZeRO-3: fp32 masters in flat partitions, 16-bit weights beside them.
+
+::
+
+    a group's parameters, flat    [ weight | bias | padding ]      16-bit, on every rank (1, 2)
+    this rank's partition              [----------]                16-bit weights, fp32 master
+    ZeRO-3: each parameter apart  [--- rank 0 ---|--- rank 1 --+]  the last one padded
+    its shards                    weight[start:], bias[:stop]      as flat boxes
+
+The optimizer steps the masters. The weights are copies of them, so whatever was written over the
+weights is undone from the masters. Where a parameter sits is told from addresses:
+``_hp_mapping`` is wrong under ``round_robin_gradients``, and frozen parameters have none.
+
+Nothing of deepspeed is imported until an engine is there. Its private attributes are named here
+only; they were read in deepspeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from shardema.backends.tree import Named, named_tensors, tie_shared_storage, whole_shard
+from shardema.shard import Loan, Shard, flat_boxes
+
+# ---- which models ---------------------------------------------------------------------------
+
+
+def _engines(models: Sequence[nn.Module]) -> list[Any]:
+    home = sys.modules.get("deepspeed.runtime.engine")
+    return [] if home is None else [m for m in models if isinstance(m, home.DeepSpeedEngine)]
+
+
+def matches(models: Sequence[nn.Module]) -> bool:
+    """An engine, or a module whose parameters an engine has taken over."""
+    if _engines(models):
+        return True
+    if not any(name.startswith("deepspeed") for name in sys.modules):
+        return False
+    parameters = (p for model in models for p in model.parameters())
+    return any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters)
+
+
+def _engine(models: Sequence[nn.Module]) -> Any:
+    """The one engine. Raises ValueError for anything else, and for what is not proven."""
+    engines = _engines(models)
+    if not engines:
+        raise ValueError(
+            "model: got a module whose parameters DeepSpeed has partitioned, expected the engine "
+            "that deepspeed.initialize returned: ShardedEMA(engine, ...), after initialize"
+        )
+    if len(models) > 1:
+        raise ValueError(
+            f"model: got a list of {len(models)} modules with a DeepSpeed engine in it; keep one "
+            "ShardedEMA for each engine"
+        )
+    _refuse(engines[0])
+    return engines[0]
+
+
+def _refuse(engine: Any) -> None:
+    """Raises ValueError, by name, for what no test has shown to be right."""
+    found = [what for what, is_on in _UNPROVEN.items() if is_on(engine)]
+    if type(engine).__name__ != "DeepSpeedEngine":
+        found.insert(0, type(engine).__name__)
+    if found:
+        raise ValueError(
+            f"model: a DeepSpeed engine with {', '.join(found)}: averages of it are not proven to "
+            "be right, so they are refused; turn it off in the DeepSpeed config, or average "
+            "without an engine (FSDP2)"
+        )
+    if engine.optimizer is None or type(engine.optimizer).__name__ in (
+        "DummyOptim",
+        "DeepSpeedZeRoOffload",
+    ):
+        raise ValueError(
+            "model: a DeepSpeed engine without an optimizer has no weights that move; give "
+            "deepspeed.initialize an optimizer, or a config with one"
+        )
+    if _maker(engine.optimizer) is None:
+        cls = type(engine.optimizer)
+        raise ValueError(
+            f"model: a DeepSpeed engine with the optimizer class {cls.__module__}.{cls.__name__}, "
+            f"expected a torch optimizer or one of {[kind.rsplit('.', 1)[1] for kind in _BOOKS]}"
+        )
+
+
+def _device(offload: Any) -> str:
+    return str(getattr(getattr(offload, "device", None), "value", "none"))
+
+
+_UNPROVEN: dict[str, Callable[[Any], bool]] = {
+    "mixture-of-experts layers": lambda e: bool(e.has_moe_layers),
+    "hpZ (zero_hpz_partition_size)": lambda e: e.zero_hpz_partition_size() > 1,
+    "qwZ (zero_quantized_weights)": lambda e: bool(e.zero_quantized_weights()),
+    "zero_quantized_nontrainable_weights": lambda e: bool(e.zero_quantized_nontrainable_weights()),
+    "qgZ (zero_quantized_gradients)": lambda e: bool(e.zero_quantized_gradients()),
+    "AutoTP (tensor_parallel)": lambda e: e.autotp_size() > 1,
+    "model parallelism (mpu)": lambda e: e.mpu is not None,
+    "sequence parallelism": lambda e: e.sequence_parallel_size > 1,
+    "DeepCompile": lambda e: bool(e.is_deepcompile_enabled()),
+    "ZenFlow": lambda e: bool(e.zenflow),
+    "SuperOffload": lambda e: bool(e.super_offload()),
+    "partial optimizer offload (ratio)": lambda e: e.zero_partial_offload() != 1.0,
+    "parameter offload to NVMe": lambda e: _device(e.zero_offload_param()) == "nvme",
+    "float16 under torch_autocast": lambda e: (
+        bool(e.torch_autocast_enabled()) and e.torch_autocast_dtype() == torch.float16
+    ),
+    "16-bit masters (..._master_weights_and_grads)": lambda e: bool(
+        getattr(e.optimizer, "low_precision_master_weights_and_grads", False)
+    ),
+}
+
+
+# ---- where the numbers are ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where this rank holds a part of a parameter.
+
+    Attributes:
+        group: which flat partition.
+        offset: where in the partition the part starts.
+        start: which element of the parameter is its first.
+    """
+
+    group: int
+    offset: int
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class _Book:
+    """What an optimizer class keeps where; functions, since DeepSpeed replaces storage.
+
+    Attributes:
+        master: a group's flat fp32 partition on this rank.
+        weights: a group's flat partition that the forward computes with; where that is the master
+            itself (fp32 ZeRO-3), the same memory.
+        slots: by id of the parameter.
+        publish: makes what was written into ``weights`` what all ranks compute with. Collective.
+        release: frees gathered copies of ``weights`` first.
+        loans: groups whose masters are on a disk.
+    """
+
+    master: Callable[[int], Tensor]
+    weights: Callable[[int], Tensor]
+    slots: Callable[[], dict[int, _Slot]]
+    publish: Callable[[], None] = lambda: None
+    release: Callable[[], None] = lambda: None
+    loans: dict[int, Loan] = field(default_factory=dict)
+
+
+def _inside(
+    params: Sequence[Any], flat: Tensor, group: int, first: int, size: int
+) -> dict[int, _Slot]:
+    """Slots of parameters that are views of ``flat``, of which this rank holds a range.
+
+    Raises:
+        RuntimeError: a parameter lies elsewhere.
+    """
+    slots = {}
+    for param in params:
+        at = (param.data.data_ptr() - flat.data_ptr()) // flat.element_size()
+        if not 0 <= at <= flat.numel() - param.numel():
+            raise RuntimeError(
+                "the engine's weights are not where its optimizer keeps them; after "
+                "engine.offload_states() call engine.reload_states() first"
+            )
+        begin = max(at, first)
+        numel = max(0, min(at + param.numel(), first + size) - begin)
+        slots[id(param)] = _Slot(group, begin - first if numel else 0, begin - at, numel)
+    return slots
+
+
+def _partitioned(opt: Any, masters: str, partitions: str, flats: str, params: str) -> _Book:
+    """ZeRO-1, ZeRO-2 and BF16_Optimizer, which have the same under other names."""
+
+    def rank(group: int) -> int:
+        return dist.get_rank(opt.real_dp_process_group[group])
+
+    def weights(group: int) -> Tensor:
+        part: Tensor = getattr(opt, partitions)[group][rank(group)]
+        return part
+
+    def slots() -> dict[int, _Slot]:
+        found = {}
+        for g, flat in enumerate(getattr(opt, flats)):
+            size = flat.numel() // dist.get_world_size(opt.real_dp_process_group[g])
+            found.update(_inside(getattr(opt, params)[g], flat, g, rank(g) * size, size))
+        return found
+
+    def publish() -> None:
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        all_gather_dp_groups(
+            groups_flat=getattr(opt, flats),
+            partitioned_param_groups=getattr(opt, partitions),
+            dp_process_group=opt.real_dp_process_group,
+            start_alignment_factor=opt.nccl_start_alignment_factor,
+            allgather_bucket_size=opt.allgather_bucket_size,
+        )
+
+    return _Book(lambda group: getattr(opt, masters)[group], weights, slots, publish)
+
+
+def _stage_1_and_2(opt: Any) -> _Book:
+    return _partitioned(
+        opt,
+        "single_partition_of_fp32_groups",
+        "parallel_partitioned_bit16_groups",
+        "bit16_groups_flat",
+        "bit16_groups",
+    )
+
+
+def _bf16(opt: Any) -> _Book:
+    return _partitioned(
+        opt,
+        "fp32_groups_flat_partition",
+        "bf16_partitioned_groups",
+        "bf16_groups_flat",
+        "bf16_groups",
+    )
+
+
+def _fused(opt: Any) -> _Book:
+    """ZeRO-0 with a fused optimizer: flat groups, whole on every rank."""
+
+    def slots() -> dict[int, _Slot]:
+        found = {}
+        for g, flat in enumerate(opt.fp16_groups_flat):
+            found.update(_inside(opt.fp16_groups[g], flat, g, 0, flat.numel()))
+        return found
+
+    return _Book(opt.fp32_groups_flat.__getitem__, opt.fp16_groups_flat.__getitem__, slots)
+
+
+def _unfused(opt: Any) -> _Book:
+    """ZeRO-0 with any other optimizer: a master for each parameter, whole on every rank."""
+
+    places = [(i, j) for i, group in enumerate(opt.fp16_groups) for j in range(len(group))]
+
+    def slots() -> dict[int, _Slot]:
+        params = [opt.fp16_groups[i][j] for i, j in places]
+        return {id(p): _Slot(g, 0, 0, p.numel()) for g, p in enumerate(params)}
+
+    def at(groups: list[list[Tensor]], group: int) -> Tensor:
+        i, j = places[group]
+        return groups[i][j].data
+
+    return _Book(
+        lambda group: at(opt.fp32_groups, group), lambda group: at(opt.fp16_groups, group), slots
+    )
+
+
+def _stage_3(opt: Any) -> _Book:
+    def slots() -> dict[int, _Slot]:
+        found = {}
+        for g, params in enumerate(opt.fp16_groups):
+            offset = 0
+            for param in params:
+                start, numel = _part(param)
+                found[id(param)] = _Slot(g, offset, start, numel)
+                offset += param.ds_tensor.ds_numel
+        return found
+
+    def publish() -> None:
+        if opt.persistent_parameters:  # gathered for good: a forward does not look at their parts
+            opt.persistent_parameters[0].all_gather(opt.persistent_parameters)
+
+    swapped = [g for g in range(len(opt.fp16_groups)) if opt._swappable_optimizer_subgroup(g)]
+    return _Book(
+        lambda group: opt.fp32_partitioned_groups_flat[group],
+        lambda group: opt.fp16_partitioned_groups_flat[group],
+        slots,
+        publish,
+        opt.empty_partition_cache,
+        {g: Loan(functools.partial(_swapped_in, opt, g)) for g in swapped},
+    )
+
+
+def _part(param: Any) -> tuple[int, int]:
+    """First element and number of elements that this rank holds of a ZeRO-3 parameter."""
+    size = param.ds_tensor.ds_numel  # the last ranks' are padded to it
+    start = min(dist.get_rank(param.ds_process_group) * size, param.ds_numel)
+    return start, min(size, param.ds_numel - start)
+
+
+@contextlib.contextmanager
+def _swapped_in(opt: Any, group: int, write: bool) -> Iterator[Tensor]:
+    """The master of a group that lies on NVMe."""
+    opt._optimizer_states_and_gradient_swap_in(group)
+    try:
+        yield opt.fp32_partitioned_groups_flat[group].detach()
+    finally:
+        if write:
+            opt._writeback_swap_state(group, write_opt_state=True, write_gradients=False)
+        else:
+            opt._release_swap_buffers(group)
+
+
+_BOOKS: dict[str, Callable[[Any], _Book]] = {
+    "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": _unfused,
+    "deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer": _fused,
+    "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": _bf16,
+    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": _stage_1_and_2,
+    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": _stage_3,
+}
+
+
+def _nothing(opt: Any) -> _Book:
+    """ZeRO-0 in fp32: a torch optimizer steps the parameters themselves."""
+
+    def none(group: int) -> Tensor:
+        raise IndexError(group)
+
+    return _Book(none, none, dict)
+
+
+def _maker(opt: Any) -> Callable[[Any], _Book] | None:
+    cls = type(opt)
+    made = _BOOKS.get(f"{cls.__module__}.{cls.__qualname__}")
+    return _nothing if made is None and isinstance(opt, torch.optim.Optimizer) else made
+
+
+def _book(engine: Any) -> _Book:
+    opt = engine.optimizer
+    if getattr(opt, "offloaded_states", None):
+        raise RuntimeError(
+            "the engine's states are offloaded; call engine.reload_states() before the average "
+            "is touched"
+        )
+    maker = _maker(opt)
+    assert maker is not None, type(opt)
+    return maker(opt)
+
+
+# ---- the backend ----------------------------------------------------------------------------
+
+
+def read(models: Sequence[nn.Module]) -> list[Shard]:
+    """Flat boxes of the masters; whole tensors, and ZeRO-3's parts, of what is not optimized.
+
+    Raises:
+        ValueError: not one engine, one without an optimizer, or with a feature that is not proven.
+        RuntimeError: its states are offloaded (``engine.offload_states``).
+    """
+    engine = _engine(models)
+    book = _book(engine)
+    slots = book.slots()
+    stepped = {id(p) for group in engine.basic_optimizer.param_groups for p in group["params"]}
+    shards: list[Shard] = []
+    rest: list[Shard] = []
+    order: dict[str, int] = {}
+    for named in named_tensors(models, set()):
+        order[named.fqn] = len(order)
+        slot = slots.get(id(named.tensor))
+        if slot is not None:
+            shards.append(_shard(named, slot, book))
+        elif hasattr(named.tensor, "ds_id"):
+            shards.append(_frozen_part(named))
+        else:
+            owned = named.role != "parameter" or id(named.tensor) in stepped
+            rest.append(whole_shard(named if owned else replace(named, role="frozen")))
+    return sorted([*shards, *tie_shared_storage(rest)], key=lambda shard: order[shard.fqn])
+
+
+def _shard(named: Named, slot: _Slot, book: _Book) -> Shard:
+    shape = tuple(getattr(named.tensor, "ds_shape", named.tensor.shape))
+    master, weights = book.master(slot.group).detach(), book.weights(slot.group).detach()
+    whole = master.shape == shape and master.numel() == slot.numel
+
+    def part(flat: Tensor) -> Tensor:
+        return flat if whole else flat.narrow(0, slot.offset, slot.numel)
+
+    loan = book.loans.get(slot.group)
+    aliased = master.data_ptr() == weights.data_ptr() and loan is None
+    return Shard(
+        named.fqn,
+        # of a master on a disk only the size is known
+        part(master) if loan is None else master.new_zeros(1).expand(slot.numel),
+        shape,
+        flat_boxes(shape, slot.start, slot.numel),
+        aliases=named.aliases,
+        address=_address(book, slot.group),
+        weights=None if aliased else part(weights),
+        away=None if loan is None else (loan, slot.offset),
+    )
+
+
+def _address(book: _Book, group: int) -> Callable[[], int]:
+    def address() -> int:
+        return hash((book.master(group).data_ptr(), book.weights(group).data_ptr()))
+
+    return address
+
+
+def _frozen_part(named: Named) -> Shard:
+    """The part of a ZeRO-3 parameter that no optimizer steps."""
+    param: Any = named.tensor
+    start, numel = _part(param)
+    shape = tuple(param.ds_shape)
+    return Shard(
+        named.fqn,
+        param.ds_tensor.detach().narrow(0, 0, numel),
+        shape,
+        flat_boxes(shape, start, numel),
+        "frozen",
+        named.aliases,
+        address=lambda: param.ds_tensor.data_ptr(),
+    )
+
+
+def ensure_sharded(models: Sequence[nn.Module]) -> None:
+    """Nothing to do: what the optimizer steps is never gathered; see `Engine.release`."""
+
+
+def mark_written(models: Sequence[nn.Module]) -> None:
+    """Bumps the versions of the parameters, whose storage a pending backward holds."""
+    for model in models:
+        for param in model.parameters():
+            torch.autograd.graph.increment_version(param)
+
+
+def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:
+    """The ranks of the engine's data-parallel group."""
+    group = getattr(_engine(models), "seq_data_parallel_group", None)
+    return None if group is None else tuple(sorted(dist.get_process_group_ranks(group)))
+
+
+class Engine:
+    """What an engine does by itself: it steps, and it gathers what it stepped."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._before: dict[object, Callable[[], None]] = {}
+        self._after: dict[object, Callable[[], None]] = {}
+        self._hooked = False
+
+    def applied(self) -> int | None:
+        """A number that differs after every step that moved the weights; None after another.
+
+        ``global_steps`` also counts the steps that were skipped.
+        """
+        return int(self._engine.global_steps) if self._engine.was_step_applied() else None
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What a forward computes with, gathered or not."""
+        return dict(self._engine.module.named_parameters())
+
+    def release(self) -> None:
+        """Frees gathered weights, before their parts are written."""
+        _book(self._engine).release()
+
+    def publish(self) -> None:
+        """What was written into this rank's parts is what all compute with. Collective."""
+        _book(self._engine).publish()
+
+    def hook(
+        self, *, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
+    ) -> Hook:
+        """Calls around every step of the engine, which has no hooks of its own."""
+        if not self._hooked:
+            self._hooked = True
+            self._engine.step = self._around(self._engine.step)
+        hook = Hook(self._before, self._after)
+        if before is not None:
+            self._before[hook] = before
+        if after is not None:
+            self._after[hook] = after
+        return hook
+
+    def _around(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(step)
+        def stepping(*args: Any, **kwargs: Any) -> Any:
+            for call in list(self._before.values()):
+                call()
+            result = step(*args, **kwargs)
+            for call in list(self._after.values()):
+                call()
+            return result
+
+        return stepping
+
+
+class Hook:
+    """Handle of `Engine.hook`."""
+
+    def __init__(self, *tables: dict[object, Callable[[], None]]) -> None:
+        self._tables = tables
+
+    def remove(self) -> None:
+        """Ends the calls."""
+        for table in self._tables:
+            table.pop(self, None)
+
+
+def engine(models: Sequence[nn.Module]) -> Engine:
+    """The engine that steps the models."""
+    return Engine(_engine(models))
