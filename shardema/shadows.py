@@ -105,8 +105,11 @@ def allocate(shards: Sequence[Shard], policy: ShadowPolicy) -> Shadows:
     for shard in sorted(shards, key=_place):
         source = shard.source
         key = (source.device, policy.dtype_for(source.dtype))
+        start = ends.setdefault(key, 0)
+        if source.numel() == 0:
+            starts[shard.fqn] = (key, start)
+            continue
         step = _ALIGN // key[1].itemsize
-        start = ends.get(key, 0)
         gap = _gap(last[key], shard) if key in last else None
         start = -(-start // step) * step if gap is None else start + gap
         starts[shard.fqn] = (key, start)

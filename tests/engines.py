@@ -71,6 +71,10 @@ class Config:
     def bf16(self) -> bool:
         return "bf16" in self.more
 
+    @property
+    def autocast(self) -> bool:
+        return "torch_autocast" in self.more
+
     def engine(self, **more: Any) -> Any:
         """A new engine. Collective."""
         import deepspeed

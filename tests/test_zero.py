@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from shardema import ShardedEMA, schedules
-from tests import engines, oracle, world
-from tests.contract import assert_same
+from tests import engines, meters, oracle, world, zoo
+from tests.contract import assert_same, shared_folder
 from tests.engines import CONFIGS, Config
 
 STEPS = 20
@@ -46,7 +48,253 @@ def the_average_is_that_of_the_masters(config: Config) -> None:
     plain.load_state_dict(full, strict=True)
 
 
-FACTS = [the_average_is_that_of_the_masters]
+def a_forward_inside_swap_is_the_averages(config: Config) -> None:
+    engine = config.engine()
+    ema = trained(engine)
+    raw, live, held = engines.forward(engine), engines.weights(engine), engines.masters(engine)
+    full = ema.full_state_dict(dtype="model", all_ranks=True)
+    plain = engines.model().to(next(engine.module.parameters()).dtype).eval()
+    plain.load_state_dict(full, strict=True)
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(ema.swap())
+        if config.autocast:
+            inside.enter_context(torch.autocast("cpu", torch.bfloat16))
+        logits, averaged = engines.forward(engine), engines.weights(engine)
+        with torch.no_grad():
+            alone = plain(zoo.tokens())
+    assert not torch.equal(logits, raw)
+    assert torch.equal(logits, alone)
+    assert_same({fqn: full[fqn] for fqn in averaged}, averaged)
+    assert torch.equal(engines.forward(engine), raw)
+    assert_same(engines.weights(engine), live)
+    assert_same(engines.masters(engine), held)
+    assert_same(ema.full_state_dict(dtype="model", all_ranks=True), full)
+
+
+def training_goes_on_as_if_nothing_was_swapped(config: Config) -> None:
+    runs = []
+    for swapping in (False, True):
+        engine = config.engine()
+        ema = trained(engine)
+        losses = []
+        for number in range(5):
+            if swapping:
+                engines.forward(engine)
+                with ema.swap():
+                    engines.forward(engine)
+            losses.append(engines.step(engine, number))
+            ema.update()
+        runs.append((losses, engines.masters(engine), ema.full_state_dict(all_ranks=True)))
+    (losses, held, average), (losses_swapped, held_swapped, average_swapped) = runs
+    assert losses == losses_swapped
+    assert_same(held, held_swapped)
+    assert_same(average, average_swapped)
+
+
+def swap_restores_after_an_exception_or_an_interrupt(config: Config) -> None:
+    engine = config.engine()
+    ema = trained(engine)
+    raw, full = engines.forward(engine), ema.full_state_dict(all_ranks=True)
+    with pytest.raises(ZeroDivisionError), ema.swap():
+        fail_after(engines.forward(engine))
+    assert torch.equal(engines.forward(engine), raw)
+
+    def enter_and_leave() -> None:
+        with ema.swap():
+            pass
+
+    total = meters.copies(enter_and_leave)
+    for at in range(0, 2 * total, 3):
+        hit = pytest.raises(KeyboardInterrupt) if at < total else contextlib.nullcontext()
+        with hit, meters.interrupt_at_copy(at):
+            enter_and_leave()
+        assert torch.equal(engines.forward(engine), raw), at
+    assert_same(ema.full_state_dict(all_ranks=True), full)
+
+
+def a_step_or_a_backward_across_a_swap_raises(config: Config) -> None:
+    engine = config.engine()
+    ema = trained(engine)
+    held = engines.masters(engine)
+    with ema.swap(), pytest.raises(RuntimeError, match=r"rank \d+: an optimizer step inside swap"):
+        engine.step()
+    with ema.swap(), pytest.raises(RuntimeError, match=r"rank \d+: update inside swap"):
+        ema.update()
+    assert_same(engines.masters(engine), held)
+    written = engine.module.norm.bias
+    match = r"norm.bias: written inside swap"
+    if not hasattr(written, "ds_id"):
+        with pytest.raises(RuntimeError, match=match), ema.swap(), torch.no_grad():
+            written.add_(1)
+    engines.step(engine, 9)
+    ema.update()
+    loss = engine(zoo.tokens()).float().square().mean()
+    with ema.swap():
+        pass
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
+        engine.backward(loss)
+
+
+def copy_to_model_and_reset_reach_the_masters(config: Config) -> None:
+    engine = config.engine()
+    ema = trained(engine)
+    full = ema.full_state_dict(all_ranks=True)
+    ema.copy_to_model()
+    held = engines.masters(engine)
+    assert_same(held, {fqn: full[fqn] for fqn in held})
+    live = engines.weights(engine)
+    assert_same(live, {fqn: full[fqn].to(live[fqn].dtype) for fqn in live})
+    engines.step(engine, 7)
+    ema.reset()
+    assert ema.num_updates == 0
+    again, held = ema.full_state_dict(all_ranks=True), engines.masters(engine)
+    assert_same({fqn: again[fqn] for fqn in held}, held)
+
+
+def the_weights_can_be_averaged_instead(config: Config) -> None:
+    engine = config.engine()
+    ema = ShardedEMA(engine, 0.5, source="model")
+    alone = {fqn: value.float() for fqn, value in engines.weights(engine).items()}
+    for number in range(3):
+        engines.step(engine, number)
+        ema.update()
+        for fqn, value in engines.weights(engine).items():
+            alone[fqn].lerp_(value.float(), 0.5)
+    full = ema.full_state_dict(all_ranks=True)
+    for fqn in engines.masters(engine):
+        assert torch.equal(full[fqn], alone[fqn]), fqn
+    raw = engines.forward(engine)
+    with ema.swap():
+        assert not torch.equal(engines.forward(engine), raw)
+        live = engines.weights(engine)
+    assert_same(live, {fqn: full[fqn].to(live[fqn].dtype) for fqn in live})
+    assert torch.equal(engines.forward(engine), raw)
+
+
+def an_update_is_one_lerp_for_each_partition(config: Config) -> None:
+    engine = config.engine()
+    ema = ShardedEMA(engine, 0.5)
+    shadows = ema._averages["ema"].shadows
+    runs, _ = shadows.runs(ema._mine())
+    opt = engine.optimizer
+    expected = {
+        "AdamW": len(ema._mine()),
+        "FP16_UnfusedOptimizer": len(ema._mine()),
+        "FP16_Optimizer": 1,
+        "BF16_Optimizer": len(opt.param_groups),
+        "DeepSpeedZeroOptimizer": len(opt.param_groups),
+        "DeepSpeedZeroOptimizer_Stage3": len(getattr(opt, "fp16_groups", ())),
+    }[config.optimizer]
+    assert len(runs) <= expected  # fewer where this rank has nothing of a group
+    engines.step(engine, 0)
+    ema.update()
+    held: list[int] = []
+    for number in (1, 2):
+        engines.step(engine, number)
+        with meters.collectives() as calls:
+            held.append(meters.allocated_at_first(ema.update))
+        assert calls == []
+    assert held[-1] == 0
+    assert ema.num_updates == 3
+
+
+def steps_that_did_not_happen_do_not_count(config: Config) -> None:
+    engine = config.engine(gradient_accumulation_steps=2)
+    ema = ShardedEMA(engine, 0.5)
+    ema.update()
+    assert ema.num_updates == 0
+    for number in range(6):
+        engines.step(engine, number)
+        ema.update()
+        ema.update()  # of the same step: counted once
+    assert ema.num_updates == 3
+    if config.stage == 0 or config.optimizer == "BF16_Optimizer" or not config.bf16:
+        return  # a non-finite gradient is not looked for there
+    full = ema.full_state_dict(all_ranks=True)
+    steps = engine.global_steps
+    for number in range(2):
+        engines.step(engine, number, scale=torch.inf)
+        ema.update()
+    assert engine.global_steps == steps + 1
+    assert not engine.was_step_applied()
+    assert ema.num_updates == 3
+    assert_same(ema.full_state_dict(all_ranks=True), full)
+    for number in range(2):
+        engines.step(engine, number)
+        ema.update()
+    assert ema.num_updates == 4
+
+
+def an_attached_engine_updates_by_itself(config: Config) -> None:
+    engine = config.engine(gradient_accumulation_steps=2)
+    ema = ShardedEMA(engine, 0.5)
+    handle = ema.attach(engine)
+    for number in range(4):
+        engines.step(engine, number)
+    assert ema.num_updates == 2
+    ema.update()  # by hand too: was counted
+    assert ema.num_updates == 2
+    handle.remove()
+    for number in range(2):
+        engines.step(engine, number)
+    assert ema.num_updates == 2
+    for wrong in (engine.optimizer, engine.module):
+        if type(wrong).__name__ != "AdamW":
+            with pytest.raises(TypeError, match=r"attach: got "):
+                ema.attach(wrong)
+
+
+def after_load_checkpoint_the_masters_are_found(config: Config) -> None:
+    engine = config.engine()
+    ema = trained(engine)
+    with shared_folder() as folder:
+        engine.save_checkpoint(folder, "a")
+        ema.save(f"{folder}/ema")
+        full, held = ema.full_state_dict(all_ranks=True), engines.masters(engine)
+        for number in range(2):
+            engines.step(engine, number)
+            ema.update()
+        engine.load_checkpoint(folder, "a")
+        ema.load(f"{folder}/ema")
+        ema.update()  # nothing was stepped since
+        assert ema.num_updates == 3
+    assert_same(engines.masters(engine), held)
+    assert_same(ema.full_state_dict(all_ranks=True), full)
+    engines.step(engine, 5)
+    ema.update()
+    now, again = engines.masters(engine), ema.full_state_dict(all_ranks=True)
+    for fqn, value in now.items():
+        assert torch.equal(again[fqn], full[fqn].lerp(value, 0.25)), fqn
+    with ema.swap():
+        inside = engines.weights(engine)
+    assert_same(inside, {fqn: again[fqn].to(inside[fqn].dtype) for fqn in inside})
+
+
+def trained(engine: Any) -> ShardedEMA:
+    ema = ShardedEMA(engine, 0.75)
+    for number in range(3):
+        engines.step(engine, number)
+        ema.update()
+    return ema
+
+
+def fail_after(_: Tensor) -> None:
+    raise ZeroDivisionError
+
+
+FACTS = [
+    the_average_is_that_of_the_masters,
+    a_forward_inside_swap_is_the_averages,
+    training_goes_on_as_if_nothing_was_swapped,
+    swap_restores_after_an_exception_or_an_interrupt,
+    a_step_or_a_backward_across_a_swap_raises,
+    copy_to_model_and_reset_reach_the_masters,
+    the_weights_can_be_averaged_instead,
+    an_update_is_one_lerp_for_each_partition,
+    steps_that_did_not_happen_do_not_count,
+    an_attached_engine_updates_by_itself,
+    after_load_checkpoint_the_masters_are_found,
+]
 
 
 def check(fact: str, config: str) -> None:
