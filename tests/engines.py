@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,7 +147,23 @@ CONFIGS = {
 }
 
 
-def prepare(folder: str = "") -> None:
+def build_kernels() -> None:
+    """Compiles what the configs need, where that was not done before: minutes, and no rank waits."""
+    code = (
+        "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, FusedAdamBuilder; "
+        "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; "
+        "[b().load() for b in (CPUAdamBuilder, FusedAdamBuilder, ShareMemCommBuilder)]"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        check=True,
+        capture_output=True,
+        timeout=800,
+    )
+
+
+def prepare() -> None:
     """Makes DeepSpeed ready in a rank of `tests.world`."""
     # names of the shared memory that its CPU collectives use: they must differ between worlds
     os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="localhost", MASTER_PORT=str(os.getppid()))
@@ -211,6 +229,8 @@ def weights(engine: Any) -> dict[str, Tensor]:
     """What a forward computes with, in full, by name. Collective."""
     import deepspeed
 
+    if engine.torch_autocast_enabled():
+        engine.empty_partition_cache()  # what a forward has gathered is rounded to bf16
     found = {}
     for name, param in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters(param, enabled=hasattr(param, "ds_id")):

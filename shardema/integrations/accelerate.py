@@ -1,0 +1,297 @@
+"""accelerate: an EMA that follows the optimizer's steps and travels with the accelerator's state.
+
+::
+
+    accelerator.prepare -> attach -> optimizer.step (or the engine's)   one update per real step
+                                     accelerator.save_state(DIR)        also writes DIR/<name>/
+                                     accelerator.load_state(DIR)        also reads it, resharded
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from shardema import manifest
+from shardema.agree import Ranks
+from shardema.backends.tree import wrapped_child
+from shardema.ema import ShardedEMA
+from shardema.errors import CheckpointError
+from shardema.files import reporting, sync_path
+from shardema.schedules import Schedule
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_REFUSED = {DistributedType.MEGATRON_LM, DistributedType.XLA}
+
+
+class AttachedEMA(ShardedEMA):
+    """A `ShardedEMA` that an accelerator carries along; made by `attach`."""
+
+    _ends: list[Any]  # what has a remove()
+
+    def remove(self) -> None:
+        """Ends the updates, and leaves this EMA out of later states. Local: call it everywhere."""
+        while self._ends:
+            self._ends.pop().remove()
+
+
+def attach(
+    accelerator: Accelerator,
+    model: nn.Module,
+    *optimizers: Any,
+    schedule: float | Schedule | Callable[..., float] | Mapping[str, Any],
+    dt: float | Callable[[], float] | None = None,
+    name: str = "ema",
+    **options: Any,
+) -> AttachedEMA:
+    """Builds an EMA of a prepared model that needs no further call in the loop. Local.
+
+    It is updated after every step that the optimizers really made: not while gradients are
+    accumulated, not where the GradScaler or DeepSpeed skipped. ``accelerator.save_state`` writes
+    it into a folder of the state; ``accelerator.load_state`` reads it on any number of ranks. Both
+    are collective, as without it.
+
+    Args:
+        accelerator: the one that prepared the model.
+        model: what ``accelerator.prepare`` returned.
+        optimizers: what ``accelerator.prepare`` returned, those that step this model. DeepSpeed's
+            engine steps by itself, so they may be left out there.
+        schedule: as for `ShardedEMA`.
+        dt: as for `ShardedEMA.attach`; a callable is asked at every update.
+        name: folder in the state; a further EMA of the same accelerator needs another one.
+        options: every other keyword argument of `ShardedEMA`.
+
+    Returns:
+        The EMA; ``ema.remove()`` ends what was attached. ``accelerator.free_memory()`` ends it
+        too, and the accelerator keeps neither the EMA nor the model alive.
+
+    Raises:
+        ValueError: a model or an optimizer that ``prepare`` did not return, an optimizer of
+            another model, a name that is taken, a kind of training that is not supported, and
+            whatever `ShardedEMA` raises.
+        TypeError: an EMA that exists already, in place of the model or registered for
+            checkpointing.
+    """
+    entry = _entry(accelerator, model)
+    engine = accelerator.distributed_type == DistributedType.DEEPSPEED
+    _check_optimizers(accelerator, model, optimizers, engine)
+    _check_name(accelerator, name)
+    _refuse_registered(accelerator._custom_objects)
+    ema = AttachedEMA(model, schedule, **options)
+    handle: Any = ema.attach(*((model,) if engine else optimizers), dt=dt)
+    carrier = _Carrier(accelerator, entry, ema, name)
+    ema._ends = [
+        handle,
+        accelerator.register_save_state_pre_hook(carrier.save),
+        accelerator.register_load_state_pre_hook(carrier.load),
+    ]
+    _guard_registration(accelerator)
+    return ema
+
+
+class _Carrier:
+    """What an accelerator calls to save and load one EMA; keeps neither it nor the model alive.
+
+    The EMA lives as long as the optimizer or the engine that it follows. Whether it is carried is
+    decided by what the accelerator holds, not by the garbage collector: all ranks decide alike.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, entry: nn.Module, ema: ShardedEMA, name: str
+    ) -> None:
+        self.name = name
+        self._accelerator = weakref.ref(accelerator)
+        self._entry = weakref.ref(entry)
+        self._ema = weakref.ref(ema)
+        self._ranks = Ranks(timeout=ema._ranks.timeout)
+
+    def carried(self) -> ShardedEMA | None:
+        """The EMA; None once the accelerator has let go of its model."""
+        accelerator, entry = self._accelerator(), self._entry()
+        held = accelerator is not None and any(m is entry for m in accelerator._models)
+        return self._ema() if held else None
+
+    def save(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+        """Writes beside what is there, and replaces that when all ranks are done. Collective.
+
+        accelerator.save_state overwrites a state without asking; ShardedEMA.save never does.
+        """
+        ema = self.carried()
+        if ema is None:
+            return
+        folder, partial = self._places(output_dir)
+        self._ranks.agree("save_state", None, lambda _: _tidy(folder, partial))
+        ema.save(os.path.join(partial, "new"))
+        self._ranks.agree("save_state (replacing)", None, lambda _: _replace(folder, partial))
+
+    def load(self, models: list[nn.Module], input_dir: str) -> None:
+        """Collective. What it reads does not hang on the weights, which DDP's come after it."""
+        ema = self.carried()
+        if ema is None:
+            return
+        folder = self._ranks.agree("load_state", None, lambda _: self._find(input_dir))
+        try:
+            ema.load(folder)
+        except ValueError as error:
+            raise ValueError(
+                f"load_state: {error}. The average is as before; to go on without what is stored, "
+                "load the state first and attach() then"
+            ) from error
+
+    def _places(self, state: str) -> tuple[str, str]:
+        """Where the EMA is in a state, and where a new one is written first."""
+        return os.path.join(state, self.name), os.path.join(state, f".{self.name}.partial")
+
+    def _find(self, state: str) -> str:
+        folder, partial = self._places(state)
+        new = os.path.join(partial, "new")  # complete, if a kill came before it had its name
+        for found in (folder, new):
+            if os.path.isdir(found):
+                return found
+        with reporting(state, "reading"):
+            others = sorted(n for n in os.listdir(state) if _is_ours(os.path.join(state, n)))
+        raise CheckpointError(
+            f"load_state from {state}: it holds no EMA {self.name!r} (EMAs in it: {others}); to "
+            "start the average from this state's weights, load the state first and attach() then",
+            path=folder,
+        )
+
+
+def _tidy(folder: str, partial: str) -> None:
+    """Clears what a killed save left; what was complete gets its name."""
+    with reporting(folder, "clearing"):
+        if not os.path.lexists(folder) and os.path.isdir(os.path.join(partial, "new")):
+            os.rename(os.path.join(partial, "new"), folder)
+        if os.path.lexists(folder) and not _is_ours(folder):
+            raise CheckpointError(
+                f"save_state to {folder}: what is there is no EMA, so it is not replaced; give "
+                "attach(..., name=) another name, or remove it first",
+                path=folder,
+            )
+        if os.path.lexists(partial):
+            shutil.rmtree(partial)
+
+
+def _replace(folder: str, partial: str) -> None:
+    with reporting(folder, "replacing"):
+        if os.path.lexists(folder):
+            os.rename(folder, os.path.join(partial, "old"))
+        os.rename(os.path.join(partial, "new"), folder)
+        sync_path(os.path.dirname(os.path.abspath(folder)))
+        shutil.rmtree(partial)
+
+
+def _is_ours(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, manifest.NAME))
+
+
+def _entry(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """What the accelerator itself holds of a prepared model: a layer of its wrapping.
+
+    Raises:
+        TypeError: it is an EMA.
+        ValueError: ``prepare`` did not return it, or trains it in a way that is not supported.
+    """
+    if accelerator.distributed_type in _REFUSED:
+        raise ValueError(
+            f"attach: got an accelerator of type {accelerator.distributed_type.value}, expected "
+            "one process, DDP, FSDP or DeepSpeed: the others are not supported"
+        )
+    if isinstance(model, ShardedEMA):
+        raise TypeError(
+            f"attach: got a {type(model).__name__}, expected the model that accelerator.prepare "
+            "returned; attach builds the EMA itself, of the weights as prepare placed them"
+        )
+    layers = list(_layers(model)) if isinstance(model, nn.Module) else []
+    for held in accelerator._models:
+        # DDP: the accelerator holds the module inside, and marks the wrapper
+        if any(held is m for m in layers) and getattr(model, "_is_accelerate_prepared", False):
+            entry: nn.Module = held
+            return entry
+    raise ValueError(
+        f"attach: got a {type(model).__name__} that this accelerator's prepare did not return; "
+        "call model, optimizer = accelerator.prepare(model, optimizer) first and give what it "
+        "returned"
+    )
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and the modules that it wraps, the outermost first."""
+    yield module
+    while (child := wrapped_child(module)) is not None:
+        module = module.get_submodule(child)
+        yield module
+
+
+def _check_optimizers(
+    accelerator: Accelerator, model: nn.Module, optimizers: Iterable[Any], engine: bool
+) -> None:
+    given = list(optimizers)
+    if not given and not engine:
+        raise ValueError(
+            "attach: got no optimizer, expected those that accelerator.prepare returned"
+        )
+    own = {id(p) for p in model.parameters()}
+    for optimizer in given:
+        kind = type(optimizer).__name__
+        if not any(optimizer is known for known in accelerator._optimizers):
+            raise ValueError(
+                f"attach: got an optimizer ({kind}) that this accelerator's prepare did not "
+                "return; give what it returned, in place of what it was given"
+            )
+        stepped = (id(p) for group in optimizer.param_groups for p in group["params"])
+        if not engine and own.isdisjoint(stepped):
+            raise ValueError(
+                f"attach: got an optimizer ({kind}) with none of this model's parameters; give "
+                "the one that steps this model"
+            )
+
+
+def _check_name(accelerator: Accelerator, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"attach: got name={name!r}, expected a folder name of letters, digits, '.', '_', '-'"
+        )
+    hooks = accelerator._save_model_state_pre_hook.values()
+    carriers = [getattr(hook, "__self__", None) for hook in hooks]
+    for carrier in carriers:
+        if isinstance(carrier, _Carrier) and carrier.name == name and carrier.carried():
+            raise ValueError(
+                f"attach: this accelerator has an EMA {name!r} already; give this one another "
+                "name=, the folder in the state, or end the other with remove()"
+            )
+
+
+def _guard_registration(accelerator: Accelerator) -> None:
+    """Makes register_for_checkpointing refuse EMAs at once, on every rank.
+
+    Else the main process alone would fail, at the first save, while the others go on.
+    """
+    register = accelerator.register_for_checkpointing
+    if hasattr(register, "__wrapped__"):
+        return
+
+    @functools.wraps(register)
+    def checked(*objects: Any) -> None:
+        _refuse_registered(objects)
+        register(*objects)
+
+    accelerator.register_for_checkpointing = checked
+
+
+def _refuse_registered(objects: Iterable[Any]) -> None:
+    if any(isinstance(one, ShardedEMA) for one in objects):
+        raise TypeError(
+            "register_for_checkpointing: got a ShardedEMA, whose pickle would keep one rank's "
+            "shards and give them to all; leave the call out: attach() makes save_state and "
+            "load_state carry the EMA"
+        )

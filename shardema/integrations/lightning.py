@@ -1,0 +1,441 @@
+"""Lightning: an EMA that follows a Trainer and lies beside its checkpoints.
+
+::
+
+    fit         on_train_start      built, or read; attached to the optimizers
+                on_train_end        exported
+    evaluate    on_*_start          the average goes into the model
+                on_*_end            and out again; also in on_exception
+    checkpoint  NAME.ckpt           holds a token
+                NAME.ckpt.ema/<token>/   what ShardedEMA.save writes, whole before NAME.ckpt is
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import XLAAccelerator
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from shardema.agree import Ranks
+from shardema.arguments import as_schedules
+from shardema.ema import ShardedEMA
+from shardema.schedules import Schedule
+
+log = logging.getLogger(__name__)
+
+Side = Literal["ema", "raw"]
+
+_KEY = "shardema"  # in a checkpoint: the token that its average is found by
+_WRAPPING = (FSDPStrategy, DeepSpeedStrategy)  # each run gets a wrapper with tensors of its own
+_SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, *_WRAPPING)
+
+
+class EMACallback(Callback):
+    """Averages the weights that a Trainer trains.
+
+    One update for each round of real optimizer steps: not while gradients are accumulated, not
+    where a GradScaler skipped. Validation, test and prediction compute with the average from its
+    first update on, except in the sanity check. Checkpoints of the trainer carry the average.
+
+    Args:
+        schedule: as for `ShardedEMA`.
+        eval_with: weights to evaluate with, ``"ema"`` or ``"raw"``; or a list with one of them for
+            each dataloader, such as ``["raw", "ema"]`` with the same dataloader twice.
+        average: which average evaluates and is exported, where the schedule names several.
+        module: name of a child of the LightningModule, such as ``"net"``: it alone is averaged and
+            exported, under its own names. Not with FSDP1 and DeepSpeed.
+        dt: as for `ShardedEMA.attach`; a callable is asked at every update.
+        export: folder for ``ema.export`` at the end of `fit`; must not exist.
+        missing: a checkpoint without an average is an ``"error"``, or the average starts there:
+            ``"start"``.
+        new_schedule: go on with this schedule where the checkpoint has another.
+        options: every other keyword argument of `ShardedEMA`.
+
+    Attributes:
+        ema: the `ShardedEMA`, from the start of the first training, or None.
+
+    Raises:
+        ValueError, TypeError: here, for bad arguments; on all ranks at the start of a run, for a
+            trainer, a module or a checkpoint that does not fit.
+    """
+
+    def __init__(
+        self,
+        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any],
+        *,
+        eval_with: Side | Sequence[Side] = "ema",
+        average: str | None = None,
+        module: str | None = None,
+        dt: float | Callable[[], float] | None = None,
+        export: str | os.PathLike[str] | None = None,
+        missing: Literal["error", "start"] = "error",
+        new_schedule: bool = False,
+        **options: Any,
+    ) -> None:
+        inspect.signature(ShardedEMA).bind(None, schedule, **options)
+        names = list(as_schedules(schedule))
+        if average not in (None, *names) or (average is None and len(names) > 1):
+            raise ValueError(f"average: got {average!r}, expected one of {names}")
+        if missing not in ("error", "start"):
+            raise ValueError(f"missing: got {missing!r}, expected 'error' or 'start'")
+        self.eval_with = eval_with
+        self._sides(0)
+        self.schedule = schedule
+        self.average = average
+        self.module = module
+        self.dt = dt
+        self.export = export
+        self.missing = missing
+        self.new_schedule = new_schedule
+        self.options = options
+        self.ema: ShardedEMA | None = None
+        self._averaged: tuple[LightningModule, nn.Module | None] | None = None  # it, its wrapper
+        self._resume: tuple[str, str | None] | None = None  # a checkpoint that was read, its token
+        self._handle: Any = None
+        self._plan: list[Side] = []  # of the evaluation that runs, by dataloader
+        self._swap: contextlib.AbstractContextManager[None] | None = None
+
+    # ---- a run --------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        strategy = trainer.strategy
+        kind = f"{type(strategy).__module__}.{type(strategy).__name__}"
+        if len(_callbacks(trainer)) > 1:
+            raise ValueError(
+                "Trainer(callbacks=): got several EMACallbacks, expected one; for several "
+                "averages give it {name: schedule}"
+            )
+        on_xla = isinstance(trainer.accelerator, XLAAccelerator)
+        if on_xla or not isinstance(strategy, _SUPPORTED):
+            raise ValueError(
+                f"Trainer(strategy=): got {kind}, expected one of lightning.pytorch's "
+                f"{[s.__name__ for s in _SUPPORTED]}, not on XLA; others are not proven"
+            )
+        if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
+            raise ValueError(
+                "Trainer(plugins=): got AsyncCheckpointIO, which tells nobody when a checkpoint "
+                "is whole, so its average could not be kept in step; leave it out"
+            )
+        if self.module is not None and isinstance(strategy, _WRAPPING):
+            raise ValueError(
+                f"module: got {self.module!r} with {kind}, which wraps the whole LightningModule; "
+                "leave it out, and take the prefix off the exported names"
+            )
+        self._resume = None
+        _carry(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._detach()
+        self._refuse_export()
+        if not self._bind(trainer, pl_module):
+            self._build(trainer, pl_module)
+        assert self.ema is not None
+        engine = isinstance(trainer.strategy, DeepSpeedStrategy)
+        stepping: list[Any] = [trainer.strategy.model] if engine else trainer.optimizers
+        self._handle = self.ema.attach(*stepping, dt=self.dt)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.ema is not None
+        if self.export is not None:
+            self.ema.export(self.export, self.average)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._end(exception)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # a validate() within a fit comes here too
+            self._detach()
+
+    def _detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _ranks(self) -> Ranks:
+        return Ranks(timeout=self.options.get("timeout", 300.0))
+
+    def _refuse_export(self) -> None:
+        def look(_: list[None]) -> None:
+            if self.export is not None and os.path.lexists(self.export):
+                raise ValueError(
+                    f"export: {os.fspath(self.export)} exists; give a new folder, or remove it"
+                )
+
+        self._ranks().agree("export (looking)", None, look)
+
+    # ---- which average ------------------------------------------------------------------------
+
+    def _bind(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Makes `ema` the average of these weights; False if there is none. Collective."""
+        resume, self._resume = self._resume, None
+        if resume is not None:
+            return self._read(trainer, pl_module, *resume)
+        if self.ema is None or self._averaged is None or self._averaged[0] is not pl_module:
+            return False
+        anew = self._averaged[1] is not trainer.strategy.model
+        if anew and isinstance(trainer.strategy, _WRAPPING):
+            raise RuntimeError(
+                f"{type(trainer.strategy).__name__} has wrapped the model anew, and the average "
+                "belongs to the wrapper of the run before; go on from a checkpoint with ckpt_path=,"
+                " or evaluate with eval_with='raw'"
+            )
+        return True
+
+    def _build(self, trainer: Trainer, pl_module: LightningModule, folder: str = "") -> None:
+        model: Any = pl_module if self.module is None else self._child(pl_module)
+        # DeepSpeed evaluates with an engine that has no optimizer, and so no masters: up to ZeRO-2
+        # it computes with the module's own weights
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if isinstance(trainer.strategy, _WRAPPING if fitting else FSDPStrategy):
+            model = trainer.strategy.model
+        ema = ShardedEMA(model, self.schedule, **self.options)
+        if folder:
+            ema.load(folder, new_schedule=self.new_schedule)
+        self.ema, self._averaged = ema, (pl_module, trainer.strategy.model)
+
+    def _child(self, pl_module: LightningModule) -> nn.Module:
+        """The module to average, in a LightningModule that holds its parameters apart."""
+        assert self.module is not None
+        above = [pl_module]
+        try:
+            for name in self.module.split("."):
+                above.append(getattr(above[-1], name))
+        except AttributeError:
+            children = [name for name, _ in pl_module.named_children()]
+            raise ValueError(
+                f"module: {type(pl_module).__name__} has no {self.module!r}, only {children}"
+            ) from None
+        if any(isinstance(module, FSDPModule) for module in above[:-1]):
+            raise ValueError(
+                f"module: {self.module!r} is a part of what fully_shard was given; give it "
+                f"pl_module.{self.module} in configure_model, and not what is around it"
+            )
+        return above[-1]
+
+    def _read(
+        self, trainer: Trainer, pl_module: LightningModule, path: str, token: str | None
+    ) -> bool:
+        folder = _folder(os.path.realpath(path), token or "")
+        if token and self._ranks().agree("ckpt_path", None, lambda _: os.path.isdir(folder)):
+            self._build(trainer, pl_module, folder)
+        elif self.missing == "start":
+            self.ema = self._averaged = None  # of other weights than these
+            return False
+        else:
+            why = f"the average in {folder} is gone" if token else "it was saved without an average"
+            raise ValueError(
+                f"ckpt_path: {path}: {why}; to go on without, EMACallback(missing='start') starts "
+                "one from the checkpoint's weights, eval_with='raw' evaluates them"
+            )
+        return True
+
+    # ---- evaluating ---------------------------------------------------------------------------
+
+    def _sides(self, loaders: int) -> list[Side]:
+        """What each of so many dataloaders is evaluated with; 0 if the number is not known."""
+        given = self.eval_with
+        sides = [given] * max(loaders, 1) if isinstance(given, str) else list(given)
+        if not sides or any(side not in ("ema", "raw") for side in sides):
+            raise ValueError(
+                f"eval_with: got {given!r}, expected 'ema', 'raw', or a list of them with one for "
+                "each dataloader (both: the same dataloader twice, and ['raw', 'ema'])"
+            )
+        if loaders and len(sides) != loaders:
+            raise ValueError(
+                f"eval_with: got {given!r}, but there are {loaders} dataloaders; name one for each"
+            )
+        return sides
+
+    def _enter(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any]) -> None:
+        if trainer.sanity_checking:
+            return
+        plan = self._sides(len(batches))
+        if "ema" not in plan:
+            return
+        training = trainer.state.fn == TrainerFn.FITTING
+        if not training and not self._bind(trainer, pl_module) and trainer.is_global_zero:
+            log.warning("there is no average of this model yet: evaluating its own weights")
+        known = self._averaged is not None and self._averaged[0] is pl_module
+        if self.ema is not None and self.ema.num_updates and known:
+            self._plan = plan
+            self._turn(0)
+
+    def _turn(self, loader: int) -> None:
+        """Makes the model hold what this dataloader is evaluated with."""
+        side = self._plan[loader] if self._plan else "raw"
+        if side == "raw":
+            self._leave()
+        elif self._swap is None:
+            assert self.ema is not None
+            self._swap = self.ema.swap(self.average)
+            self._swap.__enter__()
+
+    def _leave(self, exception: BaseException | None = None) -> None:
+        swap, self._swap = self._swap, None
+        if swap is None:
+            return
+        if exception is None:
+            swap.__exit__(None, None, None)
+        else:
+            swap.__exit__(type(exception), exception, exception.__traceback__)
+
+    def _end(self, exception: BaseException | None = None) -> None:
+        self._plan = []
+        self._leave(exception)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter(trainer, pl_module, trainer.num_val_batches)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter(trainer, pl_module, trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter(trainer, pl_module, trainer.num_predict_batches)
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._turn(dataloader_idx)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    on_test_end = on_predict_end = on_validation_end
+
+    # ---- checkpoints --------------------------------------------------------------------------
+
+    def _save(
+        self, trainer: Trainer, checkpoint: dict[str, Any], path: str, write: Callable[[], None]
+    ) -> None:
+        """Writes the average, then the checkpoint that names it, then removes what it replaced."""
+        ranks = self._ranks()
+
+        def where(_: list[None]) -> list[str]:
+            if "://" in path:
+                raise ValueError(f"save_checkpoint: got {path}, expected a path of a file system")
+            if self._swap is not None:
+                raise RuntimeError(
+                    "save_checkpoint during an evaluation, while the model holds the average; put "
+                    "the EMACallback first in callbacks=, and save in on_validation_end"
+                )
+            return [os.path.abspath(path), secrets.token_hex(4)]
+
+        path, token = ranks.agree("save_checkpoint", None, where)
+        if self.ema is None:
+            token = ""
+        else:
+            token = f"{self.ema.num_updates:06d}-{token}"
+            with _on_device(trainer):
+                self.ema.save(_folder(path, token))
+            checkpoint[_KEY] = token
+        write()
+        trainer.strategy.barrier("shardema")  # the others may still write, or still be about to
+        if ranks.leader:
+            _keep_only(path, token)
+
+    def _loaded(self, path: str, checkpoint: Mapping[str, Any]) -> None:
+        # a second one is a tuner's, which puts back what it found
+        self._resume = self._resume or (os.path.abspath(path), checkpoint.get(_KEY))
+
+    def _remove(self, path: str) -> None:
+        path = os.path.abspath(path)
+        if self._resume == (path, None):  # a tuner's, from before there was an average
+            self._resume = None
+        if self._ranks().leader:
+            _keep_only(path, "")
+
+
+def _callbacks(trainer: Any) -> list[EMACallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, EMACallback)]
+
+
+def _folder(path: str, token: str) -> str:
+    return os.path.join(f"{path}.ema", token)
+
+
+def _keep_only(path: str, token: str) -> None:
+    """Removes the averages of a checkpoint but this one."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(_folder(path, "")):
+            if name != token:
+                shutil.rmtree(_folder(path, name), ignore_errors=True)
+        if not token:
+            os.rmdir(_folder(path, ""))
+
+
+@contextlib.contextmanager
+def _on_device(trainer: Trainer) -> Iterator[None]:
+    """After a fit Lightning moves the model to the host; the averages stay where they were."""
+    model, home = trainer.lightning_module, trainer.strategy.root_device
+    moved = model.device.type != home.type and not isinstance(trainer.strategy, _WRAPPING)
+    if moved:
+        model.to(home)
+    try:
+        yield
+    finally:
+        if moved:
+            model.cpu()
+
+
+def _carry(trainer: Trainer) -> None:
+    """From now on this trainer's checkpoints go with their averages.
+
+    Every checkpoint passes through these three methods of the strategy, on all ranks and with its
+    path, which the hooks of a callback are not told. The callback is looked up at each call: it
+    may be another one by then, or out of the list, as a tuner does.
+    """
+    strategy: Any = trainer.strategy
+    if getattr(strategy, "_carries_ema", False):
+        return
+    strategy._carries_ema = True
+    save, load, remove = (
+        strategy.save_checkpoint,
+        strategy.load_checkpoint,
+        strategy.remove_checkpoint,
+    )
+
+    def save_too(checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> None:
+        def write() -> None:
+            save(checkpoint, filepath, *args, **kwargs)
+
+        for callback in _callbacks(trainer):
+            callback._save(trainer, checkpoint, os.fspath(filepath), write)
+            return
+        write()
+
+    def load_too(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = load(checkpoint_path, *args, **kwargs)
+        for callback in _callbacks(trainer):
+            callback._loaded(os.fspath(checkpoint_path), checkpoint)
+        return checkpoint
+
+    def remove_too(filepath: Any) -> None:
+        remove(filepath)
+        for callback in _callbacks(trainer):
+            callback._remove(os.fspath(filepath))
+
+    strategy.save_checkpoint, strategy.load_checkpoint = save_too, load_too
+    strategy.remove_checkpoint = remove_too

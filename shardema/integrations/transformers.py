@@ -1,0 +1,316 @@
+"""`EMACallback`: an average beside a transformers Trainer, from the first step to the last file.
+
+A callback alone cannot do it: the Trainer hands callbacks the unwrapped model, has no event before
+an evaluation, tells them of no path to resume from and of no exception. So `EMACallback.bind` also
+puts itself around methods of the one trainer::
+
+    train            knows the checkpoint to resume from; takes the hooks off, also after an error
+    on_train_begin   the model is wrapped now: builds the ShardedEMA, loads, attaches
+    evaluation_loop  of evaluate and predict: inside ema.swap()
+    save_model       of a checkpoint: writes checkpoint-N/ema first; else: writes the average
+    _load_best_model loads the average of the best checkpoint too
+    on_train_end     writes the average to output_dir
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import transformers
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from shardema import manifest
+from shardema.agree import Ranks
+from shardema.arguments import as_schedules
+from shardema.ema import ShardedEMA
+from shardema.schedules import Schedule, describe
+
+log = logging.getLogger(__name__)
+
+FOLDER = "ema"  # inside a checkpoint of the trainer
+_WRAPPED = ("train", "evaluation_loop", "save_model", "_load_best_model")
+_CALLED = ("_save", "get_total_train_batch_size")
+
+
+class EMACallback(TrainerCallback):
+    """Averages the weights that a Trainer trains; evaluates, saves and resumes with the average.
+
+    Every ``trainer.train()`` begins a new average of the wrapped model (DDP, FSDP, a DeepSpeed
+    engine) as `ema`; it follows each real optimizer step. Skipped and accumulation steps do not
+    count. After the training `ema` stays, for evaluations and `ShardedEMA.export`.
+
+    Args:
+        schedule: as for `ShardedEMA`, or ``{name: schedule}`` for several averages; in steps, or
+            in samples, of which a step counts ``trainer.get_total_train_batch_size``.
+        eval_with: what ``evaluate`` and ``predict`` compute with: ``"raw"`` weights, the average
+            of this name (one without a name is called ``"ema"``), or ``"both"``: ``eval_*`` are
+            metrics of the raw weights then, ``eval_NAME_*`` those of an average, and ``predict``
+            takes the last average.
+        save_with: what is written to ``output_dir`` at the end, by ``save_model`` and
+            ``push_to_hub``: the average of this name, or ``"raw"``: as without this callback.
+        allow_missing: at a checkpoint without an average begin one from its weights; else raise.
+        new_schedule: go on with this schedule where the checkpoint's average had another.
+        timeout: seconds that a rank waits for the others in a collective call.
+        options: other keyword arguments of `ShardedEMA`: ``select``, ``shadow``, ...
+
+    Raises:
+        ValueError: a bad schedule, a unit that is neither steps nor samples, an unknown
+            ``eval_with`` or ``save_with``.
+        TypeError: an unknown option.
+
+    Collective, as the trainer's own calls are: ``train`` and ``save_model``; ``evaluate`` and
+    ``predict`` as far as the model's forward and `ShardedEMA.swap` are.
+    """
+
+    def __init__(
+        self,
+        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any],
+        *,
+        eval_with: str = "ema",
+        save_with: str = "ema",
+        allow_missing: bool = False,
+        new_schedule: bool = False,
+        timeout: float = 300.0,
+        **options: Any,
+    ) -> None:
+        inspect.signature(ShardedEMA).bind(None, schedule, **options)
+        rules = as_schedules(schedule)
+        self._unit = next(iter(rules.values())).unit
+        if self._unit not in ("step", "sample"):
+            raise ValueError(
+                f"schedule: it counts {self._unit}s, which the Trainer does not tell; expected "
+                "unit='step' or unit='sample'"
+            )
+        if {"raw", "both"} & set(rules):
+            raise ValueError(
+                f"schedule: got averages {list(rules)}; 'raw' and 'both' are words of eval_with=, "
+                "give them other names"
+            )
+        for word, value, others in (
+            ("eval_with", eval_with, ("raw", "both")),
+            ("save_with", save_with, ("raw",)),
+        ):
+            if value not in (*rules, *others):
+                raise ValueError(f"{word}: got {value!r}, expected one of {[*others, *rules]}")
+        passes: dict[str, list[str | None]] = {"raw": [None], "both": [None, *rules]}
+        self._evaluated = passes.get(eval_with, [eval_with])
+        self._saved = None if save_with == "raw" else save_with
+        self._allow_missing = allow_missing
+        self._new_schedule = new_schedule
+        self._rules = rules
+        self._options: dict[str, Any] = {"schedule": schedule, "timeout": timeout, **options}
+        self._trainer: Any = None
+        self._handle: Any = None
+        self._resume: str | None = None  # the checkpoint that this training goes on from
+        self.ema: ShardedEMA | None = None
+
+    def bind(self, trainer: Trainer) -> EMACallback:
+        """Puts the callback into one trainer, before ``trainer.train()``. Returns itself.
+
+        Raises:
+            RuntimeError: bound before, the trainer has another EMACallback, or is of a version of
+                transformers that lacks what is needed.
+            TypeError: no Trainer.
+            ValueError: the trainer wraps the model in DataParallel.
+        """
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"bind: got {type(trainer).__name__}, expected a transformers.Trainer")
+        others = [c for c in trainer.callback_handler.callbacks if isinstance(c, EMACallback)]
+        if self._trainer is trainer:
+            raise RuntimeError("bind: this EMACallback is bound to this trainer; bind it once")
+        if self._trainer is not None:
+            raise RuntimeError(
+                "bind: this EMACallback is bound to another trainer; make one for each trainer"
+            )
+        if any(other is not self for other in others):
+            raise RuntimeError(
+                "bind: the trainer has another EMACallback; for several averages make one "
+                "EMACallback({name: schedule, ...})"
+            )
+        lost = [name for name in (*_WRAPPED, *_CALLED) if not hasattr(trainer, name)]
+        if lost:
+            raise RuntimeError(
+                f"bind: {type(trainer).__name__} of transformers {transformers.__version__} has "
+                f"no {', '.join(lost)}, which EMACallback needs; it was tested with 5.23"
+            )
+        if trainer.args.n_gpu > 1:
+            raise ValueError(
+                f"bind: one process with {trainer.args.n_gpu} GPUs trains in DataParallel, which "
+                "is not supported; start one process for each GPU: torchrun --nproc_per_node"
+            )
+        self._trainer = trainer
+        self._ranks = Ranks(timeout=self._options["timeout"])
+        for name in _WRAPPED:
+            original = getattr(trainer, name)
+            around = functools.partial(getattr(self, f"_{name.strip('_')}"), original)
+            setattr(trainer, name, functools.update_wrapper(around, original))
+        if not others:
+            trainer.add_callback(self)
+        return self
+
+    # ---- training -----------------------------------------------------------------------------
+
+    def _train(
+        self,
+        original: Callable[..., Any],
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        self._resume = None
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self._trainer.args.output_dir)  # type: ignore[no-untyped-call]
+        if folder:
+            found = self._ranks.agree("train (resuming)", lambda: self._look(str(folder)), all)
+            if found:
+                self._resume = os.path.join(str(folder), FOLDER)
+        try:
+            return original(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._detach()
+
+    def _look(self, checkpoint: str) -> bool:
+        """Whether there is an average to resume; raises where one cannot go on from there."""
+        place = os.path.join(checkpoint, FOLDER)
+        if not os.path.lexists(place):
+            if self._allow_missing:
+                log.warning("%s has no average: a new one begins from its weights", checkpoint)
+                return False
+            raise ValueError(
+                f"resume from {checkpoint}: it has no folder {FOLDER!r}, so it was saved without "
+                "this callback; EMACallback(..., allow_missing=True) begins an average from its "
+                "weights"
+            )
+        was = {name: a.schedule for name, a in manifest.read(place).averages.items()}
+        now = {name: describe(rule) for name, rule in self._rules.items()}
+        if was.keys() != now.keys() or (was != now and not self._new_schedule):
+            raise ValueError(
+                f"resume from {checkpoint}: its averages were kept as {was}, this EMACallback has "
+                f"{now}; make it with the same, or other schedules of the same names and "
+                "new_schedule=True"
+            )
+        return True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Builds the average of the wrapped model, and loads it. Collective when resuming."""
+        trainer = self._trainer
+        if trainer is None or state is not trainer.state:
+            raise RuntimeError(
+                "EMACallback: not bound to this trainer, so it would miss evaluations and "
+                "checkpoints; call callback.bind(trainer) before trainer.train()"
+            )
+        self._detach()  # auto_find_batch_size begins again after an error
+        self.ema = None
+        ema = ShardedEMA(trainer.model_wrapped, **self._options)
+        if self._resume is not None:
+            ema.load(self._resume, new_schedule=self._new_schedule)
+        engine = trainer.is_deepspeed_enabled
+        dt = trainer.get_total_train_batch_size(args) if self._unit == "sample" else None
+        self._handle = ema.attach(trainer.model_wrapped if engine else trainer.optimizer, dt=dt)
+        self.ema = ema
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the average to ``output_dir``. Collective."""
+        if self._saved is not None and not state.is_hyper_param_search:
+            self._write(self._saved, args.output_dir)
+
+    def _detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    # ---- evaluating ---------------------------------------------------------------------------
+
+    def _evaluation_loop(
+        self,
+        original: Callable[..., Any],
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        passes = self._evaluated
+        if self.ema is None and passes != [None]:
+            log.warning("%s: no average before the training: raw weights", description)
+            passes = [None]
+        metrics: dict[str, float] = {}
+        output: Any = None
+        for name in passes:
+            own = f"_{name}" if name and len(passes) > 1 else ""
+            rest = (prediction_loss_only, ignore_keys, metric_key_prefix + own)
+            with self._weights(description, name):
+                output = original(dataloader, description, *rest)
+            metrics |= output.metrics
+        return output._replace(metrics=metrics)
+
+    def _weights(self, op: str, name: str | None) -> contextlib.AbstractContextManager[None]:
+        """The model holds the average ``name`` inside; its own weights if None."""
+        if self.ema is None or name is None:
+            return contextlib.nullcontext()
+        args = self._trainer.args
+        if not self._trainer.is_in_train and (args.fp16_full_eval or args.bf16_full_eval):
+            raise ValueError(
+                f"{op}: fp16_full_eval and bf16_full_eval cast the model in place, so that neither "
+                "the average nor the weights could be put back; set them to False in trainer.args"
+            )
+        return self.ema.swap(name)
+
+    # ---- saving -------------------------------------------------------------------------------
+
+    def _save_model(
+        self,
+        original: Callable[..., None],
+        output_dir: str | None = None,
+        _internal_call: bool = False,
+    ) -> None:
+        if self.ema is not None and _internal_call and output_dir is not None:  # a checkpoint
+            # the average is there first: a checkpoint that the trainer finished has one
+            self._save_ema(os.path.join(output_dir, FOLDER))
+        elif self.ema is not None and self._saved is not None:
+            self._write(self._saved, output_dir or self._trainer.args.output_dir)
+            if self._trainer.args.push_to_hub and not _internal_call:
+                self._trainer.push_to_hub(commit_message="Model save")
+            return
+        original(output_dir, _internal_call=_internal_call)
+
+    def _save_ema(self, place: str) -> None:
+        def clear() -> None:  # of an earlier run; the trainer writes over its own files too
+            if self._trainer.is_world_process_zero() and os.path.isdir(place):
+                shutil.rmtree(place)
+
+        assert self.ema is not None
+        self._ranks.agree(f"save_model (clearing {place})", clear)
+        self.ema.save(place)
+
+    def _write(self, name: str, folder: str) -> None:
+        """Writes an average as the trainer writes a model. Collective.
+
+        The trainer's own function knows the names that transformers gives to weights on disk,
+        the tokenizer, and models that are no PreTrainedModel.
+        """
+        if self.ema is None:
+            return
+        args = self._trainer.args
+        full = self.ema.full_state_dict(name, dtype="model", all_ranks=args.save_on_each_node)
+        if args.should_save:
+            self._trainer._save(folder, state_dict=full)
+            log.info("average %r written to %s", name, folder)
+
+    def _load_best_model(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        best = str(self._trainer.state.best_model_checkpoint)
+        assert self.ema is not None
+        if self._ranks.agree("_load_best_model", lambda: self._look(best), all):
+            self.ema.load(os.path.join(best, FOLDER), new_schedule=self._new_schedule)
+        else:
+            self.ema.reset()

@@ -1,0 +1,682 @@
+"""A real Trainer with an `EMACallback`: the average is that of its real steps, wherever it is used.
+
+The oracle is `Definition`, a callback of its own: the lerp of the full weights after each step that
+moved them. Ranks: DDP, ZeRO-2 and ZeRO-3 on two of them; the longest story runs with --full.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import: nothing here may look for a network
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+from accelerate.state import AcceleratorState, PartialState
+from transformers import (
+    EarlyStoppingCallback,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from shardema import ShardedEMA, schedules
+from shardema.integrations.transformers import FOLDER, EMACallback
+from tests import world
+from tests.test_stories import RUN, TORCHRUN, finish, killed_after, note, text
+
+__all__ = ["text"]  # a fixture
+DECAY = 0.75
+WORDS = 32
+SMALL = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
+KINDS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "tied gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=WORDS, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+    ),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=3)),
+}
+
+
+def tokens(count: int, seed: int) -> list[dict[str, Tensor]]:
+    drawn = torch.randint(WORDS, (count, 8), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": row} for row in drawn]
+
+
+TRAIN, TEST = tokens(16, 0), tokens(4, 1)
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def gathered(model: Any) -> dict[str, Tensor]:
+    """The full weights of a model that ZeRO-3 may have partitioned. Collective."""
+    if not hasattr(next(model.parameters()), "ds_id"):
+        return weights(model)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return weights(model)
+
+
+def stepped(model: Any) -> dict[str, Tensor]:
+    """What the optimizer steps: the weights, or DeepSpeed's fp32 copies of them. Collective."""
+    first = next(model.parameters())
+    if not (hasattr(first, "_hp_mapping") or hasattr(first, "ds_id")):
+        return weights(model)
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    named = model.named_parameters()
+    return {name: safe_get_full_fp32_param(param).detach().clone() for name, param in named}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Definition(TrainerCallback):
+    """What the average is: the oracle."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        self.last = stepped(model)
+        if state.global_step == 0:  # else it goes on
+            self.average, self.moved = stepped(model), 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        now = stepped(model)
+        if not same(now, self.last):
+            self.moved += 1
+            for name, value in now.items():
+                self.average[name].lerp_(value, 1.0 - DECAY)
+        self.last = now
+
+
+class Spoiling(Trainer):
+    """A Trainer whose loss is infinite in one of its optimizer steps."""
+
+    spoiled = -1
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        spoil = model.training and self.state.global_step == self.spoiled
+        return loss * float("inf") if spoil else loss
+
+
+def make(
+    folder: Path,
+    callback: EMACallback | None,
+    *others: TrainerCallback,
+    kind: str = "llama",
+    build: Callable[[], Any] | None = None,
+    trainer: type[Trainer] = Spoiling,
+    more: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Trainer:
+    """A trainer of four steps, two passes each, on the CPU."""
+    given: dict[str, Any] = {"max_steps": 4, "gradient_accumulation_steps": 2}
+    given |= {"per_device_train_batch_size": 2, "use_cpu": True, "output_dir": str(folder)}
+    given |= {"learning_rate": 0.01, "lr_scheduler_type": "constant", "save_strategy": "no"}
+    args = TrainingArguments(**given | {"report_to": [], "disable_tqdm": True} | settings)
+    torch.manual_seed(0)
+    made = trainer(
+        (build or KINDS[kind])(),
+        args,
+        train_dataset=TRAIN,
+        eval_dataset=TEST,
+        callbacks=[*others],
+        **more or {},
+    )
+    if callback is not None:
+        callback.bind(made)
+    return made
+
+
+def trained(folder: Path, callback: EMACallback, *others: TrainerCallback, **how: Any) -> Trainer:
+    made = make(folder, callback, *others, **how)
+    made.train(resume_from_checkpoint=how.get("resume"))
+    return made
+
+
+def full(callback: EMACallback, name: str | None = None) -> dict[str, Tensor]:
+    assert callback.ema is not None
+    return callback.ema.full_state_dict(name)
+
+
+def from_output(folder: Path, kind: str = "llama") -> Any:
+    """The model as a user loads it, with nothing missing and nothing left over."""
+    model, info = type(KINDS[kind]()).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model
+
+
+def loaded(folder: Path, kind: str = "llama") -> dict[str, Tensor]:
+    return weights(from_output(folder, kind))
+
+
+# ---- one process ------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_accumulated_and_skipped_steps_do_not_count(tmp_path: Path) -> None:
+    callback, oracle = EMACallback(DECAY), Definition()
+    trainer = make(tmp_path, callback, oracle, max_grad_norm=0)
+    trainer.spoiled = 2
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert oracle.moved == 3
+    assert callback.ema is not None
+    assert callback.ema.num_updates == 3
+    assert same(oracle.average, full(callback))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"bf16": True},
+    ],
+    ids=["checkpointing", "compile", "autocast"],
+)
+def test_what_wraps_the_model_does_not_change_the_average(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    callback, oracle = EMACallback(DECAY), Definition()
+    trained(tmp_path, callback, oracle, eval_strategy="steps", eval_steps=2, **settings)
+    assert oracle.moved == 4
+    assert same(oracle.average, full(callback))
+    assert same(oracle.average, loaded(tmp_path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_pretrained_of_the_output_gives_the_average(tmp_path: Path, kind: str) -> None:
+    callback, oracle = EMACallback(DECAY), Definition()
+    trainer = trained(tmp_path, callback, oracle, kind=kind, save_strategy="steps", save_steps=4)
+    assert same(loaded(tmp_path, kind), oracle.average)
+    raw = tmp_path / "checkpoint-4"
+    assert same(loaded(raw, kind), weights(trainer.model))
+    assert not same(weights(trainer.model), oracle.average)
+    names = [load_file(place / "model.safetensors").keys() for place in (raw, tmp_path)]
+    assert names[0] == names[1]  # those of save_pretrained
+
+
+def test_each_pass_of_an_evaluation_has_its_weights_and_its_names(tmp_path: Path) -> None:
+    callback = EMACallback({"ema": DECAY, "slow": 0.9}, eval_with="both")
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "eval_on_start": True}
+    trainer = trained(tmp_path, callback, **settings)
+    first, last = [[r for r in trainer.state.log_history if r["step"] == s] for s in (0, 4)]
+    assert len({v for row in first for k, v in row.items() if k.endswith("_loss")}) == 1
+    seen = {k: v for row in last for k, v in row.items() if k.endswith("loss")}
+    before = weights(trainer.model)
+    by_hand = trainer.evaluate()
+    assert same(before, weights(trainer.model))
+    assert len({seen[name] for name in ("eval_loss", "eval_ema_loss", "eval_slow_loss")}) == 3
+    assert all(by_hand[name] == seen[name] for name in seen if name.startswith("eval"))
+    for name in (None, "ema", "slow"):
+        model = KINDS["llama"]()
+        model.load_state_dict(full(callback, name) if name else before)
+        alone = make(tmp_path / "alone", None, build=lambda model=model: model).evaluate()
+        assert alone["eval_loss"] == by_hand[f"eval_{name}_loss" if name else "eval_loss"]
+
+
+def test_several_sets_are_evaluated_and_predicted_with_the_average(tmp_path: Path) -> None:
+    callback = EMACallback(DECAY)
+    trainer = trained(tmp_path, callback)
+    trainer.eval_dataset = {"a": TEST, "b": TRAIN}
+    metrics = trainer.evaluate()
+    predicted = trainer.predict(TEST)
+    alone = make(tmp_path / "alone", None, build=lambda: from_output(tmp_path))
+    assert metrics["eval_a_loss"] == alone.evaluate()["eval_loss"]
+    assert metrics["eval_b_loss"] == alone.evaluate(TRAIN)["eval_loss"]
+    assert (predicted.predictions == alone.predict(TEST).predictions).all()
+
+
+def test_before_the_training_an_evaluation_is_raw_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make(tmp_path, EMACallback(DECAY, eval_with="both"))
+    metrics = trainer.evaluate()
+    assert "no average before the training" in caplog.text
+    assert metrics["eval_loss"] == make(tmp_path, None).evaluate()["eval_loss"]
+    assert "eval_ema_loss" not in metrics
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_in_compute_metrics_leaves_the_raw_weights(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def fails(_: Any) -> dict[str, float]:
+        seen.append(weights(trainer.model))
+        raise error("no")
+
+    callback, oracle = EMACallback(DECAY), Definition()
+    how = {"eval_strategy": "steps", "eval_steps": 3, "more": {"compute_metrics": fails}}
+    trainer = make(tmp_path, callback, oracle, **how)
+    with pytest.raises(error, match="no"):
+        trainer.train()
+    assert same(seen[0], oracle.average)
+    assert same(oracle.last, weights(trainer.model))
+    assert same(oracle.average, full(callback))
+    assert callback.ema is not None
+    trainer.optimizer.step()  # by hand: nobody follows it any more
+    assert callback.ema.num_updates == 3
+
+
+def test_the_best_checkpoint_is_the_best_average_and_brings_it(tmp_path: Path) -> None:
+    callback, oracle = EMACallback(DECAY, eval_with="both"), Definition()
+    stop = EarlyStoppingCallback(early_stopping_patience=2)
+    wanted = {"metric_for_best_model": "ema_loss", "greater_is_better": True}  # worse and worse
+    wanted |= {"load_best_model_at_end": True, "save_total_limit": 1, "learning_rate": 0.1}
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trained(tmp_path, callback, oracle, stop, max_steps=8, **wanted, **every)
+    history = [row for row in trainer.state.log_history if "eval_loss" in row]
+    metrics = {row["step"]: row["eval_ema_loss"] for row in history}
+    best = max(metrics, key=lambda step: metrics[step])
+    assert trainer.state.global_step == best + 2
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{best}"]
+    assert callback.ema is not None
+    assert callback.ema.num_updates == best
+    assert same(loaded(tmp_path / f"checkpoint-{best}"), weights(trainer.model))
+    assert same(loaded(tmp_path), full(callback))
+    assert not same(oracle.average, full(callback))
+    again = ShardedEMA(trainer.model, DECAY)
+    again.load(tmp_path / f"checkpoint-{best}" / FOLDER)
+    assert same(again.full_state_dict(), full(callback))
+
+
+SAVE = {"save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize("how", ["newest", "path"])
+def test_a_resumed_run_ends_with_the_same_average(tmp_path: Path, how: str) -> None:
+    part = tmp_path / "part"
+    trained(part, EMACallback(DECAY), max_steps=3, save_total_limit=2, **SAVE)
+    assert sorted(p.name for p in part.glob("*/ema")) == [FOLDER, FOLDER]
+    assert not (part / "checkpoint-1").exists()
+    callback = EMACallback(DECAY)
+    trainer = make(part, callback, **SAVE)
+    trainer.train(resume_from_checkpoint=True if how == "newest" else str(part / "checkpoint-2"))
+    assert callback.ema is not None
+    assert callback.ema.num_updates == 4
+    whole = EMACallback(DECAY)
+    trained(tmp_path / "whole", whole)
+    assert same(full(whole), full(callback))
+    assert same(loaded(part), full(whole))
+    assert not same(full(whole), weights(trainer.model))
+
+
+def refused(folder: Path, callback: EMACallback, error: type[Exception], words: str) -> None:
+    """Resuming raises, and neither the model nor the callback has changed."""
+    trainer = make(folder, callback)
+    before = weights(trainer.model)
+    with pytest.raises(error, match=words):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert same(before, weights(trainer.model))
+    assert callback.ema is None
+    assert trainer.state.global_step == 0
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_unless_told(tmp_path: Path) -> None:
+    trained(tmp_path, EMACallback(DECAY), max_steps=2, **SAVE)
+    place = tmp_path / "checkpoint-2" / FOLDER
+    refused(tmp_path, EMACallback(0.9), ValueError, r"'decay': 0.75.*\n?.*new_schedule=True")
+    several = EMACallback({"ema": DECAY, "b": 0.9})
+    refused(tmp_path, several, ValueError, "with the same, or other schedules")
+    callback = EMACallback(0.9, new_schedule=True)
+    trainer = make(tmp_path, callback)
+    trainer.train(resume_from_checkpoint=True)
+    assert callback.ema is not None
+    assert callback.ema.num_updates == 4
+    other = KINDS["tied gpt2"]()
+    shutil.rmtree(place)
+    ShardedEMA(other, DECAY).save(place)
+    callback = EMACallback(DECAY)
+    trainer = make(tmp_path, callback)
+    with pytest.raises(ValueError, match="another model"):
+        trainer.train(resume_from_checkpoint=True)
+    assert callback.ema is None
+    shutil.rmtree(place)
+    refused(tmp_path, EMACallback(DECAY), ValueError, "saved without this callback.*allow_missing")
+    callback = EMACallback(DECAY, allow_missing=True)
+    trainer = make(tmp_path, callback)
+    trainer.train(resume_from_checkpoint=True)
+    assert callback.ema.num_updates == 2
+
+
+def test_auto_find_batch_size_begins_a_new_average(tmp_path: Path) -> None:
+    class Hungry(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._train_batch_size > 7 and self.state.global_step == 2:
+                raise RuntimeError("CUDA out of memory. ")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    callback, oracle = EMACallback(DECAY), Definition()
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    trainer = make(
+        tmp_path, callback, oracle, trainer=Hungry, auto_find_batch_size=True, **settings
+    )
+    trainer.train()
+    assert trainer._train_batch_size == 7
+    assert callback.ema is not None
+    assert callback.ema.num_updates == oracle.moved == 4
+    assert same(oracle.average, full(callback))
+
+
+def test_a_second_training_begins_a_new_average(tmp_path: Path) -> None:
+    callback, oracle = EMACallback(DECAY), Definition()
+    trainer = trained(tmp_path, callback, oracle)
+    first = full(callback)
+    trainer.train()
+    assert callback.ema is not None
+    assert callback.ema.num_updates == oracle.moved == 4
+    assert same(oracle.average, full(callback))
+    assert same(oracle.average, loaded(tmp_path))
+    assert not same(first, full(callback))
+
+
+def test_samples_are_counted_by_the_batch_size(tmp_path: Path) -> None:
+    callback = EMACallback(schedules.half_life(100, unit="sample"))
+    trained(tmp_path, callback)
+    assert callback.ema is not None
+    assert (callback.ema.num_updates, callback.ema.t) == (4, 16)
+
+
+@pytest.mark.parametrize("save_with", ["ema", "raw"])
+def test_what_save_model_writes(tmp_path: Path, save_with: str) -> None:
+    callback = EMACallback(DECAY, save_with=save_with)
+    trainer = trained(tmp_path, callback)
+    expected = full(callback) if save_with == "ema" else weights(trainer.model)
+    assert (tmp_path / "model.safetensors").exists() == (save_with == "ema")
+    trainer.save_model(str(tmp_path / "by hand"))
+    assert same(loaded(tmp_path / "by hand"), expected)
+    shutil.rmtree(tmp_path)
+    trainer.save_model(_internal_call=True)  # as push_to_hub does
+    assert same(loaded(tmp_path), expected)
+    trainer.model.save_pretrained(tmp_path / "model")
+    assert same(loaded(tmp_path / "model"), weights(trainer.model))
+
+
+def test_a_trial_of_a_search_writes_no_output(tmp_path: Path) -> None:
+    callback = EMACallback(DECAY)
+    trainer = trained(tmp_path, callback)
+    (tmp_path / "model.safetensors").unlink()
+    trainer.state.is_hyper_param_search = True
+    callback.on_train_end(trainer.args, trainer.state, trainer.control)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_model_that_is_not_of_transformers(tmp_path: Path) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(WORDS, WORDS)
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.table(input_ids)
+            return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+    callback, oracle = EMACallback(DECAY), Definition()
+    trained(tmp_path, callback, oracle, build=Plain)
+    assert same(oracle.average, load_file(tmp_path / "model.safetensors"))
+
+
+# ---- two ranks --------------------------------------------------------------------------------
+
+STAGES = {"ddp": None, "zero2": 2, "zero2 bf16": 2, "zero3": 3}
+
+
+def sharded(stage: int | None, start: str) -> dict[str, Any]:
+    """What makes a trainer on two CPU ranks real: DDP, or DeepSpeed."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    if stage is None:
+        return {"ddp_backend": "gloo"}
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": "auto"}
+    config |= {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+    adam = {"lr": "auto", "torch_adam": True}
+    config |= {
+        "optimizer": {"type": "AdamW", "params": adam},
+        "zero_optimization": {"stage": stage},
+    }
+    if stage == 3:  # some parameters are partitioned, others are kept
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    # without a GPU accelerate has no backend for DeepSpeed unless it is told before
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(backend="gloo")
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+    configured = {"accelerator_config": {"use_configured_state": True}}
+    # from_pretrained partitions a ZeRO-3 model while it is built
+    return {"deepspeed": config, "build": lambda: from_output(Path(start)), **configured}
+
+
+def real(trainer: Trainer, stage: int | None) -> None:
+    """The trainer trains what it was asked for."""
+    assert trainer.args.world_size == dist.get_world_size() == 2
+    if stage is None:
+        assert type(trainer.model_wrapped) is DistributedDataParallel
+        return
+    assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+    assert trainer.model_wrapped.zero_optimization_stage() == stage
+    partitioned = [p for p in trainer.model.parameters() if getattr(p, "ds_id", None) is not None]
+    assert bool(partitioned) == (stage == 3)
+    if stage == 3:
+        assert any(p.numel() == 0 for p in partitioned)
+
+
+def of_two(folder: str, kind: str, name: str, *callbacks: Any) -> Trainer:
+    """A trainer whose third step is skipped."""
+    how = sharded(STAGES[kind], f"{folder}/start")
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "max_grad_norm": 0, **SAVE, **how}
+    if kind.endswith("bf16"):
+        settings["bf16"] = True
+        settings["deepspeed"]["bf16"] = {"enabled": True}
+    trainer = make(Path(folder, kind, name), *callbacks, **settings)
+    trainer.spoiled = 2
+    if kind == "ddp":  # DeepSpeed skips by itself
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    return trainer
+
+
+def follows_real_steps(folder: str, kind: str) -> None:
+    """Accumulation, a skipped step, evaluations, checkpoints, the average at the end."""
+    callback, oracle = EMACallback(DECAY, eval_with="both"), Definition()
+    trainer = of_two(folder, kind, "straight", callback, oracle)
+    trainer.train()
+    real(trainer, STAGES[kind])
+    assert trainer.state.global_step == 4
+    assert callback.ema is not None
+    assert callback.ema.num_updates == oracle.moved == 3
+    assert same(full(callback), oracle.average)  # rank 0; elsewhere there is nothing
+    before = gathered(trainer.model)
+    metrics = trainer.evaluate()
+    assert same(before, gathered(trainer.model))
+    if dist.get_rank() == 0:
+        names = ("eval_loss", "eval_ema_loss")
+        save_file(oracle.average, f"{folder}/{kind}/expected")
+        save_file({n: torch.tensor(metrics[n]) for n in names}, f"{folder}/{kind}/metrics")
+        save_file(before, f"{folder}/{kind}/raw")
+
+
+def resumes(folder: str, kind: str) -> None:
+    """A new trainer goes on from the third step; a checkpoint without an average is refused."""
+    straight, callback = Path(folder, kind, "straight"), EMACallback(DECAY)
+    trainer = of_two(folder, kind, "resumed", callback)
+    trainer.train(resume_from_checkpoint=str(straight / "checkpoint-3"))
+    real(trainer, STAGES[kind])
+    assert callback.ema is not None
+    assert callback.ema.num_updates == 3
+    newest = Path(folder, kind, "resumed", "checkpoint-4")
+    assert len([*newest.glob("ema/rank-*")]) == 2
+    assert any(newest.glob("global_step*/*zero_pp_rank_1_*")) == (kind != "ddp")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(newest / FOLDER)
+    dist.barrier()
+    before = gathered(trainer.model)
+    with pytest.raises(ValueError, match=r"rank 0: resume from .* saved without this callback"):
+        trainer.train(resume_from_checkpoint=str(newest))
+    assert same(before, gathered(trainer.model))
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, world.Verdicts]:
+    """One world of two ranks for the whole file."""
+    folder = tmp_path_factory.mktemp("lived")
+    torch.manual_seed(0)
+    KINDS["llama"]().save_pretrained(folder / "start")
+    facts = [
+        world.Fact(f"{check.__name__}/{kind}", check, (str(folder), kind))
+        for kind in STAGES
+        for check in (follows_real_steps, resumes)
+    ]
+    return folder, world.judge(facts, 2)
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_two_ranks_write_the_average_of_their_real_steps(
+    lived: tuple[Path, world.Verdicts], kind: str
+) -> None:
+    folder, verdicts = lived
+    verdicts.check(f"follows_real_steps/{kind}")
+    place = folder / kind
+    expected, raw = load_file(place / "expected"), load_file(place / "raw")
+    straight, said = from_output(place / "straight"), load_file(place / "metrics")
+    dtype = torch.bfloat16 if kind.endswith("bf16") else torch.float32
+    assert all(torch.equal(p, expected[n].to(dtype)) for n, p in straight.named_parameters())
+    live = from_output(place / "straight")
+    live.load_state_dict(raw)
+    for name, model in (("eval_loss", live), ("eval_ema_loss", straight)):
+        alone = make(place / "alone", None, build=lambda model=model: model).evaluate()
+        near = 1e-3 if dtype is torch.bfloat16 else 1e-5  # batches of another size
+        assert alone["eval_loss"] == pytest.approx(said[name].item(), rel=near)
+    assert said["eval_loss"] != said["eval_ema_loss"]
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_two_ranks_resume(lived: tuple[Path, world.Verdicts], kind: str) -> None:
+    folder, verdicts = lived
+    verdicts.check(f"resumes/{kind}")
+    files = [folder / kind / name / "model.safetensors" for name in ("straight", "resumed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+ZERO = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_a_killed_trainer_goes_on_to_the_same_average(
+    stage: int | None, text: Path, tmp_path: Path
+) -> None:
+    start = time.monotonic()
+    config = tmp_path / "zero.json"
+    config.write_text(json.dumps({**ZERO, "zero_optimization": {"stage": stage}}))
+    words = [*TORCHRUN, "2", "launch/train_hf_trainer.py", *RUN, "--data", str(text)]
+    words += [] if stage is None else ["--deepspeed", str(config)]
+    straight, broken = ([*words, "--out", str(tmp_path / name)] for name in ("straight", "broken"))
+    finish(straight)
+    killed_after(broken, tmp_path / "broken/checkpoint-8/trainer_state.json")
+    assert not (tmp_path / "broken/model.safetensors").exists()
+    finish([*broken, "--resume"])
+    files = [tmp_path / name / "model.safetensors" for name in ("straight", "broken")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    newest = tmp_path / "broken/checkpoint-40"
+    assert any(newest.glob("global_step40/zero_pp_rank_1_*")) == (stage is not None)
+    evaluate = [sys.executable, "launch/train.py", "--evaluate", str(tmp_path / "broken")]
+    said = finish([*evaluate, "--data", str(text), "--val-windows", "8", "--device", "cpu"])
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    last = [row for row in history if "eval_loss" in row][-1]
+    assert float(said.split()[-1]) == pytest.approx(last["eval_ema_loss"], abs=1e-5)
+    assert last["eval_loss"] != last["eval_ema_loss"]
+    note("ddp" if stage is None else f"zero{stage}", 2, "Trainer, torchrun", start)
+
+
+# ---- bad input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda: EMACallback(1.5), ValueError, r"decay=1.5, expected a number in \[0, 1\]"),
+        (lambda: EMACallback(0.9, eval_with="best"), ValueError, "eval_with: got 'best', expected"),
+        (lambda: EMACallback(0.9, save_with="both"), ValueError, "save_with: got 'both', expected"),
+        (lambda: EMACallback({"a": 0.9}), ValueError, r"got 'ema', expected .*'raw', 'both', 'a'"),
+        (lambda: EMACallback({"raw": 0.9}), ValueError, "are words of eval_with="),
+        (lambda: EMACallback(0.9, every=2), TypeError, "every"),
+        (
+            lambda: EMACallback(schedules.half_life(9, unit="token")),
+            ValueError,
+            "counts tokens, which the Trainer does not tell",
+        ),
+    ],
+)
+def test_bad_arguments(build: Callable[[], object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        build()
+
+
+def test_a_callback_belongs_to_one_trainer(tmp_path: Path) -> None:
+    callback = EMACallback(DECAY)
+    trainer = make(tmp_path, callback)
+    with pytest.raises(RuntimeError, match="is bound to this trainer; bind it once"):
+        callback.bind(trainer)
+    with pytest.raises(RuntimeError, match="bound to another trainer; make one for each"):
+        make(tmp_path, callback)
+    with pytest.raises(RuntimeError, match="another EMACallback; for several averages"):
+        EMACallback(DECAY).bind(trainer)
+    with pytest.raises(TypeError, match=r"got Linear, expected a transformers.Trainer"):
+        EMACallback(DECAY).bind(nn.Linear(1, 1))
+    for unbound in (EMACallback(DECAY), callback):
+        other = make(tmp_path, None, unbound)
+        before = weights(other.model)
+        with pytest.raises(RuntimeError, match=r"call callback.bind\(trainer\) before"):
+            other.train()
+        assert same(before, weights(other.model))
+
+
+def test_what_a_trainer_cannot_do_is_said_at_once(tmp_path: Path) -> None:
+    trainer = make(tmp_path, None)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="2 GPUs trains in DataParallel"):
+        EMACallback(DECAY).bind(trainer)
+    without = type("Without", (Spoiling,), {"_load_best_model": property()})
+    with pytest.raises(RuntimeError, match=r"Without of transformers .* has no _load_best_model"):
+        make(tmp_path, EMACallback(DECAY), trainer=without)
+    callback = EMACallback(DECAY)
+    trainer = trained(tmp_path, callback, bf16_full_eval=True)
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match="bf16_full_eval cast the model in place"):
+        trainer.evaluate()
+    assert same(before, weights(trainer.model))
