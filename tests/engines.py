@@ -129,7 +129,9 @@ CONFIGS = {
         Config("2-round-robin", 2, _12, {"round_robin_gradients": True}, more=BF16, params=groups),
         Config("2-offload", 2, _12, {"offload_optimizer": OFFLOAD}, more=BF16),
         Config("2-cpu-adam", 2, _12, {"offload_optimizer": OFFLOAD}, BF16, own_optimizer=True),
-        Config("2-autocast", 2, _12, more={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+        Config(
+            "2-autocast", 2, _12, more={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+        ),
         Config("3-fp32", 3, _3, SPLIT),
         Config("3-bf16", 3, _3, SPLIT, more=BF16, params=groups),
         Config("3-persistent", 3, _3, more=BF16),
@@ -142,13 +144,15 @@ CONFIGS = {
             more=BF16,
             own_optimizer=True,
         ),
-        Config("3-autocast", 3, _3, SPLIT, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+        Config(
+            "3-autocast", 3, _3, SPLIT, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+        ),
     )
 }
 
 
 def build_kernels() -> None:
-    """Compiles what the configs need, where that was not done before: minutes, and no rank waits."""
+    """Compiles what the configs need, where that was not done before; it takes a minute."""
     code = (
         "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, FusedAdamBuilder; "
         "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; "
@@ -191,8 +195,11 @@ def masters(engine: Any) -> dict[str, Tensor]:
         named = engine.module.named_parameters()
         return {n: p.detach().clone() for n, p in named if p.requires_grad}
     if kind == "FP16_UnfusedOptimizer":
-        pairs = zip(sum(opt.fp16_groups, []), sum(opt.fp32_groups, []), strict=True)
-        return {name_of[id(p)]: master.detach().clone() for p, master in pairs}
+        return {
+            name_of[id(param)]: master.detach().clone()
+            for params, held in zip(opt.fp16_groups, opt.fp32_groups, strict=True)
+            for param, master in zip(params, held, strict=True)
+        }
     if kind == _3:
         from deepspeed.utils import safe_get_full_fp32_param
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch import distributed as dist
+from torch import nn
 
 from shardema import ShardedEMA
 from tests import engines, meters, world

@@ -94,7 +94,8 @@ def _refuse(engine: Any) -> None:
 
 
 def _device(offload: Any) -> str:
-    return str(getattr(getattr(offload, "device", None), "value", "none"))
+    device = getattr(offload, "device", "none")
+    return str(getattr(device, "value", device))
 
 
 _UNPROVEN: dict[str, Callable[[Any], bool]] = {

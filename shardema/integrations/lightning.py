@@ -65,8 +65,7 @@ class EMACallback(Callback):
             exported, under its own names. Not with FSDP1 and DeepSpeed.
         dt: as for `ShardedEMA.attach`; a callable is asked at every update.
         export: folder for ``ema.export`` at the end of `fit`; must not exist.
-        missing: a checkpoint without an average is an ``"error"``, or the average starts there:
-            ``"start"``.
+        allow_missing: start an average where the checkpoint has none, in place of an error.
         new_schedule: go on with this schedule where the checkpoint has another.
         options: every other keyword argument of `ShardedEMA`.
 
@@ -87,7 +86,7 @@ class EMACallback(Callback):
         module: str | None = None,
         dt: float | Callable[[], float] | None = None,
         export: str | os.PathLike[str] | None = None,
-        missing: Literal["error", "start"] = "error",
+        allow_missing: bool = False,
         new_schedule: bool = False,
         **options: Any,
     ) -> None:
@@ -95,8 +94,6 @@ class EMACallback(Callback):
         names = list(as_schedules(schedule))
         if average not in (None, *names) or (average is None and len(names) > 1):
             raise ValueError(f"average: got {average!r}, expected one of {names}")
-        if missing not in ("error", "start"):
-            raise ValueError(f"missing: got {missing!r}, expected 'error' or 'start'")
         self.eval_with = eval_with
         self._sides(0)
         self.schedule = schedule
@@ -104,7 +101,7 @@ class EMACallback(Callback):
         self.module = module
         self.dt = dt
         self.export = export
-        self.missing = missing
+        self.allow_missing = allow_missing
         self.new_schedule = new_schedule
         self.options = options
         self.ema: ShardedEMA | None = None
@@ -191,7 +188,7 @@ class EMACallback(Callback):
         resume, self._resume = self._resume, None
         if resume is not None:
             return self._read(trainer, pl_module, *resume)
-        if self.ema is None or self._averaged is None or self._averaged[0] is not pl_module:
+        if self._average_of(pl_module) is None or self._averaged is None:
             return False
         anew = self._averaged[1] is not trainer.strategy.model
         if anew and isinstance(trainer.strategy, _WRAPPING):
@@ -201,6 +198,11 @@ class EMACallback(Callback):
                 " or evaluate with eval_with='raw'"
             )
         return True
+
+    def _average_of(self, pl_module: LightningModule) -> ShardedEMA | None:
+        """`ema`, if it is of this module and not of another one that was fitted."""
+        known = self._averaged is not None and self._averaged[0] is pl_module
+        return self.ema if known else None
 
     def _build(self, trainer: Trainer, pl_module: LightningModule, folder: str = "") -> None:
         model: Any = pl_module if self.module is None else self._child(pl_module)
@@ -239,14 +241,14 @@ class EMACallback(Callback):
         folder = _folder(os.path.realpath(path), token or "")
         if token and self._ranks().agree("ckpt_path", None, lambda _: os.path.isdir(folder)):
             self._build(trainer, pl_module, folder)
-        elif self.missing == "start":
+        elif self.allow_missing:
             self.ema = self._averaged = None  # of other weights than these
             return False
         else:
             why = f"the average in {folder} is gone" if token else "it was saved without an average"
             raise ValueError(
-                f"ckpt_path: {path}: {why}; to go on without, EMACallback(missing='start') starts "
-                "one from the checkpoint's weights, eval_with='raw' evaluates them"
+                f"ckpt_path: {path}: {why}; to go on without, EMACallback(allow_missing=True) "
+                "starts one from the checkpoint's weights, eval_with='raw' evaluates them"
             )
         return True
 
@@ -276,8 +278,8 @@ class EMACallback(Callback):
         training = trainer.state.fn == TrainerFn.FITTING
         if not training and not self._bind(trainer, pl_module) and trainer.is_global_zero:
             log.warning("there is no average of this model yet: evaluating its own weights")
-        known = self._averaged is not None and self._averaged[0] is pl_module
-        if self.ema is not None and self.ema.num_updates and known:
+        ema = self._average_of(pl_module)
+        if ema is not None and ema.num_updates:
             self._plan = plan
             self._turn(0)
 
@@ -344,12 +346,13 @@ class EMACallback(Callback):
             return [os.path.abspath(path), secrets.token_hex(4)]
 
         path, token = ranks.agree("save_checkpoint", None, where)
-        if self.ema is None:
+        ema = self._average_of(trainer.lightning_module)
+        if ema is None:
             token = ""
         else:
-            token = f"{self.ema.num_updates:06d}-{token}"
+            token = f"{ema.num_updates:06d}-{token}"
             with _on_device(trainer):
-                self.ema.save(_folder(path, token))
+                ema.save(_folder(path, token))
             checkpoint[_KEY] = token
         write()
         trainer.strategy.barrier("shardema")  # the others may still write, or still be about to

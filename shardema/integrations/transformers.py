@@ -146,6 +146,8 @@ class EMACallback(TrainerCallback):
                 f"bind: one process with {trainer.args.n_gpu} GPUs trains in DataParallel, which "
                 "is not supported; start one process for each GPU: torchrun --nproc_per_node"
             )
+        if getattr(trainer.args, "use_legacy_prediction_loop", False):  # of transformers 4
+            raise ValueError("bind: use_legacy_prediction_loop is not supported; set it to False")
         self._trainer = trainer
         self._ranks = Ranks(timeout=self._options["timeout"])
         for name in _WRAPPED:
