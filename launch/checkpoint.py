@@ -1,7 +1,7 @@
 """Steps on disk: written under another name, renamed when every rank is done.
 
     OUT/step-000100/run.json    what was trained, and how
-                    training/   model and optimizer, by torch.distributed.checkpoint
+                    training/   model and optimizer, by torch.distributed.checkpoint or DeepSpeed
                     ema/        the average, by ShardedEMA.save
 """
 
@@ -63,8 +63,11 @@ def save(
             if partial.exists():  # left by a run that was killed
                 shutil.rmtree(partial)
             partial.mkdir()
-    weights, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=partial / "training")
+    if hasattr(model, "save_checkpoint"):  # a DeepSpeed engine
+        model.save_checkpoint(partial / "training")
+    else:
+        weights, states = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=partial / "training")
     ema.save(partial / "ema")
     dist.barrier()  # whoever is behind still works under the old name
     with agreed():
@@ -79,9 +82,12 @@ def save(
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer, ema: ShardedEMA) -> None:
     """Restore model, optimizer and average from one step. Collective."""
-    weights, optimizer_state = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": optimizer_state}, checkpoint_id=path / "training")
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state)
+    if hasattr(model, "load_checkpoint"):
+        model.load_checkpoint(path / "training")
+    else:
+        weights, states = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": states}, checkpoint_id=path / "training")
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
     ema.load(path / "ema")
 
 

@@ -6,18 +6,22 @@
     fsdp2     fully_shard, block by block
     hsdp      fully_shard within each replica, on a (replicate, shard) mesh
     fsdp2-tp  layers split over "tp", fully_shard over "dp"
+    zero0-3   a DeepSpeed engine, as launch/deepspeed/ configures it
 """
 
+import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -36,7 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt import GPT, Block
 
-BACKENDS = ("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "fsdp2-tp")
+ZERO = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+BACKENDS = ("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "fsdp2-tp", *ZERO)
 TENSOR_PARALLEL_PLAN = {
     "blocks.*.attention.query": ColwiseParallel,
     "blocks.*.attention.key": ColwiseParallel,
@@ -126,13 +131,37 @@ def layout(
             raise ValueError(f"--heads {heads} cannot be divided over --tp {size} ranks")
         axes = {"dp": world // size, "tp": size}  # the ranks of one model read the same batch
         return Layout(backend, place, axes, rank // size, world // size)
-    axes = {} if backend in ("plain", "ddp", "fsdp1") else {"shard": world}
+    axes = {} if backend in ("plain", "ddp", "fsdp1", *ZERO) else {"shard": world}
     if backend == "hsdp":
         size = replicas or 2
         if world % size:
             raise ValueError(f"hsdp needs a multiple of --replicas {size} processes, not {world}")
         axes = {"replicate": size, "shard": world // size}
     return Layout(backend, place, axes, rank, world)
+
+
+def prepare(model: GPT, layout: Layout, flags: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model as its backend trains it, and the optimizer. Collective."""
+    if layout.backend in ZERO:
+        return engine(model, layout, flags)
+    wrapped = wrap(model, layout, flags.bf16)
+    return wrapped, torch.optim.AdamW(wrapped.parameters(), lr=flags.lr)
+
+
+def engine(model: GPT, layout: Layout, flags: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A DeepSpeed engine, and the optimizer that it steps. Collective."""
+    if layout.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    config = json.loads((Path(__file__).parent / f"deepspeed/{layout.backend}.json").read_text())
+    config["train_micro_batch_size_per_gpu"] = flags.batch
+    config["gradient_accumulation_steps"] = flags.accumulate
+    config["bf16"]["enabled"] = flags.bf16
+    optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr)
+    made, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return made, optimizer
 
 
 def wrap(model: GPT, layout: Layout, bf16: bool) -> nn.Module:
@@ -171,7 +200,7 @@ def shard(model: GPT, mesh: DeviceMesh, bf16: bool) -> nn.Module:
 
 def precision(layout: Layout, bf16: bool) -> AbstractContextManager[Any]:
     """Autocast for the backends that have no mixed precision of their own."""
-    own = layout.backend not in ("plain", "ddp")
+    own = layout.backend not in ("plain", "ddp")  # a mixed precision
     return torch.autocast(layout.device.type, torch.bfloat16, enabled=bf16 and not own)
 
 
@@ -182,3 +211,20 @@ def accumulate(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     elif not last and isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
         return model.no_sync()
     return nullcontext()
+
+
+def backward(model: nn.Module, loss: Tensor, passes: int) -> None:
+    """The backward of one of ``passes`` micro-steps."""
+    if hasattr(model, "was_step_applied"):  # an engine, which knows how many there are
+        model.backward(loss)
+    else:
+        (loss / passes).backward()
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, last: bool) -> None:
+    """The step that the last micro-step ends with; an engine wants to hear of the others too."""
+    if hasattr(model, "was_step_applied"):
+        model.step()
+    elif last:
+        optimizer.step()
+        optimizer.zero_grad()

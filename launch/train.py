@@ -57,8 +57,7 @@ def train(flags: SimpleNamespace) -> None:
             raise ValueError(f"{flags.out} is not on a file system that all nodes share")
 
     torch.manual_seed(flags.seed)  # every rank builds the same weights; nothing else is random
-    model = parallel.wrap(GPT(config), layout, flags.bf16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr)
+    model, optimizer = parallel.prepare(GPT(config), layout, flags)
     ema = ShardedEMA(model, schedule(flags.ema))
     if resume:
         checkpoint.load(resume, model, optimizer, ema)
@@ -67,9 +66,7 @@ def train(flags: SimpleNamespace) -> None:
     bar = tqdm(range(start + 1, flags.steps + 1), disable=quiet, unit="step")
     for step in bar:
         optimizer.param_groups[0]["lr"] = flags.lr * min(1, step / LR_WARMUP)
-        loss = train_step(model, step, flags, corpus, layout)
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = train_step(model, optimizer, step, flags, corpus, layout)
         ema.update()
 
         last = step == flags.steps
@@ -96,18 +93,25 @@ def train(flags: SimpleNamespace) -> None:
 
 
 def train_step(
-    model: nn.Module, step: int, flags: SimpleNamespace, corpus: chars.Corpus, layout: Layout
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    flags: SimpleNamespace,
+    corpus: chars.Corpus,
+    layout: Layout,
 ) -> Tensor:
-    """Forward and backward of one step; this rank's mean loss."""
+    """One optimizer step; this rank's mean loss."""
     total = torch.zeros((), device=layout.device)
     for micro in range(flags.accumulate):
         # where, not what was drawn before, decides the batch: a resumed run sees the same text
         place = (flags.seed, step, micro, layout.data_rank)
         x, y = chars.batch(corpus.train, flags.context, flags.batch, place)
-        with parallel.accumulate(model, last=micro == flags.accumulate - 1):
-            loss = next_byte_loss(model, x, y, layout, flags.bf16) / flags.accumulate
-            loss.backward()
-        total += loss.detach()
+        last = micro == flags.accumulate - 1
+        with parallel.accumulate(model, last):
+            loss = next_byte_loss(model, x, y, layout, flags.bf16)
+            parallel.backward(model, loss, flags.accumulate)
+        parallel.step(model, optimizer, last)
+        total += loss.detach() / flags.accumulate
     return total
 
 
@@ -166,6 +170,12 @@ def start_from(flags: SimpleNamespace, about: dict[str, Any]) -> Path | None:
         return None
     before = checkpoint.facts(resume)
     changed = [name for name in about if before.get(name) != about[name]]
+    if flags.backend in parallel.ZERO and {"backend", "world_size"} & set(changed):
+        raise ValueError(
+            f"{resume} was made with --backend {before.get('backend')} on "
+            f"{before.get('world_size')} ranks; DeepSpeed loads its own checkpoints only as they "
+            "were saved (the average in them can be loaded by any)"
+        )
     for name in changed:
         if name in MUST_MATCH:
             was, wanted = before.get(name), about[name]

@@ -5,6 +5,7 @@
     every rank    posts its word: {"op", "error" or payload}        keys  .../<round>/<index>
     the leader    waits for all words, makes one reply              key   .../<round>/reply
     every rank    reads the reply; an error in it raises everywhere
+                  says that it has read it                          key   .../<round>/<index>/read
 
 The words travel through the key-value store that every process group has, not through a
 collective: a rank that failed, or that never came, cannot leave the others hanging, and the
@@ -32,6 +33,7 @@ _RAISED: dict[str, type[Exception]] = {
     "RankError": RankError,
 }
 _SLOWEST = 20e6  # bytes per second of a disk or a network that still counts as alive
+_PARTING = 10.0  # seconds that the leader waits for the others to have read its reply
 _rounds: dict[tuple[int, ...], int] = {}  # rounds done by each set of ranks in this process
 
 
@@ -165,6 +167,8 @@ class Ranks:
         if self.leader:
             answer = self._collect(store, f"{name}/{turn}", op, reply, timeout)
             store.set(answer_key, json.dumps(answer))
+            # the store may live in this very process, which may be about to end
+            _wait(store, [f"{name}/{turn}/{i}/read" for i in range(1, self.size)], _PARTING)
             return answer
         # the leader may come as late as the timeout allows, and then wait as long for the others
         here = _wait(store, [f"{name}/{turn}/0"], timeout)
@@ -173,6 +177,7 @@ class Ranks:
             store.set(mine, json.dumps({"op": op, "error": _gave_up(self.rank, gone)}))
             return {"error": _gave_up(self.ranks[0], _everywhere(gone, op))}
         answer = json.loads(store.get(answer_key))
+        store.set(f"{mine}/read", "")
         assert isinstance(answer, dict)
         return answer
 

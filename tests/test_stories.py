@@ -11,6 +11,7 @@ import csv
 import datetime
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,15 +30,35 @@ ACCELERATE = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes"),
 ]
+DEEPSPEED = [
+    *(sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank"),
+    *("--master_port", "PORT", "--num_gpus"),
+]
+LAUNCHERS = {
+    "torchrun": TORCHRUN,
+    "accelerate launch": ACCELERATE,
+    "deepspeed": DEEPSPEED,
+}
 FULL = pytest.mark.full
 STORIES = [
-    pytest.param("fsdp2", 2, TORCHRUN, id="fsdp2"),
-    pytest.param("plain", 1, TORCHRUN, id="plain", marks=FULL),
-    pytest.param("ddp", 2, TORCHRUN, id="ddp", marks=FULL),
-    pytest.param("fsdp1", 2, TORCHRUN, id="fsdp1", marks=FULL),
-    pytest.param("hsdp", 4, TORCHRUN, id="hsdp", marks=FULL),
-    pytest.param("fsdp2-tp", 4, TORCHRUN, id="fsdp2-tp", marks=FULL),
-    pytest.param("fsdp2", 2, ACCELERATE, id="accelerate-fsdp2", marks=FULL),
+    pytest.param("fsdp2", 2, "torchrun", id="fsdp2"),
+    *(
+        pytest.param(backend, ranks, launcher, id=f"{launcher}-{backend}", marks=FULL)
+        for backend, ranks, launcher in (
+            ("plain", 1, "torchrun"),
+            ("ddp", 2, "torchrun"),
+            ("fsdp1", 2, "torchrun"),
+            ("hsdp", 4, "torchrun"),
+            ("fsdp2-tp", 4, "torchrun"),
+            ("fsdp2", 2, "accelerate launch"),
+            ("zero0", 2, "torchrun"),
+            ("zero1", 2, "torchrun"),
+            ("zero2", 3, "torchrun"),
+            ("zero3", 2, "torchrun"),
+            ("zero3_offload", 2, "torchrun"),
+            ("zero3", 2, "deepspeed"),
+        )
+    ),
 ]
 
 
@@ -52,7 +73,11 @@ def text(tmp_path: Path) -> Path:
 
 
 def command(launcher: list[str], ranks: int, backend: str, text: Path, out: Path) -> list[str]:
-    script = [*launcher, str(ranks), "launch/train.py", "--backend", backend]
+    with socket.socket() as free:  # DeepSpeed's launcher does not look for a port itself
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    words = [port if word == "PORT" else word for word in launcher]
+    script = [*words, str(ranks), "launch/train.py", "--backend", backend]
     return [*script, *RUN, "--data", str(text), "--out", str(out)]
 
 
@@ -66,7 +91,7 @@ def finish(words: list[str]) -> str:
 
 
 def one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def descendants(parent: int) -> list[int]:
@@ -102,15 +127,15 @@ def killed_after(words: list[str], sign: Path) -> None:
 def test_a_killed_run_goes_on_to_the_same_average(
     backend: str,
     ranks: int,
-    launcher: list[str],
+    launcher: str,
     text: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
     start = time.monotonic()
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    finish(command(launcher, ranks, backend, text, straight))
-    words = command(launcher, ranks, backend, text, broken)
+    finish(command(LAUNCHERS[launcher], ranks, backend, text, straight))
+    words = command(LAUNCHERS[launcher], ranks, backend, text, broken)
     killed_after(words, broken / "step-000008")
     assert not (broken / "export").exists()
     finish([*words, "--resume"])
@@ -123,7 +148,7 @@ def test_a_killed_run_goes_on_to_the_same_average(
     assert float(said.split()[-1]) == pytest.approx(float(last["ema_loss"]), abs=1e-5)
     assert float(last["ema_loss"]) != float(last["raw_loss"])
     if request.config.getoption("--full"):
-        note(backend, ranks, "accelerate launch" if launcher is ACCELERATE else "torchrun", start)
+        note(backend, ranks, launcher, start)
 
 
 def note(backend: str, ranks: int, launcher: str, start: float) -> None:
