@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, TypeVar
@@ -707,6 +708,9 @@ class ShardedEMA:
         Raises:
             RuntimeError: inside ``swap()``.
         """
+        if sys._getframe(1).f_globals.get("__name__") == "accelerate.checkpointing":
+            # registered for checkpointing: refused here, since only the main process pickles
+            refuse_pickle("ShardedEMA")
         self._not_inside("state_dict")
         with writable():
             self._refresh()

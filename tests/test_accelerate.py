@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from shardema import CheckpointError, ShardedEMA, schedules
 from shardema.integrations.accelerate import attach
 from tests import accelerate_fsdp, world
-from tests.test_stories import ROOT, SMALL, finish, killed_after, one_thread
+from tests.test_stories import ROOT, SMALL, finish, killed_after, note, one_thread
 from tests.world import Fact
 
 DECAY = 0.75
@@ -497,6 +498,7 @@ def what_was_not_prepared_is_refused(kind: str) -> None:
     with pytest.raises(ValueError, match=r"got name='a/b', expected a folder name"):
         attach(accelerator, model, optimizer, schedule=DECAY, name="a/b")
     other = Accelerator(cpu=True)
+    prepared(other, kind)
     with pytest.raises(ValueError, match=rf"got a {type(model).__name__} that this accelerator's"):
         attach(other, model, optimizer, schedule=DECAY)
     assert isinstance(optimizer, AcceleratedOptimizer)
@@ -672,6 +674,7 @@ def launch(config: str, folder: Path, name: str, *flags: str) -> list[str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("config", ["ddp_cpu", "zero1", "zero2", "zero3"])
 def test_a_killed_run_goes_on_to_the_same_average(config: str, tmp_path: Path) -> None:
+    start = time.monotonic()
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     finish(launch(config, tmp_path, "straight"))
     words = launch(config, tmp_path, "broken")
@@ -689,6 +692,7 @@ def test_a_killed_run_goes_on_to_the_same_average(config: str, tmp_path: Path) -
     assert bool(zero) == config.startswith("zero")
     ranks = list((broken / "step-000040/state/ema").glob("rank-*"))
     assert len(ranks) == 2
+    note(config.removesuffix("_cpu"), 2, f"accelerate launch --config_file {config}.yaml", start)
 
 
 @pytest.mark.full

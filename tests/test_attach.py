@@ -109,16 +109,8 @@ def test_accelerate_counts_optimizer_steps_not_micro_steps() -> None:
         accelerator.save_state("/tmp/never-written")
 
 
-class DeepSpeedZeroOptimizer:
-    """Stands where DeepSpeed's own would: told apart by the package of its type."""
-
-    __module__ = "deepspeed.runtime.zero.stage_1_and_2"
-
-
 def test_what_cannot_be_attached_is_refused() -> None:
     _, ema, optimizer = setup()
-    with pytest.raises(TypeError, match=r"call ema.update\(\) after engine.step\(\)"):
-        ema.attach(DeepSpeedZeroOptimizer())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"got Linear, expected a torch\.optim\.Optimizer"):
         ema.attach(nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got no optimizer"):

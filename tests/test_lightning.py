@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
 import logging
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ from torch.utils.data import DataLoader
 from shardema import schedules
 from shardema.integrations.lightning import EMACallback
 from tests import world
+from tests.test_stories import RUN, TORCHRUN, finish, killed_after, note, text  # noqa: F401
 from tests.world import Fact
 
 DECAY = 0.75
@@ -111,6 +115,13 @@ class Sharded(Module):
             mesh = self.device_mesh["data_parallel"]
             fully_shard(self.net.up, mesh=mesh)
             fully_shard(self.net, mesh=mesh)
+
+
+class ShardedWhole(Module):
+    """Its net has no group of its own."""
+
+    def configure_model(self) -> None:
+        fully_shard(self, mesh=self.device_mesh["data_parallel"])
 
 
 class TwoSteps(Module):
@@ -282,11 +293,13 @@ def test_several_optimizers_make_one_update_a_round(tmp_path: Path) -> None:
 
 def test_a_second_fit_goes_on_with_the_average(tmp_path: Path) -> None:
     ema, steps = EMACallback(DECAY), Steps()
-    trainer = trainer_of(tmp_path, ema, steps)
+    trainer = trainer_of(tmp_path, ema, steps, num_sanity_val_steps=1)
     module = Module()
     trainer.fit(module, data(3))
     trainer.fit_loop.max_epochs = 2
-    trainer.fit(module, data(3))
+    trainer.fit(module, data(3), data(1))
+    assert [stage for stage, _, _ in module.seen] == ["sanity", "validate"]
+    assert_equal(module.seen[0][2], steps.values[3])  # its own weights
     assert ema.ema is not None
     assert ema.ema.num_updates == len(steps.values) - 1 == 6
     assert_equal(ema.ema.full_state_dict(), steps.average())
@@ -582,19 +595,18 @@ def test_a_clock_in_samples_takes_dt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("arguments", "message"),
     [
         ({"eval_with": "both"}, "eval_with: got 'both', expected 'ema', 'raw', or a list"),
         ({"eval_with": []}, "eval_with: got \\[\\]"),
-        ({"missing": "ignore"}, "missing: got 'ignore', expected 'error' or 'start'"),
         ({"average": "long"}, "average: got 'long', expected one of \\['ema'\\]"),
         ({"schedule": {"a": 0.5, "b": 0.6}}, "average: got None, expected one of"),
         ({"schedule": 1.5}, "decay"),
         ({"selects": "*"}, "selects"),
     ],
 )
-def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], text: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=text):
+def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
         EMACallback(**({"schedule": DECAY} | arguments))
 
 
@@ -634,12 +646,12 @@ BAD_TRAINERS: list[tuple[Callable[[Path], pl.Trainer], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "text"), BAD_TRAINERS)
+@pytest.mark.parametrize(("make", "message"), BAD_TRAINERS)
 def test_a_trainer_that_does_not_fit_is_refused(
-    tmp_path: Path, make: Callable[[Path], pl.Trainer], text: str
+    tmp_path: Path, make: Callable[[Path], pl.Trainer], message: str
 ) -> None:
     module = Module()
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=message):
         make(tmp_path).fit(module, data(2), data(1))
 
 
@@ -653,13 +665,18 @@ def test_a_checkpoint_without_an_average(tmp_path: Path) -> None:
         trainer = trainer_of(tmp_path, EMACallback(DECAY), max_epochs=2)
         with pytest.raises(ValueError, match="it was saved without an average; to go on without"):
             getattr(trainer, stage)(module, data(2), ckpt_path=str(path))
-    ema, steps = EMACallback(DECAY, missing="start"), Steps()
-    trainer_of(tmp_path, ema, steps, max_epochs=2).fit(Module(), data(2), ckpt_path=str(path))
+    ema, steps = EMACallback(DECAY, allow_missing=True), Steps()
+    fitted_module = Module()
+    trainer = trainer_of(tmp_path, ema, steps, max_epochs=2)
+    trainer.fit(fitted_module, data(2), ckpt_path=str(path))
     assert ema.ema is not None
     assert ema.ema.num_updates == 2
     assert_equal(ema.ema.full_state_dict(), steps.average())
     raw = EMACallback(DECAY, eval_with="raw")
-    trainer_of(tmp_path, raw).validate(Module(), data(1), ckpt_path=str(path))
+    for callback, module in ((raw, Module()), (ema, fitted_module)):
+        trainer_of(tmp_path, callback).validate(module, data(1), ckpt_path=str(path))
+        stored = torch.load(path, weights_only=False)["state_dict"]
+        assert_equal(stored, module.seen[-1][2])
 
 
 def test_an_average_that_was_left_behind(tmp_path: Path) -> None:
@@ -836,6 +853,10 @@ def a_child_alone_is_averaged_and_exported(kind: str) -> None:
         with pytest.raises(ValueError, match="which wraps the whole LightningModule"):
             trainer.fit(KINDS[kind][0](), mine(3))
         return
+    if kind == "fsdp2":
+        with pytest.raises(ValueError, match="'net' is a part of what fully_shard was given"):
+            trainer.fit(ShardedWhole(), mine(3))
+        steps.values.clear()
     trainer.fit(KINDS[kind][0](), mine(3))
     dist.barrier()
     net = Net()
@@ -864,26 +885,75 @@ def bad_input_raises_on_every_rank(kind: str) -> None:
         )
 
 
-FACTS = [
-    Fact(f"{check.__name__}/{kind}", check, (kind,))
-    for kind in KINDS
-    for check in (
-        the_average_is_that_of_one_process,
-        evaluation_leaves_training_alone,
-        a_checkpoint_resumes_and_evaluates,
-        evaluation_after_fit,
-        a_child_alone_is_averaged_and_exported,
-        bad_input_raises_on_every_rank,
-    )
-    if kind != "fsdp2-full" or check is a_checkpoint_resumes_and_evaluates
+CHECKS = (
+    the_average_is_that_of_one_process,
+    evaluation_leaves_training_alone,
+    a_checkpoint_resumes_and_evaluates,
+    evaluation_after_fit,
+    a_child_alone_is_averaged_and_exported,
+    bad_input_raises_on_every_rank,
+)
+
+
+def facts(*kinds: str) -> list[Fact]:
+    return [Fact(f"{c.__name__}/{kind}", c, (kind,)) for kind in kinds for c in CHECKS]
+
+
+GATE = [
+    *facts("ddp", "fsdp1", "fsdp2"),
+    Fact("fsdp2-full", a_checkpoint_resumes_and_evaluates, ("fsdp2-full",)),
 ]
+ZERO = facts("zero2", "zero3")
 
 
 @pytest.fixture(scope="module")
 def verdicts() -> world.Verdicts:
-    return world.judge(FACTS, 2)
+    return world.judge(GATE, 2)
 
 
-@pytest.mark.parametrize("name", [fact.name for fact in FACTS])
+@pytest.mark.parametrize("name", [fact.name for fact in GATE])
 def test_on_two_ranks(verdicts: world.Verdicts, name: str) -> None:
     verdicts.check(name)
+
+
+@pytest.fixture(scope="module")
+def zero_verdicts() -> world.Verdicts:
+    return world.judge(ZERO, 2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [fact.name for fact in ZERO])
+def test_deepspeed_on_two_ranks(zero_verdicts: world.Verdicts, name: str) -> None:
+    zero_verdicts.check(name)
+
+
+# ---- the story -------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("strategy", "ranks"), [("auto", 1), ("ddp", 2), ("fsdp2", 2)])
+def test_a_killed_run_goes_on_to_the_same_export(
+    tmp_path: Path,
+    text: Path,  # noqa: F811
+    strategy: str,
+    ranks: int,
+) -> None:
+    def command(out: Path) -> list[str]:
+        script = [*TORCHRUN, str(ranks), "launch/train_lightning.py", "--strategy", strategy]
+        return [*script, *RUN, "--data", str(text), "--accumulate", "2", "--out", str(out)]
+
+    start = time.monotonic()
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    finish(command(straight))
+    killed_after(command(broken), broken / "step-000008.ckpt")
+    assert not (broken / "export").exists()
+    finish([*command(broken), "--resume"])
+    for name in ("export/model.safetensors", "export/config.json", "log.csv"):
+        assert (broken / name).read_bytes() == (straight / name).read_bytes(), name
+    *_, last = csv.DictReader((straight / "log.csv").open())
+    evaluate = [sys.executable, "launch/train.py", "--evaluate", str(straight / "export")]
+    said = finish([*evaluate, "--data", str(text), "--val-windows", "8", "--device", "cpu"])
+    assert float(said.split()[-1]) == pytest.approx(float(last["ema_loss"]), abs=1e-5)
+    assert float(last["ema_loss"]) != float(last["raw_loss"])
+    note("plain" if strategy == "auto" else strategy, ranks, "Lightning Trainer, torchrun", start)

@@ -22,7 +22,6 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from shardema import manifest
-from shardema.agree import Ranks
 from shardema.backends.tree import wrapped_child
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError
@@ -112,7 +111,7 @@ class _Carrier:
         self._accelerator = weakref.ref(accelerator)
         self._entry = weakref.ref(entry)
         self._ema = weakref.ref(ema)
-        self._ranks = Ranks(timeout=ema._ranks.timeout)
+        self._ranks = ema._ranks
 
     def carried(self) -> ShardedEMA | None:
         """The EMA; None once the accelerator has let go of its model."""
@@ -213,8 +212,10 @@ def _entry(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         )
     layers = list(_layers(model)) if isinstance(model, nn.Module) else []
     for held in accelerator._models:
-        # DDP: the accelerator holds the module inside, and marks the wrapper
-        if any(held is m for m in layers) and getattr(model, "_is_accelerate_prepared", False):
+        # Of DDP the accelerator holds the module inside, which is not what prepare returned; what
+        # it returned is marked, or is a wrapper of what is held.
+        returned = held is not model or getattr(model, "_is_accelerate_prepared", False)
+        if returned and any(held is layer for layer in layers):
             entry: nn.Module = held
             return entry
     raise ValueError(
