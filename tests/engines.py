@@ -21,6 +21,7 @@ from torch import distributed as dist
 from tests import zoo
 
 BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
 OFFLOAD = {"device": "cpu", "pin_memory": False}
 SPLIT = {"stage3_param_persistence_threshold": 20}  # some parameters stay gathered, some do not
 
@@ -50,6 +51,9 @@ def model() -> zoo.Zoo:
     return made
 
 
+_12, _3 = "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"
+
+
 @dataclass(frozen=True)
 class Config:
     """One way to make an engine.
@@ -70,8 +74,9 @@ class Config:
     own_optimizer: bool = False
 
     @property
-    def bf16(self) -> bool:
-        return "bf16" in self.more
+    def looks_for_overflow(self) -> bool:
+        """Whether a step with a gradient that is not finite is skipped."""
+        return "fp16" in self.more or ("bf16" in self.more and self.optimizer in (_12, _3))
 
     @property
     def autocast(self) -> bool:
@@ -107,7 +112,6 @@ class Config:
         return engine
 
 
-_12, _3 = "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"
 CONFIGS = {
     config.name: config
     for config in (
@@ -151,6 +155,18 @@ CONFIGS = {
 }
 
 
+ON_GPU = {  # DeepSpeed has no fp16 on the CPU
+    config.name: config
+    for config in (
+        Config("0-fp16", 0, "FP16_UnfusedOptimizer", more=FP16, params=groups),
+        Config("1-fp16", 1, _12, more=FP16),
+        Config("2-fp16", 2, _12, more=FP16, params=groups),
+        Config("3-fp16", 3, _3, SPLIT, more=FP16, params=groups),
+        Config("3-bf16", 3, _3, SPLIT, more=BF16),
+    )
+}
+
+
 def build_kernels() -> None:
     """Compiles what the configs need, where that was not done before; it takes a minute."""
     code = (
@@ -170,11 +186,12 @@ def build_kernels() -> None:
 def prepare() -> None:
     """Makes DeepSpeed ready in a rank of `tests.world`."""
     # names of the shared memory that its CPU collectives use: they must differ between worlds
-    os.environ.update(DS_ACCELERATOR="cpu", MASTER_ADDR="localhost", MASTER_PORT=str(os.getppid()))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(os.getppid()))
+    os.environ["DS_ACCELERATOR"] = zoo.DEVICE
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed("gloo" if zoo.DEVICE == "cpu" else "nccl")
 
 
 def step(engine: Any, number: int, scale: float = 1.0) -> float:
