@@ -117,7 +117,8 @@ def killed_after(words: list[str], sign: Path) -> None:
     while not sign.exists() and time.monotonic() < end and process.poll() is None:
         time.sleep(0.002)
     for pid in [*descendants(process.pid), process.pid]:  # torchrun's workers have own sessions
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # gone since we looked
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     assert sign.exists()
 

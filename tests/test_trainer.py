@@ -336,6 +336,19 @@ def test_a_resumed_run_ends_with_the_same_average(tmp_path: Path, how: str) -> N
     assert not same(full(whole), weights(trainer.model))
 
 
+def test_a_checkpoint_has_its_average_before_its_other_files(tmp_path: Path) -> None:
+    class Looking(Trainer):
+        def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+            if Path(output_dir) != tmp_path:
+                assert (Path(output_dir) / FOLDER / "shardema.json").is_file()
+                seen.append(output_dir)
+            super()._save(output_dir, state_dict)
+
+    seen: list[str] = []
+    trained(tmp_path, EMACallback(DECAY), trainer=Looking, **SAVE)
+    assert len(seen) == 4
+
+
 def refused(folder: Path, callback: EMACallback, error: type[Exception], words: str) -> None:
     """Resuming raises, and neither the model nor the callback has changed."""
     trainer = make(folder, callback)
@@ -378,9 +391,11 @@ def test_auto_find_batch_size_begins_a_new_average(tmp_path: Path) -> None:
     class Hungry(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if self._train_batch_size > 7 and self.state.global_step == 2:
+                first.append(callback.ema)
                 raise RuntimeError("CUDA out of memory. ")
             return super().compute_loss(model, inputs, *args, **kwargs)
 
+    first: list[Any] = []
     callback, oracle = EMACallback(DECAY), Definition()
     settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     trainer = make(
@@ -388,6 +403,7 @@ def test_auto_find_batch_size_begins_a_new_average(tmp_path: Path) -> None:
     )
     trainer.train()
     assert trainer._train_batch_size == 7
+    assert [ema.num_updates for ema in first] == [2]  # it follows no longer
     assert callback.ema is not None
     assert callback.ema.num_updates == oracle.moved == 4
     assert same(oracle.average, full(callback))
@@ -395,14 +411,17 @@ def test_auto_find_batch_size_begins_a_new_average(tmp_path: Path) -> None:
 
 def test_a_second_training_begins_a_new_average(tmp_path: Path) -> None:
     callback, oracle = EMACallback(DECAY), Definition()
-    trainer = trained(tmp_path, callback, oracle)
+    trainer = trained(tmp_path, callback, oracle, **SAVE)
     first = full(callback)
-    trainer.train()
+    trainer.train()  # into the same checkpoints
     assert callback.ema is not None
     assert callback.ema.num_updates == oracle.moved == 4
     assert same(oracle.average, full(callback))
     assert same(oracle.average, loaded(tmp_path))
     assert not same(first, full(callback))
+    kept = ShardedEMA(trainer.model, DECAY)
+    kept.load(tmp_path / "checkpoint-4" / FOLDER)
+    assert same(oracle.average, kept.full_state_dict())
 
 
 def test_samples_are_counted_by_the_batch_size(tmp_path: Path) -> None:
@@ -453,13 +472,22 @@ def test_a_model_that_is_not_of_transformers(tmp_path: Path) -> None:
 
 # ---- two ranks --------------------------------------------------------------------------------
 
+
+def in_gate(*kinds: str) -> list[Any]:
+    """All kinds; the others run with --full."""
+    return [pytest.param(k, marks=() if k in kinds else pytest.mark.full) for k in STAGES]
+
+
 STAGES = {"ddp": None, "zero2": 2, "zero2 bf16": 2, "zero3": 3}
+FOLLOWED = in_gate("ddp", "zero2 bf16", "zero3")
+RESUMED = in_gate("zero2 bf16")
 
 
 def sharded(stage: int | None, start: str) -> dict[str, Any]:
     """What makes a trainer on two CPU ranks real: DDP, or DeepSpeed."""
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     if stage is None:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left by a trainer before
         return {"ddp_backend": "gloo"}
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": "auto"}
     config |= {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
@@ -550,20 +578,24 @@ def resumes(folder: str, kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def lived(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, world.Verdicts]:
+def lived(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, world.Verdicts]:
     """One world of two ranks for the whole file."""
     folder = tmp_path_factory.mktemp("lived")
     torch.manual_seed(0)
     KINDS["llama"]().save_pretrained(folder / "start")
+    long = request.config.getoption("--full")
     facts = [
-        world.Fact(f"{check.__name__}/{kind}", check, (str(folder), kind))
-        for kind in STAGES
-        for check in (follows_real_steps, resumes)
+        world.Fact(f"{check.__name__}/{kind.values[0]}", check, (str(folder), kind.values[0]))
+        for check, kinds in ((follows_real_steps, FOLLOWED), (resumes, RESUMED))
+        for kind in kinds
+        if long or not kind.marks
     ]
     return folder, world.judge(facts, 2)
 
 
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("kind", FOLLOWED)
 def test_two_ranks_write_the_average_of_their_real_steps(
     lived: tuple[Path, world.Verdicts], kind: str
 ) -> None:
@@ -574,6 +606,7 @@ def test_two_ranks_write_the_average_of_their_real_steps(
     straight, said = from_output(place / "straight"), load_file(place / "metrics")
     dtype = torch.bfloat16 if kind.endswith("bf16") else torch.float32
     assert all(torch.equal(p, expected[n].to(dtype)) for n, p in straight.named_parameters())
+    assert {t.dtype for t in load_file(place / "straight/model.safetensors").values()} == {dtype}
     live = from_output(place / "straight")
     live.load_state_dict(raw)
     for name, model in (("eval_loss", live), ("eval_ema_loss", straight)):
@@ -583,15 +616,12 @@ def test_two_ranks_write_the_average_of_their_real_steps(
     assert said["eval_loss"] != said["eval_ema_loss"]
 
 
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("kind", RESUMED)
 def test_two_ranks_resume(lived: tuple[Path, world.Verdicts], kind: str) -> None:
     folder, verdicts = lived
     verdicts.check(f"resumes/{kind}")
     files = [folder / kind / name / "model.safetensors" for name in ("straight", "resumed")]
     assert files[0].read_bytes() == files[1].read_bytes()
-
-
-ZERO = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
 
 
 @pytest.mark.full
@@ -601,10 +631,8 @@ def test_a_killed_trainer_goes_on_to_the_same_average(
     stage: int | None, text: Path, tmp_path: Path
 ) -> None:
     start = time.monotonic()
-    config = tmp_path / "zero.json"
-    config.write_text(json.dumps({**ZERO, "zero_optimization": {"stage": stage}}))
     words = [*TORCHRUN, "2", "launch/train_hf_trainer.py", *RUN, "--data", str(text)]
-    words += [] if stage is None else ["--deepspeed", str(config)]
+    words += [] if stage is None else ["--deepspeed", f"launch/deepspeed/zero{stage}.json"]
     straight, broken = ([*words, "--out", str(tmp_path / name)] for name in ("straight", "broken"))
     finish(straight)
     killed_after(broken, tmp_path / "broken/checkpoint-8/trainer_state.json")
@@ -670,6 +698,10 @@ def test_what_a_trainer_cannot_do_is_said_at_once(tmp_path: Path) -> None:
     trainer = make(tmp_path, None)
     trainer.args._n_gpu = 2
     with pytest.raises(ValueError, match="2 GPUs trains in DataParallel"):
+        EMACallback(DECAY).bind(trainer)
+    trainer = make(tmp_path, None)
+    trainer.args.use_legacy_prediction_loop = True
+    with pytest.raises(ValueError, match="set it to False"):
         EMACallback(DECAY).bind(trainer)
     without = type("Without", (Spoiling,), {"_load_best_model": property()})
     with pytest.raises(RuntimeError, match=r"Without of transformers .* has no _load_best_model"):

@@ -121,16 +121,29 @@ class EMACallback(TrainerCallback):
             TypeError: no Trainer.
             ValueError: the trainer wraps the model in DataParallel.
         """
+        self._check(trainer)
+        self._trainer = trainer
+        self._ranks = Ranks(timeout=self._options["timeout"])
+        for name in _WRAPPED:
+            original = getattr(trainer, name)
+            around = functools.partial(getattr(self, f"_{name.strip('_')}"), original)
+            setattr(trainer, name, functools.update_wrapper(around, original))
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        return self
+
+    def _check(self, trainer: Trainer) -> None:
+        """Raises where `bind` cannot be."""
         if not isinstance(trainer, Trainer):
             raise TypeError(f"bind: got {type(trainer).__name__}, expected a transformers.Trainer")
-        others = [c for c in trainer.callback_handler.callbacks if isinstance(c, EMACallback)]
         if self._trainer is trainer:
             raise RuntimeError("bind: this EMACallback is bound to this trainer; bind it once")
         if self._trainer is not None:
             raise RuntimeError(
                 "bind: this EMACallback is bound to another trainer; make one for each trainer"
             )
-        if any(other is not self for other in others):
+        callbacks = trainer.callback_handler.callbacks
+        if any(isinstance(c, EMACallback) and c is not self for c in callbacks):
             raise RuntimeError(
                 "bind: the trainer has another EMACallback; for several averages make one "
                 "EMACallback({name: schedule, ...})"
@@ -139,7 +152,7 @@ class EMACallback(TrainerCallback):
         if lost:
             raise RuntimeError(
                 f"bind: {type(trainer).__name__} of transformers {transformers.__version__} has "
-                f"no {', '.join(lost)}, which EMACallback needs; it was tested with 5.23"
+                f"no {', '.join(lost)}, which EMACallback needs; it was tested with 4.57 and 5.23"
             )
         if trainer.args.n_gpu > 1:
             raise ValueError(
@@ -148,15 +161,6 @@ class EMACallback(TrainerCallback):
             )
         if getattr(trainer.args, "use_legacy_prediction_loop", False):  # of transformers 4
             raise ValueError("bind: use_legacy_prediction_loop is not supported; set it to False")
-        self._trainer = trainer
-        self._ranks = Ranks(timeout=self._options["timeout"])
-        for name in _WRAPPED:
-            original = getattr(trainer, name)
-            around = functools.partial(getattr(self, f"_{name.strip('_')}"), original)
-            setattr(trainer, name, functools.update_wrapper(around, original))
-        if not others:
-            trainer.add_callback(self)
-        return self
 
     # ---- training -----------------------------------------------------------------------------
 
