@@ -6,6 +6,7 @@ flattened them, and not from addresses as `shardema.backends.zero` does.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
@@ -192,6 +193,7 @@ def prepare() -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed("gloo" if zoo.DEVICE == "cpu" else "nccl")
+    gc.freeze()  # DeepSpeed collects garbage at every turn: what is imported need not be searched
 
 
 def step(engine: Any, number: int, scale: float = 1.0) -> float:
