@@ -9,6 +9,7 @@ author = "the shardema authors"
 version = release = shardema.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+autodoc_mock_imports = ["accelerate", "lightning", "transformers"]  # the pages need none of them
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"shardema {release}"

@@ -138,7 +138,7 @@ class ShardedEMA:
             self._backend.ensure_sharded(self._models)
             self._shards = self._read()
             self._engine = self._backend.engine(self._models)
-            self._counted = self._engine.applied() if self._engine is not None else None
+            self._counted = self._applied()
             self._averaged = layout.choose(self._shards, select)
             self._watch()
             self._averages: dict[str, _Average] = {}
@@ -202,7 +202,7 @@ class ShardedEMA:
         """
         self._not_inside("update")
         step = increment(dt, self.unit)
-        applied = self._engine.applied() if self._engine is not None else None
+        applied = self._applied()
         if self._engine is not None and applied in (None, self._counted):
             return
         with writable():
@@ -211,7 +211,7 @@ class ShardedEMA:
             weights = [(a, a.weight(step)) for a in self._averages.values()]
             for average, weight in weights:
                 average.lerp_(weight)
-            for group in present(self._lent()):
+            for group in present(self._lent):
                 for average, weight in weights:
                     self._bind_kernel(*average.shadows.runs(group))(weight)
             for average in self._averages.values():
@@ -653,7 +653,7 @@ class ShardedEMA:
                 average.shadows.copy_all(staged[average.name])
                 average.t = stored_average.t
                 average.num_updates = stored_average.num_updates
-        self._counted = self._engine.applied() if self._engine is not None else None
+        self._counted = self._applied()
 
     def load_full(
         self,
@@ -765,18 +765,19 @@ class ShardedEMA:
                 progress = state_dict["progress"][average.name]
                 average.t = progress["t"]
                 average.num_updates = progress["num_updates"]
+        self._counted = self._applied()
 
     # ---- inside -------------------------------------------------------------------------------
+
+    def _applied(self) -> int | None:
+        """The engine's last step, if it moved the weights."""
+        return None if self._engine is None else self._engine.applied()
 
     def _read(self) -> list[Shard]:
         shards = self._backend.read(self._models)
         if self._source == "master":
             return shards
         return [replace(shard, reads_weights=True) for shard in shards]
-
-    def _lent(self) -> list[Shard]:
-        """The shards whose source is not in memory."""
-        return [s for s in self._mine() if s.away is not None and not s.reads_weights]
 
     def _mine(self) -> list[Shard]:
         """The shards that are averaged."""
@@ -786,10 +787,11 @@ class ShardedEMA:
         """Notes what to compare in `_refresh`."""
         self._facts = [layout.facts(shard) for shard in self._shards]
         self._addresses = [(shard.address, shard.address()) for shard in self._mine()]
+        self._lent = [s for s in self._mine() if s.away is not None and not s.reads_weights]
 
     def _bound(self, shadows: Shadows) -> kernels.Lerp:
-        lent = {shard.fqn for shard in self._lent()}
-        return self._bind_kernel(*shadows.runs([s for s in self._mine() if s.fqn not in lent]))
+        here = [shard for shard in self._mine() if shard not in self._lent]
+        return self._bind_kernel(*shadows.runs(here))
 
     def _refresh(self) -> None:
         """Makes the shards the present weights: frees what is gathered, finds what was replaced."""

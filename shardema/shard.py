@@ -268,7 +268,7 @@ def present(shards: Sequence[Shard], *, write: bool = False) -> Iterator[list[Sh
             here.append(shard)
         else:
             lent.setdefault(shard.away[0], []).append((shard, shard.away[1]))
-    if here or not lent:
+    if here:
         yield here
     for loan, group in lent.items():
         with loan.hold(write) as flat:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from shardema import ShardedEMA, schedules
 from tests import engines, meters, oracle, world, zoo
@@ -97,6 +96,13 @@ def swap_restores_after_an_exception_or_an_interrupt(config: Config) -> None:
     raw, full = engines.forward(engine), ema.full_state_dict(all_ranks=True)
     with pytest.raises(ZeroDivisionError), ema.swap():
         fail_after(engines.forward(engine))
+    assert torch.equal(engines.forward(engine), raw)
+
+    hook = engine.module.out.register_forward_pre_hook(fail_after)  # in the middle of a forward
+    with pytest.raises(ZeroDivisionError), ema.swap():
+        engines.forward(engine)
+    hook.remove()
+    engine.train()
     assert torch.equal(engines.forward(engine), raw)
 
     def enter_and_leave() -> None:
@@ -281,7 +287,7 @@ def trained(engine: Any) -> ShardedEMA:
     return ema
 
 
-def fail_after(_: Tensor) -> None:
+def fail_after(*_: Any) -> None:
     raise ZeroDivisionError
 
 
