@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from shardema import backends, ema, swap
-from tests import contract, world
+from shardema.backends import zero
+from tests import contract, engines, test_zero, world
 from tests.layouts import LAYOUTS
 
 
@@ -69,6 +70,21 @@ def without_finishing_the_interrupted_trade() -> None:
     breaks(fact, "ddp", swap.Exchange, "swap_out", careless)
 
 
+FORWARD = test_zero.a_forward_inside_swap_is_the_averages
+SKIPPED = test_zero.steps_that_did_not_happen_do_not_count
+
+
+def new_object(_: object) -> object:
+    """A step that moved the weights, whenever it is asked for."""
+    return object()
+
+
+def of_an_engine(fact: Callable[..., None], config: str, name: str, instead: object) -> None:
+    engines.prepare()
+    with no_guard(zero.Engine, name, instead), pytest.raises(BROKEN):
+        fact(engines.CONFIGS[config])
+
+
 FACTS = [
     # FSDP2 keeps the root gathered, all of it with reshard_after_forward=False; FSDP1 keeps
     # everything under SHARD_GRAD_OP and the root under FULL_SHARD
@@ -80,6 +96,10 @@ FACTS = [
     world.Fact("inference", without_leaving_inference_mode),
     world.Fact("fsdp2 versions", without_bumping_versions, ("fsdp2",)),
     world.Fact("interrupt", without_finishing_the_interrupted_trade),
+    # ZeRO-3 leaves weights gathered after a forward in training; ZeRO-2 gathers them after a step
+    world.Fact("zero3 release", of_an_engine, (FORWARD, "3-bf16", "release", nothing)),
+    world.Fact("zero2 publish", of_an_engine, (FORWARD, "2-bf16", "publish", nothing)),
+    world.Fact("zero2 skipped", of_an_engine, (SKIPPED, "2-bf16", "applied", new_object)),
 ]
 
 

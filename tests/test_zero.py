@@ -54,6 +54,7 @@ def a_forward_inside_swap_is_the_averages(config: Config) -> None:
     full = ema.full_state_dict(dtype="model", all_ranks=True)
     plain = engines.model().to(next(engine.module.parameters()).dtype).eval()
     plain.load_state_dict(full, strict=True)
+    engine(zoo.tokens())  # in training, without its backward: ZeRO-3 leaves weights gathered
     with contextlib.ExitStack() as inside:
         inside.enter_context(ema.swap())
         if config.autocast:
@@ -61,6 +62,8 @@ def a_forward_inside_swap_is_the_averages(config: Config) -> None:
         logits, averaged = engines.forward(engine), engines.weights(engine)
         with torch.no_grad():
             alone = plain(zoo.tokens())
+    for param in getattr(engine.optimizer, "persistent_parameters", ()):
+        assert param.ds_status.name == "AVAILABLE"  # as a step leaves them
     assert not torch.equal(logits, raw)
     assert torch.equal(logits, alone)
     assert_same({fqn: full[fqn] for fqn in averaged}, averaged)
