@@ -107,6 +107,14 @@ class Ranks:
         dist.all_gather_object(gathered, value, group=self.group())
         return gathered
 
+    def any(self, value: bool) -> bool:
+        """Whether ``value`` is true on any rank. Collective: one reduction."""
+        if self.size == 1:
+            return value
+        flag = torch.tensor([float(value)], device=self.transport("cpu"))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group())
+        return bool(flag.item())
+
     def agree(
         self,
         op: str,

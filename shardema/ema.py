@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from shardema.errors import CheckpointError
 from shardema.gather import Holdings, Item, Plan
 from shardema.layout import Select
 from shardema.manifest import StoredAverage
+from shardema.metrics import not_finite, sums, total
 from shardema.schedules import Schedule, describe
 from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
 from shardema.shard import Shard, few, present
@@ -53,6 +55,7 @@ class _Average:
     lerp_: kernels.Lerp
     t: float = 0
     num_updates: int = 0
+    decay: float | None = None  # of the last update
 
     def weight(self, dt: float) -> float:
         """The weight of the present in an update that brings the clock to ``t + dt``."""
@@ -79,11 +82,16 @@ class ShardedEMA:
         schedule: a decay in [0, 1] per step, a schedule of `shardema.schedules`, a callable
             ``(t, dt) -> decay``, or ``{name: schedule}`` for several averages.
         shadow: how the averages are kept; a policy, or ``{name: policy}``.
-        select: what to average: a glob or a list of globs over fqns, or ``(fqn, shape) -> bool``
-            given the full shape; every trainable floating-point parameter if None.
+        select: what to average: a glob over fqns, a compiled regular expression that is searched
+            in them, a list of these, or ``(fqn, shape) -> bool`` given the full shape; every
+            trainable floating-point parameter if None.
         source: ``"master"`` averages what the optimizer steps, the fp32 masters of a DeepSpeed
             engine; ``"model"`` what the forward computes with, its 16-bit weights. Elsewhere the
             two are the same.
+        on_nonfinite: what an update does with weights that are infinite or not a number:
+            ``"ignore"`` averages them; ``"skip"`` leaves the averages and the clock as they are,
+            ``"raise"`` raises a RuntimeError. The last two look at all weights and ask all ranks,
+            so `update` is collective then and waits for the device.
         group: the ranks that share the model; None takes those of its meshes or process groups,
             else all.
         backend: ``"auto"``, or the one that must match: ``"plain"`` (DDP too), ``"fsdp1"``,
@@ -117,6 +125,7 @@ class ShardedEMA:
         shadow: ShadowPolicy | Mapping[str, ShadowPolicy] = ShadowPolicy(),  # noqa: B008
         select: Select | None = None,
         source: Literal["master", "model"] = "master",
+        on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore",
         group: dist.ProcessGroup | None = None,
         backend: str = "auto",
         kernel: str = "auto",
@@ -128,6 +137,11 @@ class ShardedEMA:
         if source not in ("master", "model"):
             raise ValueError(f"source: got {source!r}, expected 'master' or 'model'")
         self._source = source
+        if on_nonfinite not in ("ignore", "skip", "raise"):
+            raise ValueError(
+                f"on_nonfinite: got {on_nonfinite!r}, expected 'ignore', 'skip' or 'raise'"
+            )
+        self._on_nonfinite = on_nonfinite
         self._bind_kernel = kernels.find(kernel)
         self._backend_name, self._backend = backends.find(self._models, backend)
         ranks = None if group is not None else self._backend.ranks(self._models)
@@ -186,7 +200,9 @@ class ShardedEMA:
     # ---- the update ---------------------------------------------------------------------------
 
     def update(self, dt: float | None = None) -> None:
-        """Moves the averages towards the present weights. Local: no collective, no host sync.
+        """Moves the averages towards the present weights.
+
+        Local: no collective, no host sync, unless ``on_nonfinite`` asks for them.
 
         Call it after the optimizer step and whatever follows it (projections, clipping). After a
         step that a DeepSpeed engine did not make (gradient accumulation, an overflow), or that
@@ -207,10 +223,14 @@ class ShardedEMA:
             return
         with writable():
             self._refresh()
+            if self._on_nonfinite != "ignore" and self._broken():
+                self._counted = applied
+                return
             # decide on all weights before anything is changed: a schedule may raise
             weights = [(a, a.weight(step)) for a in self._averages.values()]
             for average, weight in weights:
                 average.lerp_(weight)
+                average.decay = 1 - weight
             for group in present(self._lent):
                 for average, weight in weights:
                     self._bind_kernel(*average.shadows.runs(group))(weight)
@@ -218,6 +238,31 @@ class ShardedEMA:
                 average.t += step
                 average.num_updates += 1
         self._counted = applied
+
+    def _broken(self) -> bool:
+        """Whether some rank has a weight that is not finite. Collective.
+
+        Raises:
+            RuntimeError: there is one, and it is to be raised.
+        """
+        names = [
+            shard.fqn
+            for group in present(self._mine())
+            for shard in not_finite([s for s in group if s.source.numel()])
+        ]
+        if not self._ranks.any(bool(names)):
+            return False
+
+        def report(told: list[list[str]]) -> str:
+            return few(sorted({name for names in told for name in names}))
+
+        found = self._ranks.agree("update (naming what is not finite)", lambda: names, report)
+        text = f"rank {self._ranks.rank}: {found}: not finite, so the average is not updated"
+        if self._on_nonfinite == "raise":
+            raise RuntimeError(f"{text}; find the step that broke the weights, and go on before it")
+        if self._ranks.leader:
+            log.warning(text)
+        return True
 
     def attach(
         self, *optimizers: Any, dt: float | Callable[[], float] | None = None
@@ -346,6 +391,24 @@ class ShardedEMA:
         if self._engine is not None:
             return {fqn: p._version for fqn, p in self._engine.parameters().items()}
         return {shard.fqn: shard.local._version for shard in shards}
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Runs the model with the average: ``ema(x)``. Collective where `swap` and the forward are.
+
+        The model is in the mode that it is in: call ``model.eval()`` before an evaluation.
+
+        Raises:
+            RuntimeError: gradients are on, and a backward would mix average and weights; inside
+                ``swap()``.
+            ValueError: there are several averages: ``with ema.swap(name): model(x)``.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: ema(...) with gradients on: a backward would mix the "
+                "average and the weights; call it under torch.no_grad()"
+            )
+        with self.swap():
+            return self._models[0](*inputs, **kwargs)
 
     def _follow(self, shards: Sequence[Shard]) -> None:
         """Takes the weights along to where the model keeps them now.
@@ -554,6 +617,40 @@ class ShardedEMA:
                 progress=progress,
                 extra=lambda folder: exporter.write_config(module, folder, exported_dtype),
             )
+
+    def metrics(self, name: str | None = None) -> dict[str, float]:
+        """How far the average is from the weights, and whether it moves. Collective, one exchange.
+
+        For a logger: ``writer.add_scalar(f"ema/{key}", value)`` for each.
+
+        Returns:
+            On every rank the same: ``"decay"`` of the last update (before the first: of the next
+            step), ``"horizon"``, updates that such a decay averages over, ``1 / (1 - decay)``;
+            ``"distance"``, Euclidean, of the average from the weights relative to these, in all
+            and as ``"distance/<child>"`` for each child of the model; ``"unmoved"``, the share
+            of elements that differ from their weight and that an update with this decay would
+            not move, since the step is rounded away; ``"nonfinite"``, how many elements of the
+            average are infinite or not a number; ``"t"`` and ``"num_updates"``.
+
+        Raises:
+            RuntimeError: inside ``swap()``.
+            ValueError: no average of this name, or several and no name.
+        """
+        plan, average, _ = self._begin("metrics", name, None)
+        decay = average.decay
+        if decay is None:
+            decay = 1 - average.weight(1)
+        weight = 1 - decay
+        views = average.shadows.views
+
+        def local() -> dict[str, Any]:
+            with writable():
+                return dict(sums(plan, self._ranks.index, self._mine(), views, weight))
+
+        told: dict[str, float] = self._ranks.agree("metrics", local, total)
+        horizon = 1 / weight if weight else math.inf
+        progress = {"t": average.t, "num_updates": average.num_updates}
+        return {"decay": decay, "horizon": horizon, **told, **progress}
 
     # ---- checkpoints --------------------------------------------------------------------------
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from shardema.shard import Dims, Shard, few
 
-Select = str | Sequence[str] | Callable[[str, Dims], bool]
+Pattern = str | re.Pattern[str]
+Select = Pattern | Sequence[Pattern] | Callable[[str, Dims], bool]
 
 
 def choose(shards: Sequence[Shard], select: Select | None) -> frozenset[str]:
@@ -24,18 +26,19 @@ def choose(shards: Sequence[Shard], select: Select | None) -> frozenset[str]:
     elif callable(select):
         chosen = [s for s in floating if select(s.fqn, s.shape)]
     else:
-        patterns = [select] if isinstance(select, str) else list(select)
+        patterns = [select] if isinstance(select, str | re.Pattern) else list(select)
         chosen = []
         for pattern in patterns:
             hits = [
                 s
                 for s in floating
-                if any(fnmatch.fnmatchcase(fqn, pattern) for fqn in (s.fqn, *s.aliases))
+                if any(_fits(pattern, fqn) for fqn in (s.fqn, *s.aliases))
             ]
             if not hits:
                 known = few([s.fqn for s in floating])
+                text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
                 raise ValueError(
-                    f"select: {pattern!r} matches no floating-point parameter of {known}"
+                    f"select: {text!r} matches no floating-point parameter of {known}"
                 )
             chosen += hits
     unmade = [s.fqn for s in chosen if s.local.device.type == "meta"]
@@ -56,6 +59,12 @@ def choose(shards: Sequence[Shard], select: Select | None) -> frozenset[str]:
             "as pairs of real numbers (torch.view_as_real), or leave them out with select="
         )
     return frozenset(shard.fqn for shard in chosen)
+
+
+def _fits(pattern: Pattern, fqn: str) -> bool:
+    if isinstance(pattern, re.Pattern):
+        return pattern.search(fqn) is not None
+    return fnmatch.fnmatchcase(fqn, pattern)
 
 
 def facts(shard: Shard) -> tuple[Any, ...]:

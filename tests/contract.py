@@ -299,6 +299,7 @@ def everything_else_raises_inside_swap(layout: Layout) -> None:
         ema.update,
         ema.full_state_dict,
         ema.state_dict,
+        ema.metrics,
         ema.reset,
         ema.copy_to_model,
         optimizer.step,
@@ -360,6 +361,70 @@ def training_goes_on_as_if_nothing_was_swapped(layout: Layout) -> None:
     (plain, average), (swapped, average_swapped) = losses
     assert plain == swapped
     assert_same(average, average_swapped)
+
+
+def metrics_are_those_of_the_whole_model(layout: Layout) -> None:
+    model, ema, values = trained(layout)
+    told = ema.metrics()
+    full = {k: v for k, v in ema.full_state_dict(all_ranks=True).items() if k in ema._averaged}
+    apart = {k: (v - values[k]).double().square().sum() for k, v in full.items()}
+    size = {k: values[k].double().square().sum() for k in full}
+    expected = {"decay": 0.75, "horizon": 4.0, "unmoved": 0.0, "nonfinite": 0.0}
+    expected |= {"t": 3, "num_updates": 3}
+    expected["distance"] = float((sum(apart.values()) / sum(size.values())) ** 0.5)
+    for child in {k.partition(".")[0] for k in full}:
+        mine = [k for k in full if k.partition(".")[0] == child]
+        ratio = sum(apart[k] for k in mine) / sum(size[k] for k in mine)
+        expected[f"distance/{child}"] = float(ratio**0.5)
+    assert told.keys() == expected.keys()
+    for key, value in expected.items():
+        assert told[key] == pytest.approx(value, rel=1e-12), key
+    assert told == same_everywhere(told)
+    still = ShardedEMA(model, 1 - 2**-40)  # a step that is always rounded away
+    write(model, zoo.script(values, 9))
+    still.update()
+    assert still.metrics()["unmoved"] > 0.99
+    with writable():
+        for shard in still._mine():
+            still._averages["ema"].shadows.views[shard.fqn].fill_(torch.nan)
+    count = sum(v.numel() for v in full.values())
+    assert still.metrics()["nonfinite"] == count
+
+
+def weights_that_are_not_finite_are_skipped_or_raised(layout: Layout) -> None:
+    model, _, values = trained(layout)
+    for rule in ("skip", "raise"):
+        write(model, values)
+        ema = ShardedEMA(model, 0.5, on_nonfinite=rule)
+        ema.update()
+        full = ema.full_state_dict(all_ranks=True)
+        broken = {fqn: value.clone() for fqn, value in values.items()}
+        broken["out.weight"][-1, -1] = torch.nan if rule == "skip" else torch.inf
+        write(model, broken)
+        if rule == "skip":
+            ema.update()
+        else:
+            with pytest.raises(RuntimeError, match=r"rank \d+: out.weight: not finite, so the av"):
+                ema.update()
+        assert (ema.t, ema.num_updates) == (1, 1)
+        write(model, values)
+        assert_same(ema.full_state_dict(all_ranks=True), full)
+        ema.update()
+        assert ema.num_updates == 2
+
+
+def the_ema_is_called_like_the_model(layout: Layout) -> None:
+    model, ema, _ = trained(layout)
+    model.eval()
+    with torch.no_grad():
+        said = ema(zoo.tokens()).clone()
+        with ema.swap():
+            expected = model(zoo.tokens()).clone()
+    assert torch.equal(said, expected)
+    with pytest.raises(RuntimeError, match=r"rank \d+: ema\(\.\.\.\) with gradients on"):
+        ema(zoo.tokens())
+    with torch.no_grad(), ema.swap(), pytest.raises(RuntimeError, match=r"inside swap"):
+        ema(zoo.tokens())
 
 
 def copy_to_model_reset_and_load_full(layout: Layout) -> None:
@@ -510,6 +575,9 @@ FACTS = [
     a_write_inside_swap_is_reported,
     a_backward_across_a_swap_raises,
     training_goes_on_as_if_nothing_was_swapped,
+    metrics_are_those_of_the_whole_model,
+    weights_that_are_not_finite_are_skipped_or_raised,
+    the_ema_is_called_like_the_model,
     copy_to_model_reset_and_load_full,
     a_saved_average_loads,
     an_export_is_what_safetensors_would_write,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def net() -> nn.Module:
         ),
         (lambda: ShardedEMA(nn.ReLU(), 0.5), ValueError, "no trainable floating-point parameter"),
         (lambda: ShardedEMA(net(), 0.5, select="*.wieght"), ValueError, "matches no floating"),
+        (lambda: ShardedEMA(net(), 0.5, select=re.compile("wight$")), ValueError, "'wight.' match"),
         (lambda: ShardedEMA(net(), 0.5, select=lambda n, t: False), ValueError, "nothing to"),
         (lambda: ShardedEMA(net(), 0.5, backend="fsdp2"), ValueError, "is of backend 'plain'"),
         (lambda: ShardedEMA(net(), 0.5, backend="zero9"), ValueError, "expected 'auto' or one of"),
@@ -296,6 +298,8 @@ def test_select_takes_names_of_tied_weights_and_full_shapes() -> None:
     assert "out.weight" in matrices._averaged
     assert "out.bias" not in matrices._averaged
     assert ShardedEMA(model, 0.5, select="head.*")._averaged == {"embed.weight"}
+    some = ShardedEMA(model, 0.5, select=[re.compile(r"^out\."), "narrow.bias"])
+    assert some._averaged == {"out.weight", "out.bias", "narrow.bias"}
     frozen = ShardedEMA(model, 0.5, select=["frozen.*"])
     assert frozen._averaged == {"frozen.weight", "frozen.bias"}
 

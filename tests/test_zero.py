@@ -160,6 +160,17 @@ def copy_to_model_and_reset_reach_the_masters(config: Config) -> None:
     assert_same({fqn: again[fqn] for fqn in held}, held)
 
 
+def metrics_are_those_of_the_masters(config: Config) -> None:
+    engine = config.engine()
+    ema = trained(engine)
+    told, held = ema.metrics(), engines.masters(engine)
+    full = ema.full_state_dict(all_ranks=True)
+    apart = sum((full[fqn] - now).double().square().sum() for fqn, now in held.items())
+    size = sum(now.double().square().sum() for now in held.values())
+    assert told["distance"] == pytest.approx(float((apart / size) ** 0.5), rel=1e-12)
+    assert told["num_updates"] == 3
+
+
 def the_weights_can_be_averaged_instead(config: Config) -> None:
     if config.autocast and config.stage == 3:
         return  # its forward computes with rounded weights or not, as they were gathered before
@@ -301,6 +312,7 @@ FACTS = [
     swap_restores_after_an_exception_or_an_interrupt,
     a_step_or_a_backward_across_a_swap_raises,
     copy_to_model_and_reset_reach_the_masters,
+    metrics_are_those_of_the_masters,
     the_weights_can_be_averaged_instead,
     an_update_is_one_lerp_for_each_partition,
     steps_that_did_not_happen_do_not_count,

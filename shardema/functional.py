@@ -1,0 +1,77 @@
+"""An average without an object: two modules, one update."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from shardema import backends, kernels
+from shardema.schedules.base import check_decay
+from shardema.shadows import writable
+from shardema.shard import few
+
+
+def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
+    """Moves the weights of ``ema_module`` towards those of ``module``, in place. Local.
+
+    ``average <- lerp(average, weights, 1 - decay)`` over the floating-point parameters, tied ones
+    once; buffers are copied. Both modules are wrapped in the same way, so that a rank holds the
+    same parts of both. Where a state is worth keeping (progress, checkpoints, exports, swaps),
+    take `ShardedEMA`.
+
+    Args:
+        ema_module: a second module, which holds the average.
+        module: the module that is trained.
+        decay: in [0, 1]; 0 copies.
+
+    Raises:
+        ValueError: a decay outside [0, 1]; parameters or buffers that only one of the two has, or
+            of which this rank holds other parts, or of another dtype.
+
+    Example:
+        >>> import copy, torch
+        >>> module = torch.nn.Linear(1, 1, bias=False)
+        >>> ema_module = copy.deepcopy(module).requires_grad_(False)
+        >>> with torch.no_grad():
+        ...     _ = module.weight.add_(1.0)
+        >>> update_(ema_module, module, 0.75)
+        >>> torch.allclose(ema_module.weight, module.weight - 0.75)
+        True
+    """
+    check_decay(decay, "update_")
+    both = []
+    for one in (ema_module, module):
+        name, backend = backends.find([one])
+        if backend.engine([one]) is not None:
+            raise ValueError(
+                f"update_: got a module of backend {name!r}, whose weights are copies of others; "
+                "take ShardedEMA(engine, decay)"
+            )
+        with writable():
+            backend.ensure_sharded([one])
+            both.append({shard.fqn: shard for shard in backend.read([one])})
+    averages, sources = both
+    odd = averages.keys() ^ sources.keys()
+    if odd:
+        raise ValueError(
+            f"update_: {few(sorted(odd))}: only one of the two modules has it; make the average "
+            "with copy.deepcopy, or build and wrap it in the same way"
+        )
+    for fqn, average in averages.items():
+        source = sources[fqn]
+        got = (average.shape, average.boxes, average.local.dtype)
+        expected = (source.shape, source.boxes, source.local.dtype)
+        if got != expected or (average.role == "buffer") != (source.role == "buffer"):
+            raise ValueError(
+                f"update_: {fqn}: the average has shape, boxes and dtype {got}, expected "
+                f"{expected} as the module; build and wrap the two in the same way"
+            )
+    pairs = [(averages[fqn], sources[fqn]) for fqn in averages]
+    moving = [p for p in pairs if p[0].role != "buffer" and p[0].local.is_floating_point()]
+    with writable():
+        locals_ = [[p[i].local for p in moving] for i in (0, 1)]
+        kernels.find("auto")(*locals_)(1 - decay)
+        for average, source in pairs:
+            if average.role == "buffer":
+                average.local.copy_(source.local)
+        _, backend = backends.find([ema_module])
+        backend.mark_written([ema_module])

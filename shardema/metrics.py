@@ -1,0 +1,110 @@
+"""How far an average is from the weights, and whether it moves at all.
+
+::
+
+    shadows, sources of this rank  -sums->  one row of sums for each top-level module
+    rows of all ranks              -total-> {"decay": ..., "distance": ..., "unmoved": ..., ...}
+
+Every element counts once: of several ranks that hold a box, the first one counts it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shardema.gather import Holdings, Plan
+from shardema.shard import Box, Shard, present, split_box
+
+_CHUNK_NUMEL = 1 << 20  # elements of scratch
+Row = list[float]  # squared distance, squared weights, elements that stand still, non-finite, all
+
+
+def sums(
+    plan: Plan,
+    index: int,
+    shards: Sequence[Shard],
+    shadows: Mapping[str, Tensor],
+    weight: float,
+) -> dict[str, Row]:
+    """Sums over what this rank counts, by top-level module. Local; waits for the device.
+
+    Args:
+        plan: who holds what.
+        index: of this rank, among those of the plan.
+        shards: this rank's averaged shards.
+        shadows: their averages by fqn.
+        weight: of the present in an update.
+    """
+    rows: dict[str, list[Tensor]] = {}
+    for group in present(shards):
+        averages = Holdings(plan, group, shadows)
+        sources = Holdings(plan, group, {shard.fqn: shard.source for shard in group})
+        here = {shard.fqn for shard in group}
+        for number, item in enumerate(plan.items):
+            for box, holders in item.holders if item.fqn in here else ():
+                if holders[0] != index:
+                    continue
+                found = rows.setdefault(item.fqn.partition(".")[0], [])
+                pairs = (averages(number, box), sources(number, box))
+                found += [_row(*parts, weight) for parts in _parts(box, *pairs)]
+    return {name: torch.stack(found).sum(0).tolist() for name, found in rows.items()}
+
+
+def not_finite(shards: Sequence[Shard]) -> list[Shard]:
+    """Those of the shards, none of them empty, whose source is not all finite.
+
+    Waits once for each device.
+    """
+    found = []
+    for device in {shard.source.device for shard in shards}:
+        here = [shard for shard in shards if shard.source.device == device]
+        largest = torch._foreach_norm([shard.source for shard in here], math.inf)
+        told = torch.stack([norm.double() for norm in largest]).isfinite().tolist()
+        found += [shard for shard, finite in zip(here, told, strict=True) if not finite]
+    return found
+
+
+def _parts(box: Box, average: Tensor, source: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    for part in split_box(box.relative_to(box.offsets), _CHUNK_NUMEL):
+        yield part.view(average), part.view(source)
+
+
+def _row(average: Tensor, source: Tensor, weight: float) -> Tensor:
+    now = source.to(average.dtype)
+    apart = (now - average).double()
+    stuck = (torch.lerp(average, now, weight) == average) & (now != average)
+    values = (
+        apart.square().sum(),
+        now.double().square().sum(),
+        stuck.sum().double(),
+        (~average.isfinite()).sum().double(),
+        torch.tensor(float(average.numel()), dtype=torch.float64, device=average.device),
+    )
+    return torch.stack(values).cpu()
+
+
+def total(rows: Sequence[Mapping[str, Row]]) -> dict[str, float]:
+    """The rows of all ranks as metrics; see `ShardedEMA.metrics`."""
+    merged: dict[str, Row] = {}
+    for row in rows:
+        for name, values in row.items():
+            known = merged.setdefault(name, [0.0] * len(values))
+            merged[name] = [a + b for a, b in zip(known, values, strict=True)]
+    everything = [math.fsum(column) for column in zip(*merged.values(), strict=True)]
+    apart, size, stuck, broken, count = everything
+    told = {
+        "distance": _relative(apart, size),
+        "unmoved": stuck / count if count else 0.0,
+        "nonfinite": broken,
+    }
+    return told | {f"distance/{n}": _relative(row[0], row[1]) for n, row in sorted(merged.items())}
+
+
+def _relative(apart: float, size: float) -> float:
+    if size == 0:
+        return 0.0 if apart == 0 else math.inf
+    return math.sqrt(apart / size)
