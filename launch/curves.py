@@ -12,7 +12,7 @@ import record
 @click.argument("log", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("picture", type=click.Path(path_type=Path))
 def main(log: Path, picture: Path) -> None:
-    """Print LOG as a table and draw its validation losses into PICTURE."""
+    """Print LOG as a table; draw its validation losses and the average's distance into PICTURE."""
     rows = record.read(log)
     if not rows:
         raise click.ClickException(f"{log} has no rows")
@@ -20,14 +20,18 @@ def main(log: Path, picture: Path) -> None:
     for row in rows:
         click.echo(f"{row['step']:8.0f}{row['raw_loss']:12.6f}{row['ema_loss']:12.6f}")
     steps = [row["step"] for row in rows]
-    figure = Figure(figsize=(7, 4), layout="constrained")  # not pyplot: there may be no display
-    axes = figure.subplots()
+    figure = Figure(figsize=(11, 4), layout="constrained")  # not pyplot: there may be no display
+    axes, beside = figure.subplots(1, 2, width_ratios=(3, 2))
     axes.plot(steps, [row["raw_loss"] for row in rows], color="0.6", marker=".", label="raw")
     axes.plot(steps, [row["ema_loss"] for row in rows], color="tab:blue", marker=".", label="EMA")
     axes.set(xlabel="step", ylabel="validation loss (nats per byte)")
     axes.set_title("The same run, evaluated with raw and with averaged weights")
     axes.grid(alpha=0.3)
     axes.legend()
+    beside.plot(steps, [row["ema_distance"] for row in rows], color="tab:blue", marker=".")
+    beside.set(xlabel="step", ylabel="distance / norm of the weights", ylim=(0, None))
+    beside.set_title("How far the average is from the weights")
+    beside.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
     click.echo(f"drawn in {picture}")
 

@@ -1,9 +1,10 @@
 """The curves of a run: log.csv, and TensorBoard's scalars where tensorboard is installed."""
 
 import csv
+import math
 from pathlib import Path
 
-COLUMNS = ("step", "train_loss", "raw_loss", "ema_loss")
+COLUMNS = ("step", "train_loss", "raw_loss", "ema_loss", "ema_distance")
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -29,7 +30,7 @@ class Record:
         self.writer = csv.writer(self.file)
         self.writer.writerow(COLUMNS)
         for row in kept:
-            self.row(int(row["step"]), row["train_loss"], row["raw_loss"], row["ema_loss"])
+            self.row(int(row["step"]), *(row[name] for name in COLUMNS[1:]))
         self.file.flush()
         fresh.replace(out / "log.csv")  # whole or not at all; the open file follows the rename
         try:
@@ -39,15 +40,19 @@ class Record:
         else:
             self.board = SummaryWriter(out / "tensorboard", purge_step=step + 1)
 
-    def row(self, step: int, train: float, raw: float, ema: float) -> None:
-        self.writer.writerow((step, repr(train), repr(raw), repr(ema)))
+    def row(self, step: int, *values: float) -> None:
+        self.writer.writerow((step, *map(repr, values)))
 
-    def add(self, step: int, train: float, raw: float, ema: float) -> None:
-        self.row(step, train, raw, ema)
+    def add(
+        self, step: int, train: float, raw: float, ema: float, distance: float = math.nan
+    ) -> None:
+        """Losses, and how far the average is from the weights, relative to them."""
+        self.row(step, train, raw, ema, distance)
         self.file.flush()
         if self.board is not None:
             for name, value in (("train", train), ("raw", raw), ("ema", ema)):
                 self.board.add_scalar(f"loss/{name}", value, step)
+            self.board.add_scalar("ema/distance", distance, step)
 
     def close(self) -> None:
         self.file.close()

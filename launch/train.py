@@ -76,6 +76,7 @@ def train(flags: SimpleNamespace) -> None:
             row["raw"] = validate(model, config, flags, corpus, layout)
             with ema.swap():
                 row["ema"] = validate(model, config, flags, corpus, layout)
+            row["distance"] = ema.metrics()["distance"]
             if record is not None:
                 record.add(step, **row)
                 bar.write(f"step {step:6d}  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))

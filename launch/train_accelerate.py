@@ -78,6 +78,7 @@ def train(flags: SimpleNamespace, accelerator: Accelerator) -> None:
             row["raw"] = validate(model, flags, corpus, accelerator)
             with ema.swap():  # on every rank
                 row["ema"] = validate(model, flags, corpus, accelerator)
+            row["distance"] = ema.metrics()["distance"]
             if record is not None:
                 record.add(step, **row)
                 bar.write(f"step {step:6d}  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
