@@ -437,14 +437,28 @@ class ShardedEMA:
         self._backend.mark_written(self._models)
         torch.clear_autocast_cache()
 
-    def copy_to_model(self, name: str | None = None) -> None:
+    def copy_to_model(self, name: str | None = None, *, every: int | None = None) -> None:
         """The average becomes the model's weights; the average stays as it is.
 
-        Local; collective with a DeepSpeed engine, whose masters are written too.
+        Local; collective with a DeepSpeed engine, whose masters are written too. The optimizer's
+        state stays as it is.
+
+        Args:
+            name: which average.
+            every: only when ``num_updates`` is a multiple of it, else do nothing: called after
+                each update, this trains on from the average at intervals (Switch EMA, Li et al.
+                2024, arXiv 2402.09240, where it is once an epoch).
 
         Raises:
             RuntimeError: inside ``swap()``.
+            ValueError: ``every`` is no whole number above 0.
         """
+        if every is not None:
+            if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+                raise ValueError(f"copy_to_model: got every={every!r}, expected a whole number > 0")
+            updates = self._named(name).num_updates
+            if updates == 0 or updates % every:
+                return
 
         def ready() -> _Average:
             self._not_inside("copy_to_model")

@@ -430,7 +430,12 @@ def the_ema_is_called_like_the_model(layout: Layout) -> None:
 def copy_to_model_reset_and_load_full(layout: Layout) -> None:
     model, ema, values = trained(layout)
     full = ema.full_state_dict(all_ranks=True)
-    ema.copy_to_model()
+    before = forward(model.eval())
+    ema.copy_to_model(every=2)  # after three updates: not now
+    assert torch.equal(forward(model), before)
+    ema.copy_to_model(every=3)
+    assert not torch.equal(forward(model), before)
+    model.train()
     ema.reset()
     assert (ema.t, ema.num_updates) == (0, 0)
     assert_same(ema.full_state_dict(all_ranks=True), full)

@@ -36,6 +36,8 @@ def net() -> nn.Module:
         ),
         (lambda: ShardedEMA(nn.ReLU(), 0.5), ValueError, "no trainable floating-point parameter"),
         (lambda: ShardedEMA(net(), 0.5, select="*.wieght"), ValueError, "matches no floating"),
+        (lambda: ShardedEMA(net(), 0.5).copy_to_model(every=0), ValueError, "expected a whole num"),
+        (lambda: ShardedEMA(net(), 0.5, on_nonfinite="stop"), ValueError, "expected 'ignore', 'sk"),
         (lambda: ShardedEMA(net(), 0.5, select=re.compile("wight$")), ValueError, "'wight.' match"),
         (lambda: ShardedEMA(net(), 0.5, select=lambda n, t: False), ValueError, "nothing to"),
         (lambda: ShardedEMA(net(), 0.5, backend="fsdp2"), ValueError, "is of backend 'plain'"),
