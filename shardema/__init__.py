@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from shardema import schedules
+from shardema import presets, schedules
+from shardema.batchnorm import update_bn
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError
 from shardema.shadows import ShadowPolicy
 
-__all__ = ["CheckpointError", "RankError", "ShadowPolicy", "ShardedEMA", "schedules"]
+__all__ = [
+    "CheckpointError",
+    "RankError",
+    "ShadowPolicy",
+    "ShardedEMA",
+    "presets",
+    "schedules",
+    "update_bn",
+]
 __version__ = "0.1.0"

@@ -9,23 +9,44 @@ clock to ``t`` is ``retention(t - dt, t)``. A schedule carries the ``unit`` of i
 from __future__ import annotations
 
 from shardema.schedules.base import Schedule, describe, registered, restore
+from shardema.schedules.clip import clip
 from shardema.schedules.constant import constant
 from shardema.schedules.custom import as_schedule, custom
+from shardema.schedules.debiased import debiased
+from shardema.schedules.edm import edm
+from shardema.schedules.every import every
+from shardema.schedules.exponential import exponential
 from shardema.schedules.half_life import half_life
+from shardema.schedules.half_life_ramp import half_life_ramp
+from shardema.schedules.join import join
+from shardema.schedules.linear import linear
 from shardema.schedules.power import power
 from shardema.schedules.ramp import ramp
+from shardema.schedules.scaled import scaled
+from shardema.schedules.start import shift, start
 from shardema.schedules.warmup import warmup
 
 __all__ = [
     "Schedule",
     "as_schedule",
+    "clip",
     "constant",
     "custom",
+    "debiased",
     "describe",
+    "edm",
+    "every",
+    "exponential",
     "half_life",
+    "half_life_ramp",
+    "join",
+    "linear",
     "power",
     "ramp",
     "registered",
     "restore",
+    "scaled",
+    "shift",
+    "start",
     "warmup",
 ]

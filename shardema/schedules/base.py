@@ -41,7 +41,7 @@ def describe(schedule: Schedule) -> dict[str, Any]:
     cls = type(schedule)
     if _REGISTRY.get(cls.__name__) is cls:
         store = getattr(schedule, "store", None)
-        params = store() if store is not None else dataclasses.asdict(schedule)  # type: ignore[call-overload]
+        params = store() if store is not None else _fields(schedule)
         return {"name": cls.__name__, "params": params}
     samples = [schedule.retention(float(t), float(t + 1)) for t in (0, 1, 9, 99, 999, 99999)]
     params = {"unit": schedule.unit, "samples": samples}
@@ -49,13 +49,43 @@ def describe(schedule: Schedule) -> dict[str, Any]:
 
 
 def restore(description: dict[str, Any]) -> Schedule | None:
-    """The schedule that `describe` stored; None if its code is needed to make it."""
+    """The schedule that `describe` stored; None if its code, or a part's, is needed to make it."""
     cls = _REGISTRY.get(str(description.get("name")))
     params = description.get("params")
     if cls is None or not isinstance(params, dict) or "samples" in params:
         return None
-    made: Schedule = cls(**params)
+    try:
+        made: Schedule = cls(**{name: _restored(value) for name, value in params.items()})
+    except _NeedsCode:
+        return None
     return made
+
+
+class _NeedsCode(Exception):
+    """A part of a schedule was stored by samples of its values."""
+
+
+def _fields(schedule: Any) -> dict[str, Any]:
+    fields = dataclasses.fields(schedule)
+    return {f.name: _plain(getattr(schedule, f.name)) for f in fields if f.init}
+
+
+def _plain(value: Any) -> Any:
+    """A parameter in the form that JSON gives back: parts are described, tuples are lists."""
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return describe(value) if isinstance(value, Schedule) else value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_restored(one) for one in value)
+    if not isinstance(value, dict):
+        return value
+    part = restore(value)
+    if part is None:
+        raise _NeedsCode
+    return part
 
 
 def check_decay(decay: float, what: str) -> None:
@@ -69,6 +99,19 @@ def check_positive(value: float, what: str) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool)
     if not good or not 0 < value < float("inf"):
         raise ValueError(f"{what}: got {value!r}, expected a finite number above 0")
+
+
+def check_progress(value: float, what: str) -> None:
+    """Raises ValueError unless ``value`` is a finite number of 0 or more."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not 0 <= value < float("inf"):
+        raise ValueError(f"{what}: got {value!r}, expected a finite number of 0 or more")
+
+
+def check_count(value: int, what: str) -> None:
+    """Raises ValueError unless ``value`` is a whole number of 1 or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{what}: got {value!r}, expected a whole number of 1 or more")
 
 
 def whole_steps(t0: float, t1: float, name: str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shardema.schedules.base import register
+from shardema.schedules.base import check_progress, register
 
 _MAX_STD = 12**-0.5  # the std of the uniform profile, gamma = 0
 
@@ -25,28 +25,52 @@ def gamma_of_std(std: float) -> float:
     return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
 
 
+def std_of_gamma(gamma: float) -> float:
+    """Relative standard deviation of the profile ``tau ** gamma``: the inverse of `gamma_of_std`.
+
+    >>> round(std_of_gamma(0), 4)
+    0.2887
+    """
+    return float(((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5)
+
+
 @register
 @dataclass(frozen=True)
 class power:
-    """``(t0 / t1) ** (gamma + 1)`` with gamma from the relative width ``std``.
+    """``(t0 / t1) ** (gamma + 1)`` with gamma from the relative width ``std``, or given.
 
     The weight of progress tau in the average at t is proportional to ``tau ** gamma``; its
     standard deviation is ``std * t`` (arXiv 2312.02696, equations 1 and 2). The first update
-    copies the weights, since nothing is retained from t = 0.
+    copies the weights, since nothing is retained from t = 0. ``gamma=0`` is the equal average of
+    all updates.
 
     Args:
         std: relative standard deviation, in (0, 0.2887).
         unit: unit of the clock.
+        gamma: the exponent itself, in place of ``std``, 0 or more.
 
     >>> power(0.10).retention(0, 1)
     0.0
+    >>> power(gamma=0).retention(3, 4)
+    0.75
     """
 
-    std: float
+    std: float | None = None
     unit: str = "step"
-    gamma: float = field(init=False, repr=False, compare=False)
+    gamma: float = field(default=-1.0, kw_only=True, repr=False, compare=False)
+    _given: str = field(default="std", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.std is None and self.gamma != -1:
+            check_progress(self.gamma, "schedules.power, gamma")
+            object.__setattr__(self, "std", std_of_gamma(self.gamma))
+            object.__setattr__(self, "_given", "gamma")
+            return
+        if self.gamma != -1:
+            raise ValueError(
+                f"schedules.power: got std={self.std!r} and gamma={self.gamma!r}, expected one of "
+                "the two"
+            )
         if not isinstance(self.std, int | float) or not 0 < self.std < _MAX_STD:
             raise ValueError(
                 f"schedules.power: got std={self.std!r}, expected a number in (0, {_MAX_STD:.4f}), "
@@ -60,4 +84,4 @@ class power:
         return float((t0 / t1) ** (self.gamma + 1))
 
     def store(self) -> dict[str, float | str]:
-        return {"std": self.std, "unit": self.unit}
+        return {self._given: getattr(self, self._given), "unit": self.unit}

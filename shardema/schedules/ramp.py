@@ -45,6 +45,3 @@ class ramp:
         while end > 0 and (1 + end) / (10 + end) > self.decay:
             end -= 1
         return end
-
-    def store(self) -> dict[str, float | str]:
-        return {"decay": self.decay, "unit": self.unit}

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
-
-from shardema.schedules.base import check_decay, check_positive, register, whole_steps
-
-_CHUNK = 1 << 16  # steps multiplied at a time, so that a long interval needs little memory
+from shardema.schedules.base import check_decay, check_positive, register
+from shardema.schedules.stepwise import stepwise
 
 
 @register
 @dataclass(frozen=True)
-class warmup:
+class warmup(stepwise):
     """Step n = 1, 2, ... decays by ``min(decay, 1 - (1 + n / inv_gamma) ** -power)``.
 
     The rule is Katherine Crowson's; power 2/3 suits runs of a million steps and more, 3/4
-    shorter ones (decay 0.999 is reached at step 10 k, 0.9999 at 215 k).
+    shorter ones (decay 0.999 is reached at step 10 k, 0.9999 at 215 k). Whole steps only.
 
     Args:
         decay: the decay that the warm-up ends in, in [0, 1].
@@ -38,18 +36,11 @@ class warmup:
         check_positive(self.inv_gamma, "schedules.warmup, inv_gamma")
         check_positive(self.power, "schedules.warmup, power")
 
-    def retention(self, t0: float, t1: float) -> float:
-        a, b = whole_steps(t0, t1, "schedules.warmup")
-        kept = 1.0
-        while a < b:
-            if self._rule(a + 1) >= self.decay:  # the rule only grows: the rest is constant
-                return float(kept * self.decay ** (b - a))
-            stop = min(b, a + _CHUNK)
-            steps = np.arange(a + 1, stop + 1, dtype=np.float64)
-            rule = 1 - (1 + steps / self.inv_gamma) ** -self.power
-            kept *= float(np.prod(np.minimum(rule, self.decay)))
-            a = stop
-        return kept
+    def decay_at(self, step: int) -> float:
+        return float(min(self.decay, 1 - (1 + step / self.inv_gamma) ** -self.power))
 
-    def _rule(self, step: int) -> float:
-        return float(1 - (1 + step / self.inv_gamma) ** -self.power)
+    def settled(self) -> float:
+        if self.decay == 1:
+            return math.inf
+        log = -math.log1p(-self.decay) / self.power  # of 1 + n / inv_gamma at the end
+        return self.inv_gamma * math.expm1(log) + 2 if log < 700 else math.inf

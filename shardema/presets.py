@@ -1,0 +1,325 @@
+"""The averages of other libraries: their arguments, and their values from the first update on.
+
+::
+
+    preset(model, <the library's arguments>, **<ShardedEMA's keywords>) -> ShardedEMA
+
+One ``ema.update()`` stands for one call of the library's own update. The first call is call 1. An
+interval is part of the schedule: between two updates the average stays. Arguments of a library
+that do not decide values (devices, foreach, buffers) are not taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from shardema import schedules
+from shardema.ema import ShardedEMA
+from shardema.schedules import Schedule
+from shardema.schedules.base import check_count, check_positive
+from shardema.schedules.lengths import parse_length
+
+_RULE = 2 / 3  # exponent of the inverse-gamma warm-up in timm, diffusers and ema-pytorch
+
+
+def _at_least(schedule: Schedule, min_decay: float) -> Schedule:
+    return schedule if min_decay == 0 else schedules.clip(schedule, min_decay)
+
+
+def _at_calls(schedule: Schedule, k: int, first: int = 1) -> Schedule:
+    return schedule if k == first == 1 else schedules.every(schedule, k, first)
+
+
+def torch_averaged(model: Any, *, decay: float = 0.999, **options: Any) -> ShardedEMA:
+    """torch's ``AveragedModel`` with ``get_ema_avg_fn(decay)`` or ``get_ema_multi_avg_fn(decay)``.
+
+    Call 1 copies, the others decay by ``decay``.
+    """
+    return ShardedEMA(model, schedules.start(schedules.constant(decay), at=1), **options)
+
+
+def swa(model: Any, **options: Any) -> ShardedEMA:
+    """torch's ``AveragedModel`` as it is, stochastic weight averaging: the mean of all calls.
+
+    Call n decays by ``(n - 1) / n``.
+    """
+    return ShardedEMA(model, schedules.power(gamma=0), **options)
+
+
+def timm_v1(model: Any, *, decay: float = 0.9999, **options: Any) -> ShardedEMA:
+    """timm's ``ModelEma``: every call decays by ``decay``, the first one too."""
+    return ShardedEMA(model, schedules.constant(decay), **options)
+
+
+def timm_v2(model: Any, *, decay: float = 0.9999, **options: Any) -> ShardedEMA:
+    """timm's ``ModelEmaV2``, of the same values as `timm_v1`."""
+    return timm_v1(model, decay=decay, **options)
+
+
+def timm_v3(
+    model: Any,
+    *,
+    decay: float = 0.9999,
+    min_decay: float = 0.0,
+    update_after_step: int = 0,
+    use_warmup: bool = False,
+    warmup_gamma: float = 1.0,
+    warmup_power: float = _RULE,
+    **options: Any,
+) -> ShardedEMA:
+    """timm's ``ModelEmaV3``, called with ``step=1, 2, ...`` as timm's ``train.py`` does.
+
+    Calls up to ``update_after_step + 1`` copy. Then, with s counted from there, the decay is
+    ``decay``, or with warm-up ``1 - (1 + s / warmup_gamma) ** -warmup_power`` between
+    ``min_decay`` and ``decay``. Called without ``step``, it is `timm_v2`.
+    """
+    rule: Schedule = schedules.constant(decay)
+    if use_warmup:
+        rule = _at_least(schedules.warmup(decay, warmup_gamma, warmup_power), min_decay)
+    return ShardedEMA(model, schedules.start(rule, at=update_after_step + 1), **options)
+
+
+def diffusers(
+    model: Any,
+    *,
+    decay: float = 0.9999,
+    min_decay: float = 0.0,
+    update_after_step: int = 0,
+    use_ema_warmup: bool = False,
+    inv_gamma: float = 1.0,
+    power: float = _RULE,
+    **options: Any,
+) -> ShardedEMA:
+    """diffusers' ``EMAModel``.
+
+    Calls up to ``update_after_step + 1`` copy. Then, with s counted from there, the decay is
+    ``(1 + s) / (10 + s)``, or ``1 - (1 + s / inv_gamma) ** -power`` with ``use_ema_warmup``, not
+    above ``decay`` and not below ``min_decay``.
+    """
+    rule: Schedule = schedules.ramp(decay)
+    if use_ema_warmup:
+        rule = schedules.warmup(decay, inv_gamma, power)
+    rule = schedules.start(_at_least(rule, min_decay), at=update_after_step + 1)
+    return ShardedEMA(model, rule, **options)
+
+
+def torch_ema(
+    model: Any, *, decay: float, use_num_updates: bool = True, **options: Any
+) -> ShardedEMA:
+    """torch_ema's ``ExponentialMovingAverage``.
+
+    Call n = 1, 2, ... decays by ``min(decay, (1 + n) / (10 + n))``; without ``use_num_updates``
+    by ``decay``.
+    """
+    rule = schedules.ramp(decay) if use_num_updates else schedules.constant(decay)
+    return ShardedEMA(model, rule, **options)
+
+
+def lit_ema(
+    model: Any, *, decay: float = 0.9999, use_num_upates: bool = True, **options: Any
+) -> ShardedEMA:
+    """``LitEma`` of Stable Diffusion, whose argument is spelled so: the rule of `torch_ema`.
+
+    LitEma keeps its decay in float32; here it is the number that was given.
+    """
+    return torch_ema(model, decay=decay, use_num_updates=use_num_upates, **options)
+
+
+def ema_pytorch(
+    model: Any,
+    *,
+    beta: float = 0.9999,
+    update_after_step: int = 100,
+    update_every: int = 10,
+    inv_gamma: float = 1.0,
+    power: float = _RULE,
+    min_value: float = 0.0,
+    **options: Any,
+) -> ShardedEMA:
+    """ema-pytorch's ``EMA``: it acts at the calls 1, 1 + update_every, ...
+
+    Those up to ``update_after_step + 1`` copy. Call ``update_after_step + 1 + s`` decays by
+    ``1 - (1 + s / inv_gamma) ** -power`` between ``min_value`` and ``beta``. The library computes
+    that in float32.
+    """
+    rule = _at_least(schedules.warmup(beta, inv_gamma, power), min_value)
+    rule = schedules.start(rule, at=update_after_step + 1)
+    return ShardedEMA(model, _at_calls(rule, update_every), **options)
+
+
+def karras(
+    model: Any,
+    *,
+    sigma_rel: float | None = None,
+    gamma: float | None = None,
+    update_every: int = 100,
+    **options: Any,
+) -> ShardedEMA:
+    """ema-pytorch's ``KarrasEMA``: the power function at the calls 1, 1 + update_every, ...
+
+    Call 1 copies, call n decays by ``((n + 1 - update_every) / (n + 1)) ** (gamma + 1)``. The
+    library takes 1 for ``update_every`` in that formula, so with its default of 100 its average is
+    wider than the ``sigma_rel`` that was asked for; here it has that width at any interval.
+
+    Raises:
+        ValueError: both or none of ``sigma_rel`` and ``gamma``.
+    """
+    if (sigma_rel is None) == (gamma is None):
+        raise ValueError(
+            f"presets.karras: got sigma_rel={sigma_rel!r} and gamma={gamma!r}, expected one of them"
+        )
+    profile = schedules.power(sigma_rel) if gamma is None else schedules.power(gamma=gamma)
+    # the library's exponent has n + 1 for n; a run that starts at 1 has n - 1
+    rule = schedules.start(schedules.shift(profile, by=2), at=1)
+    return ShardedEMA(model, schedules.every(rule, update_every, compensated=True), **options)
+
+
+def edm2(
+    model: Any, *, stds: Iterable[float] = (0.050, 0.100), unit: str = "sample", **options: Any
+) -> ShardedEMA:
+    """EDM2's ``PowerFunctionEMA``: one average for each relative width, ``"0.050"``, ``"0.100"``.
+
+    Each update decays by ``((t - dt) / t) ** (gamma + 1)``, so the first one copies. Its clock
+    counts images: ``ema.update(dt=batch_size)``.
+
+    Raises:
+        ValueError: a width outside (0, 0.2887), or two that are the same to 3 digits.
+    """
+    widths = list(stds)
+    rules = {f"{std:.3f}": schedules.power(std, unit) for std in widths}
+    if len(rules) < len(widths):
+        raise ValueError(f"presets.edm2: got stds={widths}, of which two of one name, as '0.100'")
+    return ShardedEMA(model, rules, **options)
+
+
+def composer(
+    model: Any,
+    *,
+    half_life: str | None = "1000ba",
+    smoothing: float | None = None,
+    ema_start: str = "0.0dur",
+    update_interval: str | None = None,
+    epoch: int | None = None,
+    run: int | None = None,
+    **options: Any,
+) -> ShardedEMA:
+    """Composer's ``EMA``, with the batches of an epoch and of the run where a text needs them.
+
+    It acts at each ``update_interval``, one batch or one epoch as ``half_life`` is given. The first
+    time at or after ``ema_start`` copies, the others decay by ``smoothing``, which is
+    ``2 ** -(update_interval / half_life)`` if it is not given.
+
+    Raises:
+        ValueError: both or none of ``half_life`` and ``smoothing``; a time that is not in
+            ``ba``, ``ep`` or ``dur``; an interval that is not in whole batches.
+    """
+    if (half_life is None) == (smoothing is None):
+        raise ValueError(
+            f"presets.composer: got half_life={half_life!r} and smoothing={smoothing!r}, expected "
+            "one of them and None for the other"
+        )
+
+    def batches(name: str, text: str) -> float:
+        what = f"presets.composer, {name}"
+        length, unit = parse_length(text, "step", epoch, run, what)
+        if unit != "step":
+            raise ValueError(f"{what}: got {text!r}, expected a time in ba, ep or dur")
+        return length
+
+    by_epoch = half_life is not None and half_life.endswith("ep")
+    k = batches("update_interval", update_interval or ("1ep" if by_epoch else "1ba"))
+    if k != int(k):
+        raise ValueError(f"presets.composer: got an interval of {k} batches, expected whole ones")
+    if smoothing is None:
+        length = batches("half_life", str(half_life))
+        check_positive(length, "presets.composer, half_life")
+        smoothing = 2 ** -(k / length)
+    # no length of the run is needed to begin with it
+    begin = 0.0 if ema_start == "0.0dur" else batches("ema_start", ema_start)
+    check_count(int(k), "presets.composer, update_interval")
+    first = max(1, math.ceil(begin / k)) * int(k)
+    rule = schedules.start(schedules.constant(smoothing), at=first)
+    return ShardedEMA(model, _at_calls(rule, int(k), first), **options)
+
+
+def lightning(
+    model: Any,
+    *,
+    decay: float = 0.999,
+    update_every_n_steps: int = 1,
+    update_starting_at_step: int | None = None,
+    **options: Any,
+) -> ShardedEMA:
+    """Lightning's ``EMAWeightAveraging``, at the end of each training step.
+
+    Steps count from 0: it acts at those that ``update_every_n_steps`` divides, from
+    ``update_starting_at_step`` on. The first time copies, the others decay by ``decay``.
+    """
+    k = update_every_n_steps
+    check_count(k, "presets.lightning, update_every_n_steps")
+    first = 1 + k * math.ceil((update_starting_at_step or 0) / k)
+    rule = schedules.start(schedules.constant(decay), at=first)
+    return ShardedEMA(model, _at_calls(rule, k, first), **options)
+
+
+def nemo(
+    model: Any, *, decay: float = 0.9999, every_n_steps: int = 1, **options: Any
+) -> ShardedEMA:
+    """NeMo's ``EMAOptimizer``: the calls 1, 1 + every_n_steps, ... decay by ``decay``."""
+    return ShardedEMA(model, _at_calls(schedules.constant(decay), every_n_steps), **options)
+
+
+def mmengine(
+    model: Any,
+    *,
+    momentum: float = 0.0002,
+    gamma: float | None = None,
+    interval: int = 1,
+    **options: Any,
+) -> ShardedEMA:
+    """mmengine's ``ExponentialMovingAverage``, and with ``gamma`` its ``MomentumAnnealingEMA``.
+
+    It acts at the calls 1, 1 + interval, ... Call 1 copies, call 1 + s moves by ``momentum``, or
+    ``max(momentum, gamma / (gamma + s))``.
+    """
+    rule: Schedule = schedules.constant(1 - momentum)
+    if gamma is not None:
+        rule = schedules.warmup(1 - momentum, inv_gamma=gamma, power=1)
+    return ShardedEMA(model, _at_calls(schedules.start(rule, at=1), interval), **options)
+
+
+def ignite(
+    model: Any,
+    *,
+    momentum: float = 0.0002,
+    momentum_warmup: float | None = None,
+    warmup_iters: int | None = None,
+    **options: Any,
+) -> ShardedEMA:
+    """pytorch-ignite's ``EMAHandler``: every call moves by ``momentum``, the first one too.
+
+    With a warm-up the momentum goes from ``momentum_warmup`` at call 1 in a straight line to
+    ``momentum`` at call ``warmup_iters``.
+
+    Raises:
+        ValueError: one of ``momentum_warmup`` and ``warmup_iters`` without the other.
+    """
+    rule: Schedule = schedules.constant(1 - momentum)
+    if momentum_warmup is not None and warmup_iters is not None:
+        rule = schedules.linear(1 - momentum_warmup, 1 - momentum, warmup_iters)
+    elif momentum_warmup is not None or warmup_iters is not None:
+        raise ValueError(
+            f"presets.ignite: got momentum_warmup={momentum_warmup!r} and "
+            f"warmup_iters={warmup_iters!r}, expected both or none"
+        )
+    return ShardedEMA(model, rule, **options)
+
+
+def ultralytics(
+    model: Any, *, decay: float = 0.9999, tau: float = 2000, updates: int = 0, **options: Any
+) -> ShardedEMA:
+    """ultralytics' ``ModelEMA``: call n decays by ``decay * (1 - exp(-(updates + n) / tau))``."""
+    rule: Schedule = schedules.exponential(decay, tau)
+    return ShardedEMA(model, schedules.shift(rule, updates) if updates else rule, **options)

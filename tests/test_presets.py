@@ -1,0 +1,424 @@
+"""Presets: the values of each library, by its formula, by its published numbers, by itself."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+
+from shardema import ShardedEMA, presets
+from tests import world
+
+# the decay at call n = 1, 2, ..., written as the library counts; None leaves the average alone
+Rule = Callable[[int], float | None]
+
+
+def _timm_v3(n: int, after: int, low: float, gamma: float, power: float, decay: float) -> float:
+    s = max(0, n - after - 1)
+    return 0.0 if s == 0 else max(low, min(decay, 1 - (1 + s / gamma) ** -power))
+
+
+def _diffusers(n: int, after: int, low: float, decay: float) -> float:
+    s = max(0, n - after - 1)
+    return 0.0 if s == 0 else max(low, min(decay, (1 + s) / (10 + s)))
+
+
+def _ema_pytorch(n: int, after: int, k: int, gamma: float, power: float, low: float) -> Any:
+    step = n - 1
+    if step % k:
+        return None
+    return (
+        0.0 if step <= after else max(low, min(0.999, 1 - (1 + (step - after) / gamma) ** -power))
+    )
+
+
+def _karras(n: int, k: int, gamma: float) -> Any:
+    if (n - 1) % k:
+        return None
+    return 0.0 if n == 1 else (1 - k / (n + 1)) ** (gamma + 1)
+
+
+def _spaced(n: int, first: int, k: int, decay: float, copies: bool) -> Any:
+    if n < first or (n - first) % k:
+        return None
+    return 0.0 if copies and n == first else decay
+
+
+def _annealed(n: int, momentum: float, gamma: float, k: int) -> Any:
+    step = n - 1
+    if step % k:
+        return None
+    return 0.0 if step == 0 else 1 - max(momentum, gamma / (gamma + step))
+
+
+CASES: list[tuple[str, dict[str, Any], Rule]] = [
+    ("torch_averaged", {}, lambda n: 0 if n == 1 else 0.999),
+    ("torch_averaged", {"decay": 0.9}, lambda n: 0 if n == 1 else 0.9),
+    ("swa", {}, lambda n: 1 - 1 / n),
+    ("timm_v1", {}, lambda n: 0.9999),
+    ("timm_v2", {"decay": 0.9}, lambda n: 0.9),
+    ("timm_v3", {}, lambda n: 0 if n == 1 else 0.9999),
+    ("timm_v3", {"update_after_step": 7, "decay": 0.99}, lambda n: 0 if n < 9 else 0.99),
+    ("timm_v3", {"use_warmup": True}, lambda n: _timm_v3(n, 0, 0, 1, 2 / 3, 0.9999)),
+    (
+        "timm_v3",
+        {
+            "use_warmup": True,
+            "update_after_step": 5,
+            "min_decay": 0.5,
+            "warmup_gamma": 3.0,
+            "warmup_power": 0.9,
+            "decay": 0.98,
+        },
+        lambda n: _timm_v3(n, 5, 0.5, 3, 0.9, 0.98),
+    ),
+    ("diffusers", {}, lambda n: _diffusers(n, 0, 0, 0.9999)),
+    (
+        "diffusers",
+        {"decay": 0.97, "min_decay": 0.6, "update_after_step": 30},
+        lambda n: _diffusers(n, 30, 0.6, 0.97),
+    ),
+    ("diffusers", {"use_ema_warmup": True}, lambda n: _timm_v3(n, 0, 0, 1, 2 / 3, 0.9999)),
+    (
+        "diffusers",
+        {"use_ema_warmup": True, "inv_gamma": 4.0, "power": 0.75, "min_decay": 0.2},
+        lambda n: _timm_v3(n, 0, 0.2, 4, 0.75, 0.9999),
+    ),
+    ("torch_ema", {"decay": 0.98}, lambda n: min(0.98, (1 + n) / (10 + n))),
+    ("torch_ema", {"decay": 0.98, "use_num_updates": False}, lambda n: 0.98),
+    ("lit_ema", {}, lambda n: min(0.9999, (1 + n) / (10 + n))),
+    ("ema_pytorch", {"beta": 0.999}, lambda n: _ema_pytorch(n, 100, 10, 1, 2 / 3, 0)),
+    (
+        "ema_pytorch",
+        {
+            "beta": 0.999,
+            "update_after_step": 9,
+            "update_every": 4,
+            "inv_gamma": 2.0,
+            "power": 0.8,
+            "min_value": 0.6,
+        },
+        lambda n: _ema_pytorch(n, 9, 4, 2, 0.8, 0.6),
+    ),
+    ("karras", {"gamma": 6.94, "update_every": 1}, lambda n: _karras(n, 1, 6.94)),
+    ("karras", {"gamma": 6.94}, lambda n: _karras(n, 100, 6.94)),
+    ("composer", {}, lambda n: _spaced(n, 1, 1, 0.5**0.001, True)),
+    (
+        "composer",
+        {"half_life": "2ep", "epoch": 8, "run": 1000, "ema_start": "0.1dur"},
+        lambda n: _spaced(n, 104, 8, 0.5**0.5, True),
+    ),
+    (
+        "composer",
+        {"half_life": None, "smoothing": 0.9, "update_interval": "3ba", "ema_start": "10ba"},
+        lambda n: _spaced(n, 12, 3, 0.9, True),
+    ),
+    ("lightning", {}, lambda n: _spaced(n, 1, 1, 0.999, True)),
+    (
+        "lightning",
+        {"decay": 0.9, "update_every_n_steps": 10, "update_starting_at_step": 25},
+        lambda n: _spaced(n, 31, 10, 0.9, True),
+    ),
+    ("nemo", {}, lambda n: 0.9999),
+    ("nemo", {"decay": 0.9, "every_n_steps": 3}, lambda n: _spaced(n, 1, 3, 0.9, False)),
+    ("mmengine", {}, lambda n: _spaced(n, 1, 1, 0.9998, True)),
+    ("mmengine", {"momentum": 0.1, "interval": 4}, lambda n: _spaced(n, 1, 4, 0.9, True)),
+    (
+        "mmengine",
+        {"momentum": 0.01, "gamma": 20, "interval": 3},
+        lambda n: _annealed(n, 0.01, 20, 3),
+    ),
+    ("ignite", {}, lambda n: 0.9998),
+    (
+        "ignite",
+        {"momentum": 0.1, "momentum_warmup": 0.5, "warmup_iters": 5},
+        lambda n: 1 - max(0.1, 0.5 - 0.4 * (n - 1) / 4),
+    ),
+    ("ultralytics", {}, lambda n: 0.9999 * (1 - math.exp(-n / 2000))),
+    (
+        "ultralytics",
+        {"decay": 0.99, "tau": 30, "updates": 12},
+        lambda n: 0.99 * (1 - math.exp(-(n + 12) / 30)),
+    ),
+]
+IDS = [f"{name}-{','.join(given)}" for name, given, _ in CASES]
+
+
+def weights(n: int) -> float:
+    """What the weights are at call n."""
+    return math.sin(0.7 * n) + n / 1000
+
+
+def truth(rule: Rule, calls: int) -> list[float]:
+    """The average after each call, by the formula, from a weight of 0."""
+    values, average = [], 0.0
+    for n in range(1, calls + 1):
+        decay = rule(n)
+        if decay is not None:
+            average += (1 - decay) * (weights(n) - average)
+        values.append(average)
+    return values
+
+
+def one_weight() -> nn.Linear:
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    return model
+
+
+def averages(ema: ShardedEMA, model: nn.Module, values: list[float]) -> Iterator[float]:
+    """The average after each of the calls."""
+    for value in values:
+        nn.init.constant_(model.weight, value)
+        ema.update()
+        yield ema.full_state_dict()["weight"].item()
+
+
+@pytest.mark.parametrize(("name", "given", "rule"), CASES, ids=IDS)
+def test_a_preset_follows_its_formula(name: str, given: dict[str, Any], rule: Rule) -> None:
+    model = one_weight()
+    ema = getattr(presets, name)(model, **given)
+    for n, expected in enumerate(truth(rule, 1000), 1):
+        nn.init.constant_(model.weight, weights(n))
+        ema.update()
+        if n <= 40 or n % 29 == 0 or n == 1000:  # a gather takes longer than an update
+            got = ema.full_state_dict()["weight"].item()
+            assert got == pytest.approx(expected, rel=0, abs=1e-12), f"at call {n}"
+
+
+def every_preset_on_shards() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for name, given, rule in CASES:
+        model = fully_shard(nn.Linear(2, 3, bias=False, dtype=torch.float64), mesh=mesh)
+        nn.init.zeros_(model.weight)
+        ema = getattr(presets, name)(model, **given)
+        for n in range(1, 121):
+            nn.init.constant_(model.weight, weights(n))
+            ema.update()
+        got = ema.full_state_dict(all_ranks=True)["weight"]
+        expected = torch.full_like(got, truth(rule, 120)[-1])
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12, msg=f"{name}, {given}")
+
+
+def test_every_preset_follows_its_formula_on_shards() -> None:
+    world.run(every_preset_on_shards, 2)
+
+
+def test_every_preset_is_swept() -> None:
+    functions = inspect.getmembers(presets, inspect.isfunction)
+    own = {name for name, function in functions if function.__module__ == presets.__name__}
+    assert {name for name, _, _ in CASES} | {"edm2"} == {name for name in own if name[0] != "_"}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "published"),
+    [
+        ("torch_averaged", {"decay": 0.9}, [1, 1.1, 1.29, 1.561, 1.9049]),
+        ("timm_v2", {"decay": 0.9}, [0.1, 0.29, 0.561]),
+        ("diffusers", {}, [1, 1.8182, 2.7045, 3.6014]),
+        ("diffusers", {"use_ema_warmup": True}, [1, 1.63, 2.2886, 2.9678]),
+        ("torch_ema", {"decay": 0.9999}, [0.8182, 1.7045, 2.6014]),
+        ("composer", {"half_life": "4ba"}, [1, 1.1591, 1.452]),
+        ("nemo", {"decay": 0.9, "every_n_steps": 3}, [0.1, 0.1, 0.1, 0.49]),
+        ("ema_pytorch", {"update_after_step": 2, "update_every": 1}, [1, 2, 3, 3.63, 4.2886]),
+        ("karras", {"sigma_rel": 0.1, "update_every": 1}, [1, 1.96, 2.894]),
+        (
+            "ignite",
+            {"momentum": 0.1, "momentum_warmup": 0.5, "warmup_iters": 5},
+            [0.5, 1.1, 1.67, 2.136],
+        ),
+    ],
+)
+def test_a_preset_gives_the_numbers_that_its_library_gave(
+    name: str, given: dict[str, Any], published: list[float]
+) -> None:
+    model = one_weight()
+    ema = getattr(presets, name)(model, **given)
+    got = averages(ema, model, [float(n) for n in range(1, len(published) + 1)])
+    digits = [3 if name == "karras" else 4] * len(published)
+    assert [round(v, d) for v, d in zip(got, digits, strict=True)] == [
+        round(v, d) for v, d in zip(published, digits, strict=True)
+    ]
+
+
+def test_edm2_keeps_one_average_for_each_width_whatever_the_batch() -> None:
+    model = one_weight()
+    ema = presets.edm2(model, stds=[0.05, 0.1])
+    assert ema.names == ("0.050", "0.100")
+    for n in (1, 2, 3):
+        nn.init.constant_(model.weight, float(n))
+        ema.update(dt=64)
+    assert ema.full_state_dict("0.100")["weight"].item() == pytest.approx(2.9598, abs=5e-5)
+    with pytest.raises(ValueError, match="the schedule counts samples"):
+        ema.update()
+
+
+@pytest.mark.parametrize("averaging", [get_ema_avg_fn, get_ema_multi_avg_fn])
+def test_torch_averaged_is_torchs_own(averaging: Any) -> None:
+    named = "avg_fn" if averaging is get_ema_avg_fn else "multi_avg_fn"
+    model = one_weight()
+    theirs = AveragedModel(model, **{named: averaging(0.9)})
+    follow(model, theirs.update_parameters, theirs.module, presets.torch_averaged(model, decay=0.9))
+
+
+def test_swa_is_torchs_own() -> None:
+    model = one_weight()
+    theirs = AveragedModel(model)
+    follow(model, theirs.update_parameters, theirs.module, presets.swa(model))
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"min_decay": 0.5, "update_after_step": 9}, {"use_ema_warmup": True}]
+)
+def test_diffusers_is_diffusers_own(given: dict[str, Any]) -> None:
+    training_utils = pytest.importorskip("diffusers.training_utils")
+    model, twin = one_weight(), one_weight()
+    theirs = training_utils.EMAModel(model.parameters(), **given)
+
+    def step(model: nn.Module) -> None:
+        theirs.step(model.parameters())
+        theirs.copy_to(twin.parameters())
+
+    follow(model, step, twin, presets.diffusers(model, **given))
+
+
+@pytest.mark.parametrize("given", [{"decay": 0.98}, {"decay": 0.98, "use_num_updates": False}])
+def test_torch_ema_is_torch_emas_own(given: dict[str, Any]) -> None:
+    library = pytest.importorskip("torch_ema")
+    model, twin = one_weight(), one_weight()
+    theirs = library.ExponentialMovingAverage(model.parameters(), **given)
+
+    def step(model: nn.Module) -> None:
+        theirs.update(model.parameters())
+        theirs.copy_to(twin.parameters())
+
+    follow(model, step, twin, presets.torch_ema(model, **given))
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"beta": 0.99, "update_after_step": 5, "update_every": 3, "min_value": 0.5}]
+)
+def test_ema_pytorch_is_ema_pytorchs_own(given: dict[str, Any]) -> None:
+    library = pytest.importorskip("ema_pytorch")
+    model = one_weight()
+    theirs = library.EMA(model, **given)
+    theirs.step = theirs.step.double()  # an integer counter gives a decay in float32
+    follow(model, lambda _: theirs.update(), theirs.ema_model, presets.ema_pytorch(model, **given))
+
+
+def test_karras_is_ema_pytorchs_own_where_it_updates_every_time() -> None:
+    library = pytest.importorskip("ema_pytorch")
+    model = one_weight()
+    given = {"sigma_rel": 0.1, "update_every": 1}
+    theirs = library.KarrasEMA(model, **given)
+    follow(model, lambda _: theirs.update(), theirs.ema_model, presets.karras(model, **given))
+
+
+@pytest.mark.parametrize("interval", [1, 10, 100])
+def test_karras_has_its_width_at_any_interval(interval: int) -> None:
+    model = one_weight()
+    (average,) = presets.karras(model, sigma_rel=0.1, update_every=interval)._averages.values()
+    end = 20_001
+    calls = range(1, end + 1, interval)
+    kept = [average.schedule.retention(n, end) for n in calls]
+    moved = [1 - average.schedule.retention(n - 1, n) for n in calls]
+    share = [k * m for k, m in zip(kept, moved, strict=True)]
+    mean = sum(s * n for s, n in zip(share, calls, strict=True))
+    variance = sum(s * (n - mean) ** 2 for s, n in zip(share, calls, strict=True))
+    assert sum(share) == pytest.approx(1)
+    assert math.sqrt(variance) / end == pytest.approx(0.100, abs=0.0005)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"decay": 0.9, "update_every_n_steps": 4, "update_starting_at_step": 6}]
+)
+def test_lightning_is_lightnings_own(given: dict[str, Any]) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+
+    class Walk(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.weight.sum() * weights(batch_idx)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    class Beside(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            ours.update()
+            if ours.num_updates > given.get("update_starting_at_step", 0) + 4:
+                ended.append(
+                    (ours.full_state_dict()["weight"].item(), average_of(theirs).weight.item())
+                )
+
+    def average_of(callback: Any) -> Any:
+        return callback._average_model.module
+
+    walk, ended = Walk(), []
+    theirs, ours = callbacks.EMAWeightAveraging(**given), presets.lightning(walk, **given)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[theirs, Beside()],
+    )
+    trainer.fit(walk, torch.utils.data.DataLoader(range(50)))
+    assert len(ended) >= 40
+    for got, expected in ended:
+        assert got == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def follow(
+    model: nn.Linear, step: Callable[[nn.Module], object], theirs: nn.Module, ours: ShardedEMA
+) -> None:
+    """Both averages see the same weights, and are equal after every call."""
+    for n in range(1, 301):
+        nn.init.constant_(model.weight, weights(n))
+        step(model)
+        ours.update()
+        got = ours.full_state_dict()["weight"].item()
+        assert got == pytest.approx(theirs.weight.item(), rel=0, abs=1e-12), f"at call {n}"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "error", "text"),
+    [
+        ("timm_v3", {"warmup": True}, TypeError, "unexpected keyword argument 'warmup'"),
+        ("torch_ema", {}, TypeError, "missing 1 required keyword-only argument: 'decay'"),
+        ("nemo", {"decay": 1.5}, ValueError, "got decay=1.5, expected a number in"),
+        ("nemo", {"every_n_steps": 0}, ValueError, "k: got 0, expected a whole number"),
+        ("lightning", {"update_every_n_steps": 0}, ValueError, "got 0, expected a whole number"),
+        ("diffusers", {"update_after_step": -3}, ValueError, "at: got -2"),
+        ("karras", {}, ValueError, "got sigma_rel=None and gamma=None, expected one of them"),
+        ("karras", {"sigma_rel": 0.3}, ValueError, r"got std=0.3, expected a number in \(0"),
+        ("edm2", {"stds": [0.0]}, ValueError, "got std=0.0"),
+        ("edm2", {"stds": [0.1, 0.1001]}, ValueError, "two of one name"),
+        ("composer", {"smoothing": 0.9}, ValueError, "half_life='1000ba' and smoothing=0.9"),
+        ("composer", {"half_life": "5sp"}, ValueError, "got '5sp', expected a time in ba, ep"),
+        ("composer", {"half_life": "1ep"}, ValueError, "length too: epoch=<steps>"),
+        ("composer", {"half_life": "0ba"}, ValueError, "half_life: got 0.0"),
+        ("composer", {"update_interval": "1.5ba"}, ValueError, "an interval of 1.5 batches"),
+        ("composer", {"ema_start": "soon"}, ValueError, "got 'soon', expected a number and a"),
+        ("ignite", {"warmup_iters": 5}, ValueError, "expected both or none"),
+    ],
+)
+def test_bad_arguments_say_what_was_expected(
+    name: str, given: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        getattr(presets, name)(one_weight(), **given)
