@@ -158,6 +158,7 @@ def engine(model: GPT, layout: Layout, flags: Any) -> tuple[nn.Module, torch.opt
     config = json.loads((Path(__file__).parent / f"deepspeed/{layout.backend}.json").read_text())
     config["train_micro_batch_size_per_gpu"] = flags.batch
     config["gradient_accumulation_steps"] = flags.accumulate
+    config["gradient_clipping"] = 0.0  # as the other backends; its default is 1
     config["bf16"]["enabled"] = flags.bf16
     optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr)
     made, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

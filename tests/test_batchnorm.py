@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from shardema import ShardedEMA
 from shardema.batchnorm import Statistics, update_bn
@@ -153,6 +153,10 @@ def fsdp2(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def fsdp1(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
 def test_one_process() -> None:
     check(lambda model: model, [3])
 
@@ -162,6 +166,7 @@ def test_two_ranks() -> None:
         world.Fact("ddp", check, (layouts.ddp, [2, 2])),
         world.Fact("ddp, other numbers of batches", check, (layouts.ddp, [1, 4])),
         world.Fact("ddp, a rank without data", check, (layouts.ddp, [3, 0])),
+        world.Fact("fsdp1", check, (fsdp1, [2, 2])),
         world.Fact("fsdp2", check, (fsdp2, [2, 2])),
         world.Fact("a rank fails", failing),
         world.Fact("no rank has data", nothing),
