@@ -15,10 +15,13 @@ from shardema import ShardedEMA
 from tests import engines, meters, world
 from tests.contract import assert_same
 
-pytestmark = pytest.mark.skipif(
-    not any(Path(p).exists() for p in ("/usr/include/libaio.h", "/usr/local/include/libaio.h")),
-    reason="libaio-dev is missing, which DeepSpeed builds its NVMe reader with",
-)
+pytestmark = [
+    pytest.mark.full,  # DeepSpeed compiles its reader, for minutes
+    pytest.mark.skipif(
+        not any(Path(p).exists() for p in ("/usr/include/libaio.h", "/usr/local/include/libaio.h")),
+        reason="libaio-dev is missing, which DeepSpeed builds its NVMe reader with",
+    ),
+]
 GROUP = 270_000  # elements: a group of under 1 MiB would stay in memory
 
 
@@ -97,7 +100,7 @@ def all_of_it(folder: str) -> None:
     assert_same(ema.full_state_dict(all_ranks=True), average)
 
 
-@pytest.mark.timeout(600)  # DeepSpeed compiles its reader
+@pytest.mark.timeout(600)
 def test_an_average_of_masters_on_nvme(tmp_path: Path) -> None:
     try:
         world.run(all_of_it, 2, str(tmp_path), timeout=580)
