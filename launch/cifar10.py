@@ -9,8 +9,6 @@ ranks together, so the run is the same on any number of them but for rounding. `
 takes the digits of scikit-learn, without a download.
 """
 
-import os
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from shardema import RankError, ShardedEMA
+from shardema import ShardedEMA
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
@@ -154,18 +152,4 @@ def main(**values: Any) -> None:
 
 
 if __name__ == "__main__":
-    code = 0
-    with parallel.process_group():
-        try:
-            with agreed():
-                context = main.make_context("cifar10.py", sys.argv[1:])
-            main.invoke(context)
-        except click.exceptions.Exit as stop:
-            code = stop.exit_code
-        except RankError as error:
-            click.echo(f"Error: {error}", err=True)
-            code = 1
-    # as in train.py: what DTensor's caches hold can abort the interpreter's own way out
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    parallel.run(main, "cifar10.py")

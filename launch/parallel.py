@@ -12,15 +12,17 @@
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import torch
 import torch.distributed as dist
+from shardema import RankError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -89,6 +91,26 @@ def agreed() -> Iterator[None]:
     # torchrun kills the others as soon as one exits: rank 0 must have written first
     dist.all_gather_object(errors, None)
     raise click.exceptions.Exit(2)
+
+
+def run(command: click.Command, name: str) -> NoReturn:
+    """This process's command line as ``command``, inside the process group; ends the process."""
+    code = 0
+    with process_group():
+        try:
+            with agreed():
+                context = command.make_context(name, sys.argv[1:])
+            command.invoke(context)
+        except click.exceptions.Exit as stop:
+            code = stop.exit_code
+        except RankError as error:  # a full disk, a damaged step: every rank is told
+            click.echo(f"Error: {error}", err=True)
+            code = 1
+    # DTensor's caches keep the group, and with it gloo's threads, past destroy_process_group; one
+    # that frees a tensor while the interpreter shuts down can abort the process: leave without that
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @dataclass(frozen=True)

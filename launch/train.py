@@ -7,9 +7,7 @@ the text in chars.py, what differs between backends in parallel.py, steps on dis
 curves in record.py, the command line in flags.py.
 """
 
-import os
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from shardema import RankError, ShardedEMA
+from shardema import ShardedEMA
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -221,19 +219,4 @@ def main(ctx: click.Context, **values: Any) -> None:
 
 
 if __name__ == "__main__":
-    code = 0
-    with parallel.process_group():
-        try:
-            with agreed():
-                context = main.make_context("train.py", sys.argv[1:])
-            main.invoke(context)
-        except click.exceptions.Exit as stop:
-            code = stop.exit_code
-        except RankError as error:  # a full disk, a damaged step: every rank is told
-            click.echo(f"Error: {error}", err=True)
-            code = 1
-    # DTensor's caches keep the group, and with it gloo's threads, past destroy_process_group; one
-    # that frees a tensor while the interpreter shuts down can abort the process: leave without that
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    parallel.run(main, "train.py")

@@ -14,7 +14,7 @@ from torch import nn
 from shardema.schedules import Schedule, as_schedule
 from shardema.shadows import ShadowPolicy
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of an average, and of its folder
 _DEFAULT = "ema"  # the name of an average that was not given one
 
 
@@ -43,7 +43,7 @@ def as_schedules(schedule: Any) -> dict[str, Schedule]:
     if not given:
         raise ValueError("schedule: got an empty dict, expected {name: schedule}")
     for name in given:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(
                 f"schedule: got the name {name!r}; names are letters, digits, '.', '_' and '-'"
             )

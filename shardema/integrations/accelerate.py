@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,13 +21,13 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from shardema import manifest
+from shardema.arguments import NAME
 from shardema.backends.tree import wrapped_child
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError
 from shardema.files import reporting, sync_path
 from shardema.schedules import Schedule
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _REFUSED = {DistributedType.MEGATRON_LM, DistributedType.XLA}
 
 
@@ -258,7 +257,7 @@ def _check_optimizers(
 
 
 def _check_name(accelerator: Accelerator, name: str) -> None:
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise ValueError(
             f"attach: got name={name!r}, expected a folder name of letters, digits, '.', '_', '-'"
         )
