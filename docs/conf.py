@@ -9,7 +9,8 @@ author = "the shardema authors"
 version = release = shardema.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-autodoc_mock_imports = ["accelerate", "lightning", "transformers"]  # the pages need none of them
+# the pages need none of them
+autodoc_mock_imports = ["accelerate", "lightning", "matplotlib", "transformers", "triton"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"shardema {release}"

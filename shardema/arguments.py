@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardema.schedules import Schedule, as_schedule
+from shardema.schedules import Schedule, as_schedule, by_pattern
 from shardema.shadows import ShadowPolicy
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of an average, and of its folder
@@ -37,7 +37,10 @@ def as_models(model: Any) -> tuple[nn.Module, ...]:
     return models
 
 
-def as_schedules(schedule: Any) -> dict[str, Schedule]:
+Rule = Schedule | by_pattern
+
+
+def as_schedules(schedule: Any) -> dict[str, Rule]:
     """``schedule`` as schedules by name. Raises ValueError or TypeError."""
     given = schedule if isinstance(schedule, Mapping) else {_DEFAULT: schedule}
     if not given:
@@ -47,14 +50,17 @@ def as_schedules(schedule: Any) -> dict[str, Schedule]:
             raise ValueError(
                 f"schedule: got the name {name!r}; names are letters, digits, '.', '_' and '-'"
             )
-    schedules = {name: as_schedule(rule) for name, rule in given.items()}
+    schedules: dict[str, Rule] = {
+        name: rule if isinstance(rule, by_pattern) else as_schedule(rule)
+        for name, rule in given.items()
+    }
     units = {rule.unit for rule in schedules.values()}
     if len(units) > 1:
         raise ValueError(f"schedule: the averages count {sorted(units)}, expected one unit for all")
     return schedules
 
 
-def as_policies(shadow: Any, schedules: Mapping[str, Schedule]) -> dict[str, ShadowPolicy]:
+def as_policies(shadow: Any, schedules: Mapping[str, Rule]) -> dict[str, ShadowPolicy]:
     """``shadow`` as policies by name. Raises ValueError or TypeError."""
     if isinstance(shadow, Mapping):
         if set(shadow) != set(schedules):

@@ -18,7 +18,8 @@ class Attached:
     Args:
         optimizers: torch optimizers, or wrappers of them as accelerate has.
         update: called at the end of a round.
-        guard: called before every step; raises where a step must not happen.
+        guard: called before every step, and between an update and a step; raises where a step
+            must not happen, waits while something reads the weights.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Attached:
         self._guard()
         if id(optimizer) in self._stepped:
             self._end_round()
+            self._guard()
 
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)

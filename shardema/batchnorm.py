@@ -24,6 +24,7 @@ from shardema.agree import Ranks
 from shardema.backends.tree import unwrap, walk, wrapped_child
 from shardema.ema import ShardedEMA
 from shardema.shadows import writable
+from shardema.shard import few
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def update_bn(
 
     Raises:
         ValueError: another model than the EMA's, layers that differ between the ranks, a loader
-            without data on every rank, no average of this name.
+            without data on every rank, no average of this name; the EMA averages the statistics.
         TypeError: a batch of another kind.
         RuntimeError: inside ``swap()``.
 
@@ -149,6 +150,13 @@ def update_bn(
         if not any(unwrap(model) is unwrap(known) for known in ema._models):
             raise ValueError("update_bn: got a model that the EMA was not built for")
         layers.update(_layers(model))
+        averaged = [fqn for fqn in layers if f"{fqn}.running_mean" in ema._averaged]
+        if averaged:
+            raise ValueError(
+                f"update_bn: {few(averaged)}: the running statistics are averaged, so what is "
+                "measured would not be used; build the EMA with "
+                'buffers={"*running_*": "copy", "*": "average"}, or without buffers='
+            )
         return [(fqn, layer.num_features) for fqn, layer in layers.items()]
 
     ranks.agree("update_bn", look, _same)

@@ -43,10 +43,13 @@ class Source:
     """One set of tensors to save: an average, or what the averages leave out (``name`` None).
 
     Attributes:
+        plan: who holds what of this set.
+        items: which of the plan's items are in it.
         dtype: of an item's values in this set.
     """
 
     name: str | None
+    plan: Plan
     items: Sequence[int]
     holdings: Holdings
     dtype: Callable[[Item], torch.dtype]
@@ -54,7 +57,6 @@ class Source:
 
 def save(
     folder: str,
-    plan: Plan,
     sources: Sequence[Source],
     averages: Mapping[str, StoredAverage],
     left_out: Sequence[str],
@@ -72,7 +74,7 @@ def save(
         CheckpointError: on all ranks, if any could not write; nothing is left behind.
     """
     temporary = begin(folder, "save", ranks)
-    tensors = _tensors(plan, sources)
+    tensors = _tensors(sources)
     nbytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
 
     def finish(entries: list[dict[str, Any] | None]) -> None:
@@ -86,7 +88,7 @@ def save(
         commit(folder, temporary, "save")
 
     def write() -> dict[str, Any] | None:
-        return _write_rank(temporary, plan, sources, ranks)
+        return _write_rank(temporary, sources, ranks)
 
     try:
         ranks.agree("save (writing)", write, finish, nbytes=nbytes)
@@ -161,7 +163,7 @@ def commit(folder: str, temporary: str, op: str) -> None:
 
 
 def _write_rank(
-    temporary: str, plan: Plan, sources: Sequence[Source], ranks: Ranks
+    temporary: str, sources: Sequence[Source], ranks: Ranks
 ) -> dict[str, Any] | None:
     """Writes this rank's file and returns its entry for the manifest; None if it owns nothing."""
     found = []  # key, dtype, number of the tensor, box, values
@@ -170,8 +172,8 @@ def _write_rank(
     for source in sources:
         prefix = f"{source.name}/" if several and source.name is not None else ""
         for number, index in enumerate(source.items):
-            item = plan.items[index]
-            pairs = zip(item.holders, plan.writers[index], strict=True)
+            item = source.plan.items[index]
+            pairs = zip(item.holders, source.plan.writers[index], strict=True)
             boxes = [box for (box, _), writer in pairs if writer == ranks.index]
             for k, box in enumerate(boxes):
                 key = f"{prefix}{item.fqn}" + (f"#{k}" if len(boxes) > 1 else "")
@@ -221,12 +223,12 @@ def _chunks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
             yield raw_bytes(part.view(tensor).cpu())
 
 
-def _tensors(plan: Plan, sources: Sequence[Source]) -> tuple[Stored, ...]:
+def _tensors(sources: Sequence[Source]) -> tuple[Stored, ...]:
     """The tensors of a checkpoint, numbered source by source."""
     tensors = []
     for source in sources:
         for index in source.items:
-            item = plan.items[index]
+            item = source.plan.items[index]
             dtype = source.dtype(item)
             tensors.append(
                 Stored(

@@ -1,12 +1,15 @@
-"""The command line: look into checkpoints and export them, without the model's code.
+"""The command line: look into checkpoints, export them, draw averages, without the model's code.
 
-Exit codes: 0 done, 1 the checkpoint or the disk is at fault, 2 the command is.
+Exit codes: 0 done, 1 the checkpoint, the log or the disk is at fault, 2 the command is.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -15,10 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from shardema import logs, texts
 from shardema import manifest as manifests
 from shardema.errors import CheckpointError
 from shardema.manifest import Manifest, Stored
 from shardema.offline import export_checkpoint
+from shardema.schedules import Schedule
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -175,3 +180,142 @@ def export(
     if not quiet:
         name = average or next(iter(stored.averages))
         click.echo(f"{out}: average {name!r} at t={stored.averages[name].t}")
+
+
+@main.group()
+def plot() -> None:
+    """Draw what averages are made of, how they decay, and what they do in a run."""
+
+
+_FORMATS = (".png", ".svg", ".pdf")
+_force = click.option("--force", is_flag=True, help="Replace the picture if it exists.")
+
+
+def _output(default: str) -> Callable[..., Any]:
+    """The option that names the picture, in a format that its suffix says."""
+
+    def checked(ctx: click.Context, param: click.Parameter, path: str) -> str:
+        if not path.endswith(_FORMATS):
+            raise click.BadParameter(f"got {path!r}, expected a name in {', '.join(_FORMATS)}")
+        return path
+
+    kind = click.Path(dir_okay=False)
+    return click.option(
+        "--output", "-o", type=kind, default=default, show_default=True, callback=checked
+    )
+
+
+def _of_rules(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which averages and how long a run."""
+    for option in (
+        click.option("--dt", type=float, help="Samples, tokens, ... of one step, where counted."),
+        click.option("--steps", type=click.IntRange(1), required=True, help="Steps of the run."),
+        click.option("--preset", multiple=True, help="As 'timm_v3(decay=0.9999)'; repeatable."),
+        click.option("--schedule", multiple=True, help="As 'power(std=0.10)'; repeatable."),
+    ):
+        command = option(command)
+    return command
+
+
+@plot.command()
+@_of_rules
+@click.option("--log", is_flag=True, help="A logarithmic axis of weights.")
+@_output("profile.png")
+@_force
+def profile(
+    schedule: tuple[str, ...],
+    preset: tuple[str, ...],
+    steps: int,
+    dt: float | None,
+    log: bool,
+    output: str,
+    force: bool,
+) -> None:
+    """Draw how much each step of a run weighs in the average at its end."""
+    _draw(
+        output,
+        force,
+        lambda drawing: drawing.profile(_rules(schedule, preset), steps, dt=dt, log=log),
+    )
+
+
+@plot.command()
+@_of_rules
+@_output("decay.png")
+@_force
+def decay(
+    schedule: tuple[str, ...],
+    preset: tuple[str, ...],
+    steps: int,
+    dt: float | None,
+    output: str,
+    force: bool,
+) -> None:
+    """Draw the decay of each update of a run."""
+    _draw(output, force, lambda drawing: drawing.decay(_rules(schedule, preset), steps, dt=dt))
+
+
+@plot.command()
+@click.argument("log", type=click.Path())
+@click.option("--raw", help="Column of the raw weights; else all pairs by their names.")
+@click.option("--average", help="Column of the average.")
+@click.option("--step", help="Column of the horizontal axis.  [default: step]")
+@click.option("--unit", default="", help="Unit of the vertical axis, as nats.")
+@_output("curves.png")
+@_force
+def curves(
+    log: str,
+    raw: str | None,
+    average: str | None,
+    step: str | None,
+    unit: str,
+    output: str,
+    force: bool,
+) -> None:
+    """Draw the raw and the averaged learning curves of LOG.
+
+    LOG is the log.csv of the scripts in launch/, Lightning's metrics.csv, lines of JSON, or the
+    trainer_state.json of transformers.
+    """
+    try:
+        rows = logs.read(log)
+    except OSError as error:
+        raise click.ClickException(f"reading {log}: {error.strerror}") from error
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    _draw(
+        output,
+        force,
+        lambda drawing: drawing.curves(rows, raw=raw, averaged=average, step=step, unit=unit),
+    )
+
+
+def _rules(written: tuple[str, ...], presets: tuple[str, ...]) -> dict[str, Schedule]:
+    if not written and not presets:
+        raise ValueError("nothing to draw: give --schedule or --preset")
+    found = {text: texts.schedule(text) for text in written}
+    for text in presets:
+        found |= texts.preset(text)
+    return found
+
+
+def _draw(output: str, force: bool, make: Callable[[Any], Any]) -> None:
+    """Writes a picture, into an existing file only by force, and only when it is drawn."""
+    if os.path.lexists(output) and not force:
+        raise click.ClickException(f"{output} exists already: give another --output, or --force")
+    try:
+        from shardema import plot as drawing
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
+    try:
+        figure = make(drawing)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    picture = io.BytesIO()
+    figure.savefig(picture, format=output.rsplit(".", 1)[1], dpi=120)
+    try:
+        with open(output, "wb" if force else "xb") as file:
+            file.write(picture.getvalue())
+    except OSError as error:
+        raise click.ClickException(f"writing {output}: {error.strerror}") from error
+    click.echo(f"drawn in {output}")

@@ -14,29 +14,40 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from shardema import backends, checkpoint, consolidated, gather, kernels, layout, manifest
+from shardema import (
+    backends,
+    checkpoint,
+    consolidated,
+    gather,
+    kernels,
+    layout,
+    manifest,
+    replicas,
+)
 from shardema import export as exporter
 from shardema.agree import Ranks
 from shardema.arguments import as_models, as_policies, as_schedules, check_dtype, increment
 from shardema.attach import Attached
+from shardema.average import Average
 from shardema.backends.tree import unwrap, walk
 from shardema.dcp import BoxedTensor, refuse_pickle
 from shardema.errors import CheckpointError
 from shardema.gather import Holdings, Item, Plan
-from shardema.layout import Select
-from shardema.manifest import StoredAverage
+from shardema.layout import Buffers, Select
 from shardema.metrics import not_finite, sums, total
-from shardema.schedules import Schedule, describe
+from shardema.patterns import Pattern, text_of
+from shardema.schedules import Schedule, by_pattern, describe
 from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
 from shardema.shard import Shard, few, present
-from shardema.swap import Exchange, uninterrupted
+from shardema.swap import Exchange, to_the_end, uninterrupted
+from shardema.updater import Updater
 
 log = logging.getLogger(__name__)
 
@@ -44,44 +55,26 @@ _T = TypeVar("_T")
 _EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
 
 
-@dataclass
-class _Average:
-    """One average: how it is kept, how far it is, and what it holds."""
-
-    name: str
-    schedule: Schedule
-    policy: ShadowPolicy
-    shadows: Shadows
-    lerp_: kernels.Lerp
-    t: float = 0
-    num_updates: int = 0
-    decay: float | None = None  # of the last update
-
-    def weight(self, dt: float) -> float:
-        """The weight of the present in an update that brings the clock to ``t + dt``."""
-        retention = self.schedule.retention(self.t, self.t + dt)
-        if not 0 <= retention <= 1:
-            raise ValueError(
-                f"schedule of average {self.name!r} ({self.schedule}): got retention {retention} "
-                f"at t={self.t}, expected a number in [0, 1]"
-            )
-        return 1.0 - retention
-
-
 class ShardedEMA:
     """An exponential moving average of a sharded model's weights.
 
     Build it after the model is wrapped (DDP, FSDP, ``fully_shard``, ``torch.compile``,
     ``deepspeed.initialize``). Each rank averages only what it holds. Averaged are the trainable
-    floating-point parameters, tied ones once; frozen parameters and buffers are the model's own,
-    and are part of whatever is gathered.
+    floating-point parameters, tied ones once; frozen parameters and buffers are the model's own
+    (see ``buffers``), and are part of whatever is gathered.
 
     Args:
         model: the module as the training loop holds it, a DeepSpeed engine, or a list of modules
             (pipeline chunks).
         schedule: a decay in [0, 1] per step, a schedule of `shardema.schedules`, a callable
-            ``(t, dt) -> decay``, or ``{name: schedule}`` for several averages.
+            ``(t, dt) -> decay``, `schedules.by_pattern` for several schedules in one average, or
+            ``{name: schedule}`` for several averages from one read of the weights.
         shadow: how the averages are kept; a policy, or ``{name: policy}``.
+        buffers: what becomes of persistent buffers: ``"copy"``, they are the model's own in
+            whatever is gathered; ``"average"``, those of floating point and without inf and NaN
+            are averaged as parameters are, the others are copied; ``"ignore"``, they are left
+            out of what is gathered, saved and exported. Or ``{pattern: one of these}``: the first
+            pattern that takes a name decides, ``"copy"`` where none does.
         select: what to average: a glob over fqns, a compiled regular expression that is searched
             in them, a list of these, or ``(fqn, shape) -> bool`` given the full shape; every
             trainable floating-point parameter if None.
@@ -96,7 +89,8 @@ class ShardedEMA:
             else all.
         backend: ``"auto"``, or the one that must match: ``"plain"`` (DDP too), ``"fsdp1"``,
             ``"fsdp2"``, ``"zero"``.
-        kernel: ``"auto"``, ``"foreach"`` or ``"reference"``.
+        kernel: ``"fused"``, ``"foreach"`` or ``"reference"``, which give the same bits; ``"auto"``
+            takes the fastest one.
         timeout: seconds that a rank waits for the others in a collective call.
 
     Raises:
@@ -120,9 +114,10 @@ class ShardedEMA:
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
-        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any],
+        schedule: float | Schedule | by_pattern | Callable[..., float] | Mapping[str, Any],
         *,
         shadow: ShadowPolicy | Mapping[str, ShadowPolicy] = ShadowPolicy(),  # noqa: B008
+        buffers: Buffers | Mapping[Pattern, Buffers] = "copy",
         select: Select | None = None,
         source: Literal["master", "model"] = "master",
         on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore",
@@ -146,21 +141,28 @@ class ShardedEMA:
         self._backend_name, self._backend = backends.find(self._models, backend)
         ranks = None if group is not None else self._backend.ranks(self._models)
         self._ranks = Ranks(ranks, group, timeout)
-        self._plan: Plan | None = None
+        self._plans: dict[bool, Plan] = {}  # of whole shards, and of the replicas' slices
         self._inside: str | None = None  # the average that the model holds, in a swap
         with writable():
             self._backend.ensure_sharded(self._models)
+            self._buffers: dict[str, Buffers] = {}
+            self._buffers = layout.sort_buffers(self._read(), buffers)
             self._shards = self._read()
+            self._frozen = frozenset(s.fqn for s in self._shards if s.role == "frozen")
             self._engine = self._backend.engine(self._models)
             self._counted = self._applied()
-            self._averaged = layout.choose(self._shards, select)
+            averaged_buffers = {f for f, word in self._buffers.items() if word == "average"}
+            self._averaged = layout.choose(self._shards, select) | averaged_buffers
             self._watch()
-            self._averages: dict[str, _Average] = {}
             for name, rule in schedules.items():
-                shadows = allocate(self._mine(), policies[name])
-                shadows.copy_from(self._mine())
-                lerp_ = self._bound(shadows)
-                self._averages[name] = _Average(name, rule, policies[name], shadows, lerp_)
+                layout.check_rule(name, rule, self._mine())
+            self._averages: dict[str, Average] = {}
+            for name, rule in schedules.items():
+                held = self._cut(self._mine(), policies[name])
+                shadows = allocate(held, policies[name])
+                shadows.copy_from(held)
+                self._averages[name] = Average(name, rule, policies[name], shadows)
+            self._updater = self._bound()
 
     # ---- what it is ---------------------------------------------------------------------------
 
@@ -185,13 +187,14 @@ class ShardedEMA:
         return next(iter(self._averages.values())).schedule.unit
 
     def __repr__(self) -> str:
-        held = sum(s.local.numel() for s in self._mine())
+        held = max(sum(s.local.numel() for s in self._held(a)) for a in self._averages.values())
         size = sum(f.nbytes for a in self._averages.values() for f in a.shadows.flats)
         rules = ", ".join(f"{a.name}={a.schedule}" for a in self._averages.values())
         return (
             f"ShardedEMA({rules}; backend={self._backend_name}, {len(self._averaged)} tensors, "
             f"rank {self._ranks.rank} of {self._ranks.size}: {held:,} elements in "
-            f"{size / 2**20:.1f} MiB of shadows; t={self.t} {self.unit}s)"
+            f"{size / 2**20:.1f} MiB of shadows; kernel={self._updater.runs}; t={self.t} "
+            f"{self.unit}s)"
         )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -216,6 +219,11 @@ class ShardedEMA:
                 built for (wrapped since, a parameter of another shape or dtype).
             ValueError: ``dt`` is negative, or missing where the clock does not count steps.
         """
+        self._advance(dt)
+        self._copied()
+
+    def _advance(self, dt: float | None) -> None:
+        """`update`, which offloaded averages may still read the weights for."""
         self._not_inside("update")
         step = increment(dt, self.unit)
         applied = self._applied()
@@ -227,17 +235,33 @@ class ShardedEMA:
                 self._counted = applied
                 return
             # decide on all weights before anything is changed: a schedule may raise
-            weights = [(a, a.weight(step)) for a in self._averages.values()]
-            for average, weight in weights:
-                average.lerp_(weight)
-                average.decay = 1 - weight
+            weights = [average.weights(step) for average in self._averages.values()]
+            flat = [weight for those in weights for weight in those]
+            with self._naming("update"):
+                self._updater(flat)
             for group in present(self._lent):
-                for average, weight in weights:
-                    self._bind_kernel(*average.shadows.runs(group))(weight)
-            for average in self._averages.values():
-                average.t += step
-                average.num_updates += 1
+                self._lerp_lent(group, flat)
+            for average, those in zip(self._averages.values(), weights, strict=True):
+                average.moved(those, step)
         self._counted = applied
+
+    def _copied(self) -> None:
+        """Waits until no update reads the weights any more: they may be changed."""
+        with self._naming("update"):
+            self._updater.copied()
+
+    def flush(self) -> None:
+        """Waits until offloaded averages are up to date, and the weights are not read. Local.
+
+        Everything that reads an average does so by itself. With `attach`, call it before you
+        write weights by hand.
+
+        Raises:
+            RuntimeError: an update failed in the background; the averages may be half updated, so
+                load a checkpoint or call `reset`.
+        """
+        self._flush("flush")
+        self._copied()
 
     def _broken(self) -> bool:
         """Whether some rank has a weight that is not finite. Collective.
@@ -270,6 +294,8 @@ class ShardedEMA:
         """Updates by itself, once after the last of the optimizers really stepped. Local.
 
         Steps that a GradScaler skipped do not count, nor do accelerate's accumulation steps.
+        Offloaded averages read the weights until the next step, which waits for them; `update`
+        waits itself.
 
         Args:
             optimizers: torch optimizers, or accelerate's wrappers of them; for a DeepSpeed engine
@@ -287,11 +313,14 @@ class ShardedEMA:
             increment(dt, self.unit)
 
         def update() -> None:
-            self.update(dt() if callable(dt) else dt)
+            self._advance(dt() if callable(dt) else dt)
+
+        def guard() -> None:
+            self._not_inside("an optimizer step")
+            self._copied()
 
         if self._engine is not None and optimizers == self._models:
-            return self._engine.hook(after=update)
-        guard = functools.partial(self._not_inside, "an optimizer step")
+            return self._engine.hook(before=guard, after=update)
         return Attached(optimizers, update, guard)
 
     # ---- evaluating ---------------------------------------------------------------------------
@@ -313,13 +342,14 @@ class ShardedEMA:
             ValueError: no average of this name.
         """
         average, mine, exchange = self._together("swap", lambda: self._ready_to_swap(name))
+        same = self._replicated(average, mine)
         guards = []
         if self._engine is not None:
             guard = functools.partial(self._not_inside, "an optimizer step")
             guards.append(self._engine.hook(before=guard))
         try:
             self._inside = average.name
-            with writable(), self._spread():
+            with writable(), self._spread(same):
                 self._await_copies()
                 exchange.swap_in()
             self._announce_write()
@@ -327,8 +357,7 @@ class ShardedEMA:
             yield
             now = self._versions(mine)
         finally:
-            with self._spread():
-                self._put_back(exchange, mine)
+            self._put_back(exchange, mine, same)
             for hook in guards:
                 hook.remove()
         written = [name for name, version in now.items() if version != versions[name]]
@@ -339,58 +368,79 @@ class ShardedEMA:
                 "weights outside of it, and call ema.reset() or ema.load() to mend the average"
             )
 
-    def _ready_to_swap(self, name: str | None) -> tuple[_Average, list[Shard], Exchange]:
+    def _ready_to_swap(self, name: str | None) -> tuple[Average, list[Shard], Exchange]:
         self._not_inside("swap")
         average = self._named(name)
         with writable():
             self._refresh()
-            mine = self._mine()
-            return average, mine, Exchange(mine, average.shadows.views)
+            self._flush("swap")
+            return average, self._mine(), Exchange(self._held(average), average.shadows.views)
 
     def _together(self, op: str, work: Callable[[], _T]) -> _T:
-        """``work()``; where an engine makes the call collective, on all ranks or on none."""
-        if self._engine is None:
+        """``work()``; where an engine or replicas make the call collective, on all or on none."""
+        sliced = any(average.policy.shard_replicas for average in self._averages.values())
+        if self._engine is None and not sliced:
             return work()
         done: list[_T] = []
         self._ranks.agree(op, lambda: done.append(work()))
         return done[0]
 
+    def _replicated(self, average: Average, shards: Sequence[Shard]) -> list[Shard]:
+        """Those of the shards of which this average has a slice only."""
+        if not average.policy.shard_replicas:
+            return []
+        return [shard for shard in shards if replicas.sliced(shard)]
+
     @contextlib.contextmanager
-    def _spread(self) -> Iterator[None]:
-        """The block writes the model's own tensors; an engine's reach all ranks when it ends."""
-        if self._engine is None:
+    def _spread(self, same: Sequence[Shard], *, masters: bool = False) -> Iterator[None]:
+        """The block writes the model's own tensors; what it wrote reaches all ranks when it ends.
+
+        Args:
+            same: of which it writes this replica's slice only.
+            masters: it writes what the optimizer steps, too.
+        """
+        if self._engine is None and not same:
             yield
             return
         with uninterrupted(), writable():
-            self._engine.release()
+            if self._engine is not None:
+                self._engine.release()
             try:
                 yield
             finally:  # the other ranks gather too, whatever happened here
-                self._engine.publish()
+                whole = [(s.own, s.replicas) for s in same]
+                if masters:
+                    whole += [(s.local, s.replicas) for s in same if s.weights is not None]
+                replicas.spread(whole)
+                if self._engine is not None:
+                    self._engine.publish()
 
-    def _put_back(self, exchange: Exchange, mine: Sequence[Shard]) -> None:
+    def _put_back(self, exchange: Exchange, mine: Sequence[Shard], same: Sequence[Shard]) -> None:
         """The end of a swap: the weights come back first, whatever interrupts it."""
-        interrupt: BaseException | None = None
-        while True:
-            try:
-                with writable():
-                    self._backend.ensure_sharded(self._models)
-                    self._await_copies()
-                    exchange.swap_out()
-                    self._follow(mine)
-                self._announce_write()
-                self._inside = None
-                break
-            except (KeyboardInterrupt, SystemExit) as error:
-                interrupt = error
-        if interrupt is not None:
+
+        def take_out() -> None:
+            with writable():
+                self._backend.ensure_sharded(self._models)
+                self._await_copies()
+                exchange.swap_out()
+
+        def arrive() -> None:
+            with writable():
+                self._follow(mine)
+            self._announce_write()
+            self._inside = None
+
+        with self._spread(same):  # once on every rank, however often this one is interrupted
+            interrupts = [to_the_end(take_out)]
+        interrupts.append(to_the_end(arrive))
+        for interrupt in filter(None, interrupts):
             raise interrupt
 
     def _versions(self, shards: Sequence[Shard]) -> dict[str, int]:
         """Counters that every in-place write moves, by fqn; of an engine, its parameters'."""
         if self._engine is not None:
             return {fqn: p._version for fqn, p in self._engine.parameters().items()}
-        return {shard.fqn: shard.local._version for shard in shards}
+        return {s.fqn: s.local._version for s in shards if s.role != "buffer"}
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the model with the average: ``ema(x)``. Collective where `swap` and the forward are.
@@ -460,17 +510,19 @@ class ShardedEMA:
             if updates == 0 or updates % every:
                 return
 
-        def ready() -> _Average:
+        def ready() -> Average:
             self._not_inside("copy_to_model")
             average = self._named(name)
             with writable():
                 self._refresh()
+            self._flush("copy_to_model")
             return average
 
         average = self._together("copy_to_model", ready)
-        with writable(), self._spread():
+        same = self._replicated(average, self._mine())
+        with writable(), self._spread(same, masters=True):
             self._await_copies()
-            for group in present(self._mine(), write=True):
+            for group in present(self._held(average), write=True):
                 for shard in group:
                     shard.local.copy_(average.shadows.views[shard.fqn])
                     if shard.weights is not None:
@@ -492,10 +544,12 @@ class ShardedEMA:
         chosen = list(self._averages.values()) if name is None else [self._named(name)]
         with writable():
             self._refresh()
+            if len(chosen) < len(self._averages):
+                self._flush("reset")  # the others must be whole
+            self._rebind()  # an update that failed in the background is forgotten
             for average in chosen:
-                average.shadows.copy_from(self._mine())
-                average.t = 0
-                average.num_updates = 0
+                average.shadows.copy_from(self._held(average))
+                average.restart()
 
     # ---- gathering ----------------------------------------------------------------------------
 
@@ -553,7 +607,7 @@ class ShardedEMA:
         holdings = self._holdings(plan, average)
         chosen = range(len(plan.items))
         with writable():
-            gather.check_replicas(plan, holdings, self._ranks, op)
+            self._check_replicas(average, op)
             arriving = gather.stream(
                 plan,
                 chosen,
@@ -618,7 +672,7 @@ class ShardedEMA:
         module = unwrap(self._models[0])
         exported_dtype = next((out_dtype(i) for i in plan.items if i.averaged), None)
         with writable():
-            gather.check_replicas(plan, holdings, self._ranks, "export")
+            self._check_replicas(average, "export")
             exporter.export(
                 os.fspath(path),
                 plan,
@@ -644,27 +698,31 @@ class ShardedEMA:
             and as ``"distance/<child>"`` for each child of the model; ``"unmoved"``, the share
             of elements that differ from their weight and that an update with this decay would
             not move, since the step is rounded away; ``"nonfinite"``, how many elements of the
-            average are infinite or not a number; ``"t"`` and ``"num_updates"``.
+            average are infinite or not a number; ``"t"`` and ``"num_updates"``. With
+            `schedules.by_pattern` decay and horizon are the default's, and ``"decay/<pattern>"``
+            is there for each pattern.
 
         Raises:
             RuntimeError: inside ``swap()``.
             ValueError: no average of this name, or several and no name.
         """
         plan, average, _ = self._begin("metrics", name, None)
-        decay = average.decay
-        if decay is None:
-            decay = 1 - average.weight(1)
-        weight = 1 - decay
-        views = average.shadows.views
+        decays = average.decays or tuple(1 - weight for weight in average.weights(1))
+        weights = {shard.fqn: 1 - decays[average.index(shard)] for shard in self._mine()}
+        held, views = self._held(average), average.shadows.views
 
         def local() -> dict[str, Any]:
             with writable():
-                return dict(sums(plan, self._ranks.index, self._mine(), views, weight))
+                return dict(sums(plan, self._ranks.index, held, views, weights))
 
         told: dict[str, float] = self._ranks.agree("metrics", local, total)
-        horizon = 1 / weight if weight else math.inf
+        horizon = 1 / (1 - decays[0]) if decays[0] < 1 else math.inf
+        patterns = {
+            f"decay/{text_of(pattern)}": decay
+            for (pattern, _), decay in zip(_rules(average.schedule), decays[1:], strict=True)
+        }
         progress = {"t": average.t, "num_updates": average.num_updates}
-        return {"decay": decay, "horizon": horizon, **told, **progress}
+        return {"decay": decays[0], "horizon": horizon, **patterns, **told, **progress}
 
     # ---- checkpoints --------------------------------------------------------------------------
 
@@ -683,7 +741,8 @@ class ShardedEMA:
             CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
             RuntimeError: inside ``swap()``, or supposed replicas differ.
         """
-        plan, _, _ = self._begin("save", self.names[0], None)
+        self._begin("save", self.names[0], None)
+        plan = self._plans[False]
         averaged = [i for i, item in enumerate(plan.items) if item.averaged]
         rest = [
             i
@@ -692,27 +751,34 @@ class ShardedEMA:
         ]
         kept = {*averaged, *rest}
         left_out = [item.fqn for i, item in enumerate(plan.items) if i not in kept]
-        sources = [
-            checkpoint.Source(a.name, averaged, self._holdings(plan, a), self._travels_as(a))
-            for a in self._averages.values()
-        ]
         own = Holdings(plan, self._shards, {})
         module = unwrap(self._models[0])
         with writable():
-            for source in sources:
-                gather.check_replicas(plan, source.holdings, self._ranks, "save")
-            sources.append(checkpoint.Source(None, rest, own, lambda item: item.dtype))
+            sources = []
+            for a in self._averages.values():
+                self._check_replicas(a, "save")
+                theirs = self._plans[a.policy.shard_replicas]
+                holdings = self._holdings(theirs, a)
+                dtype = self._travels_as(a)
+                sources.append(checkpoint.Source(a.name, theirs, averaged, holdings, dtype))
+            sources.append(checkpoint.Source(None, plan, rest, own, lambda item: item.dtype))
             checkpoint.save(
                 os.fspath(folder),
-                plan,
                 sources,
-                {a.name: _stored(a) for a in self._averages.values()},
+                {a.name: a.stored() for a in self._averages.values()},
                 left_out,
                 self._ranks,
                 extra=lambda place: exporter.write_config(module, place, None),
             )
 
-    def load(self, folder: str | os.PathLike[str], *, new_schedule: bool = False) -> None:
+    def load(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        new_schedule: bool = False,
+        add: Sequence[str] = (),
+        drop: Sequence[str] = (),
+    ) -> None:
         """Reads what `save` wrote, on any number of ranks and any backend. Collective.
 
         Each rank reads and verifies the blocks that its shards touch, into staging of the
@@ -721,10 +787,14 @@ class ShardedEMA:
         Args:
             folder: what was given to `save`.
             new_schedule: go on with this object's schedules where the checkpoint has others.
+            add: averages that the checkpoint lacks: they begin now, at the present weights and
+                ``t = 0``. Load the model first.
+            drop: averages of the checkpoint that this object does not keep.
 
         Raises:
             CheckpointError: no checkpoint, or a damaged one: on all ranks.
-            ValueError: a checkpoint of another model, other averages or other schedules.
+            ValueError: a checkpoint of another model, other averages or other schedules; ``add``
+                or ``drop`` of what is not so.
             RuntimeError: inside ``swap()``.
 
         After an error the averages are as before, to the bit.
@@ -735,6 +805,7 @@ class ShardedEMA:
 
         def look() -> str:
             stored = manifest.read(folder)
+            self._check_names(folder, set(stored.averages), _names(add), _names(drop))
             self._check_stored(folder, stored, plan, new_schedule)
             found.append(stored)
             return stored.save_id
@@ -752,18 +823,21 @@ class ShardedEMA:
 
         def read() -> None:
             for average in self._averages.values():
-                staging = allocate(self._mine(), average.policy)
-                checkpoint.read_average(folder, found[0], average.name, self._mine(), staging.views)
-                staged[average.name] = staging
+                held = self._held(average)
+                staging = staged[average.name] = allocate(held, average.policy, pin=False)
+                if average.name in found[0].averages:
+                    checkpoint.read_average(folder, found[0], average.name, held, staging.views)
+                else:
+                    staging.copy_from(held)
 
         with writable():
             nbytes = sum(file.size for file in found[0].files)
             self._ranks.agree("load (reading)", read, nbytes=nbytes * self._ranks.size)
+            self._rebind()  # an update that failed in the background is forgotten
             for average in self._averages.values():
-                stored_average = found[0].averages[average.name]
                 average.shadows.copy_all(staged[average.name])
-                average.t = stored_average.t
-                average.num_updates = stored_average.num_updates
+                kept = found[0].averages.get(average.name)
+                average.restart(*((kept.t, kept.num_updates) if kept is not None else ()))
         self._counted = self._applied()
 
     def load_full(
@@ -796,8 +870,9 @@ class ShardedEMA:
                 if not fqn.endswith(_EXTRA)
             }
             names = consolidated.match(label, plan, shapes)
-            staging = allocate(self._mine(), average.policy)
-            for shard in self._mine():
+            held = self._held(average)
+            staging = allocate(held, average.policy, pin=False)
+            for shard in held:
                 value = stored[names[shard.fqn]]
                 for box, target in shard.pieces(staging.views[shard.fqn]):
                     if isinstance(value, consolidated.Place):
@@ -825,9 +900,12 @@ class ShardedEMA:
         self._not_inside("state_dict")
         with writable():
             self._refresh()
+            self._flush("state_dict")
             return {
                 "averages": {
-                    a.name: {s.fqn: BoxedTensor.of(s, a.shadows.views[s.fqn]) for s in self._mine()}
+                    a.name: {
+                        s.fqn: BoxedTensor.of(s, a.shadows.views[s.fqn]) for s in self._held(a)
+                    }
                     for a in self._averages.values()
                 },
                 "progress": {
@@ -845,37 +923,39 @@ class ShardedEMA:
             ValueError: other averages, tensors or schedules than this object's.
         """
         self._not_inside("load_state_dict")
-        averages = state_dict["averages"]
-        if set(averages) != set(self._averages):
-            raise ValueError(
-                f"load_state_dict: got averages {sorted(averages)}, expected {sorted(self.names)}"
-            )
+        self._flush("load_state_dict")
+        op = "load_state_dict"
+        missing = {"averages", "progress", "schedules"} - set(state_dict)
+        if missing:
+            words = sorted(missing)
+            raise ValueError(f"{op}: got no {words}, expected what ema.state_dict() gives")
+        for part in ("averages", "progress", "schedules"):
+            if set(state_dict[part]) != set(self._averages):
+                got, expected = sorted(state_dict[part]), sorted(self.names)
+                raise ValueError(f"{op}: got {part} {got}, expected averages {expected}")
         for average in self._averages.values():
-            given = averages[average.name]
-            views = average.shadows.views
+            given, views = state_dict["averages"][average.name], average.shadows.views
             if set(given) != set(views):
                 odd = sorted(set(given) ^ set(views))
                 raise ValueError(
-                    f"load_state_dict: average {average.name!r} differs in {few(odd)}; "
+                    f"{op}: average {average.name!r} differs in {few(odd)}; "
                     "it is of another model or another select="
                 )
-            self._check_schedule(
-                "load_state_dict", average, dict(state_dict["schedules"][average.name])
-            )
+            for fqn, value in given.items():
+                local = value.local if isinstance(value, BoxedTensor) else None
+                if local is None or local.shape != views[fqn].shape:
+                    raise ValueError(
+                        f"{op}: {fqn}: got {type(value).__name__}, expected what "
+                        "ema.state_dict() gives; take ema.load_full for full tensors"
+                    )
+            self._check_schedule(op, average, dict(state_dict["schedules"][average.name]))
         with writable():
             for average in self._averages.values():
-                for fqn, value in averages[average.name].items():
-                    local = value.local if isinstance(value, BoxedTensor) else None
-                    if local is None or local.shape != average.shadows.views[fqn].shape:
-                        raise ValueError(
-                            f"load_state_dict: {fqn}: got {type(value).__name__}, expected what "
-                            "ema.state_dict() gives; take ema.load_full for full tensors"
-                        )
-                    if local.data_ptr() != average.shadows.views[fqn].data_ptr():
-                        average.shadows.views[fqn].copy_(local)
+                for fqn, value in state_dict["averages"][average.name].items():
+                    if value.local.data_ptr() != average.shadows.views[fqn].data_ptr():
+                        average.shadows.views[fqn].copy_(value.local)
                 progress = state_dict["progress"][average.name]
-                average.t = progress["t"]
-                average.num_updates = progress["num_updates"]
+                average.restart(progress["t"], progress["num_updates"])
         self._counted = self._applied()
 
     # ---- inside -------------------------------------------------------------------------------
@@ -886,6 +966,7 @@ class ShardedEMA:
 
     def _read(self) -> list[Shard]:
         shards = self._backend.read(self._models)
+        shards = [shard for shard in shards if self._buffers.get(shard.fqn) != "ignore"]
         if self._source == "master":
             return shards
         return [replace(shard, reads_weights=True) for shard in shards]
@@ -899,10 +980,50 @@ class ShardedEMA:
         self._facts = [layout.facts(shard) for shard in self._shards]
         self._addresses = [(shard.address, shard.address()) for shard in self._mine()]
         self._lent = [s for s in self._mine() if s.away is not None and not s.reads_weights]
+        self._slices = {shard.fqn: replicas.slice_of(shard) for shard in self._mine()}
 
-    def _bound(self, shadows: Shadows) -> kernels.Lerp:
-        here = [shard for shard in self._mine() if shard not in self._lent]
-        return self._bind_kernel(*shadows.runs(here))
+    def _cut(self, shards: Sequence[Shard], policy: ShadowPolicy) -> list[Shard]:
+        """What this rank averages of ``shards``."""
+        return [self._slices[s.fqn] for s in shards] if policy.shard_replicas else list(shards)
+
+    def _held(self, average: Average) -> list[Shard]:
+        return self._cut(self._mine(), average.policy)
+
+    def _bound(self) -> Updater:
+        away = {shard.fqn for shard in self._lent}
+        return Updater(
+            list(self._averages.values()),
+            lambda average: [s for s in self._held(average) if s.fqn not in away],
+            self._bind_kernel,
+        )
+
+    def _rebind(self) -> None:
+        """Binds the update to where the tensors are now; an error of an update is forgotten."""
+        self._updater.close()
+        self._updater = self._bound()
+
+    def _lerp_lent(self, shards: Sequence[Shard], weights: Sequence[float]) -> None:
+        """Moves the averages of shards that are here for the moment."""
+        first = 0
+        for average in self._averages.values():
+            runs = list(average.runs(shards))
+            if runs:
+                shadows, sources, indices = (list(column) for column in zip(*runs, strict=True))
+                self._bind_kernel(shadows, sources, indices)(weights[first:])
+            first += len(average.schedules)
+
+    def _flush(self, op: str) -> None:
+        """Waits for an update in the background. Raises RuntimeError if it failed."""
+        with self._naming(op):
+            self._updater.flush()
+
+    @contextlib.contextmanager
+    def _naming(self, op: str) -> Iterator[None]:
+        """Names the rank where an update in the background failed."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(f"rank {self._ranks.rank}: {op}: {error}") from error
 
     def _refresh(self) -> None:
         """Makes the shards the present weights: frees what is gathered, finds what was replaced."""
@@ -935,8 +1056,19 @@ class ShardedEMA:
         self._shards = shards
         self._watch()
         if moved:  # else the kernels hold the right tensors already
-            for average in self._averages.values():
-                average.lerp_ = self._bound(average.shadows)
+            self._flush("reading the model again")
+            self._rebind()
+
+    def _tell_what_froze(self) -> None:
+        """Logs parameters that were frozen or unfrozen since the last look, once each time."""
+        frozen = frozenset(shard.fqn for shard in self._shards if shard.role == "frozen")
+        then, self._frozen = self._frozen, frozen
+        for names, what in (
+            ((frozen - then) & self._averaged, "frozen since: averaged on, towards its last value"),
+            ((then - frozen) - self._averaged, "trainable now, and not averaged: build a new EMA"),
+        ):
+            if names and self._ranks.leader:
+                log.warning("%s: %s", few(sorted(names)), what)
 
     def _not_inside(self, op: str) -> None:
         if self._inside is not None:
@@ -945,7 +1077,7 @@ class ShardedEMA:
                 f"{self._inside!r} and the average holds the weights; leave the with block first"
             )
 
-    def _named(self, name: str | None) -> _Average:
+    def _named(self, name: str | None) -> Average:
         if name is None and len(self._averages) > 1:
             raise ValueError(f"name: there are several averages, give one of {list(self.names)}")
         key = self.names[0] if name is None else name
@@ -955,7 +1087,7 @@ class ShardedEMA:
 
     def _begin(
         self, op: str, name: str | None, dtype: Any
-    ) -> tuple[Plan, _Average, Callable[[Item], torch.dtype]]:
+    ) -> tuple[Plan, Average, Callable[[Item], torch.dtype]]:
         """The start of every collective call: all ranks are ready, and know the plan."""
 
         def ready() -> bool:
@@ -965,43 +1097,66 @@ class ShardedEMA:
             with writable():
                 self._backend.ensure_sharded(self._models)
                 self._read_again()
-            return self._plan is not None
+            self._tell_what_froze()
+            if op != "load":  # which fills all averages anew
+                self._flush(op)
+            return bool(self._plans)
 
         if not self._ranks.agree(op, ready, all):
-            self._plan = gather.make_plan(
-                self._shards, self._averaged, self._ranks, exporter.dropped_names(self._models)
-            )
-        assert self._plan is not None
+            dropped = exporter.dropped_names(self._models)
+            cuts = {average.policy.shard_replicas for average in self._averages.values()}
+            for cut in sorted(cuts | {False}):
+                shards = [self._slices.get(s.fqn, s) for s in self._shards] if cut else self._shards
+                self._plans[cut] = gather.make_plan(shards, self._averaged, self._ranks, dropped)
         average = self._named(name)
         own = self._travels_as(average)
 
         def out_dtype(item: Item) -> torch.dtype:
-            if item.role == "buffer" or dtype == "model":
-                return item.dtype
-            if dtype is not None and item.dtype.is_floating_point:
-                assert isinstance(dtype, torch.dtype)
-                return dtype
-            return own(item)
+            if dtype is None:
+                return own(item)
+            given = item.role != "buffer" and item.dtype.is_floating_point
+            return dtype if given and isinstance(dtype, torch.dtype) else item.dtype
 
-        return self._plan, average, out_dtype
+        return self._plans[average.policy.shard_replicas], average, out_dtype
 
-    def _travels_as(self, average: _Average) -> Callable[[Item], torch.dtype]:
+    def _travels_as(self, average: Average) -> Callable[[Item], torch.dtype]:
         """The dtype of an item where this average stands for the model."""
         return lambda i: average.policy.dtype_for(i.dtype) if i.averaged else i.dtype
 
-    def _holdings(self, plan: Plan, average: _Average) -> Holdings:
-        return Holdings(plan, self._shards, average.shadows.views)
+    def _holdings(self, plan: Plan, average: Average) -> Holdings:
+        slices = self._slices if average.policy.shard_replicas else {}
+        shards = [slices.get(shard.fqn, shard) for shard in self._shards]
+        return Holdings(plan, shards, average.shadows.views)
+
+    def _check_replicas(self, average: Average, op: str) -> None:
+        """Compares the average on supposed replicas; of slices, the weights that they are of."""
+        cut = average.policy.shard_replicas
+        sources = {shard.fqn: shard.source for shard in self._mine()} if cut else {}
+        held = Holdings(self._plans[False], self._shards, sources or average.shadows.views)
+        gather.check_replicas(self._plans[False], held, self._ranks, op)
+
+    def _check_names(
+        self, folder: str, stored: set[str], add: tuple[str, ...], drop: tuple[str, ...]
+    ) -> None:
+        lacking, surplus = set(self._averages) - stored, stored - set(self._averages)
+        if lacking == set(add) and surplus == set(drop):
+            return
+        call = ", ".join(
+            f"{word}={sorted(names)}"
+            for word, names in (("add", lacking), ("drop", surplus))
+            if names
+        )
+        raise ValueError(
+            f"load from {folder}: it holds averages {sorted(stored)}, this object keeps "
+            f"{sorted(self.names)}, and got add={sorted(add)}, drop={sorted(drop)}; build the EMA "
+            "with the same names" + (f", or load(..., {call})" if call else " and add or drop none")
+        )
 
     def _check_stored(
         self, folder: str, stored: manifest.Manifest, plan: Plan, new_schedule: bool
     ) -> None:
-        if set(stored.averages) != set(self._averages):
-            raise ValueError(
-                f"load from {folder}: it holds averages {sorted(stored.averages)}, expected "
-                f"{sorted(self.names)}; build the EMA with the same names"
-            )
         items = [item for item in plan.items if item.averaged]
-        for average in self._averages.values():
+        for average in (a for a in self._averages.values() if a.name in stored.averages):
             dtype = self._travels_as(average)
             checkpoint.check_same_tensors(folder, stored, average.name, items, dtype)
             if not new_schedule:
@@ -1010,7 +1165,7 @@ class ShardedEMA:
                 self._check_schedule(f"load from {folder}", average, was, otherwise)
 
     def _check_schedule(
-        self, op: str, average: _Average, was: dict[str, Any], otherwise: str = ""
+        self, op: str, average: Average, was: dict[str, Any], otherwise: str = ""
     ) -> None:
         now = describe(average.schedule)
         if was != now:
@@ -1020,10 +1175,9 @@ class ShardedEMA:
             )
 
 
-def _stored(average: _Average) -> StoredAverage:
-    return StoredAverage(
-        describe(average.schedule),
-        average.t,
-        average.num_updates,
-        str(average.policy.dtype).removeprefix("torch."),
-    )
+def _rules(schedule: Schedule | by_pattern) -> tuple[tuple[Pattern, Schedule], ...]:
+    return schedule.rules if isinstance(schedule, by_pattern) else ()
+
+
+def _names(given: Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)

@@ -69,7 +69,7 @@ def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
     moving = [p for p in pairs if p[0].role != "buffer" and p[0].local.is_floating_point()]
     with writable():
         locals_ = [[p[i].local for p in moving] for i in (0, 1)]
-        kernels.find("auto")(*locals_)(1 - decay)
+        kernels.find("auto")(locals_[0], locals_[1], [0] * len(moving))([1 - decay])
         for average, source in pairs:
             if average.role == "buffer":
                 average.local.copy_(source.local)

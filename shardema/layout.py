@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
+from shardema.patterns import Pattern, fits, text_of
+from shardema.schedules import by_pattern
 from shardema.shard import Dims, Shard, few
 
-Pattern = str | re.Pattern[str]
+Buffers = Literal["copy", "average", "ignore"]
 Select = Pattern | Sequence[Pattern] | Callable[[str, Dims], bool]
 
 
@@ -29,16 +30,11 @@ def choose(shards: Sequence[Shard], select: Select | None) -> frozenset[str]:
         patterns = [select] if isinstance(select, str | re.Pattern) else list(select)
         chosen = []
         for pattern in patterns:
-            hits = [
-                s
-                for s in floating
-                if any(_fits(pattern, fqn) for fqn in (s.fqn, *s.aliases))
-            ]
+            hits = [s for s in floating if fits(pattern, s.names)]
             if not hits:
                 known = few([s.fqn for s in floating])
-                text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
                 raise ValueError(
-                    f"select: {text!r} matches no floating-point parameter of {known}"
+                    f"select: {text_of(pattern)!r} matches no floating-point parameter of {known}"
                 )
             chosen += hits
     unmade = [s.fqn for s in chosen if s.local.device.type == "meta"]
@@ -61,10 +57,49 @@ def choose(shards: Sequence[Shard], select: Select | None) -> frozenset[str]:
     return frozenset(shard.fqn for shard in chosen)
 
 
-def _fits(pattern: Pattern, fqn: str) -> bool:
-    if isinstance(pattern, re.Pattern):
-        return pattern.search(fqn) is not None
-    return fnmatch.fnmatchcase(fqn, pattern)
+def sort_buffers(
+    shards: Sequence[Shard], buffers: Buffers | Mapping[Pattern, Buffers]
+) -> dict[str, Buffers]:
+    """What becomes of each buffer, by fqn. Waits for the device where some may be averaged.
+
+    Only floating-point buffers without inf and NaN are averaged: a counter, a table of indices, a
+    flag or a mask would not survive it. The others are then the model's own, as with ``"copy"``.
+
+    Raises:
+        ValueError: another word than the three, or a pattern that matches no buffer.
+    """
+    rules = buffers if isinstance(buffers, Mapping) else {"*": buffers}
+    here = [shard for shard in shards if shard.role == "buffer"]
+    for pattern, word in rules.items():
+        if word not in ("copy", "average", "ignore"):
+            raise ValueError(
+                f"buffers: got {word!r}, expected 'copy', 'average' or 'ignore', or "
+                "{pattern: one of these}"
+            )
+        if isinstance(buffers, Mapping) and not any(fits(pattern, s.names) for s in here):
+            raise ValueError(
+                f"buffers: {text_of(pattern)!r} matches no buffer of {few([s.fqn for s in here])}"
+            )
+    told: dict[str, Buffers] = {}
+    for shard in here:
+        word = next((w for pattern, w in rules.items() if fits(pattern, shard.names)), "copy")
+        can = shard.local.is_floating_point() and bool(shard.local.isfinite().all())
+        told[shard.fqn] = "copy" if word == "average" and not can else word
+    return told
+
+
+def check_rule(name: str, rule: Any, shards: Sequence[Shard]) -> None:
+    """Raises ValueError if a pattern of a `by_pattern` decides about no averaged tensor."""
+    if not isinstance(rule, by_pattern):
+        return
+    used = {rule.index(shard.names) for shard in shards}
+    for place, (pattern, _) in enumerate(rule.rules, 1):
+        if place not in used:
+            raise ValueError(
+                f"schedule of average {name!r}: by_pattern: {text_of(pattern)!r} decides about no "
+                f"averaged tensor of {few([s.fqn for s in shards])} (the first pattern that takes "
+                "a name does)"
+            )
 
 
 def facts(shard: Shard) -> tuple[Any, ...]:

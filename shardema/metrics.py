@@ -28,7 +28,7 @@ def sums(
     index: int,
     shards: Sequence[Shard],
     shadows: Mapping[str, Tensor],
-    weight: float,
+    weights: Mapping[str, float],
 ) -> dict[str, Row]:
     """Sums over what this rank counts, by top-level module. Local; waits for the device.
 
@@ -37,7 +37,7 @@ def sums(
         index: of this rank, among those of the plan.
         shards: this rank's averaged shards.
         shadows: their averages by fqn.
-        weight: of the present in an update.
+        weights: of the present in an update, by fqn.
     """
     rows: dict[str, list[Tensor]] = {}
     for group in present(shards):
@@ -50,6 +50,7 @@ def sums(
                     continue
                 found = rows.setdefault(item.fqn.partition(".")[0], [])
                 pairs = (averages(number, box), sources(number, box))
+                weight = weights[item.fqn]
                 found += [_row(*parts, weight) for parts in _parts(box, *pairs)]
     return {name: torch.stack(found).sum(0).tolist() for name, found in rows.items()}
 

@@ -5,8 +5,9 @@
     preset(model, <the library's arguments>, **<ShardedEMA's keywords>) -> ShardedEMA
 
 One ``ema.update()`` stands for one call of the library's own update. The first call is call 1. An
-interval is part of the schedule: between two updates the average stays. Arguments of a library
-that do not decide values (devices, foreach, buffers) are not taken.
+interval is part of the schedule: between two updates the average stays. Buffers of floating point
+are averaged where the library does so, unless ``buffers=`` says otherwise; counters, tables and
+masks never are. Arguments of a library that do not decide values (devices, foreach) are not taken.
 """
 
 from __future__ import annotations
@@ -32,25 +33,33 @@ def _at_calls(schedule: Schedule, k: int, first: int = 1) -> Schedule:
     return schedule if k == first == 1 else schedules.every(schedule, k, first)
 
 
-def torch_averaged(model: Any, *, decay: float = 0.999, **options: Any) -> ShardedEMA:
+def _kept(options: dict[str, Any], averages_buffers: bool) -> dict[str, Any]:
+    """``options``, with what the library does to buffers where they do not decide it."""
+    return {"buffers": "average" if averages_buffers else "copy", **options}
+
+
+def torch_averaged(
+    model: Any, *, decay: float = 0.999, use_buffers: bool = False, **options: Any
+) -> ShardedEMA:
     """torch's ``AveragedModel`` with ``get_ema_avg_fn(decay)`` or ``get_ema_multi_avg_fn(decay)``.
 
     Call 1 copies, the others decay by ``decay``.
     """
-    return ShardedEMA(model, schedules.start(schedules.constant(decay), at=1), **options)
+    rule = schedules.start(schedules.constant(decay), at=1)
+    return ShardedEMA(model, rule, **_kept(options, use_buffers))
 
 
-def swa(model: Any, **options: Any) -> ShardedEMA:
+def swa(model: Any, *, use_buffers: bool = False, **options: Any) -> ShardedEMA:
     """torch's ``AveragedModel`` as it is, stochastic weight averaging: the mean of all calls.
 
     Call n decays by ``(n - 1) / n``.
     """
-    return ShardedEMA(model, schedules.power(gamma=0), **options)
+    return ShardedEMA(model, schedules.power(gamma=0), **_kept(options, use_buffers))
 
 
 def timm_v1(model: Any, *, decay: float = 0.9999, **options: Any) -> ShardedEMA:
     """timm's ``ModelEma``: every call decays by ``decay``, the first one too."""
-    return ShardedEMA(model, schedules.constant(decay), **options)
+    return ShardedEMA(model, schedules.constant(decay), **_kept(options, True))
 
 
 def timm_v2(model: Any, *, decay: float = 0.9999, **options: Any) -> ShardedEMA:
@@ -67,6 +76,7 @@ def timm_v3(
     use_warmup: bool = False,
     warmup_gamma: float = 1.0,
     warmup_power: float = _RULE,
+    exclude_buffers: bool = False,
     **options: Any,
 ) -> ShardedEMA:
     """timm's ``ModelEmaV3``, called with ``step=1, 2, ...`` as timm's ``train.py`` does.
@@ -78,7 +88,8 @@ def timm_v3(
     rule: Schedule = schedules.constant(decay)
     if use_warmup:
         rule = _at_least(schedules.warmup(decay, warmup_gamma, warmup_power), min_decay)
-    return ShardedEMA(model, schedules.start(rule, at=update_after_step + 1), **options)
+    rule = schedules.start(rule, at=update_after_step + 1)
+    return ShardedEMA(model, rule, **_kept(options, not exclude_buffers))
 
 
 def diffusers(
@@ -146,7 +157,7 @@ def ema_pytorch(
     """
     rule = _at_least(schedules.warmup(beta, inv_gamma, power), min_value)
     rule = schedules.start(rule, at=update_after_step + 1)
-    return ShardedEMA(model, _at_calls(rule, update_every), **options)
+    return ShardedEMA(model, _at_calls(rule, update_every), **_kept(options, True))
 
 
 def karras(
@@ -241,7 +252,7 @@ def composer(
     check_count(int(k), "presets.composer, update_interval")
     first = max(1, math.ceil(begin / k)) * int(k)
     rule = schedules.start(schedules.constant(smoothing), at=first)
-    return ShardedEMA(model, _at_calls(rule, int(k), first), **options)
+    return ShardedEMA(model, _at_calls(rule, int(k), first), **_kept(options, True))
 
 
 def lightning(
@@ -250,6 +261,7 @@ def lightning(
     decay: float = 0.999,
     update_every_n_steps: int = 1,
     update_starting_at_step: int | None = None,
+    use_buffers: bool = True,
     **options: Any,
 ) -> ShardedEMA:
     """Lightning's ``EMAWeightAveraging``, at the end of each training step.
@@ -261,7 +273,7 @@ def lightning(
     check_count(k, "presets.lightning, update_every_n_steps")
     first = 1 + k * math.ceil((update_starting_at_step or 0) / k)
     rule = schedules.start(schedules.constant(decay), at=first)
-    return ShardedEMA(model, _at_calls(rule, k, first), **options)
+    return ShardedEMA(model, _at_calls(rule, k, first), **_kept(options, use_buffers))
 
 
 def nemo(
@@ -277,6 +289,7 @@ def mmengine(
     momentum: float = 0.0002,
     gamma: float | None = None,
     interval: int = 1,
+    update_buffers: bool = False,
     **options: Any,
 ) -> ShardedEMA:
     """mmengine's ``ExponentialMovingAverage``, and with ``gamma`` its ``MomentumAnnealingEMA``.
@@ -287,7 +300,8 @@ def mmengine(
     rule: Schedule = schedules.constant(1 - momentum)
     if gamma is not None:
         rule = schedules.warmup(1 - momentum, inv_gamma=gamma, power=1)
-    return ShardedEMA(model, _at_calls(schedules.start(rule, at=1), interval), **options)
+    rule = _at_calls(schedules.start(rule, at=1), interval)
+    return ShardedEMA(model, rule, **_kept(options, update_buffers))
 
 
 def ignite(
@@ -322,4 +336,5 @@ def ultralytics(
 ) -> ShardedEMA:
     """ultralytics' ``ModelEMA``: call n decays by ``decay * (1 - exp(-(updates + n) / tau))``."""
     rule: Schedule = schedules.exponential(decay, tau)
-    return ShardedEMA(model, schedules.shift(rule, updates) if updates else rule, **options)
+    rule = schedules.shift(rule, updates) if updates else rule
+    return ShardedEMA(model, rule, **_kept(options, True))

@@ -32,14 +32,43 @@ class ShadowPolicy:
         dtype: ``"auto"`` keeps float32 for parameters of float32 and less, float64 for float64;
             or torch.float32, torch.float64. A 16-bit average is refused: a step that is smaller
             than half of its last bit is rounded away, so it stands still.
+        device: ``"model"`` keeps the average where the weights are; ``"cpu"`` in host memory, from
+            which it is at most one update behind until something asks for it: see `offload`.
+        compute: with ``device="cpu"``: ``"host"`` sends the weights to the host, where a thread
+            averages them beside the training; ``"device"`` sends the average to the weights'
+            device and back, for a host that is too slow.
+        staging_bytes: of host memory (``compute="device"``: of the device's) that the weights
+            travel through.
+        shard_replicas: where several ranks hold the same weights (DDP, HSDP, ZeRO-0), each of them
+            averages its slice of them. A swap and `copy_to_model` put the slices together, so they
+            are collective then.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: another dtype, device or compute; less than 1 MiB to travel through.
     """
 
     dtype: torch.dtype | Literal["auto"] = "auto"
+    device: Literal["model", "cpu"] = "model"
+    compute: Literal["host", "device"] = "host"
+    staging_bytes: int = 512 << 20
+    shard_replicas: bool = False
 
     def __post_init__(self) -> None:
+        if self.device not in ("model", "cpu"):
+            raise ValueError(f"ShadowPolicy: got device={self.device!r}, expected 'model' or 'cpu'")
+        if self.compute not in ("host", "device"):
+            raise ValueError(
+                f"ShadowPolicy: got compute={self.compute!r}, expected 'host' or 'device'"
+            )
+        if self.compute == "device" and self.device != "cpu":
+            raise ValueError(
+                "ShadowPolicy: got compute='device' without device='cpu'; an average that lies "
+                "with the weights is always computed there"
+            )
+        if isinstance(self.staging_bytes, bool) or not self.staging_bytes >= 1 << 20:
+            raise ValueError(
+                f"ShadowPolicy: got staging_bytes={self.staging_bytes!r}, expected 1 MiB or more"
+            )
         if self.dtype not in ("auto", torch.float32, torch.float64):
             raise ValueError(
                 f"ShadowPolicy: got dtype={self.dtype!r}, expected 'auto', torch.float32 or "
@@ -94,17 +123,18 @@ class Shadows:
         return [shadow for shadow, _ in pairs], [source for _, source in pairs]
 
 
-def allocate(shards: Sequence[Shard], policy: ShadowPolicy) -> Shadows:
-    """Uninitialised shadows of ``shards``, on the devices of what they average.
+def allocate(shards: Sequence[Shard], policy: ShadowPolicy, *, pin: bool = True) -> Shadows:
+    """Zeroed shadows of ``shards``, on the devices of what they average or in host memory.
 
-    What lies together in memory does so among the shadows too, small gaps included.
+    What lies together in memory does so among the shadows too, small gaps included. With ``pin``
+    host memory is pinned where the weights are on a GPU.
     """
     ends: dict[_Key, int] = {}
     last: dict[_Key, Shard] = {}
     starts: dict[str, tuple[_Key, int]] = {}
     for shard in sorted(shards, key=_place):
         source = shard.source
-        key = (source.device, policy.dtype_for(source.dtype))
+        key = (_device(source, policy), policy.dtype_for(source.dtype))
         start = ends.setdefault(key, 0)
         if source.numel() == 0:
             starts[shard.fqn] = (key, start)
@@ -115,7 +145,13 @@ def allocate(shards: Sequence[Shard], policy: ShadowPolicy) -> Shadows:
         starts[shard.fqn] = (key, start)
         ends[key] = start + source.numel()
         last[key] = shard
-    flats = {key: torch.zeros(n, dtype=key[1], device=key[0]) for key, n in ends.items()}
+    # what the host averages by itself does not travel, and torch pins powers of two
+    travels = pin and policy.compute == "device"
+    pinned = travels and any(s.source.device.type == "cuda" for s in shards)
+    flats = {
+        key: torch.zeros(n, dtype=key[1], device=key[0], pin_memory=pinned)
+        for key, n in ends.items()
+    }
     views = {}
     for shard in shards:
         key, start = starts[shard.fqn]
@@ -125,6 +161,10 @@ def allocate(shards: Sequence[Shard], policy: ShadowPolicy) -> Shadows:
 
 
 _Key = tuple[torch.device, torch.dtype]
+
+
+def _device(source: Tensor, policy: ShadowPolicy) -> torch.device:
+    return torch.device("cpu") if policy.device == "cpu" else source.device
 
 
 def _place(shard: Shard) -> tuple[int, int]:

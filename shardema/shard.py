@@ -28,6 +28,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 Role = Literal["parameter", "frozen", "buffer"]
 Dims = tuple[int, ...]
@@ -209,6 +210,8 @@ class Shard:
         reads_weights: the average is of ``weights``, not of ``local``.
         away: where ``local`` is lent and where it starts in the loan; ``local`` itself is then a
             stand-in of the same size without values. See `present`.
+        replicas: the groups of ranks that are declared to hold the same ``local``: DDP's group,
+            the replicated axes of a mesh.
     """
 
     fqn: str
@@ -222,6 +225,12 @@ class Shard:
     weights: Tensor | None = None
     reads_weights: bool = False
     away: tuple[Loan, int] | None = field(default=None, repr=False)
+    replicas: tuple[dist.ProcessGroup, ...] = field(default=(), repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the tensor; tied ones have several."""
+        return (self.fqn, *self.aliases)
 
     @property
     def own(self) -> Tensor:

@@ -9,7 +9,8 @@ is done, so an interrupt at any point can be carried on from or undone::
     phase 2   shadow <- scratch         the parameter holds the shadow
 
 Other dtype (a bf16 parameter, an fp32 shadow): the parameter is set aside whole first, since a
-rounded copy of the shadow could not be turned back.
+rounded copy of the shadow could not be turned back. An averaged buffer is set aside too: a forward
+may write buffers (DDP broadcasts them), and what is written must not get into the average.
 
 Weights that are a copy of a master: the shadow is written over the weights, and the master over
 them afterwards. Nothing is set aside.
@@ -49,7 +50,7 @@ class Exchange:
             param, shadow = shard.local, shadows[shard.fqn]
             if shard.weights is not None:
                 continue
-            if param.dtype != shadow.dtype:
+            if param.dtype != shadow.dtype or shard.role == "buffer":
                 self._aside.append((param, shadow, param.clone()))
                 continue
             key = (param.device, param.dtype)
@@ -98,6 +99,18 @@ class Exchange:
             self._state = (done, 2, step)
         shadow.copy_(scratch)
         self._state = (done + step, 0, step)
+
+
+def to_the_end(work: Callable[[], None]) -> BaseException | None:
+    """Does ``work``, again after an interrupt; returns the last interrupt, to be raised later."""
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            work()
+        except (KeyboardInterrupt, SystemExit) as error:
+            interrupt = error
+        else:
+            return interrupt
 
 
 @contextlib.contextmanager

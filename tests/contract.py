@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,19 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-from shardema import RankError, ShardedEMA, gather, schedules
+from shardema import RankError, ShadowPolicy, ShardedEMA, gather, schedules
 from shardema.backends.tree import unwrap
 from shardema.shadows import writable
 from tests import meters, oracle, zoo
 from tests.layouts import LAYOUTS, Layout
 
 STEPS = 20
+POLICY = ShadowPolicy()  # set by `check`: how the layout wants its averages kept
+
+
+def keep(model: Any, schedule: Any, **options: Any) -> ShardedEMA:
+    """A `ShardedEMA` with the layout's policy, where the fact does not give one."""
+    return ShardedEMA(model, schedule, **{"shadow": POLICY, **options})
 
 
 def write(model: nn.Module, values: dict[str, Tensor]) -> None:
@@ -50,7 +57,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 def trained(layout: Layout, **options: bool) -> tuple[nn.Module, ShardedEMA, dict[str, Tensor]]:
     """A model and its EMA after a few writes and updates, and the model's present values."""
     model = layout.build(**options)
-    ema = ShardedEMA(model, 0.75)
+    ema = keep(model, 0.75)
     like = parameters_of(zoo.make(**dict.fromkeys(layout.options, True), **options))
     values: dict[str, Tensor] = {}
     for step in range(3):
@@ -94,7 +101,7 @@ def scripted_updates_equal_the_unsharded_run(layout: Layout, **options: bool) ->
     plain = zoo.make(**dict.fromkeys(layout.options, True), **options)
     model = layout.build(**options)
     schedule = schedules.ramp(0.9)
-    ema = ShardedEMA(model, schedule)
+    ema = keep(model, schedule)
     assert ema._backend_name == layout.backend
     alone = ShardedEMA(plain, schedule, backend="plain", kernel="reference")
     like = parameters_of(plain)
@@ -184,7 +191,8 @@ def update_is_local_and_allocates_nothing(layout: Layout) -> None:
                 with meters.no_sync():
                     ema.update()
         assert calls == []
-        assert meters.read_only_locals(ema)
+        if POLICY.device == "model" or POLICY.compute == "device":  # else a thread reads them
+            assert meters.read_only_locals(ema)
         del model
 
 
@@ -280,7 +288,7 @@ def swap_is_seen_inside_an_outer_autocast(layout: Layout) -> None:
 def an_ema_built_under_inference_mode_works(layout: Layout) -> None:
     model = layout.build()
     with torch.inference_mode():
-        ema = ShardedEMA(model, 0.5)
+        ema = keep(model, 0.5)
     like = parameters_of(zoo.make(**dict.fromkeys(layout.options, True)))
     write(model, zoo.script(like, 1))
     ema.update()
@@ -340,7 +348,7 @@ def training_goes_on_as_if_nothing_was_swapped(layout: Layout) -> None:
     losses = []
     for swapping in (False, True):
         model = layout.build()
-        ema = ShardedEMA(model, 0.5)
+        ema = keep(model, 0.5)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         ema.attach(optimizer)
         seen = []
@@ -380,7 +388,7 @@ def metrics_are_those_of_the_whole_model(layout: Layout) -> None:
     for key, value in expected.items():
         assert told[key] == pytest.approx(value, rel=1e-12), key
     assert told == same_everywhere(told)
-    still = ShardedEMA(model, 1 - 2**-40)  # a step that is always rounded away
+    still = keep(model, 1 - 2**-40)  # a step that is always rounded away
     write(model, zoo.script(values, 9))
     still.update()
     assert still.metrics()["unmoved"] > 0.99
@@ -395,7 +403,7 @@ def weights_that_are_not_finite_are_skipped_or_raised(layout: Layout) -> None:
     model, _, values = trained(layout)
     for rule in ("skip", "raise"):
         write(model, values)
-        ema = ShardedEMA(model, 0.5, on_nonfinite=rule)
+        ema = keep(model, 0.5, on_nonfinite=rule)
         ema.update()
         full = ema.full_state_dict(all_ranks=True)
         broken = {fqn: value.clone() for fqn, value in values.items()}
@@ -450,6 +458,76 @@ def copy_to_model_reset_and_load_full(layout: Layout) -> None:
         ema.reset()
         ema.load_full(f"{folder}/full")
         assert_same(ema.full_state_dict(all_ranks=True), full)
+
+
+def averaged_buffers_follow_the_average(layout: Layout) -> None:
+    model = layout.build()
+    inner = unwrap(model)
+    odd = {name: getattr(inner, name).clone() for name in ("mask", "table", "flag")}
+    ema = keep(model, 0.75, buffers="average")
+    history = [{"norm.running_mean": inner.norm.running_mean.cpu().clone()}]
+    for step in range(3):
+        with torch.no_grad():
+            inner.norm.running_mean.fill_(1.5 + step)
+            inner.norm.num_batches_tracked.fill_(2**24 + 1 + step)
+        history.append({"norm.running_mean": inner.norm.running_mean.cpu().clone()})
+        ema.update()
+    full = ema.full_state_dict(all_ranks=True)
+    truth = oracle.average(history, [0.25] * 3)["norm.running_mean"]
+    oracle.assert_close(full["norm.running_mean"], truth, 3)
+    assert full["norm.num_batches_tracked"] == 2**24 + 3
+    for name, value in odd.items():
+        assert torch.equal(full[name], value.cpu()), name
+        assert full[name].dtype == value.dtype
+    with ema.swap(), torch.no_grad():
+        assert torch.equal(inner.norm.running_mean.cpu(), full["norm.running_mean"])
+        inner.norm.running_mean.add_(9)  # as a broadcast of DDP: it must not get into the average
+    assert torch.equal(inner.norm.running_mean.cpu(), history[-1]["norm.running_mean"])
+    assert_same(ema.full_state_dict(all_ranks=True), full)
+    with shared_folder() as folder:
+        ema.save(f"{folder}/ema")
+        with torch.no_grad():
+            inner.norm.running_mean.zero_()
+        again = keep(model, 0.75, buffers="average")
+        again.load(f"{folder}/ema")
+        assert_same(again.full_state_dict(all_ranks=True), full)
+        ignoring = keep(model, 0.75, buffers={"*running*": "ignore", "*": "copy"})
+        ignoring.export(f"{folder}/export")
+        with safetensors.safe_open(f"{folder}/export/model.safetensors", "pt") as exported:
+            names = set(exported.keys())
+        assert {"mask", "table", "norm.num_batches_tracked"} <= names
+        assert not names & {"norm.running_mean", "norm.running_var"}
+
+
+def several_averages_equal_each_kept_alone(layout: Layout) -> None:
+    mixed = schedules.by_pattern({"embed.*": 0.25, "*conv*": schedules.ramp(0.9)}, 0.75)
+    rules = {"fast": 0.5, "slow": schedules.power(0.1), "mixed": mixed}
+    policies = dict.fromkeys(rules, POLICY)
+    policies["slow"] = replace(POLICY, dtype=torch.float64)
+    model = layout.build()
+    together = keep(model, rules, shadow=policies)
+    alone = {name: keep(model, rules[name], shadow=policies[name]) for name in rules}
+    by_hand = {
+        "embed.weight": keep(model, 0.25),
+        "conv.weight": keep(model, schedules.ramp(0.9)),
+        "out.weight": keep(model, 0.75),
+    }
+    like = parameters_of(zoo.make(**dict.fromkeys(layout.options, True)))
+    for step in range(5):
+        write(model, zoo.script(like, step))
+        for ema in (together, *alone.values(), *by_hand.values()):
+            ema.update()
+    full = {name: together.full_state_dict(name, all_ranks=True) for name in rules}
+    for name, ema in alone.items():
+        assert_same(full[name], ema.full_state_dict(all_ranks=True))
+    for fqn, ema in by_hand.items():
+        assert torch.equal(full["mixed"][fqn], ema.full_state_dict(all_ranks=True)[fqn]), fqn
+        assert not torch.equal(full["mixed"][fqn], full["fast"][fqn]), fqn
+    told = together.metrics("mixed")
+    assert (told["decay"], told["decay/embed.*"]) == (0.75, 0.25)
+    assert told["decay/*conv*"] == schedules.ramp(0.9).retention(4, 5)
+    with pytest.raises(ValueError, match="there are several averages, give one of"):
+        together.full_state_dict()
 
 
 def a_saved_average_loads(layout: Layout) -> None:
@@ -522,15 +600,14 @@ def dcp_saves_and_loads_it(layout: Layout) -> None:
 def a_replica_that_is_none_is_refused(layout: Layout) -> None:
     model = layout.build()
     inner = unwrap(model)
-    ema = ShardedEMA(model, 0.5)
+    ema = keep(model, 0.5)
     with writable():
         view = next(iter(ema._averages["ema"].shadows.views.values()))
         shards = ema._mine()
     ema.full_state_dict()
-    assert ema._plan is not None
     replicated = [
         (item.fqn, holders)
-        for item in ema._plan.items
+        for item in ema._plans[False].items
         if item.averaged
         for _, holders in item.holders
         if len(holders) > 1
@@ -541,7 +618,9 @@ def a_replica_that_is_none_is_refused(layout: Layout) -> None:
     fqn, holders = replicated[0]
     if dist.get_rank() == holders[-1]:
         shard = next(s for s in shards if s.fqn == fqn)
-        ema._averages["ema"].shadows.views[shard.fqn].add_(1)
+        # of slices there are no replicas: the weights that they are of are compared
+        view = ema._averages["ema"].shadows.views[shard.fqn]
+        (shard.local if POLICY.shard_replicas else view).add_(1)
     for call in (ema.full_state_dict, lambda: ema.save("/nonexistent/x")):
         with pytest.raises(RuntimeError, match=rf"{fqn}: ranks \[.*{holders[-1]}.*\] hold other"):
             call()
@@ -551,7 +630,7 @@ def a_rank_that_does_not_come_is_named(layout: Layout) -> None:
     if dist.get_world_size() == 1:
         return
     model = layout.build()
-    ema = ShardedEMA(model, 0.5, timeout=1.0)
+    ema = keep(model, 0.5, timeout=1.0)
     if dist.get_rank() != 1:
         with pytest.raises(RankError, match=r"ranks \[1\] did not call full_state_dict"):
             ema.full_state_dict()
@@ -584,6 +663,8 @@ FACTS = [
     weights_that_are_not_finite_are_skipped_or_raised,
     the_ema_is_called_like_the_model,
     copy_to_model_reset_and_load_full,
+    averaged_buffers_follow_the_average,
+    several_averages_equal_each_kept_alone,
     a_saved_average_loads,
     an_export_is_what_safetensors_would_write,
     dcp_saves_and_loads_it,
@@ -594,4 +675,6 @@ FACTS = [
 
 def check(fact: str, layout: str) -> None:
     """Runs one fact by name, so that it can travel to another process."""
+    global POLICY
+    POLICY = LAYOUTS[layout].policy
     next(f for f in FACTS if f.__name__ == fact)(LAYOUTS[layout])

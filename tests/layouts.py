@@ -16,9 +16,16 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from shardema import ShadowPolicy
 from tests import zoo
 
 UNITS = ("module", "conv", "frozen", "out", "narrow")  # the rest belongs to the root
+BESIDE = ShadowPolicy()
+SLICES = ShadowPolicy(shard_replicas=True)
+OFFLOAD = ShadowPolicy(device="cpu", staging_bytes=1 << 20)
+TRAVELLING_SLICES = ShadowPolicy(
+    device="cpu", compute="device", staging_bytes=1 << 20, shard_replicas=True
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class Layout:
         backend: the backend that must be found.
         options: of `zoo.make`, where the wrapper cannot take every model.
         exact: the forward gives the same bits as the unsharded one (tensor parallel does not).
+        policy: how the averages are kept.
     """
 
     name: str
@@ -38,6 +46,7 @@ class Layout:
     wrap: Callable[[nn.Module], nn.Module]
     options: tuple[str, ...] = ()
     exact: bool = True
+    policy: ShadowPolicy = BESIDE
 
     def build(self, **options: bool) -> nn.Module:
         """The wrapped zoo model."""
@@ -151,5 +160,16 @@ LAYOUTS = {
         Layout("fsdp2-keep", "fsdp2", (2, 3), _fsdp2(keep=True)),
         Layout("hsdp", "fsdp2", (4,), hsdp),
         Layout("fsdp2-tp", "fsdp2", (4,), fsdp2_tp, exact=False),
+        Layout("ddp-slices", "plain", (2, 3), ddp, ("channels_last", "scalar"), policy=SLICES),
+        Layout(
+            "fsdp1-hybrid-slices",
+            "fsdp1",
+            (4,),
+            _fsdp1(sharding_strategy=_STRATEGY.HYBRID_SHARD, use_orig_params=True),
+            policy=SLICES,
+        ),
+        Layout("hsdp-slices", "fsdp2", (4,), hsdp, policy=SLICES),
+        Layout("fsdp2-offload", "fsdp2", (2,), _fsdp2(), policy=OFFLOAD),
+        Layout("ddp-travelling-slices", "plain", (2,), ddp, policy=TRAVELLING_SLICES),
     )
 }

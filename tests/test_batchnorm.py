@@ -313,3 +313,36 @@ def test_the_average_evaluates_better_than_with_the_statistics_of_the_weights() 
         with statistics.swap():
             after = nn.functional.mse_loss(model(x), y)
     assert after <= before
+
+
+def test_digits_are_read_at_least_as_well_as_with_the_statistics_of_the_weights() -> None:
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]  # [1797, 1, 8, 8]
+    y = torch.tensor(digits.target)
+    test = torch.arange(len(x)) % 5 == 0
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(256, 10)),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    ema = ShardedEMA(model, 0.99)
+    ema.attach(optimizer)
+    for _ in range(6):  # epochs
+        for rows in (~test).nonzero()[:, 0][torch.randperm(int((~test).sum()))].split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    statistics = update_bn(x[~test].split(64), model, ema)
+    model.eval()
+    with torch.no_grad(), ema.swap():
+        before = model(x[test])
+        with statistics.swap():
+            after = model(x[test])
+    right = [(logits.argmax(1) == y[test]).sum().item() for logits in (before, after)]
+    loss = [nn.functional.cross_entropy(logits, y[test]).item() for logits in (before, after)]
+    assert not torch.equal(before, after)
+    assert right[1] >= right[0]
+    assert loss[1] <= loss[0]
+    assert right[1] > len(y[test]) / 2

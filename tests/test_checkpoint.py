@@ -254,8 +254,42 @@ def test_another_schedule_is_refused_unless_allowed(saved: Path) -> None:
         ema.load(saved)
     ema.load(saved, new_schedule=True)
     assert ema.t == 1
-    with pytest.raises(ValueError, match=r"averages \['ema'\], expected \['a', 'b'\]"):
-        ShardedEMA(model(), {"a": 0.5, "b": 0.5}).load(saved)
+
+
+def test_an_average_is_added_or_dropped_at_load_by_name_only(saved: Path) -> None:
+    net = model()
+    ema = ShardedEMA(net, {"ema": 0.5, "slow": 0.9})
+    with torch.no_grad():
+        for param in net.parameters():
+            param.fill_(3.0)
+    ema.update()
+    before = bits(ema)
+    for wrong in ({}, {"add": "other"}, {"drop": "slow"}, {"add": ["slow", "ema"]}):
+        with pytest.raises(
+            ValueError, match=r"holds averages \['ema'\], .*load\(.*add=\['slow'\]\)"
+        ):
+            ema.load(saved, **wrong)
+        assert bits(ema) == before
+    ema.load(saved, add="slow")
+    alone = ShardedEMA(model(), {"ema": 0.5})
+    alone.load(saved)
+    slow = ema.full_state_dict("slow")
+    assert all(torch.equal(slow[fqn], p) for fqn, p in net.named_parameters())
+    full, expected = ema.full_state_dict("ema"), alone.full_state_dict("ema")
+    assert all(torch.equal(full[fqn], value) for fqn, value in expected.items())
+    assert (ema.metrics("ema")["t"], ema.metrics("slow")["t"]) == (1, 0)
+
+    both = saved.parent / "both"
+    ema.save(both)
+    other = ShardedEMA(model(), {"slow": 0.9})
+    with pytest.raises(ValueError, match=r"load\(\.\.\., drop=\['ema'\]\)"):
+        other.load(both)
+    other.load(both, drop=["ema"])
+    kept = other.full_state_dict()
+    assert all(torch.equal(kept[fqn], value) for fqn, value in slow.items())
+    renamed = ShardedEMA(model(), {"a": 0.5, "b": 0.5})
+    with pytest.raises(ValueError, match=r"add=\['a', 'b'\], drop=\['ema'\]\)"):
+        renamed.load(saved)
 
 
 def test_a_save_never_writes_into_what_is_there(saved: Path, tmp_path: Path) -> None:

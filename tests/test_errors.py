@@ -40,6 +40,38 @@ def net() -> nn.Module:
         (lambda: ShardedEMA(net(), 0.5, on_nonfinite="stop"), ValueError, "expected 'ignore', 'sk"),
         (lambda: ShardedEMA(net(), 0.5, select=re.compile("wight$")), ValueError, "'wight.' match"),
         (lambda: ShardedEMA(net(), 0.5, select=lambda n, t: False), ValueError, "nothing to"),
+        (
+            lambda: ShardedEMA(net(), 0.5, buffers="mean"),
+            ValueError,
+            "got 'mean', expected 'copy',",
+        ),
+        (
+            lambda: ShardedEMA(nn.BatchNorm1d(2), 0.5, buffers={"*bias": "average"}),
+            ValueError,
+            r"'\*bias' matches no buffer of running_mean, running_var, num_batches_tracked",
+        ),
+        (
+            lambda: ShardedEMA(net(), schedules.by_pattern({"*": 0.5, "0.*": 0.9}, 0.1)),
+            ValueError,
+            r"average 'ema': by_pattern: '0.\*' decides about no averaged tensor",
+        ),
+        (lambda: schedules.by_pattern({}, 0.5), ValueError, "got no rules"),
+        (lambda: schedules.by_pattern({3: 0.5}, 0.5), TypeError, "got the pattern 3"),
+        (
+            lambda: schedules.by_pattern({re.compile("a", re.I): 0.5}, 0.5),
+            ValueError,
+            "write its flags into the pattern",
+        ),
+        (
+            lambda: schedules.by_pattern({"a": schedules.half_life("9sp")}, 0.5),
+            ValueError,
+            r"schedules in \['sample', 'step'\], expected one unit",
+        ),
+        (
+            lambda: schedules.clip(schedules.by_pattern({"a": 0.5}, 0.5)),
+            TypeError,
+            "expected a decay in",
+        ),
         (lambda: ShardedEMA(net(), 0.5, backend="fsdp2"), ValueError, "is of backend 'plain'"),
         (lambda: ShardedEMA(net(), 0.5, backend="zero9"), ValueError, "expected 'auto' or one of"),
         (lambda: ShardedEMA(net(), 0.5, kernel="fast"), ValueError, "expected 'auto' or one of"),
@@ -312,3 +344,27 @@ def test_dt_may_be_of_numpy() -> None:
     ema = ShardedEMA(net(), schedules.half_life(100, unit="token"))
     ema.update(np.int64(12_345_678))
     assert "t=12345678 tokens" in repr(ema)
+
+
+def test_a_state_dict_is_looked_at_whole_before_it_is_taken() -> None:
+    ema = ShardedEMA(net(), {"a": 0.5, "b": 0.5})
+    other = ShardedEMA(net(), {"a": 0.5, "b": 0.5})
+    for shadow in other._averages["a"].shadows.flats:
+        shadow.fill_(7.0)
+    before = bits(ema)
+
+    def spoil(change: Callable[[dict], object]) -> dict:
+        state = other.state_dict()
+        change(state)
+        return state
+
+    for change, text in (
+        (lambda s: s["averages"]["b"].update({"0.bias": torch.zeros(2)}), "0.bias: got Tensor"),
+        (lambda s: s["averages"]["b"].pop("0.bias"), "average 'b' differs in 0.bias"),
+        (lambda s: s.pop("progress"), r"got no \['progress'\]"),
+        (lambda s: s["progress"].pop("b"), r"got progress \['a'\], expected averages"),
+        (lambda s: s["schedules"].update(b={"name": "x"}), "kept with schedule"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            ema.load_state_dict(spoil(change))
+        assert bits(ema) == before

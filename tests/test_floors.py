@@ -11,16 +11,21 @@ import shardema
 ROOT = Path(shardema.__file__).parent
 FLOORS = {
     "shard": 0,
+    "patterns": 0,
     "schedules": 0,
     "kernels": 0,
     "errors": 0,
     "backends": 1,
     "shadows": 1,
+    "replicas": 1,
+    "offload": 1,
     "swap": 1,
     "agree": 1,
     "files": 1,
     "attach": 1,
     "layout": 1,
+    "profiles": 1,
+    "logs": 1,
     "arguments": 2,
     "manifest": 2,
     "gather": 2,
@@ -31,10 +36,14 @@ FLOORS = {
     "dcp": 2,
     "functional": 2,
     "metrics": 2,
+    "updater": 2,
+    "average": 2,
     "ema": 3,
     "batchnorm": 4,
     "presets": 4,
+    "texts": 4,
     "integrations": 4,
+    "plot": 5,
     "cli": 5,
     "__init__": 6,
 }
@@ -44,8 +53,8 @@ OPTIONAL = {
     "accelerate": "integrations/accelerate.py",
     "transformers": "integrations/transformers.py",
     "lightning": "integrations/lightning.py",
-    "matplotlib": None,
-    "triton": None,
+    "matplotlib": "plot.py",
+    "triton": "kernels/fused_gpu.py",
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -208,8 +209,37 @@ def every_preset_on_shards() -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12, msg=f"{name}, {given}")
 
 
-def test_every_preset_follows_its_formula_on_shards() -> None:
-    world.run(every_preset_on_shards, 2)
+def every_preset_has_the_bits_of_the_plain_run() -> None:
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    rows = torch.tensor([[0.3, -1.7], [2.9, 0.001], [-5.0, 11.0]])  # 2 rows, and 1
+    for name, given in [*((name, given) for name, given, _ in CASES), ("edm2", {})]:
+        plain = nn.Linear(2, 3, bias=False)
+        sharded = fully_shard(nn.Linear(2, 3, bias=False), mesh=mesh)
+        local = sharded.weight.to_local()
+        assert local.shape == (2 - rank, 2)
+        emas = []
+        for n in range(121):
+            now = rows * weights(n)
+            with torch.no_grad():
+                plain.weight.copy_(now)
+                local.copy_(now.tensor_split([2])[rank])
+            if n == 0:
+                emas = [getattr(presets, name)(model, **given) for model in (plain, sharded)]
+                continue
+            for ema in emas:
+                ema.update(**({"dt": 7} if name == "edm2" else {}))
+        for average in emas[0].names:
+            one, other = (ema.full_state_dict(average, all_ranks=True)["weight"] for ema in emas)
+            assert one.dtype == torch.float32
+            assert torch.equal(one, other), f"{name}, {given}, {average}"
+
+
+def test_every_preset_on_shards() -> None:
+    facts = [
+        world.Fact("follows its formula", every_preset_on_shards),
+        world.Fact("has the bits of the plain run", every_preset_has_the_bits_of_the_plain_run),
+    ]
+    world.hold(facts, 2)
 
 
 def test_every_preset_is_swept() -> None:
@@ -259,6 +289,37 @@ def test_edm2_keeps_one_average_for_each_width_whatever_the_batch() -> None:
     assert ema.full_state_dict("0.100")["weight"].item() == pytest.approx(2.9598, abs=5e-5)
     with pytest.raises(ValueError, match="the schedule counts samples"):
         ema.update()
+
+
+def _gamma(std: float) -> float:
+    """The exponent of a profile of this width, by bisection of the width of an exponent."""
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        gamma = (low + high) / 2
+        wide = (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) > std**2
+        low, high = (gamma, high) if wide else (low, gamma)
+    return (low + high) / 2
+
+
+@pytest.mark.parametrize("batches", [[64], [1], [512, 48, 80]], ids=str)
+def test_edm2_follows_its_formula(batches: list[int]) -> None:
+    stds = [0.01, 0.05, 0.10, 0.25]
+    model = one_weight()
+    ema = presets.edm2(model, stds=stds)
+    gammas = [_gamma(std) for std in stds]
+    expected, images = [0.0] * len(stds), 0
+    for n in range(1, 1001):
+        batch = batches[n % len(batches)]
+        images += batch
+        decays = [(1 - batch / images) ** (gamma + 1) for gamma in gammas]
+        expected = [
+            decay * e + (1 - decay) * weights(n) for e, decay in zip(expected, decays, strict=True)
+        ]
+        nn.init.constant_(model.weight, weights(n))
+        ema.update(dt=batch)
+        if n <= 40 or n % 29 == 0 or n == 1000:
+            got = [ema.full_state_dict(name)["weight"].item() for name in ema.names]
+            assert got == pytest.approx(expected, rel=0, abs=1e-12), f"at update {n}"
 
 
 @pytest.mark.parametrize("averaging", [get_ema_avg_fn, get_ema_multi_avg_fn])
@@ -322,19 +383,23 @@ def test_karras_is_ema_pytorchs_own_where_it_updates_every_time() -> None:
     follow(model, lambda _: theirs.update(), theirs.ema_model, presets.karras(model, **given))
 
 
-@pytest.mark.parametrize("interval", [1, 10, 100])
+@pytest.mark.parametrize("interval", [1, 2, 10, 100])
 def test_karras_has_its_width_at_any_interval(interval: int) -> None:
-    model = one_weight()
-    (average,) = presets.karras(model, sigma_rel=0.1, update_every=interval)._averages.values()
-    end = 20_001
-    calls = range(1, end + 1, interval)
-    kept = [average.schedule.retention(n, end) for n in calls]
-    moved = [1 - average.schedule.retention(n - 1, n) for n in calls]
-    share = [k * m for k, m in zip(kept, moved, strict=True)]
-    mean = sum(s * n for s, n in zip(share, calls, strict=True))
-    variance = sum(s * (n - mean) ** 2 for s, n in zip(share, calls, strict=True))
-    assert sum(share) == pytest.approx(1)
-    assert math.sqrt(variance) / end == pytest.approx(0.100, abs=0.0005)
+    end = 10_001
+    calls = torch.arange(1, end + 1, interval, dtype=torch.float64)  # those that act
+    model = nn.Linear(len(calls), 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    ema = presets.karras(model, sigma_rel=0.1, update_every=interval)
+    row = model.weight.detach()[0]
+    for n in range(1, end + 1):
+        row[(n - 1) // interval] = 1  # weight i is 1 at the i-th of them, and else 0
+        ema.update()
+        row[(n - 1) // interval] = 0
+    share = ema.full_state_dict()["weight"][0]
+    assert share.sum().item() == pytest.approx(1)
+    mean = (share * calls).sum()
+    std = (share * (calls - mean).square()).sum().sqrt() / end
+    assert std.item() == pytest.approx(0.100, abs=0.0005)
 
 
 @pytest.mark.parametrize(
@@ -407,6 +472,7 @@ def follow(
         ("karras", {}, ValueError, "got sigma_rel=None and gamma=None, expected one of them"),
         ("karras", {"sigma_rel": 0.3}, ValueError, r"got std=0.3, expected a number in \(0"),
         ("edm2", {"stds": [0.0]}, ValueError, "got std=0.0"),
+        ("edm2", {"stds": [0.1, 0.2887]}, ValueError, "got std=0.2887"),
         ("edm2", {"stds": [0.1, 0.1001]}, ValueError, "two of one name"),
         ("composer", {"smoothing": 0.9}, ValueError, "half_life='1000ba' and smoothing=0.9"),
         ("composer", {"half_life": "5sp"}, ValueError, "got '5sp', expected a time in ba, ep"),
@@ -422,3 +488,12 @@ def test_bad_arguments_say_what_was_expected(
 ) -> None:
     with pytest.raises(error, match=text):
         getattr(presets, name)(one_weight(), **given)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in CASES} | {"edm2"}))
+def test_an_argument_that_the_library_does_not_have_is_refused(name: str) -> None:
+    needed = {"torch_ema": {"decay": 0.9}, "karras": {"gamma": 1.0}}.get(name, {})
+    model = one_weight()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dekay'"):
+        getattr(presets, name)(model, dekay=0.9, **needed)
+    assert model.weight.item() == 0

@@ -104,16 +104,51 @@ def test_the_rules_made_of_others_are_what_they_say() -> None:
     assert schedules.power(gamma=schedules.power(0.1).gamma).std == pytest.approx(0.1)
 
 
+def profile(schedule: Schedule, interval: int, end: int) -> torch.Tensor:
+    """What the average holds of each update: weight i is 1 at update i, and else 0. [updates]"""
+    updates = end // interval
+    model = torch.nn.Linear(updates, 1, bias=False, dtype=torch.float64)
+    torch.nn.init.zeros_(model.weight)
+    ema = ShardedEMA(model, schedule)
+    row = model.weight.detach()[0]
+    for i in range(updates):
+        row[i] = 1
+        ema.update(dt=interval)
+        row[i] = 0
+    assert (ema.t, ema.num_updates) == (end, updates)
+    return ema.full_state_dict()["weight"][0]
+
+
 @pytest.mark.parametrize("interval", [1, 2, 10, 100])
-def test_power_has_its_std_at_any_interval(interval: int) -> None:
-    schedule, end = schedules.power(0.10), 20_000
-    times = np.arange(interval, end + 1, interval)
-    kept = np.array([schedule.retention(t, end) for t in times])
-    weights = kept * np.array([1 - schedule.retention(t - interval, t) for t in times])
-    assert weights.sum() == pytest.approx(1)
+@pytest.mark.parametrize("std", [0.05, 0.10])
+def test_power_has_its_std_at_any_interval(std: float, interval: int) -> None:
+    end = 10_000
+    weights = profile(schedules.power(std), interval, end)
+    times = torch.arange(interval, end + 1, interval, dtype=torch.float64)
+    assert weights.sum().item() == pytest.approx(1)
     mean = (weights * times).sum()
-    std = math.sqrt((weights * (times - mean) ** 2).sum()) / end
-    assert std == pytest.approx(0.100, abs=0.0005)
+    measured = (weights * (times - mean).square()).sum().sqrt() / end
+    assert measured.item() == pytest.approx(std, abs=0.0005)  # the digits of a name, "0.100"
+    gamma = schedules.power(std).gamma
+    assert mean.item() == pytest.approx((gamma + 1) / (gamma + 2) * end, abs=interval)
+
+
+@pytest.mark.parametrize("batches", [[96], [32, 64], [1, 2, 93]], ids=str)
+def test_samples_forget_alike_whatever_the_batch(batches: list[int]) -> None:
+    for schedule in (
+        schedules.half_life(500, "sample"),
+        schedules.power(0.1, "sample"),
+        schedules.start(schedules.edm(5000, unit="sample"), at=192),
+    ):
+        model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+        ema, expected = ShardedEMA(model, schedule), model.weight.item()
+        for t in range(0, 96 * 20, 96):  # the weight changes after every 96 samples
+            torch.nn.init.constant_(model.weight, math.sin(t))
+            for batch in batches:
+                ema.update(dt=batch)
+            expected += (1 - schedule.retention(t, t + 96)) * (math.sin(t) - expected)
+        got = ema.full_state_dict()["weight"].item()
+        assert got == pytest.approx(expected, rel=1e-12, abs=1e-12), schedule
 
 
 @pytest.mark.parametrize("interval", [1, 3, 10])
@@ -232,6 +267,12 @@ def test_a_callable_is_stored_by_what_it_does() -> None:
             ValueError,
             r"got std=0.3, expected a number in \(0, 0.2887",
         ),
+        (lambda: schedules.power(0.0), ValueError, r"got std=0.0, expected a number in \(0"),
+        (lambda: schedules.power(12**-0.5), ValueError, "got std=0.2886"),
+        (lambda: schedules.power(-0.1), ValueError, "got std=-0.1"),
+        (lambda: schedules.power(math.nan), ValueError, "got std=nan"),
+        (lambda: schedules.half_life(-3), ValueError, "length: got -3"),
+        (lambda: schedules.half_life(math.inf), ValueError, "length: got inf"),
         (lambda: schedules.power(), ValueError, r"got std=None, expected a number in \(0"),
         (lambda: schedules.power(0.1, gamma=3), ValueError, "got std=0.1 and gamma=3"),
         (lambda: schedules.power(gamma=-0.5), ValueError, "gamma: got -0.5"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from shardema import ShardedEMA, schedules
+from shardema import ShadowPolicy, ShardedEMA, schedules
 from tests import engines, meters, oracle, world, zoo
 from tests.contract import assert_same, shared_folder
 from tests.engines import CONFIGS, Config
@@ -267,6 +267,40 @@ def an_attached_engine_updates_by_itself(config: Config) -> None:
                 ema.attach(wrong)
 
 
+def averages_kept_elsewhere_are_the_same(config: Config) -> None:
+    engine = config.engine()
+    policies = {
+        "beside": ShadowPolicy(),
+        "offload": ShadowPolicy(device="cpu"),
+        "slices": ShadowPolicy(shard_replicas=True),  # of ZeRO-0; the others hold no replicas
+        "both": ShadowPolicy(device="cpu", compute="device", shard_replicas=True),
+    }
+    ema = ShardedEMA(engine, dict.fromkeys(policies, 0.75), shadow=policies)
+    handle = ema.attach(engine)  # the steps wait for what is read in the background
+    for number in range(3):
+        engines.step(engine, number)
+    handle.remove()
+    flats = {a.name: sum(f.numel() for f in a.shadows.flats) for a in ema._averages.values()}
+    if config.stage == 0:
+        total = torch.tensor(flats["slices"])
+        torch.distributed.all_reduce(total)
+        assert flats["slices"] < flats["beside"] <= total < 1.5 * flats["beside"]
+    full = {name: ema.full_state_dict(name, all_ranks=True) for name in policies}
+    live, held = engines.weights(engine), engines.masters(engine)
+    with ema.swap("beside"):
+        averaged = engines.weights(engine)
+    for name in policies:
+        assert_same(full[name], full["beside"])
+        with ema.swap(name):
+            assert_same(engines.weights(engine), averaged)
+        assert_same(engines.weights(engine), live)
+        assert_same(engines.masters(engine), held)
+    ema.copy_to_model("slices")
+    assert_same(engines.weights(engine), averaged)
+    masters = engines.masters(engine)
+    assert_same(masters, {fqn: full["slices"][fqn] for fqn in masters})
+
+
 def after_load_checkpoint_the_masters_are_found(config: Config) -> None:
     engine = config.engine()
     ema = trained(engine)
@@ -317,6 +351,7 @@ FACTS = [
     an_update_is_one_lerp_for_each_partition,
     steps_that_did_not_happen_do_not_count,
     an_attached_engine_updates_by_itself,
+    averages_kept_elsewhere_are_the_same,
     after_load_checkpoint_the_masters_are_found,
 ]
 

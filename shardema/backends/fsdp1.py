@@ -13,6 +13,7 @@ bookkeeping, since with ``use_orig_params=False`` the module has no parameters o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,10 +53,20 @@ def read(models: Sequence[nn.Module]) -> list[Shard]:
     for owner, handle in _handles(models):
         skip.add((id(handle._fully_sharded_module), "_flat_param"))
         skip.add((id(owner), "_flat_param"))
-        shards += _flat_shards(handle, prefixes, skip)
+        same = _replicas(owner, handle)
+        flat_shards = _flat_shards(handle, prefixes, skip)
+        shards += [replace(shard, replicas=same) for shard in flat_shards]
     rest = [whole_shard(named) for named in named_tensors(models, skip)]
     shards += tie_shared_storage(rest)
     return _in_state_dict_order(shards, models)
+
+
+def _replicas(owner: FSDP, handle: Any) -> tuple[dist.ProcessGroup, ...]:
+    """The groups whose ranks hold the same range: of a hybrid strategy, or all without shards."""
+    if not handle.uses_sharded_strategy:
+        return (handle.process_group,)
+    between = getattr(owner, "_inter_node_pg", None)
+    return () if between is None else (between,)
 
 
 def _flat_shards(

@@ -57,8 +57,17 @@ def _dtensor_shard(named: Named) -> Shard:
     box = Box(tuple(offsets), tuple(sizes))
     assert tuple(local.shape) == box.sizes, (named.fqn, local.shape, box)
     boxes = (box,) if local.numel() else ()
+    mesh = param.device_mesh
+    same = [axis for axis, how in enumerate(param.placements) if how.is_replicate()]
     return Shard(
-        named.fqn, local, shape, boxes, named.role, named.aliases, address=_address(named, param)
+        named.fqn,
+        local,
+        shape,
+        boxes,
+        named.role,
+        named.aliases,
+        address=_address(named, param),
+        replicas=tuple(mesh.get_group(axis) for axis in same),
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from shardema.backends.tree import named_tensors, tie_shared_storage, whole_shard
 from shardema.shard import Shard
@@ -17,7 +20,24 @@ def matches(models: Sequence[nn.Module]) -> bool:
 
 def read(models: Sequence[nn.Module]) -> list[Shard]:
     """One whole shard for each parameter and persistent buffer."""
-    return tie_shared_storage([whole_shard(named) for named in named_tensors(models, set())])
+    groups = {
+        id(param): wrapper.process_group
+        for wrapper in _wrappers(models)
+        for name, param in wrapper.module.named_parameters(remove_duplicate=False)
+        if name not in wrapper.parameters_to_ignore
+    }
+    shards = []
+    for named in named_tensors(models, set()):
+        group = groups.get(id(named.tensor))
+        shards.append(replace(whole_shard(named), replicas=() if group is None else (group,)))
+    return tie_shared_storage(shards)
+
+
+def _wrappers(models: Sequence[nn.Module]) -> Iterator[DistributedDataParallel]:
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                yield module
 
 
 def ensure_sharded(models: Sequence[nn.Module]) -> None:
@@ -30,15 +50,7 @@ def mark_written(models: Sequence[nn.Module]) -> None:
 
 def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:
     """The ranks of DDP's process group; all of them for a plain module."""
-    from torch import distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-
-    groups = [
-        module.process_group
-        for model in models
-        for module in model.modules()
-        if isinstance(module, DistributedDataParallel)
-    ]
+    groups = [wrapper.process_group for wrapper in _wrappers(models)]
     if not groups:
         return None
     return tuple(sorted({r for group in groups for r in dist.get_process_group_ranks(group)}))

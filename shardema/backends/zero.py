@@ -361,6 +361,8 @@ def read(models: Sequence[nn.Module]) -> list[Shard]:
     book = _book(engine)
     slots = book.slots()
     stepped = {id(p) for group in engine.basic_optimizer.param_groups for p in group["params"]}
+    # ZeRO-0 keeps everything on every rank
+    same = (engine.seq_data_parallel_group,) if engine.zero_optimization_stage() == 0 else ()
     shards: list[Shard] = []
     rest: list[Shard] = []
     order: dict[str, int] = {}
@@ -374,7 +376,8 @@ def read(models: Sequence[nn.Module]) -> list[Shard]:
         else:
             owned = named.role != "parameter" or id(named.tensor) in stepped
             rest.append(whole_shard(named if owned else replace(named, role="frozen")))
-    return sorted([*shards, *tie_shared_storage(rest)], key=lambda shard: order[shard.fqn])
+    found = [replace(shard, replicas=same) for shard in [*shards, *tie_shared_storage(rest)]]
+    return sorted(found, key=lambda shard: order[shard.fqn])
 
 
 def _shard(named: Named, slot: _Slot, book: _Book) -> Shard:

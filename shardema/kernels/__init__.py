@@ -1,9 +1,11 @@
 """The update itself: ``shadow <- lerp(shadow, parameter, weight)``, local and in place.
 
-A kernel is a module with ``bind(shadows, params) -> lerp_``. ``bind`` looks at the tensors once
-(dtypes, strides, the cutting into pieces), so that ``lerp_(weight)`` has nothing left to plan and
-nothing to allocate. All kernels round alike: as ``torch.lerp`` does, where weight 0 is a no-op and
-weight 1 a copy, also over inf and NaN.
+A kernel is a module with ``bind(shadows, params, slots) -> lerp_``: ``lerp_(weights)`` moves the
+``i``-th shadow by ``weights[slots[i]]`` towards the ``i``-th parameter. A parameter may stand there
+several times, once for each of its averages. ``bind`` looks at the tensors once (dtypes, strides,
+the cutting into pieces), so that ``lerp_`` has nothing left to plan and nothing to allocate;
+``lerp_.runs`` says which kernels run in it. All kernels round alike: the weight to the type of the
+arithmetic, where 0 is then a no-op and 1 a copy, also over inf and NaN; the rest as ``torch.lerp``.
 """
 
 from __future__ import annotations
@@ -12,22 +14,26 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from shardema.kernels import foreach, reference
+from shardema.kernels import foreach, fused, reference
+from shardema.kernels.bound import Bound as Lerp
 
-Lerp = Callable[[float], None]
-Bind = Callable[[Sequence[Tensor], Sequence[Tensor]], Lerp]
+Bind = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int]], Lerp]
 
-KERNELS: dict[str, Bind] = {"reference": reference.bind, "foreach": foreach.bind}
+KERNELS: dict[str, Bind] = {
+    "reference": reference.bind,
+    "foreach": foreach.bind,
+    "fused": fused.bind,
+}
 
 
 def find(name: str) -> Bind:
-    """The kernel called ``name``; ``"auto"`` takes the fastest one.
+    """The kernel called ``name``; ``"auto"`` is fused, and foreach for few elements.
 
     Raises:
         ValueError: there is no such kernel.
     """
     if name == "auto":
-        return foreach.bind
+        return fused.bind_auto
     if name not in KERNELS:
         raise ValueError(f"kernel: got {name!r}, expected 'auto' or one of {sorted(KERNELS)}")
     return KERNELS[name]

@@ -11,12 +11,13 @@ Cutting a tensor into pieces does not change its bits: ``lerp`` is elementwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from shardema.kernels.bound import Bound, rounded
 from shardema.shard import aligned_parts, dense_like
 
 # Elements of the convert scratch: on a CPU it must stay in the cache; a GPU wants long launches.
@@ -24,38 +25,49 @@ SCRATCH_NUMEL = {"cpu": 1 << 18}
 SCRATCH_NUMEL_GPU = 1 << 24
 
 
+_Key = tuple[torch.device, torch.dtype, int]  # the slot last
+
+
 @dataclass
 class _Batch:
     """Tensors that one pair of foreach calls handles; ``scratch`` is empty where none is needed."""
 
+    slot: int
     shadows: list[Tensor] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     scratch: list[Tensor] = field(default_factory=list)
 
 
-def bind(shadows: Sequence[Tensor], params: Sequence[Tensor]) -> Callable[[float], None]:
-    """Returns ``lerp_(weight)`` over pairs of local tensors of equal shape and device."""
-    direct: dict[tuple[torch.device, torch.dtype], _Batch] = {}
-    converted: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
-    for shadow, param in zip(shadows, params, strict=True):
+def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
+    """Returns ``lerp_(weights)`` over pairs of local tensors of equal shape and device."""
+    direct: dict[_Key, _Batch] = {}
+    converted: dict[_Key, list[tuple[Tensor, Tensor]]] = {}
+    for shadow, param, slot in zip(shadows, params, slots, strict=True):
         if shadow.numel() == 0:
             continue
-        key = (shadow.device, shadow.dtype)
+        key = (shadow.device, shadow.dtype, slot)
         alike = shadow.dtype == param.dtype and shadow.stride() == param.stride()
         if alike:
-            batch = direct.setdefault(key, _Batch())
+            batch = direct.setdefault(key, _Batch(slot))
             batch.shadows.append(shadow)
             batch.params.append(param)
         else:
             converted.setdefault(key, []).append((shadow, param))
     batches = list(direct.values())
-    for (device, dtype), pairs in converted.items():
-        batches += _cut(pairs, device, dtype)
+    scratches: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    largest_first = sorted(converted.items(), key=lambda one: -_numel(one[1]))
+    for (device, dtype, slot), pairs in largest_first:
+        if (device, dtype) not in scratches:
+            limit = SCRATCH_NUMEL.get(device.type, SCRATCH_NUMEL_GPU)
+            size = min(limit, _numel(pairs))
+            scratches[device, dtype] = torch.empty(size, dtype=dtype, device=device)
+        batches += _cut(pairs, slot, scratches[device, dtype])
 
-    def lerp_(weight: float) -> None:
-        if weight == 0:
-            return
+    def lerp_(weights: Sequence[float]) -> None:
         for batch in batches:
+            weight = rounded(weights[batch.slot], batch.shadows[0].dtype)
+            if weight == 0:
+                continue
             source = batch.params
             if batch.scratch:
                 torch._foreach_copy_(batch.scratch, batch.params)
@@ -65,23 +77,23 @@ def bind(shadows: Sequence[Tensor], params: Sequence[Tensor]) -> Callable[[float
             else:
                 torch._foreach_lerp_(batch.shadows, source, weight)
 
-    return lerp_
+    return Bound(lerp_, ("foreach",) if batches else ())
 
 
-def _cut(
-    pairs: list[tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype
-) -> list[_Batch]:
+def _numel(pairs: Sequence[tuple[Tensor, Tensor]]) -> int:
+    return sum(shadow.numel() for shadow, _ in pairs)
+
+
+def _cut(pairs: Sequence[tuple[Tensor, Tensor]], slot: int, scratch: Tensor) -> list[_Batch]:
     """Batches that each fill the same scratch once."""
-    limit = SCRATCH_NUMEL.get(device.type, SCRATCH_NUMEL_GPU)
-    size = min(limit, sum(shadow.numel() for shadow, _ in pairs))
-    scratch = torch.empty(size, dtype=dtype, device=device)
-    batches = [_Batch()]
+    size = scratch.numel()
+    batches = [_Batch(slot)]
     used = 0
     for shadow, param in pairs:
-        for shadow_part, param_part in aligned_parts(shadow, param, limit):
+        for shadow_part, param_part in aligned_parts(shadow, param, size):
             n = shadow_part.numel()
             if used + n > size:
-                batches.append(_Batch())
+                batches.append(_Batch(slot))
                 used = 0
             batch = batches[-1]
             batch.shadows.append(shadow_part)

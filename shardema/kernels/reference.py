@@ -5,22 +5,23 @@ It converts a parameter of another dtype whole, so it allocates at every update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from shardema.kernels.bound import Bound, rounded
 
-def bind(shadows: Sequence[Tensor], params: Sequence[Tensor]) -> Callable[[float], None]:
-    """Returns ``lerp_(weight)`` over pairs of local tensors of equal shape and device."""
-    pairs = list(zip(shadows, params, strict=True))
 
-    def lerp_(weight: float) -> None:
-        if weight == 0:
-            return
-        for shadow, param in pairs:
+def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
+    """Returns ``lerp_(weights)`` over pairs of local tensors of equal shape and device."""
+    pairs = list(zip(shadows, params, slots, strict=True))
+
+    def lerp_(weights: Sequence[float]) -> None:
+        for shadow, param, slot in pairs:
+            weight = rounded(weights[slot], shadow.dtype)
             if weight == 1:
                 shadow.copy_(param)
-            else:
+            elif weight != 0:
                 shadow.lerp_(param.to(shadow.dtype), weight)
 
-    return lerp_
+    return Bound(lerp_, ("reference",) if pairs else ())

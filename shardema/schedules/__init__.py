@@ -9,6 +9,7 @@ clock to ``t`` is ``retention(t - dt, t)``. A schedule carries the ``unit`` of i
 from __future__ import annotations
 
 from shardema.schedules.base import Schedule, describe, registered, restore
+from shardema.schedules.by_pattern import by_pattern
 from shardema.schedules.clip import clip
 from shardema.schedules.constant import constant
 from shardema.schedules.custom import as_schedule, custom
@@ -29,6 +30,7 @@ from shardema.schedules.warmup import warmup
 __all__ = [
     "Schedule",
     "as_schedule",
+    "by_pattern",
     "clip",
     "constant",
     "custom",

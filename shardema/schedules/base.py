@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 _REGISTRY: dict[str, type[Any]] = {}
+_RULES: dict[str, type[Any]] = {}  # what gives a schedule for each tensor, and is none itself
 _S = TypeVar("_S", bound=type[Any])
 
 
@@ -27,38 +28,44 @@ def register(cls: _S) -> _S:
     return cls
 
 
+def register_rule(cls: _S) -> _S:
+    """Class decorator: as `register`, for what is made of schedules without being one."""
+    _RULES[cls.__name__] = cls
+    return cls
+
+
 def registered() -> dict[str, type[Any]]:
     """Every schedule that a checkpoint can name: ``{name: class}``."""
     return dict(_REGISTRY)
 
 
-def describe(schedule: Schedule) -> dict[str, Any]:
+def describe(schedule: Any) -> dict[str, Any]:
     """The schedule as a checkpoint stores it: ``{"name": ..., "params": {...}}``.
 
     A schedule that is not registered is stored by its class name and samples of its values, so
     that a load can tell whether it was given the same one again.
     """
     cls = type(schedule)
-    if _REGISTRY.get(cls.__name__) is cls:
+    if cls in (_REGISTRY.get(cls.__name__), _RULES.get(cls.__name__)):
         store = getattr(schedule, "store", None)
         params = store() if store is not None else _fields(schedule)
-        return {"name": cls.__name__, "params": params}
+        return {"name": cls.__name__, "params": {k: _plain(v) for k, v in params.items()}}
     samples = [schedule.retention(float(t), float(t + 1)) for t in (0, 1, 9, 99, 999, 99999)]
     params = {"unit": schedule.unit, "samples": samples}
     return {"name": f"{cls.__module__}.{cls.__qualname__}", "params": params}
 
 
-def restore(description: dict[str, Any]) -> Schedule | None:
+def restore(description: dict[str, Any]) -> Any:
     """The schedule that `describe` stored; None if its code, or a part's, is needed to make it."""
-    cls = _REGISTRY.get(str(description.get("name")))
+    name = str(description.get("name"))
+    cls = _REGISTRY.get(name) or _RULES.get(name)
     params = description.get("params")
     if cls is None or not isinstance(params, dict) or "samples" in params:
         return None
     try:
-        made: Schedule = cls(**{name: _restored(value) for name, value in params.items()})
+        return cls(**{key: _restored(value) for key, value in params.items()})
     except _NeedsCode:
         return None
-    return made
 
 
 class _NeedsCode(Exception):
@@ -67,7 +74,7 @@ class _NeedsCode(Exception):
 
 def _fields(schedule: Any) -> dict[str, Any]:
     fields = dataclasses.fields(schedule)
-    return {f.name: _plain(getattr(schedule, f.name)) for f in fields if f.init}
+    return {f.name: getattr(schedule, f.name) for f in fields if f.init}
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,82 @@
+"""One average of a model: how it is kept, how far it is, and what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shardema.manifest import StoredAverage
+from shardema.schedules import Schedule, by_pattern, describe
+from shardema.shadows import ShadowPolicy, Shadows
+from shardema.shard import Shard
+
+
+@dataclass
+class Average:
+    """The state of one average.
+
+    Attributes:
+        schedule: one for all tensors, or the schedules by pattern.
+        decays: of the last update, one for each of `schedules`; None before the first.
+    """
+
+    name: str
+    schedule: Schedule | by_pattern
+    policy: ShadowPolicy
+    shadows: Shadows
+    t: float = 0
+    num_updates: int = 0
+    decays: tuple[float, ...] | None = None
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """What its tensors follow: the schedule, or the default and those of the patterns."""
+        rule = self.schedule
+        return rule.schedules if isinstance(rule, by_pattern) else (rule,)
+
+    def index(self, shard: Shard) -> int:
+        """Which of `schedules` a tensor follows."""
+        rule = self.schedule
+        return rule.index(shard.names) if isinstance(rule, by_pattern) else 0
+
+    def weights(self, dt: float) -> list[float]:
+        """The weights of the present in an update that brings the clock to ``t + dt``.
+
+        One for each of `schedules`.
+        """
+        found = []
+        for schedule in self.schedules:
+            retention = schedule.retention(self.t, self.t + dt)
+            if not 0 <= retention <= 1:
+                raise ValueError(
+                    f"schedule of average {self.name!r} ({schedule}): got retention {retention} "
+                    f"at t={self.t}, expected a number in [0, 1]"
+                )
+            found.append(1.0 - retention)
+        return found
+
+    def runs(self, shards: Sequence[Shard]) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Shadows, what they average, and which of `schedules` they follow; in long stretches."""
+        by_schedule: dict[int, list[Shard]] = {}
+        for shard in shards:
+            by_schedule.setdefault(self.index(shard), []).append(shard)
+        for index, group in by_schedule.items():
+            for shadow, source in zip(*self.shadows.runs(group), strict=True):
+                yield shadow, source, index
+
+    def moved(self, weights: Sequence[float], dt: float) -> None:
+        """Notes an update."""
+        self.decays = tuple(1 - weight for weight in weights)
+        self.t += dt
+        self.num_updates += 1
+
+    def restart(self, t: float = 0, num_updates: int = 0) -> None:
+        """Sets the clock; the last update was another one's."""
+        self.t, self.num_updates, self.decays = t, num_updates, None
+
+    def stored(self) -> StoredAverage:
+        """What a checkpoint keeps of it beside the tensors."""
+        dtype = str(self.policy.dtype).removeprefix("torch.")
+        return StoredAverage(describe(self.schedule), self.t, self.num_updates, dtype)

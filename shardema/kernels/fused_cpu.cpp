@@ -1,0 +1,236 @@
+// shadow <- lerp(shadow, parameter, weight) over a table of pointers: all shards, all averages.
+//
+//   row     a parameter; its elements are [start, start of the next row) of the whole table
+//   twin    a shadow of that row and the slot of its weight; rows[r].first .. rows[r + 1].first
+//   block   4096 elements of a row: the parameter is read once, each of its twins moves by it
+//
+// The rounding is that of torch.lerp on a CPU (aten/src/ATen/native/cpu/LerpKernel.cpp): below 0.5
+// fma(weight, end - start, start), else fma(weight - 1, end - start, end). The weight is rounded to
+// the type of the arithmetic first; then 0 is a no-op and 1 a copy. No element looks at another,
+// so no cut changes a bit. No header of torch is needed: that would cost a minute of compiling.
+
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+const int64_t kBlock = 4096;     // 16 KiB of floats: with a twin they fit a first-level cache
+const int64_t kLine = 64;        // what is prefetched at a time
+const int64_t kAhead = 512;      // how far ahead: it is worth 6 to 12 % from 16 M elements up
+const int64_t kGrain = 1 << 15;  // elements that are worth a thread
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To reread(From from) {  // the same bits as another type
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline double widen(double x) { return x; }
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { return reread<float>(uint32_t(x.bits) << 16); }
+
+// To the type of a shadow, as Tensor.to rounds: to nearest, ties to even.
+inline void narrow(double x, double* to) { *to = x; }
+inline void narrow(float x, double* to) { *to = x; }
+inline void narrow(double x, float* to) { *to = float(x); }
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, bf16* to) {
+  const uint32_t bits = reread<uint32_t>(x);
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  to->bits = nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void narrow(double x, bf16* to) { narrow(float(x), to); }
+
+template <class P, class S>
+inline void convert(P x, S* to) {
+  narrow(widen(x), to);
+}
+template <class T>
+inline void convert(T x, T* to) {  // as it is, what a NaN carries too
+  *to = x;
+}
+
+#if SHARDEMA_FMA
+inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else  // torch without vector instructions rounds twice
+inline float multiply_add(float a, float b, float c) { return a * b + c; }
+inline double multiply_add(double a, double b, double c) { return a * b + c; }
+#endif
+
+enum class Form { copy, below_half, from_half };
+
+template <Form form, class P, class S, class C>
+inline void line(const P* __restrict__ param, S* __restrict__ shadow, int64_t n, C coefficient) {
+  for (int64_t i = 0; i < n; ++i) {
+    S converted;
+    convert(param[i], &converted);
+    const C start = widen(shadow[i]), end = widen(converted);
+    const C base = form == Form::below_half ? start : end;
+    if (form == Form::copy)
+      shadow[i] = converted;
+    else
+      narrow(multiply_add(coefficient, end - start, base), &shadow[i]);
+  }
+}
+
+template <class T>
+inline void prefetch(const T* at) {
+  const char* first = reinterpret_cast<const char*>(at);
+  for (int64_t byte = 0; byte < kLine * int64_t(sizeof(T)); byte += 64)
+    __builtin_prefetch(first + byte);
+}
+
+template <Form form, class P, class S, class C>
+void block(const P* param, S* shadow, int64_t n, C coefficient) {
+  for (int64_t at = 0; at < n; at += kLine) {
+    prefetch(param + at + kAhead);  // beyond the end it does nothing
+    prefetch(shadow + at + kAhead);
+    const int64_t part = n - at < kLine ? n - at : kLine;
+    line<form>(param + at, shadow + at, part, coefficient);
+  }
+}
+
+template <class P, class S>
+void move(const void* param, void* shadow, int64_t at, int64_t n, double given) {
+  typedef decltype(widen(S())) C;  // the type of the arithmetic
+  const P* p = static_cast<const P*>(param);
+  S* s = static_cast<S*>(shadow) + at;
+  const C weight = C(given);
+  if (weight == 0) return;
+  if (weight == 1)
+    block<Form::copy>(p, s, n, weight);
+  else if (weight < C(0.5))
+    block<Form::below_half>(p, s, n, weight);
+  else
+    block<Form::from_half>(p, s, n, weight - 1);
+}
+
+typedef void (*Move)(const void*, void*, int64_t, int64_t, double);
+
+// [dtype of the parameter][dtype of the shadow]: fused_cpu.py numbers them alike.
+enum { kFloat32, kFloat64, kBFloat16, kFloat16 };
+const Move kMoves[3][3] = {
+    {move<float, float>, move<float, double>, move<float, bf16>},
+    {move<double, float>, move<double, double>, move<double, bf16>},
+    {move<bf16, float>, move<bf16, double>, move<bf16, bf16>},
+};
+const int64_t kSizes[4] = {4, 8, 2, 2};
+
+// Exact. By instructions where there are any: compilers do not vectorise this by themselves.
+void widen_halves(const fp16* from, float* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+#endif
+  for (; i < n; ++i) {
+    const uint32_t sign = uint32_t(from[i].bits & 0x8000) << 16;
+    const uint32_t rest = from[i].bits & 0x7fff;
+    uint32_t bits = (rest << 13) + ((127 - 15) << 23);
+    if (rest >= 0x7c00)  // inf and NaN
+      bits = (rest << 13) | 0x7f800000;
+    else if (rest < 0x0400)  // subnormal: rest * 2^-24
+      bits = reread<uint32_t>(float(rest) * 0x1p-24f);
+    to[i] = reread<float>(bits | sign);
+  }
+}
+
+struct Row {
+  int64_t start;
+  const char* param;
+  int64_t dtype;
+  int64_t first;
+};
+struct Twin {
+  void* shadow;
+  int64_t dtype;
+  int64_t slot;
+};
+static_assert(sizeof(Row) == 32 && sizeof(Twin) == 24, "fused_cpu.py writes 8 bytes a field");
+
+struct Table {
+  const Row* rows;  // one more than there are: the last one is where the table ends
+  int64_t count;
+  const Twin* twins;
+  const double* weights;
+};
+
+// Elements [at, at + n) of a row.
+void move_block(const Table& table, const Row* row, int64_t at, int64_t n) {
+  const void* param = row->param + at * kSizes[row->dtype];
+  int64_t dtype = row->dtype;
+  alignas(64) float halves[kBlock];
+  if (dtype == kFloat16) {
+    widen_halves(static_cast<const fp16*>(param), halves, n);
+    param = halves;
+    dtype = kFloat32;
+  }
+  for (int64_t t = row[0].first; t < row[1].first; ++t) {
+    const Twin& twin = table.twins[t];
+    kMoves[dtype][twin.dtype](param, twin.shadow, at, n, table.weights[twin.slot]);
+  }
+}
+
+// Elements [begin, end) of the whole table.
+void move_range(const Table& table, int64_t begin, int64_t end) {
+  int64_t low = 0, high = table.count;
+  while (high - low > 1) {  // rows[low] holds element begin
+    const int64_t middle = (low + high) / 2;
+    (table.rows[middle].start <= begin ? low : high) = middle;
+  }
+  for (const Row* row = table.rows + low; begin < end; ++row) {
+    const int64_t stop = end < row[1].start ? end : row[1].start;
+    while (begin < stop) {
+      const int64_t n = stop - begin < kBlock ? stop - begin : kBlock;
+      move_block(table, row, begin - row->start, n);
+      begin += n;
+    }
+  }
+}
+
+// The OpenMP runtime that torch has loaded, by its own functions: a second one beside it would
+// start threads of its own.
+struct Threads {
+  void (*fork)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel; null: one thread
+  int (*number)();                                           // omp_get_thread_num
+  int (*count)();                                            // omp_get_num_threads
+};
+
+struct Job {
+  const Table* table;
+  const Threads* threads;
+};
+
+void work(void* given) {
+  const Job& job = *static_cast<const Job*>(given);
+  const int64_t total = job.table->rows[job.table->count].start;
+  const int64_t count = job.threads->count();  // may be fewer than were asked for
+  const int64_t each = (total / count / kLine + 1) * kLine;
+  const int64_t begin = job.threads->number() * each;
+  if (begin < total) move_range(*job.table, begin, total - begin < each ? total : begin + each);
+}
+
+}  // namespace
+
+extern "C" void shardema_lerp(const Row* rows, int64_t count, const Twin* twins,
+                              const double* weights, int64_t most, const Threads* threads) {
+  const Table table = {rows, count, twins, weights};
+  const int64_t total = rows[count].start;
+  const int64_t worth = total / kGrain < most ? total / kGrain : most;
+  if (worth < 2 || !threads->fork) return move_range(table, 0, total);
+  Job job = {&table, threads};
+  threads->fork(work, &job, unsigned(worth), 0);
+}

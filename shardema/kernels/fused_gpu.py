@@ -1,0 +1,284 @@
+"""One Triton launch over any number of tensors, through a table of addresses that is built once.
+
+::
+
+    pairs      (shadow, param, slot) ...        dense and laid out alike
+    jobs       param, its shadows, their slots  a parameter is read once for all its averages
+    table      a row per block of a parameter   size, wide?, param, shadows[K], slots[K]   int64
+    launch     a program per row                one launch per (param dtype, shadow dtypes)
+    weights    a float64 per slot, on the GPU   read by the programs: a graph can be replayed
+
+Only this file imports triton.
+"""
+
+# What triton compiles is no Python, and its decorator has no types where triton is not installed.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: allow-untyped-decorators
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shardema.kernels.bound import Bound
+from shardema.shard import dense_like
+
+BLOCK = 4096  # elements of a program
+MAX_AVERAGES = 4  # shadows that a program holds in its registers
+WARPS = 8
+ALIGN = 16  # bytes that a thread moves at once, where the addresses of a block allow it
+
+_TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_Dtypes = tuple[torch.dtype, ...]
+
+
+@triton.jit
+def lerp_kernel(table, weights, PARAM: tl.constexpr, SHADOWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program per row of ``table``; the slots of a row count in ``weights``."""
+    row = table + tl.program_id(0).to(tl.int64) * (3 + 2 * len(SHADOWS))
+    size = tl.load(row)
+    if tl.load(row + 1) != 0:
+        _block(row + 2, weights, size, PARAM, SHADOWS, BLOCK, True)
+    else:
+        _block(row + 2, weights, size, PARAM, SHADOWS, BLOCK, False)
+
+
+@triton.jit
+def _block(
+    row,
+    weights,
+    size,
+    PARAM: tl.constexpr,
+    SHADOWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """All averages of one block; WIDE: it is whole and starts on 16 bytes everywhere."""
+    at = tl.arange(0, BLOCK)
+    source = tl.load(row).to(tl.pointer_type(PARAM))
+    if WIDE:
+        param = tl.load(tl.multiple_of(source, 16) + at)
+    else:
+        param = tl.load(source + at, mask=at < size)
+    for k in tl.static_range(len(SHADOWS)):
+        weight = tl.load(weights + tl.load(row + 1 + len(SHADOWS) + k))
+        weight = weight.to(tl.float64 if SHADOWS[k].is_fp64() else tl.float32)
+        if weight != 0:
+            target = tl.load(row + 1 + k).to(tl.pointer_type(SHADOWS[k]))
+            if WIDE:
+                target = tl.multiple_of(target, 16)
+                shadow = tl.load(target + at)
+                tl.store(target + at, _lerp(shadow, param, weight, SHADOWS[k]))
+            else:
+                shadow = tl.load(target + at, mask=at < size)
+                tl.store(target + at, _lerp(shadow, param, weight, SHADOWS[k]), mask=at < size)
+
+
+@triton.jit
+def _lerp(shadow, param, weight, SHADOW: tl.constexpr):
+    """torch.lerp (ATen/native/Lerp.h), its one multiplication and addition fused.
+
+    ``weight`` has the type of the arithmetic; 1 is a copy. A parameter takes the shadow's dtype
+    first.
+    """
+    end = param.to(weight.dtype).to(SHADOW)
+    near = shadow.to(weight.dtype)
+    far = end.to(weight.dtype)
+    small = tl.abs(weight) < 0.5
+    share = tl.where(small, weight, weight - 1)
+    moved = tl.fma(share, far - near, tl.where(small, near, far))
+    return tl.where(weight == 1, end, moved.to(SHADOW))
+
+
+@dataclass(frozen=True)
+class Replayable(Bound):
+    """What `bind` returns: ``lerp_(weights)`` that a CUDA graph can capture.
+
+    Args:
+        launch: moves the shadows by the weights last given; all that a capture records.
+        refresh: gives later launches and replays on the current stream their weights; one for
+            each slot. Neither waits for the GPU nor allocates.
+
+    A captured graph reads tables that this keeps alive: keep it as long as the graph.
+    """
+
+    launch: Callable[[], None]
+    refresh: Callable[[Sequence[float]], None]
+
+
+@dataclass
+class _Job:
+    """A parameter, at most `MAX_AVERAGES` shadows of it, and their slots."""
+
+    param: Tensor
+    shadows: list[Tensor] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What one launch works through."""
+
+    table: Tensor  # [blocks, 3 + 2 * len(shadows)]
+    weights: Tensor  # [slots]
+    param: torch.dtype
+    shadows: _Dtypes
+
+    def run(self, programs: int) -> None:
+        with torch.cuda.device_of(self.table):
+            lerp_kernel[(programs,)](
+                self.table,
+                self.weights,
+                PARAM=_TYPES[self.param],
+                SHADOWS=tuple(_TYPES[dtype] for dtype in self.shadows),
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+
+
+class _Work:
+    """The launches, and their weights on each device."""
+
+    def __init__(self, jobs: Sequence[_Job]) -> None:
+        self._params = [job.param for job in jobs]  # kept, since the tables hold their addresses
+        self._shadows = [shadow for job in jobs for shadow in job.shadows]
+        groups: dict[tuple[torch.device, torch.dtype, _Dtypes], list[_Job]] = {}
+        for job in jobs:
+            dtypes = tuple(shadow.dtype for shadow in job.shadows)
+            groups.setdefault((job.param.device, job.param.dtype, dtypes), []).append(job)
+        count = 1 + max((slot for job in jobs for slot in job.slots), default=-1)
+        self._sent = [0.0] * count
+        self._weights = {
+            device: torch.zeros(count, dtype=torch.float64, device=device)
+            for device, _, _ in groups
+        }
+        self._launches = [
+            _Launch(_on(device, rows(group)), self._weights[device], dtype, dtypes)
+            for (device, dtype, dtypes), group in groups.items()
+        ]
+        for one in self._launches:  # compiles, which a capture forbids; weights of 0 write nothing
+            one.run(1)
+
+    def move(self, weights: Sequence[float]) -> None:
+        """Moves the shadows; while a graph is captured, by the weights of each replay."""
+        if not self._capturing():
+            self.refresh(weights)
+            if not any(weights):
+                return
+        self.launch()
+
+    def refresh(self, weights: Sequence[float]) -> None:
+        """Writes what has changed. A weight travels as an argument of the launch that writes it.
+
+        So there is no host buffer, which the next weights could reach before it is copied.
+        """
+        if self._capturing():
+            raise RuntimeError(
+                "refresh: got a stream that captures a CUDA graph, expected one that does not: "
+                "the graph would keep these weights; refresh before each replay, outside of it"
+            )
+        for slot, old in enumerate(self._sent):
+            if weights[slot] != old:
+                for tensor in self._weights.values():
+                    tensor[slot].fill_(weights[slot])
+                self._sent[slot] = weights[slot]
+
+    def launch(self) -> None:
+        for one in self._launches:
+            one.run(one.table.shape[0])
+        torch.autograd.graph.increment_version(self._shadows)
+
+    def _capturing(self) -> bool:
+        for tensor in self._weights.values():
+            with torch.cuda.device_of(tensor):
+                if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+                    return True
+        return False
+
+
+def takes(shadow: Tensor, param: Tensor) -> bool:
+    """Whether a pair goes through the table: known dtypes, dense, laid out alike."""
+    for tensor in (shadow, param):
+        own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        if own or tensor.dtype not in _TYPES or tensor.layout != torch.strided:
+            return False
+    if shadow.shape != param.shape or shadow.device != param.device:
+        return False
+    if shadow.is_contiguous() and param.is_contiguous():
+        return True
+    return shadow.stride() == param.stride() == dense_like(param)
+
+
+def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Replayable:
+    """Returns ``lerp_(weights)`` over pairs of local tensors of equal shape and device.
+
+    It keeps addresses: the tensors must stay where they are. Not for a stream that captures a
+    CUDA graph: it may compile.
+
+    Raises:
+        ValueError: a pair that `takes` refuses.
+    """
+    jobs: list[_Job] = []
+    last: dict[tuple[torch.device, torch.dtype, int, int], _Job] = {}
+    for shadow, param, slot in zip(shadows, params, slots, strict=True):
+        if not takes(shadow, param):
+            raise ValueError(
+                f"fused: got a shadow of {_facts(shadow)} and a parameter of {_facts(param)}, "
+                "expected dense tensors of a floating dtype, laid out alike on one device; the "
+                "kernel 'foreach' takes others"
+            )
+        if shadow.numel() == 0:
+            continue
+        key = (param.device, param.dtype, param.data_ptr(), param.numel())
+        if key not in last or len(last[key].slots) == MAX_AVERAGES:
+            # detached: it keeps this memory when the parameter is given other
+            last[key] = _Job(param.detach())
+            jobs.append(last[key])
+        last[key].shadows.append(shadow)
+        last[key].slots.append(slot)
+    work = _Work(jobs)
+    return Replayable(work.move, ("fused",) if jobs else (), work.launch, work.refresh)
+
+
+def rows(jobs: Sequence[_Job]) -> Tensor:
+    """The table of jobs of the same dtypes, `[blocks, 3 + 2 * shadows]`, int64, on the host.
+
+    A row: elements of the block, whether it is whole and starts on `ALIGN` bytes everywhere, then
+    the addresses of its parameter and its shadows, then the slots. The addresses are those of the
+    block itself, so the kernel never multiplies an index that could outgrow 32 bits.
+    """
+    tensors = [[job.param, *job.shadows] for job in jobs]
+    with torch.device("cpu"):  # whatever the default device is
+        steps = torch.tensor([tensor.itemsize for tensor in tensors[0]])
+        numels = torch.tensor([job.param.numel() for job in jobs])
+        starts = torch.tensor([[tensor.data_ptr() for tensor in row] for row in tensors])
+        slots = torch.tensor([job.slots for job in jobs])
+        blocks = (numels + BLOCK - 1) // BLOCK  # [jobs]
+        of = torch.arange(len(jobs)).repeat_interleave(blocks)  # the job of each row
+        first = (blocks.cumsum(0) - blocks)[of]  # the first row of that job
+        begin = (torch.arange(len(of)) - first) * BLOCK  # in elements of the job
+    sizes = (numels[of] - begin).clamp(max=BLOCK)
+    addresses = starts[of] + begin[:, None] * steps
+    wide = (sizes == BLOCK) & (addresses % ALIGN == 0).all(1)
+    return torch.cat([sizes[:, None], wide[:, None], addresses, slots[of]], dim=1)
+
+
+def _on(device: torch.device, table: Tensor) -> Tensor:
+    """A copy on the device; through pinned memory, so that the host does not wait for it."""
+    if device.type == "cuda":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
+
+
+def _facts(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.layout} on {tensor.device}"

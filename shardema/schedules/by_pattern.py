@@ -1,0 +1,96 @@
+"""Different schedules for different tensors of one average, as layer-wise decays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardema.patterns import Pattern, fits
+from shardema.schedules.base import Schedule, register_rule
+from shardema.schedules.custom import as_schedule
+
+_REGEX = "re:"  # how a checkpoint marks a pattern that was a regular expression
+
+
+@register_rule
+@dataclass(frozen=True, init=False)
+class by_pattern:
+    """A tensor follows the schedule of the first pattern that takes its name, else ``default``.
+
+    It is given to `ShardedEMA` as an average's schedule, and is none itself: wrap the schedules
+    inside of it (``clip``, ``start``), not the whole.
+
+    Args:
+        rules: ``{pattern: schedule}``; a glob over fqns or a compiled regular expression, and a
+            schedule, a decay or a callable. All of one unit.
+        default: of the tensors that no pattern takes.
+
+    Raises:
+        ValueError: no rules, or schedules of several units.
+        TypeError: something that is no pattern or no schedule.
+
+    >>> rule = by_pattern({"*lora_*": 0.99}, default=0.9999)
+    >>> rule.of(["layer.lora_A"]).retention(0, 1), rule.of(["layer.weight"]).retention(0, 1)
+    (0.99, 0.9999)
+    """
+
+    rules: tuple[tuple[Pattern, Schedule], ...]
+    default: Schedule
+
+    def __init__(self, rules: Mapping[Pattern, Any] | Iterable[Any], default: Any) -> None:
+        pairs: Iterable[Any] = rules.items() if isinstance(rules, Mapping) else rules
+        made = tuple((_pattern(pattern), as_schedule(rule)) for pattern, rule in pairs)
+        if not made:
+            raise ValueError("schedules.by_pattern: got no rules, expected {pattern: schedule}")
+        object.__setattr__(self, "rules", made)
+        object.__setattr__(self, "default", as_schedule(default))
+        units = sorted({schedule.unit for schedule in self.schedules})
+        if len(units) > 1:
+            raise ValueError(f"schedules.by_pattern: got schedules in {units}, expected one unit")
+
+    @property
+    def unit(self) -> str:
+        """Unit of the clock."""
+        return self.default.unit
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The default, and the schedule of each pattern in turn."""
+        return (self.default, *(schedule for _, schedule in self.rules))
+
+    def index(self, names: Iterable[str]) -> int:
+        """Place in `schedules` of the one that a tensor of these names follows."""
+        known = list(names)
+        for place, (pattern, _) in enumerate(self.rules, 1):
+            if fits(pattern, known):
+                return place
+        return 0
+
+    def of(self, names: Iterable[str]) -> Schedule:
+        """The schedule that a tensor of these names (a tied one has several) follows."""
+        return self.schedules[self.index(names)]
+
+    def store(self) -> dict[str, Any]:
+        """The fields as a checkpoint keeps them; `base.describe` describes the schedules."""
+        named = tuple(
+            (_REGEX + p.pattern if isinstance(p, re.Pattern) else p, rule) for p, rule in self.rules
+        )
+        return {"rules": named, "default": self.default}
+
+
+def _pattern(value: Any) -> Pattern:
+    if isinstance(value, str) and value.startswith(_REGEX):
+        return re.compile(value.removeprefix(_REGEX))
+    if isinstance(value, re.Pattern) and value.flags != re.compile("").flags:
+        raise ValueError(
+            f"schedules.by_pattern: got {value!r}; write its flags into the pattern, as (?i), so "
+            "that a checkpoint keeps them"
+        )
+    if not isinstance(value, str | re.Pattern):
+        raise TypeError(
+            f"schedules.by_pattern: got the pattern {value!r}, expected a glob or a compiled "
+            "regular expression"
+        )
+    return value

@@ -1,0 +1,177 @@
+"""A schedule or a preset as a text, ``power(std=0.10)``; no code in a text is ever run.
+
+::
+
+    text -> syntax tree -> calls of known names with numbers, texts, lists -> {label: Schedule}
+
+Anything else in a text (attributes, lambdas, operators, comprehensions, other names) is refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from shardema import presets, schedules
+from shardema.schedules import Schedule, as_schedule
+
+_LONGEST = 1000  # characters
+_OPTIONS = {"model", "options"}  # parameters of every preset that are not the library's
+
+
+def schedule(text: str) -> Schedule:
+    """The schedule that a text spells: a decay, or a call as in Python.
+
+    Args:
+        text: ``"0.999"``, ``"power(std=0.10)"``, ``"join([power(0.1), 0.999], at=[1000])"``; the
+            names of `shardema.schedules` but ``custom``, which needs a function.
+
+    Raises:
+        ValueError: another text, or what the schedule refuses.
+
+    >>> schedule("clip(warmup(0.9999), min_decay=0.5)").retention(0, 1)
+    0.5
+    """
+    found = _value(_parse(text), _schedules(), text)
+    if isinstance(found, str | list | None):
+        raise ValueError(f"got {text!r}, expected a decay, or a schedule such as power(std=0.10)")
+    made: Schedule = _made(lambda: as_schedule(found), text)
+    if not isinstance(made.unit, str):
+        raise ValueError(f"{text}: got unit={made.unit!r}, expected a text such as 'sample'")
+    return made
+
+
+def preset(text: str) -> dict[str, Schedule]:
+    """The schedules of a preset that a text spells: by that text, and by average if it has several.
+
+    Args:
+        text: ``"swa"``, ``"timm_v3(decay=0.9999, use_warmup=True)"``; the names of
+            `shardema.presets` with the library's arguments.
+
+    Raises:
+        ValueError: another text, or what the preset refuses.
+
+    >>> list(preset("edm2(stds=[0.05, 0.1])"))
+    ["edm2(stds=[0.05, 0.1]), average '0.050'", "edm2(stds=[0.05, 0.1]), average '0.100'"]
+    """
+    made = _value(_parse(text), _presets(), text)
+    if not isinstance(made, dict):
+        raise ValueError(f"got {text!r}, expected a preset such as timm_v3(decay=0.9999)")
+    if len(made) == 1:
+        return {text: next(iter(made.values()))}
+    return {f"{text}, average {name!r}": rule for name, rule in made.items()}
+
+
+def rules(text: str) -> dict[str, Schedule]:
+    """What a text spells, a schedule or a preset, by labels as of `preset`.
+
+    Raises:
+        ValueError: a text that is neither.
+
+    >>> rules("half_life('1000ba')")
+    {"half_life('1000ba')": half_life(length=1000.0, unit='step')}
+    """
+    if text.split("(", 1)[0].strip() in _presets():
+        return preset(text)
+    return {text: schedule(text)}
+
+
+def _schedules() -> dict[str, Callable[..., Any]]:
+    return {name: made for name, made in schedules.registered().items() if name != "custom"}
+
+
+def _presets() -> dict[str, Callable[..., Any]]:
+    return {
+        name: fn
+        for name, fn in vars(presets).items()
+        if inspect.isfunction(fn) and fn.__module__ == presets.__name__ and name[0] != "_"
+    }
+
+
+def _parse(text: str) -> ast.expr:
+    """The syntax tree of an expression."""
+    if len(text) > _LONGEST:
+        raise ValueError(f"got a text of {len(text)} characters, expected at most {_LONGEST}")
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"got {text!r}, which cannot be read ({error}), expected a call such as power(std=0.10)"
+        ) from error
+
+
+def _value(node: ast.expr, known: dict[str, Callable[..., Any]], text: str) -> Any:
+    """What a part of the tree stands for: a literal, a list, or what a known name makes of such."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
+        return _finite(node.value, text)
+    if (
+        isinstance(node, ast.UnaryOp)
+        and isinstance(node.op, ast.USub)
+        and isinstance(node.operand, ast.Constant)
+        and isinstance(node.operand.value, int | float)
+    ):
+        return -_finite(node.operand.value, text)
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(part, known, text) for part in node.elts]
+    if isinstance(node, ast.Name):  # swa is swa()
+        return _call(node.id, [], {}, known, text)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        named = {k.arg: k.value for k in node.keywords if k.arg is not None}
+        if len(named) == len(node.keywords):  # no **
+            positional = [_value(part, known, text) for part in node.args]
+            keywords = {name: _value(part, known, text) for name, part in named.items()}
+            return _call(node.func.id, positional, keywords, known, text)
+    part = ast.get_source_segment(text.strip(), node) or ast.unparse(node)
+    raise ValueError(
+        f"got {part!r}, expected a call such as power(std=0.10), of numbers, texts, lists and such "
+        "calls; nothing else is read"
+    )
+
+
+def _finite(value: Any, text: str) -> Any:
+    try:
+        good = not isinstance(value, int | float) or math.isfinite(float(value))
+    except OverflowError:
+        good = False
+    if not good:
+        raise ValueError(f"got a number in {text!r} that is too large for a float")
+    return value
+
+
+def _call(
+    name: str,
+    positional: list[Any],
+    keywords: dict[str, Any],
+    known: dict[str, Callable[..., Any]],
+    text: str,
+) -> Any:
+    if name not in known:
+        also = "; it is a preset" if name in _presets() else ""
+        also = "; it is a schedule" if name in _schedules() else also
+        raise ValueError(f"got the name {name!r}, expected one of {', '.join(sorted(known))}{also}")
+    signature = inspect.signature(known[name])
+    taken = [p for p in signature.parameters.values() if p.name not in _OPTIONS]
+    try:
+        bound = signature.replace(parameters=taken).bind(*positional, **keywords)
+    except TypeError as error:
+        takes = ", ".join(str(p.replace(annotation=p.empty)) for p in taken)
+        raise ValueError(f"{name}: {error}; it takes {takes or 'nothing'}") from error
+    if name not in _presets():
+        return _made(lambda: known[name](*bound.args, **bound.kwargs), text)
+    # one weight is enough for the schedules of a preset, which only an average has
+    ema = _made(lambda: known[name](nn.Linear(1, 1, bias=False), **bound.kwargs), text)
+    stored = ema.state_dict()["schedules"]
+    return {average: schedules.restore(rule) for average, rule in stored.items()}
+
+
+def _made(make: Callable[[], Any], text: str) -> Any:
+    """What ``make`` returns; a value of another kind than it expects is a ValueError too."""
+    try:
+        return make()
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{text}: {error}") from error

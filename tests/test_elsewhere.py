@@ -1,0 +1,210 @@
+"""Averages in host memory and in slices, as a training loop sees them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from shardema import ShadowPolicy, ShardedEMA, replicas
+from shardema.kernels import reference
+from shardema.kernels.bound import Bound
+from shardema.shard import Shard, whole
+from tests import world
+
+MIB = 1 << 20
+OFFLOADS = [
+    ShadowPolicy(device="cpu", staging_bytes=MIB),
+    ShadowPolicy(device="cpu", compute="device", staging_bytes=MIB),
+]
+
+
+class Broken:
+    """A kernel that raises once, at the given update."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def bind(
+        self, shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]
+    ) -> Bound:
+        inner = reference.bind(shadows, params, slots)
+
+        def lerp_(weights: Sequence[float]) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise MemoryError("no memory for the average")
+            inner(weights)
+
+        return Bound(lerp_, ("reference",))
+
+
+def slowly(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
+    """A kernel beside which an optimizer step has all the time it needs."""
+    inner = reference.bind(shadows, params, slots)
+    never = threading.Event()
+
+    def lerp_(weights: Sequence[float]) -> None:
+        never.wait(0.02)
+        inner(weights)
+
+    return Bound(lerp_, ("reference",))
+
+
+@pytest.mark.parametrize("policy", OFFLOADS, ids=lambda p: p.compute)
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_step_waits_until_its_weights_were_read(policy: ShadowPolicy, attached: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(1024, 1024)  # 4 MiB: eight buffers
+    start = {fqn: p.detach().clone() for fqn, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ema = ShardedEMA(model, 0.5, shadow=policy)
+    ema._bind_kernel = slowly
+    ema._rebind()
+    handle = ema.attach(optimizer) if attached else None
+    for number in range(1, 4):
+        for param in model.parameters():
+            param.grad = torch.full_like(param, -float(number))
+        optimizer.step()
+        if handle is None:
+            ema.update()
+    expected = {fqn: value.clone() for fqn, value in start.items()}
+    weights = {fqn: value.clone() for fqn, value in start.items()}
+    for number in range(1, 4):
+        for fqn in expected:
+            weights[fqn] += float(number)
+            expected[fqn].lerp_(weights[fqn], 0.5)
+    full = ema.full_state_dict()
+    for fqn, value in expected.items():
+        assert torch.equal(full[fqn], value), fqn
+
+
+def test_flush_lets_the_weights_be_written_by_hand() -> None:
+    model = nn.Linear(1024, 1024, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ema = ShardedEMA(model, 0.5, shadow=OFFLOADS[0])
+    ema._bind_kernel = slowly
+    ema._rebind()
+    ema.attach(optimizer)
+    with torch.no_grad():
+        model.weight.zero_()
+        ema.reset()
+        model.weight.fill_(1.0)
+        model.weight.grad = torch.zeros_like(model.weight)
+        optimizer.step()
+        ema.flush()
+        model.weight.fill_(100.0)
+    assert ema.full_state_dict()["weight"].unique().tolist() == [0.5]
+
+
+def failing_background() -> None:
+    model = DistributedDataParallel(nn.Linear(4, 3))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(1.0)
+    ema = ShardedEMA(model, 0.5, shadow=OFFLOADS[0])
+    last = dist.get_rank() == dist.get_world_size() - 1
+    ema._bind_kernel = Broken(at=1 if last else -1).bind
+    ema._rebind()
+    with contextlib.suppress(RuntimeError):  # it may have failed before the call is over
+        ema.update()
+    calls: list[Callable[[], object]] = [ema.full_state_dict, ema.metrics]
+    for call in calls:  # collective: on all ranks
+        with pytest.raises(RuntimeError, match=r"rank 1: .*no memory for the average"):
+            call()
+    hit = pytest.raises(RuntimeError, match="no memory") if last else contextlib.nullcontext()
+    with hit:  # local: on the rank that failed
+        ema.update()
+    ema.reset()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(3.0)
+    ema.update()
+    full = ema.full_state_dict(all_ranks=True)
+    assert {value.unique().item() for value in full.values()} == {2.0}
+
+
+def test_an_error_in_the_background_surfaces_on_all_ranks() -> None:
+    world.run(failing_background, 2)
+
+
+def test_a_load_mends_what_failed_in_the_background(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3)
+    ema = ShardedEMA(model, 0.5, shadow=OFFLOADS[0])
+    ema.save(tmp_path / "ema")
+    full = ema.full_state_dict()
+    ema._bind_kernel = Broken(at=1).bind
+    ema._rebind()
+    with contextlib.suppress(RuntimeError):  # it may have failed before the call is over
+        ema.update()
+    with pytest.raises(RuntimeError, match="no memory for the average"):
+        ema.save(tmp_path / "broken")
+    ema.load(tmp_path / "ema")
+    again = ema.full_state_dict()
+    assert all(torch.equal(again[fqn], value) for fqn, value in full.items())
+    assert ema.num_updates == 0
+
+
+def slices_share_the_memory() -> None:
+    model = DistributedDataParallel(nn.Linear(100, 30))
+    ranks = dist.get_world_size()
+    for policy in (ShadowPolicy(), ShadowPolicy(shard_replicas=True)):
+        ema = ShardedEMA(model, 0.5, shadow=policy)
+        held = sum(
+            view.numel() for a in ema._averages.values() for view in a.shadows.views.values()
+        )
+        assert held == (3030 // ranks if policy.shard_replicas else 3030)
+        assert f"{held:,} elements" in repr(ema)
+
+
+def test_slices_share_the_memory_between_the_replicas() -> None:
+    world.run(slices_share_the_memory, 3)
+
+
+@pytest.mark.parametrize("stride", ["rows", "columns", "channels_last"])
+def test_the_slices_of_a_tensor_hold_each_element_once(
+    stride: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = torch.arange(2 * 3 * 5 * 7.0).view(2, 3, 5, 7)
+    local = full.clone()
+    if stride == "columns":
+        local = full.transpose(0, 3).contiguous().transpose(0, 3)
+    elif stride == "channels_last":
+        local = full.to(memory_format=torch.channels_last)
+    place = [0, 0]
+    monkeypatch.setattr(dist, "get_world_size", lambda group: (3, 4)[group])
+    monkeypatch.setattr(dist, "get_rank", lambda group: place[group])
+    seen = torch.zeros_like(full)
+    sizes = []
+    for place[0] in range(3):
+        for place[1] in range(4):
+            shard = Shard("w", local, full.shape, whole(full.shape), replicas=(0, 1))
+            part = replicas.slice_of(shard)
+            sizes.append(part.local.numel())
+            assert part.local.untyped_storage().data_ptr() == local.untyped_storage().data_ptr()
+            for box, values in part.pieces():
+                assert torch.equal(values, box.view(full))
+                box.view(seen).add_(1)
+    assert torch.equal(seen, torch.ones_like(full))
+    assert max(sizes) == 18  # of 210 elements, on 12 ranks
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"device": "cuda"}, r"got device='cuda', expected 'model' or 'cpu'"),
+        ({"compute": "gpu", "device": "cpu"}, r"got compute='gpu', expected 'host' or 'device'"),
+        ({"compute": "device"}, r"compute='device' without device='cpu'"),
+        ({"device": "cpu", "staging_bytes": 1000}, r"staging_bytes=1000, expected 1 MiB or more"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused(options: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        ShadowPolicy(**options)

@@ -1,0 +1,182 @@
+"""The Triton kernel: interpreted on a CPU, compiled without a GPU, and run where there is one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardema.kernels import reference
+from tests import meters
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+PAIRS = list(itertools.product(DTYPES, DTYPES))
+WEIGHTS = [0.0, 1e-8, 1e-4, 0.3, 0.49999999999, 0.5, 0.9, 1 - 1e-12, 1.0]
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def test_the_facts_of_triton_interpreted_hold() -> None:
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
+    done = subprocess.run(
+        [*command, "tests/triton_interpreted.py"],
+        cwd=root,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^\d+ passed", done.stdout, re.MULTILINE), done.stdout
+
+
+def compiled(param: torch.dtype, shadows: list[torch.dtype], capability: int) -> str:
+    """The PTX of the kernel; ptxas has taken it."""
+    from triton.backends.compiler import GPUTarget
+
+    from shardema.kernels import fused_gpu
+
+    source = triton.compiler.ASTSource(
+        fn=fused_gpu.lerp_kernel,
+        signature={
+            "table": "*i64",
+            "weights": "*fp64",
+            "PARAM": "constexpr",
+            "SHADOWS": "constexpr",
+            "BLOCK": "constexpr",
+        },
+        constexprs={
+            "PARAM": fused_gpu._TYPES[param],
+            "SHADOWS": tuple(fused_gpu._TYPES[dtype] for dtype in shadows),
+            "BLOCK": fused_gpu.BLOCK,
+        },
+    )
+    made = triton.compile(
+        source, GPUTarget("cuda", capability, 32), options={"num_warps": fused_gpu.WARPS}
+    )
+    assert made.asm["cubin"]
+    ptx = made.asm["ptx"]
+    assert isinstance(ptx, str)
+    return ptx
+
+
+@pytest.fixture
+def compiles_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.usefixtures("compiles_anew")
+@pytest.mark.parametrize(("param", "shadow"), PAIRS, ids=str)
+def test_the_compiled_kernel_fuses_and_rounds_as_written(
+    param: torch.dtype, shadow: torch.dtype
+) -> None:
+    ptx = compiled(param, [shadow], 80)
+    math = "f64" if shadow == torch.float64 else "f32"
+    assert f"fma.rn.{math}" in ptx
+    assert not re.findall(r"\b(?:mul|mad)(?:\.r[nzmp])?\.f(?:16|32|64)", ptx)
+    assert ".ftz" not in ptx  # subnormal numbers are numbers
+    if shadow.itemsize == 2:
+        assert f"cvt.rn.{'bf16' if shadow == torch.bfloat16 else 'f16'}" in ptx
+    assert not re.findall(r"cvt\.rz\.(?:b?f16|f32)", ptx)
+
+
+@pytest.mark.usefixtures("compiles_anew")
+def test_wide_blocks_move_16_bytes_at_a_time() -> None:
+    from shardema.kernels import fused_gpu
+
+    each = fused_gpu.BLOCK // (32 * fused_gpu.WARPS)  # elements of a thread
+    for param in (torch.float32, torch.bfloat16):
+        ptx = compiled(param, [torch.float32], 80)
+        whole = each * (param.itemsize + 4) // 16
+        assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == whole
+        assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == each * 4 // 16
+
+
+@pytest.mark.usefixtures("compiles_anew")
+def test_averages_of_several_dtypes_compile_into_one_kernel() -> None:
+    ptx = compiled(
+        torch.bfloat16, [torch.float32, torch.float64, torch.bfloat16, torch.float32], 90
+    )
+    assert len(re.findall(r"\.entry", ptx)) == 1
+    assert "fma.rn.f32" in ptx
+    assert "fma.rn.f64" in ptx
+
+
+def tensors(dtype: torch.dtype, block: int) -> list[Tensor]:
+    """On the GPU: sizes around a block, some that start off 16 bytes."""
+    generator = torch.Generator("cuda").manual_seed(dtype.itemsize)
+    found = []
+    for shift, numel in itertools.product((0, 1), (0, 1, block - 1, block, 3 * block + 5)):
+        values = torch.randn(numel + shift, generator=generator, device="cuda", dtype=torch.float64)
+        found.append(values.to(dtype)[shift:])
+    return found
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(("param", "shadow"), PAIRS, ids=str)
+def test_the_gpu_rounds_as_torch_lerp(param: torch.dtype, shadow: torch.dtype) -> None:
+    from shardema.kernels import fused_gpu
+
+    shadows, params = (tensors(dtype, fused_gpu.BLOCK) for dtype in (shadow, param))
+    slots = [0] * len(params)
+    lerp_ = fused_gpu.bind(shadows, params, slots)
+    for weight in WEIGHTS:
+        expected = [t.clone() for t in shadows]
+        reference.bind(expected, params, slots)([weight])
+        lerp_([weight])
+        for got, value in zip(shadows, expected, strict=True):
+            assert torch.equal(got, value), weight
+        for target, values in zip(shadows, tensors(shadow, fused_gpu.BLOCK), strict=True):
+            target.copy_(values)
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_graph_replays_the_weights_of_each_refresh() -> None:
+    from shardema.kernels import fused_gpu
+
+    params = tensors(torch.bfloat16, fused_gpu.BLOCK)
+    eager = tensors(torch.float32, fused_gpu.BLOCK) + tensors(torch.float64, fused_gpu.BLOCK)
+    replayed = [t.clone() for t in eager]
+    slots = [0] * len(params) + [1] * len(params)
+    lerp_ = fused_gpu.bind(eager, params * 2, slots)
+    captured = fused_gpu.bind(replayed, params * 2, slots)
+    before = [t.clone() for t in replayed]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured([0.5, 0.5])
+    for got, value in zip(replayed, before, strict=True):
+        assert torch.equal(got, value)  # a capture runs nothing
+    for t in (1, 2, 3):
+        for param in params:
+            param.mul_(-1)
+        weights = [1 - t / (9 + t), 1 - t / (1 + t)]
+        lerp_(weights)
+        captured.refresh(weights)
+        graph.replay()
+        for got, value in zip(replayed, eager, strict=True):
+            assert torch.equal(got, value)
+
+
+@pytest.mark.gpu
+@gpu
+def test_an_update_on_the_gpu_neither_waits_nor_allocates() -> None:
+    from shardema.kernels import fused_gpu
+
+    params = tensors(torch.bfloat16, fused_gpu.BLOCK)
+    shadows = tensors(torch.float32, fused_gpu.BLOCK)
+    lerp_ = fused_gpu.bind(shadows, params, [0] * len(params))
+    weights = itertools.count(2)
+    with meters.no_sync():
+        assert meters.allocated_on_gpu(lambda: lerp_([1 / next(weights)])) == 0
+        fused_gpu.bind(shadows, params, [0] * len(params))
