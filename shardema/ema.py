@@ -163,6 +163,7 @@ class ShardedEMA:
                 shadows.copy_from(held)
                 self._averages[name] = Average(name, rule, policies[name], shadows)
             self._updater = self._bound()
+            self._captured = False  # by a CUDA graph, which the tables must outlive
 
     # ---- what it is ---------------------------------------------------------------------------
 
@@ -193,7 +194,7 @@ class ShardedEMA:
         return (
             f"ShardedEMA({rules}; backend={self._backend_name}, {len(self._averaged)} tensors, "
             f"rank {self._ranks.rank} of {self._ranks.size}: {held:,} elements in "
-            f"{size / 2**20:.1f} MiB of shadows; kernel={self._updater.runs}; t={self.t} "
+            f"{size / 2**20:.1f} MiB of shadows; kernel={'+'.join(self._updater.runs)}; t={self.t} "
             f"{self.unit}s)"
         )
 
@@ -226,6 +227,9 @@ class ShardedEMA:
         """`update`, which offloaded averages may still read the weights for."""
         self._not_inside("update")
         step = increment(dt, self.unit)
+        if _capturing():
+            self._capture()
+            return
         applied = self._applied()
         if self._engine is not None and applied in (None, self._counted):
             return
@@ -244,6 +248,51 @@ class ShardedEMA:
             for average, those in zip(self._averages.values(), weights, strict=True):
                 average.moved(those, step)
         self._counted = applied
+
+    def _capture(self) -> None:
+        if self._engine is not None or self._on_nonfinite != "ignore":
+            raise RuntimeError(
+                "update under CUDA graph capture: not with a DeepSpeed engine, nor with "
+                "on_nonfinite='skip' or 'raise', which wait for the device"
+            )
+        with writable():
+            self._updater.launch()
+        self._captured = True
+
+    def before_replay(self, dt: float | None = None) -> None:
+        """Makes ready for the replay of a CUDA graph that has captured `update`. Local.
+
+        Moves the clock, and gives the replay its weights on the current stream: a schedule goes
+        on as if `update` was called. Call it before each ``graph.replay()``.
+
+        Args:
+            dt: as for `update`.
+
+        Raises:
+            RuntimeError: no `update` was captured; inside ``swap()``; the model's storage was
+                replaced since.
+            ValueError: as for `update`.
+        """
+        self._not_inside("before_replay")
+        step = increment(dt, self.unit)
+        if not self._captured:
+            raise RuntimeError(
+                "before_replay: no graph has captured ema.update(); capture it first"
+            )
+        if not self._at_home():
+            self._raise_moved()
+        weights = [average.weights(step) for average in self._averages.values()]
+        with writable():
+            self._updater.refresh([weight for those in weights for weight in those])
+        for average, those in zip(self._averages.values(), weights, strict=True):
+            average.moved(those, step)
+
+    def _raise_moved(self) -> NoReturn:
+        raise RuntimeError(
+            f"rank {self._ranks.rank}: the model's weights lie elsewhere than when a CUDA graph "
+            "captured ema.update(), so its replays would read freed memory; build the EMA and "
+            "capture again"
+        )
 
     def _copied(self) -> None:
         """Waits until no update reads the weights any more: they may be changed."""
@@ -546,7 +595,7 @@ class ShardedEMA:
             self._refresh()
             if len(chosen) < len(self._averages):
                 self._flush("reset")  # the others must be whole
-            self._rebind()  # an update that failed in the background is forgotten
+            self._forget_errors()
             for average in chosen:
                 average.shadows.copy_from(self._held(average))
                 average.restart()
@@ -698,7 +747,8 @@ class ShardedEMA:
             and as ``"distance/<child>"`` for each child of the model; ``"unmoved"``, the share
             of elements that differ from their weight and that an update with this decay would
             not move, since the step is rounded away; ``"nonfinite"``, how many elements of the
-            average are infinite or not a number; ``"t"`` and ``"num_updates"``. With
+            average are infinite or not a number; ``"t"`` and ``"num_updates"``; 1 as
+            ``"kernel/<name>"`` for each kernel that runs. With
             `schedules.by_pattern` decay and horizon are the default's, and ``"decay/<pattern>"``
             is there for each pattern.
 
@@ -711,11 +761,17 @@ class ShardedEMA:
         weights = {shard.fqn: 1 - decays[average.index(shard)] for shard in self._mine()}
         held, views = self._held(average), average.shadows.views
 
-        def local() -> dict[str, Any]:
+        def local() -> tuple[dict[str, Any], tuple[str, ...]]:
             with writable():
-                return dict(sums(plan, self._ranks.index, held, views, weights))
+                rows = sums(plan, self._ranks.index, held, views, weights)
+            return dict(rows), self._updater.runs
 
-        told: dict[str, float] = self._ranks.agree("metrics", local, total)
+        def joined(told: list[tuple[dict[str, Any], tuple[str, ...]]]) -> dict[str, float]:
+            kernels_that_run = sorted({name for _, runs in told for name in runs})
+            runs = {f"kernel/{name}": 1.0 for name in kernels_that_run}
+            return {**total([rows for rows, _ in told]), **runs}
+
+        told: dict[str, float] = self._ranks.agree("metrics", local, joined)
         horizon = 1 / (1 - decays[0]) if decays[0] < 1 else math.inf
         patterns = {
             f"decay/{text_of(pattern)}": decay
@@ -833,7 +889,7 @@ class ShardedEMA:
         with writable():
             nbytes = sum(file.size for file in found[0].files)
             self._ranks.agree("load (reading)", read, nbytes=nbytes * self._ranks.size)
-            self._rebind()  # an update that failed in the background is forgotten
+            self._forget_errors()
             for average in self._averages.values():
                 average.shadows.copy_all(staged[average.name])
                 kept = found[0].averages.get(average.name)
@@ -997,8 +1053,15 @@ class ShardedEMA:
             self._bind_kernel,
         )
 
+    def _forget_errors(self) -> None:
+        """Lets an update that failed in the background be followed by others."""
+        if self._updater.behind:
+            self._rebind()
+
     def _rebind(self) -> None:
-        """Binds the update to where the tensors are now; an error of an update is forgotten."""
+        """Binds the update to where the tensors are now."""
+        if self._captured:
+            self._raise_moved()
         self._updater.close()
         self._updater = self._bound()
 
@@ -1177,6 +1240,12 @@ class ShardedEMA:
 
 def _rules(schedule: Schedule | by_pattern) -> tuple[tuple[Pattern, Schedule], ...]:
     return schedule.rules if isinstance(schedule, by_pattern) else ()
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph records what this thread launches."""
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(started) and torch.cuda.is_current_stream_capturing()
 
 
 def _names(given: Sequence[str]) -> tuple[str, ...]:

@@ -48,11 +48,15 @@ class Updater:
         ]
 
     @property
-    def runs(self) -> str:
-        """What runs: the kernels, and where."""
-        kernels_here = sorted({name for lerp_ in self._inline for name in lerp_.runs})
-        words = {Background: "in the background", Travelling: "travelling"}
-        return ", ".join(kernels_here + [words[type(behind)] for behind in self._behind])
+    def runs(self) -> tuple[str, ...]:
+        """What runs: the kernels, ``"background"`` and ``"travelling"``."""
+        inline = dict.fromkeys(name for lerp_ in self._inline for name in lerp_.runs)
+        return (*inline, *(type(behind).__name__.lower() for behind in self._behind))
+
+    @property
+    def behind(self) -> bool:
+        """Whether averages in host memory are among them."""
+        return bool(self._behind)
 
     def __call__(self, weights: Sequence[float]) -> None:
         """Moves the averages beside the weights, and starts to move the others.
@@ -64,6 +68,26 @@ class Updater:
             behind(weights)
         for lerp_ in self._inline:
             lerp_(weights)
+
+    def launch(self) -> None:
+        """What a CUDA graph records: moves the averages by the weights of `refresh`.
+
+        Raises:
+            RuntimeError: what runs cannot be captured.
+        """
+        if self._behind or not all(hasattr(lerp_, "launch") for lerp_ in self._inline):
+            raise RuntimeError(
+                f"update under CUDA graph capture: {', '.join(self.runs)} cannot be captured; "
+                "build the EMA with kernel='fused' on a GPU with triton, and averages beside the "
+                "weights"
+            )
+        for lerp_ in self._inline:
+            lerp_.launch()  # type: ignore[attr-defined]
+
+    def refresh(self, weights: Sequence[float]) -> None:
+        """Gives the replays that follow their weights."""
+        for lerp_ in self._inline:
+            lerp_.refresh(weights)  # type: ignore[attr-defined]
 
     def copied(self) -> None:
         """Returns when the weights may be changed. Raises as `__call__`."""

@@ -38,6 +38,8 @@ class Layout:
         options: of `zoo.make`, where the wrapper cannot take every model.
         exact: the forward gives the same bits as the unsharded one (tensor parallel does not).
         policy: how the averages are kept.
+        kernel: by which kernel.
+        full: only with ``--full``: another layout shows nearly the same.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Layout:
     options: tuple[str, ...] = ()
     exact: bool = True
     policy: ShadowPolicy = BESIDE
+    kernel: str = "auto"  # foreach, for what is as small as the zoo
+    full: bool = False
 
     def build(self, **options: bool) -> nn.Module:
         """The wrapped zoo model."""
@@ -156,20 +160,21 @@ LAYOUTS = {
             (4,),
             _fsdp1(sharding_strategy=_STRATEGY.HYBRID_SHARD, use_orig_params=True),
         ),
-        Layout("fsdp2", "fsdp2", (2, 3), _fsdp2()),
+        Layout("fsdp2", "fsdp2", (2, 3), _fsdp2(), kernel="fused"),
         Layout("fsdp2-keep", "fsdp2", (2, 3), _fsdp2(keep=True)),
         Layout("hsdp", "fsdp2", (4,), hsdp),
         Layout("fsdp2-tp", "fsdp2", (4,), fsdp2_tp, exact=False),
-        Layout("ddp-slices", "plain", (2, 3), ddp, ("channels_last", "scalar"), policy=SLICES),
+        Layout("ddp-slices", "plain", (3,), ddp, ("channels_last", "scalar"), policy=SLICES),
         Layout(
             "fsdp1-hybrid-slices",
             "fsdp1",
             (4,),
             _fsdp1(sharding_strategy=_STRATEGY.HYBRID_SHARD, use_orig_params=True),
             policy=SLICES,
+            full=True,
         ),
-        Layout("hsdp-slices", "fsdp2", (4,), hsdp, policy=SLICES),
-        Layout("fsdp2-offload", "fsdp2", (2,), _fsdp2(), policy=OFFLOAD),
+        Layout("hsdp-slices", "fsdp2", (4,), hsdp, policy=SLICES, kernel="fused"),
+        Layout("fsdp2-offload", "fsdp2", (2,), _fsdp2(), policy=OFFLOAD, kernel="fused"),
         Layout("ddp-travelling-slices", "plain", (2,), ddp, policy=TRAVELLING_SLICES),
     )
 }

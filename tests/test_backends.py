@@ -11,7 +11,9 @@ from tests import contract, world
 from tests.layouts import LAYOUTS
 
 PAIRS = [
-    (ranks, layout.name, fact.__name__)
+    pytest.param(
+        *(ranks, layout.name, fact.__name__), marks=[pytest.mark.full] if layout.full else []
+    )
     for ranks in (1, 2, 3, 4)
     for layout in LAYOUTS.values()
     if ranks in layout.worlds

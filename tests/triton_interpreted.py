@@ -21,6 +21,8 @@ from torch import Tensor
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_kernels_triton.py instead"
 
+from shardema import ShadowPolicy, ShardedEMA, schedules  # noqa: E402
+from shardema import ema as ema_module  # noqa: E402
 from shardema.kernels import fused_gpu, reference  # noqa: E402  (never without the interpreter)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, on inf and NaN
@@ -334,6 +336,54 @@ def test_a_capture_takes_the_launch_and_never_the_weights(monkeypatch: pytest.Mo
     assert shadow.tolist() == [0.25] * 5
     with pytest.raises(RuntimeError, match="refresh before each replay, outside of it"):
         lerp_.refresh([0.5])
+
+
+def test_an_ema_goes_on_by_replays_as_by_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(70, 60)
+    rules = {"ramp": schedules.ramp(0.9999), "mixed": schedules.by_pattern({"bias": 0.5}, 0.9)}
+    eager, graph = (ShardedEMA(model, rules) for _ in range(2))
+    for ema in (eager, graph):
+        ema._bind_kernel = fused_gpu.bind
+        ema._rebind()
+    with pytest.raises(RuntimeError, match="no graph has captured"):
+        graph.before_replay()
+    before = graph.full_state_dict("ramp")
+    with monkeypatch.context() as capture:  # the launch of a capture does nothing
+        capture.setattr(ema_module, "_capturing", lambda: True)
+        capture.setattr(fused_gpu._Work, "_capturing", lambda self: True)
+        graph.update()
+    now = graph.full_state_dict("ramp")
+    assert all(torch.equal(now[fqn], value) for fqn, value in before.items())
+    assert graph.num_updates == 0
+    for _ in range(3):
+        with torch.no_grad():
+            for param in model.parameters():
+                param.add_(torch.randn_like(param))
+        eager.update()
+        graph.before_replay()
+        graph._updater.launch()  # what the graph has recorded
+        assert (graph.t, graph.num_updates) == (eager.t, eager.num_updates)
+        for name in rules:
+            got, expected = graph.full_state_dict(name), eager.full_state_dict(name)
+            assert all(torch.equal(got[fqn], value) for fqn, value in expected.items())
+    model.weight.data = model.weight.data.clone()
+    for call in (graph.before_replay, graph.update):
+        with pytest.raises(RuntimeError, match="capture again"):
+            call()
+
+
+def test_what_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ema_module, "_capturing", lambda: True)
+    model = torch.nn.Linear(7, 6)
+    for ema, text in (
+        (ShardedEMA(model, 0.5, kernel="foreach"), "foreach cannot be captured"),
+        (ShardedEMA(model, 0.5, shadow=ShadowPolicy(device="cpu")), "background cannot be"),
+        (ShardedEMA(model, 0.5, on_nonfinite="skip"), "on_nonfinite='skip'"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            ema.update()
+        assert ema.num_updates == 0
 
 
 def test_the_default_device_plays_no_part() -> None:
