@@ -76,6 +76,12 @@ OPTIONS = {
         callback=checked_schedule,
         help="power:STD, half-life:STEPS, constant:DECAY, warmup:DECAY or ramp:DECAY.",
     ),
+    "offload": click.option(
+        "--offload", is_flag=True, help="Keep the average in host memory, a step behind."
+    ),
+    "slices": click.option(
+        "--slices", is_flag=True, help="Replicas of the weights each average a slice of them."
+    ),
     "bf16": click.option("--bf16", is_flag=True, help="Compute in bfloat16; weights stay float32."),
     "layers": click.option("--layers", type=click.IntRange(1), default=4),
     "width": click.option("--width", type=click.IntRange(1), default=128),

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from shardema import ShardedEMA
+from shardema import ShadowPolicy, ShardedEMA
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -56,7 +56,8 @@ def train(flags: SimpleNamespace) -> None:
 
     torch.manual_seed(flags.seed)  # every rank builds the same weights; nothing else is random
     model, optimizer = parallel.prepare(GPT(config), layout, flags)
-    ema = ShardedEMA(model, schedule(flags.ema))
+    policy = ShadowPolicy(device="cpu" if flags.offload else "model", shard_replicas=flags.slices)
+    ema = ShardedEMA(model, schedule(flags.ema), shadow=policy)
     if resume:
         checkpoint.load(resume, model, optimizer, ema)
 
