@@ -19,7 +19,6 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +32,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
-from rows import HERE, MIB, PeakMemory, Row, append, cpu_name, measured
+import models
+from harness import Table, Target, arguments, everywhere, finish, say, turns, world
+from rows import MIB, PeakMemory
 from shardema import ShardedEMA
 from shardema.gather import BUCKET_BYTES
 
@@ -46,31 +45,6 @@ _CHUNK = 16 * MIB
 
 
 # ---- what is exported -------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """The feed-forward half of a transformer layer: 8 * width * width weights."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-
-class Model(nn.Module):
-    """About ``mib`` MiB of fp32: an embedding with an eighth of it, and equal blocks.
-
-    It is never run. The rows of the embedding are odd, so that the shards are uneven.
-    """
-
-    def __init__(self, mib: int) -> None:
-        super().__init__()
-        numel = mib * MIB // 4
-        width = 1024 if mib >= 128 else 128
-        self.embed = nn.Embedding(numel // 8 // width | 1, width)
-        blocks = max(1, round((numel - self.embed.weight.numel()) / (8 * width * width)))
-        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
 
 
 @dataclass(frozen=True)
@@ -88,18 +62,9 @@ class Case:
 
 def make_case(mib: int) -> Case:
     """Builds the model shard by shard: the full one is in no rank's memory."""
-    with torch.device("meta"):
-        model = Model(mib)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    model.to_empty(device="cpu")
-    torch.manual_seed(dist.get_rank())
-    locals_ = [p.to_local() for p in model.parameters()]
+    model = models.build(lambda: models.Blocks(mib), "fsdp2")
+    locals_ = models.locals_of(model)
     with torch.no_grad():
-        for local in locals_:
-            local.uniform_(-1, 1)
         ema = ShardedEMA(model, 0.5)
         for local in locals_:
             local.add_(1)
@@ -179,6 +144,7 @@ PROVIDERS: dict[str, Provider] = {
     "hf_dcp": Provider(write_hf_dcp, of_model=True, equals="tensors", optional=True),
 }
 OURS = ("shardema_direct", "shardema_stream")
+TARGETS = (Target("shardema_(direct|stream)", ".*", "extra_memory_max", most=BUCKET_BYTES / MIB),)
 
 
 def fsync(path: Path) -> None:
@@ -215,13 +181,6 @@ def run_once(provider: Provider, case: Case, folder: Path) -> Sample:
             dist.barrier()
             seconds = time.perf_counter() - start
     return Sample(max(everywhere(seconds)), tuple(everywhere(memory.extra)))
-
-
-def everywhere(value: Any) -> list[Any]:
-    """The value of every rank, in order."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def remove(folder: Path) -> None:
@@ -266,24 +225,16 @@ def measure(
         look: told, on the first rank, the name and the folder of each run of the first turn.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in names}
-    for turn in range(repeats):
-        first = turn % len(names)
-        for name in [*names[first:], *names[:first]]:
-            folder = out / name
-            sample = run_once(PROVIDERS[name], case, folder)
-            samples[name].append(sample)
-            extra = ", ".join(f"{n / MIB:.0f}" for n in sample.extra)
-            say(f"{turn + 1}/{repeats} {name:17} {sample.seconds:7.2f} s, extra MiB [{extra}]")
-            if turn == 0 and dist.get_rank() == 0:
-                look(name, folder)
-            remove(folder)
+    for turn, name in turns(names, repeats):
+        folder = out / name
+        sample = run_once(PROVIDERS[name], case, folder)
+        samples[name].append(sample)
+        extra = ", ".join(f"{n / MIB:.0f}" for n in sample.extra)
+        say(f"{turn + 1}/{repeats} {name:17} {sample.seconds:7.2f} s, extra MiB [{extra}]")
+        if turn == 0 and dist.get_rank() == 0:
+            look(name, folder)
+        remove(folder)
     return samples
-
-
-def say(text: str) -> None:
-    """Prints on the first rank."""
-    if dist.get_rank() == 0:
-        print(text, flush=True)
 
 
 # ---- what is claimed --------------------------------------------------------------------------
@@ -338,34 +289,23 @@ def over_the_limit(samples: Mapping[str, Sequence[Sample]], limit: float) -> lis
     ]
 
 
-def to_rows(samples: Mapping[str, Sequence[Sample]], case: str) -> list[Row]:
+def to_rows(samples: Mapping[str, Sequence[Sample]], case: str) -> Table:
     """The rows of a run; a ratio is to the reference in the same turn."""
-    reference = [sample.seconds for sample in samples[REFERENCE]]
-    device, world_size = cpu_name(), dist.get_world_size()
-    rows = []
+    table = Table()
+    times = {name: [sample.seconds for sample in runs] for name, runs in samples.items()}
+    table.add_times(times, case, unit="s", to=[REFERENCE])
     for name, runs in samples.items():
-        seconds = [sample.seconds for sample in runs]
-        metrics = {
-            ("time", "s"): seconds,
-            (f"time_to_{REFERENCE}", "ratio"): [
-                mine / theirs for mine, theirs in zip(seconds, reference, strict=True)
-            ],
-            ("extra_memory_max", "MiB"): [max(sample.extra) / MIB for sample in runs],
-            ("extra_memory_rank0", "MiB"): [sample.extra[0] / MIB for sample in runs],
-        }
-        for (metric, unit), values in metrics.items():
-            where = {"device": device, "world_size": world_size}
-            what = {"provider": name, "case": case, "metric": metric, "unit": unit}
-            rows.append(measured(values, **what, **where))
-    return rows
+        extra = [max(sample.extra) / MIB for sample in runs]
+        table.add(name, case, "extra_memory_max", "MiB", extra)
+        first = [sample.extra[0] / MIB for sample in runs]
+        table.add(name, case, "extra_memory_rank0", "MiB", first)
+    return table
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = arguments("export", __doc__, repeats=3)
     parser.add_argument("--mib", type=int, default=1024, help="size of the model")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of all providers")
     parser.add_argument("--out", default=tempfile.gettempdir(), help="a folder on the disk to use")
-    parser.add_argument("--results", default=HERE / "results" / "export.csv", help="CSV of rows")
     parser.add_argument("--verify", action="store_true", help="compare what is in the files")
     parser.add_argument(
         "--limit-mib",
@@ -373,19 +313,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=BUCKET_BYTES / MIB,
         help="extra memory that an export by shardema may take on a rank: one bucket",
     )
-    args = parser.parse_args(argv)
-    if args.mib < 1 or args.repeats < 1:
-        parser.error("--mib and --repeats: expected 1 or more")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, appends the rows, and returns the exit code, the same on every rank."""
     args = parse(argv)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    torch.set_num_threads(1)  # ranks share the cores
-    dist.init_process_group("gloo")
-    try:
+    with world():
         told = [tempfile.mkdtemp(prefix="export-", dir=args.out) if dist.get_rank() == 0 else ""]
         dist.broadcast_object_list(told)
         out = Path(told[0])
@@ -398,8 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             if dist.get_rank() == 0:
                 shutil.rmtree(out, ignore_errors=True)
-        if dist.get_rank() == 0:
-            append(args.results, to_rows(samples, f"fsdp2 fp32 {args.mib} MiB"))
+        missed = finish(to_rows(samples, f"fsdp2 fp32 {args.mib} MiB"), args, TARGETS)
         differing = everywhere(verifier.differing())[0]
         over = over_the_limit(samples, args.limit_mib * MIB)
         if args.verify and not differing:
@@ -409,9 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"{' and '.join(OURS)}: within {args.limit_mib:g} MiB on every rank")
         for line in (*differing, *over):
             say(line)
-        return 1 if differing or over else 0
-    finally:
-        dist.destroy_process_group()
+        return 1 if differing or over or missed else 0
 
 
 if __name__ == "__main__":

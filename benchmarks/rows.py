@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
+import functools
 import gc
 import math
 import os
@@ -44,7 +45,10 @@ class Row:
         device: what computed; a row of a CPU never stands for a GPU.
         provider: what was measured; rivals of one case run in one process, interleaved.
         case: the size and kind of the problem.
-        p20: 20 % of the repeats were at or below; p50 is the median.
+        metric: what the numbers are; ``fails: why``, ``wrong: why`` or ``missing: how to
+            install it`` where there are none.
+        p20: 20 % of the repeats were at or below; p50 is the median. Not a number where the
+            provider did not run or gave wrong values; the file then has an empty field.
     """
 
     commit: str
@@ -93,6 +97,12 @@ def measured(
     )
 
 
+def unmeasured(why: str, *, provider: str, case: str, device: str, world_size: int) -> Row:
+    """The row of a provider that gave no number; see `Row.metric`."""
+    start = (commit(), today(), torch.__version__, device, world_size, provider, case)
+    return Row(*start, " ".join(why.split()), "", math.nan, math.nan, math.nan)
+
+
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile, interpolated linearly.
 
@@ -124,7 +134,38 @@ def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if header is None:
             writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        for row in rows:
+            cells = asdict(row)
+            blank = {key: "" for key, value in cells.items() if value != value}
+            writer.writerow(cells | blank)
+
+
+def read(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a CSV file, the oldest first.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    with open(path, newline="", encoding="ascii") as file:
+        lines = csv.DictReader(file)
+        if tuple(lines.fieldnames or ()) != FIELDS:
+            raise ValueError(f"{path}: got columns {lines.fieldnames}, expected {list(FIELDS)}")
+        return [_row(line) for line in lines]
+
+
+def _row(line: dict[str, str]) -> Row:
+    numbers = {key: float(line[key] or "nan") for key in ("p20", "p50", "p80")}
+    return Row(**{**line, **numbers, "world_size": int(line["world_size"])})  # type: ignore[arg-type]
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Of each figure that was measured several times the last one."""
+    last = {}
+    for row in rows:
+        key = (row.device, row.world_size, row.case, row.provider, row.metric)
+        last.pop(key, None)  # so that it takes its place at the end
+        last[key] = row
+    return list(last.values())
 
 
 def today() -> str:
@@ -132,6 +173,7 @@ def today() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%d")
 
 
+@functools.cache
 def commit() -> str:
     """The commit that the library is at, with a ``+`` if its code was changed since."""
     head = _git("rev-parse", "--short", "HEAD")

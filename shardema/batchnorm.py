@@ -147,10 +147,10 @@ def update_bn(
     def look() -> list[tuple[str, int]]:
         ema._not_inside("update_bn")
         ema._named(name)
-        if not any(unwrap(model) is unwrap(known) for known in ema._models):
+        if not any(unwrap(model) is unwrap(known) for known in ema._weights.models):
             raise ValueError("update_bn: got a model that the EMA was not built for")
         layers.update(_layers(model))
-        averaged = [fqn for fqn in layers if f"{fqn}.running_mean" in ema._averaged]
+        averaged = [fqn for fqn in layers if f"{fqn}.running_mean" in ema._weights.averaged]
         if averaged:
             raise ValueError(
                 f"update_bn: {few(averaged)}: the running statistics are averaged, so what is "

@@ -162,9 +162,7 @@ def commit(folder: str, temporary: str, op: str) -> None:
         sync_path(os.path.dirname(folder))
 
 
-def _write_rank(
-    temporary: str, sources: Sequence[Source], ranks: Ranks
-) -> dict[str, Any] | None:
+def _write_rank(temporary: str, sources: Sequence[Source], ranks: Ranks) -> dict[str, Any] | None:
     """Writes this rank's file and returns its entry for the manifest; None if it owns nothing."""
     found = []  # key, dtype, number of the tensor, box, values
     first = 0

@@ -14,7 +14,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
@@ -29,7 +28,6 @@ from shardema import (
     kernels,
     layout,
     manifest,
-    replicas,
 )
 from shardema import export as exporter
 from shardema.agree import Ranks
@@ -46,8 +44,9 @@ from shardema.patterns import Pattern, text_of
 from shardema.schedules import Schedule, by_pattern, describe
 from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
 from shardema.shard import Shard, few, present
-from shardema.swap import Exchange, to_the_end, uninterrupted
+from shardema.swap import Exchange, to_the_end
 from shardema.updater import Updater
+from shardema.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -126,44 +125,38 @@ class ShardedEMA:
         kernel: str = "auto",
         timeout: float = 300.0,
     ) -> None:
-        self._models = as_models(model)
+        models = as_models(model)
         schedules = as_schedules(schedule)
         policies = as_policies(shadow, schedules)
         if source not in ("master", "model"):
             raise ValueError(f"source: got {source!r}, expected 'master' or 'model'")
-        self._source = source
         if on_nonfinite not in ("ignore", "skip", "raise"):
             raise ValueError(
                 f"on_nonfinite: got {on_nonfinite!r}, expected 'ignore', 'skip' or 'raise'"
             )
         self._on_nonfinite = on_nonfinite
         self._bind_kernel = kernels.find(kernel)
-        self._backend_name, self._backend = backends.find(self._models, backend)
-        ranks = None if group is not None else self._backend.ranks(self._models)
-        self._ranks = Ranks(ranks, group, timeout)
-        self._plans: dict[bool, Plan] = {}  # of whole shards, and of the replicas' slices
-        self._inside: str | None = None  # the average that the model holds, in a swap
         with writable():
-            self._backend.ensure_sharded(self._models)
-            self._buffers: dict[str, Buffers] = {}
-            self._buffers = layout.sort_buffers(self._read(), buffers)
-            self._shards = self._read()
-            self._frozen = frozenset(s.fqn for s in self._shards if s.role == "frozen")
-            self._engine = self._backend.engine(self._models)
-            self._counted = self._applied()
-            averaged_buffers = {f for f, word in self._buffers.items() if word == "average"}
-            self._averaged = layout.choose(self._shards, select) | averaged_buffers
-            self._watch()
+            self._weights = Weights(
+                models, backend, reads_weights=source == "model", buffers=buffers, select=select
+            )
             for name, rule in schedules.items():
-                layout.check_rule(name, rule, self._mine())
+                layout.check_rule(name, rule, self._weights.mine)
+            self._ranks = Ranks(
+                None if group is not None else self._weights.ranks(), group, timeout
+            )
+            self._counted = self._weights.applied()
             self._averages: dict[str, Average] = {}
             for name, rule in schedules.items():
-                held = self._cut(self._mine(), policies[name])
+                held = self._weights.cut(policies[name])
                 shadows = allocate(held, policies[name])
                 shadows.copy_from(held)
                 self._averages[name] = Average(name, rule, policies[name], shadows)
             self._updater = self._bound()
-            self._captured = False  # by a CUDA graph, which the tables must outlive
+        self._plans: dict[bool, Plan] = {}  # of whole shards, and of the replicas' slices
+        self._inside: str | None = None  # the average that the model holds, in a swap
+        self._failed: RuntimeError | None = None  # of an update in the background
+        self._captured = False  # by a CUDA graph, which the tables must outlive
 
     # ---- what it is ---------------------------------------------------------------------------
 
@@ -192,7 +185,8 @@ class ShardedEMA:
         size = sum(f.nbytes for a in self._averages.values() for f in a.shadows.flats)
         rules = ", ".join(f"{a.name}={a.schedule}" for a in self._averages.values())
         return (
-            f"ShardedEMA({rules}; backend={self._backend_name}, {len(self._averaged)} tensors, "
+            f"ShardedEMA({rules}; backend={self._weights.name}, "
+            f"{len(self._weights.averaged)} tensors, "
             f"rank {self._ranks.rank} of {self._ranks.size}: {held:,} elements in "
             f"{size / 2**20:.1f} MiB of shadows; kernel={'+'.join(self._updater.runs)}; t={self.t} "
             f"{self.unit}s)"
@@ -230,8 +224,8 @@ class ShardedEMA:
         if _capturing():
             self._capture()
             return
-        applied = self._applied()
-        if self._engine is not None and applied in (None, self._counted):
+        applied = self._weights.applied()
+        if self._weights.engine is not None and applied in (None, self._counted):
             return
         with writable():
             self._refresh()
@@ -243,14 +237,14 @@ class ShardedEMA:
             flat = [weight for those in weights for weight in those]
             with self._naming("update"):
                 self._updater(flat)
-            for group in present(self._lent):
+            for group in present(self._weights.lent):
                 self._lerp_lent(group, flat)
             for average, those in zip(self._averages.values(), weights, strict=True):
                 average.moved(those, step)
         self._counted = applied
 
     def _capture(self) -> None:
-        if self._engine is not None or self._on_nonfinite != "ignore":
+        if self._weights.engine is not None or self._on_nonfinite != "ignore":
             raise RuntimeError(
                 "update under CUDA graph capture: not with a DeepSpeed engine, nor with "
                 "on_nonfinite='skip' or 'raise', which wait for the device"
@@ -279,7 +273,7 @@ class ShardedEMA:
             raise RuntimeError(
                 "before_replay: no graph has captured ema.update(); capture it first"
             )
-        if not self._at_home():
+        if not self._weights.at_home():
             self._raise_moved()
         weights = [average.weights(step) for average in self._averages.values()]
         with writable():
@@ -320,7 +314,7 @@ class ShardedEMA:
         """
         names = [
             shard.fqn
-            for group in present(self._mine())
+            for group in present(self._weights.mine)
             for shard in not_finite([s for s in group if s.source.numel()])
         ]
         if not self._ranks.any(bool(names)):
@@ -368,8 +362,8 @@ class ShardedEMA:
             self._not_inside("an optimizer step")
             self._copied()
 
-        if self._engine is not None and optimizers == self._models:
-            return self._engine.hook(before=guard, after=update)
+        if self._weights.engine is not None and optimizers == self._weights.models:
+            return self._weights.engine.hook(before=guard, after=update)
         return Attached(optimizers, update, guard)
 
     # ---- evaluating ---------------------------------------------------------------------------
@@ -391,20 +385,23 @@ class ShardedEMA:
             ValueError: no average of this name.
         """
         average, mine, exchange = self._together("swap", lambda: self._ready_to_swap(name))
-        same = self._replicated(average, mine)
+        same = self._weights.replicated(average.policy)
+        if average.policy.shard_replicas:  # the slices make replicas equal, so they must be
+            self._begin("swap", name, None)
+            self._check_replicas(average, "swap")
         guards = []
-        if self._engine is not None:
+        if self._weights.engine is not None:
             guard = functools.partial(self._not_inside, "an optimizer step")
-            guards.append(self._engine.hook(before=guard))
+            guards.append(self._weights.engine.hook(before=guard))
         try:
             self._inside = average.name
-            with writable(), self._spread(same):
-                self._await_copies()
+            with writable(), self._weights.spread(same):
+                self._weights.await_copies()
                 exchange.swap_in()
-            self._announce_write()
-            versions = self._versions(mine)
+            self._weights.announce_write()
+            versions = self._weights.versions(mine)
             yield
-            now = self._versions(mine)
+            now = self._weights.versions(mine)
         finally:
             self._put_back(exchange, mine, same)
             for hook in guards:
@@ -423,73 +420,40 @@ class ShardedEMA:
         with writable():
             self._refresh()
             self._flush("swap")
-            return average, self._mine(), Exchange(self._held(average), average.shadows.views)
+            return average, self._weights.mine, Exchange(self._held(average), average.shadows.views)
 
     def _together(self, op: str, work: Callable[[], _T]) -> _T:
         """``work()``; where an engine or replicas make the call collective, on all or on none."""
         sliced = any(average.policy.shard_replicas for average in self._averages.values())
-        if self._engine is None and not sliced:
+        if self._weights.engine is None and not sliced:
             return work()
         done: list[_T] = []
         self._ranks.agree(op, lambda: done.append(work()))
         return done[0]
-
-    def _replicated(self, average: Average, shards: Sequence[Shard]) -> list[Shard]:
-        """Those of the shards of which this average has a slice only."""
-        if not average.policy.shard_replicas:
-            return []
-        return [shard for shard in shards if replicas.sliced(shard)]
-
-    @contextlib.contextmanager
-    def _spread(self, same: Sequence[Shard], *, masters: bool = False) -> Iterator[None]:
-        """The block writes the model's own tensors; what it wrote reaches all ranks when it ends.
-
-        Args:
-            same: of which it writes this replica's slice only.
-            masters: it writes what the optimizer steps, too.
-        """
-        if self._engine is None and not same:
-            yield
-            return
-        with uninterrupted(), writable():
-            if self._engine is not None:
-                self._engine.release()
-            try:
-                yield
-            finally:  # the other ranks gather too, whatever happened here
-                whole = [(s.own, s.replicas) for s in same]
-                if masters:
-                    whole += [(s.local, s.replicas) for s in same if s.weights is not None]
-                replicas.spread(whole)
-                if self._engine is not None:
-                    self._engine.publish()
 
     def _put_back(self, exchange: Exchange, mine: Sequence[Shard], same: Sequence[Shard]) -> None:
         """The end of a swap: the weights come back first, whatever interrupts it."""
 
         def take_out() -> None:
             with writable():
-                self._backend.ensure_sharded(self._models)
-                self._await_copies()
+                self._weights.ensure_sharded()
+                self._weights.await_copies()
                 exchange.swap_out()
 
         def arrive() -> None:
             with writable():
-                self._follow(mine)
-            self._announce_write()
+                if self._weights.follow(mine, self._ranks.rank):
+                    self._rebind()
+            self._weights.announce_write()
             self._inside = None
 
-        with self._spread(same):  # once on every rank, however often this one is interrupted
+        with self._weights.spread(
+            same
+        ):  # once on every rank, however often this one is interrupted
             interrupts = [to_the_end(take_out)]
         interrupts.append(to_the_end(arrive))
         for interrupt in filter(None, interrupts):
             raise interrupt
-
-    def _versions(self, shards: Sequence[Shard]) -> dict[str, int]:
-        """Counters that every in-place write moves, by fqn; of an engine, its parameters'."""
-        if self._engine is not None:
-            return {fqn: p._version for fqn, p in self._engine.parameters().items()}
-        return {s.fqn: s.local._version for s in shards if s.role != "buffer"}
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the model with the average: ``ema(x)``. Collective where `swap` and the forward are.
@@ -507,34 +471,7 @@ class ShardedEMA:
                 "average and the weights; call it under torch.no_grad()"
             )
         with self.swap():
-            return self._models[0](*inputs, **kwargs)
-
-    def _follow(self, shards: Sequence[Shard]) -> None:
-        """Takes the weights along to where the model keeps them now.
-
-        FSDP1 with CPU offload moves its shards to pinned memory in its first forward;
-        ``load_state_dict(assign=True)`` replaces them.
-        """
-        if self._at_home():
-            return
-        self._read_again()
-        for old, new in zip(shards, self._mine(), strict=True):
-            if new.weights is None and new.local.data_ptr() != old.local.data_ptr():
-                new.local.copy_(old.local)
-
-    def _await_copies(self) -> None:
-        """Waits until no copy to an accelerator reads weights that lie in host memory.
-
-        FSDP with CPU offload sends pinned shards to the device while the host goes on.
-        """
-        pinned = (s.own.is_pinned() for s in self._mine() if s.own.device.type == "cpu")
-        if torch.accelerator.is_available() and any(pinned):
-            torch.accelerator.synchronize()
-
-    def _announce_write(self) -> None:
-        """Tells everyone who may hold copies of the weights that they changed."""
-        self._backend.mark_written(self._models)
-        torch.clear_autocast_cache()
+            return self._weights.models[0](*inputs, **kwargs)
 
     def copy_to_model(self, name: str | None = None, *, every: int | None = None) -> None:
         """The average becomes the model's weights; the average stays as it is.
@@ -568,15 +505,15 @@ class ShardedEMA:
             return average
 
         average = self._together("copy_to_model", ready)
-        same = self._replicated(average, self._mine())
-        with writable(), self._spread(same, masters=True):
-            self._await_copies()
+        same = self._weights.replicated(average.policy)
+        with writable(), self._weights.spread(same, masters=True):
+            self._weights.await_copies()
             for group in present(self._held(average), write=True):
                 for shard in group:
                     shard.local.copy_(average.shadows.views[shard.fqn])
                     if shard.weights is not None:
                         shard.weights.copy_(shard.local)
-        self._announce_write()
+        self._weights.announce_write()
 
     def reset(self, name: str | None = None) -> None:
         """The model's weights become the average, and its ``t`` starts again. Local.
@@ -633,7 +570,7 @@ class ShardedEMA:
             self._iter("full_state_dict", name, dtype, all_ranks=all_ranks)
         )
         if all_ranks or self._ranks.leader:
-            for model in self._models:
+            for model in self._weights.models:
                 for prefix, module in walk(model):
                     if type(module).get_extra_state is not nn.Module.get_extra_state:
                         result[f"{prefix}{_EXTRA}"] = module.get_extra_state()
@@ -718,7 +655,7 @@ class ShardedEMA:
             raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
         plan, average, out_dtype = self._begin("export", name, dtype)
         holdings = self._holdings(plan, average)
-        module = unwrap(self._models[0])
+        module = unwrap(self._weights.models[0])
         exported_dtype = next((out_dtype(i) for i in plan.items if i.averaged), None)
         with writable():
             self._check_replicas(average, "export")
@@ -758,7 +695,7 @@ class ShardedEMA:
         """
         plan, average, _ = self._begin("metrics", name, None)
         decays = average.decays or tuple(1 - weight for weight in average.weights(1))
-        weights = {shard.fqn: 1 - decays[average.index(shard)] for shard in self._mine()}
+        weights = {shard.fqn: 1 - decays[average.index(shard)] for shard in self._weights.mine}
         held, views = self._held(average), average.shadows.views
 
         def local() -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -807,8 +744,8 @@ class ShardedEMA:
         ]
         kept = {*averaged, *rest}
         left_out = [item.fqn for i, item in enumerate(plan.items) if i not in kept]
-        own = Holdings(plan, self._shards, {})
-        module = unwrap(self._models[0])
+        own = Holdings(plan, self._weights.shards, {})
+        module = unwrap(self._weights.models[0])
         with writable():
             sources = []
             for a in self._averages.values():
@@ -894,7 +831,7 @@ class ShardedEMA:
                 average.shadows.copy_all(staged[average.name])
                 kept = found[0].averages.get(average.name)
                 average.restart(*((kept.t, kept.num_updates) if kept is not None else ()))
-        self._counted = self._applied()
+        self._counted = self._weights.applied()
 
     def load_full(
         self,
@@ -1012,41 +949,16 @@ class ShardedEMA:
                         average.shadows.views[fqn].copy_(value.local)
                 progress = state_dict["progress"][average.name]
                 average.restart(progress["t"], progress["num_updates"])
-        self._counted = self._applied()
+        self._counted = self._weights.applied()
 
     # ---- inside -------------------------------------------------------------------------------
 
-    def _applied(self) -> int | None:
-        """The engine's last step, if it moved the weights."""
-        return None if self._engine is None else self._engine.applied()
-
-    def _read(self) -> list[Shard]:
-        shards = self._backend.read(self._models)
-        shards = [shard for shard in shards if self._buffers.get(shard.fqn) != "ignore"]
-        if self._source == "master":
-            return shards
-        return [replace(shard, reads_weights=True) for shard in shards]
-
-    def _mine(self) -> list[Shard]:
-        """The shards that are averaged."""
-        return [shard for shard in self._shards if shard.fqn in self._averaged]
-
-    def _watch(self) -> None:
-        """Notes what to compare in `_refresh`."""
-        self._facts = [layout.facts(shard) for shard in self._shards]
-        self._addresses = [(shard.address, shard.address()) for shard in self._mine()]
-        self._lent = [s for s in self._mine() if s.away is not None and not s.reads_weights]
-        self._slices = {shard.fqn: replicas.slice_of(shard) for shard in self._mine()}
-
-    def _cut(self, shards: Sequence[Shard], policy: ShadowPolicy) -> list[Shard]:
-        """What this rank averages of ``shards``."""
-        return [self._slices[s.fqn] for s in shards] if policy.shard_replicas else list(shards)
-
     def _held(self, average: Average) -> list[Shard]:
-        return self._cut(self._mine(), average.policy)
+        """What this rank averages."""
+        return self._weights.cut(average.policy)
 
     def _bound(self) -> Updater:
-        away = {shard.fqn for shard in self._lent}
+        away = {shard.fqn for shard in self._weights.lent}
         return Updater(
             list(self._averages.values()),
             lambda average: [s for s in self._held(average) if s.fqn not in away],
@@ -1057,11 +969,13 @@ class ShardedEMA:
         """Lets an update that failed in the background be followed by others."""
         if self._updater.behind:
             self._rebind()
+            self._failed = None
 
     def _rebind(self) -> None:
         """Binds the update to where the tensors are now."""
         if self._captured:
             self._raise_moved()
+        self._failed = self._failed or self._updater.error()
         self._updater.close()
         self._updater = self._bound()
 
@@ -1084,54 +998,26 @@ class ShardedEMA:
     def _naming(self, op: str) -> Iterator[None]:
         """Names the rank where an update in the background failed."""
         try:
+            if self._failed is not None:
+                raise self._failed
             yield
         except RuntimeError as error:
             raise RuntimeError(f"rank {self._ranks.rank}: {op}: {error}") from error
 
     def _refresh(self) -> None:
         """Makes the shards the present weights: frees what is gathered, finds what was replaced."""
-        self._backend.ensure_sharded(self._models)
-        if not self._at_home():
-            self._read_again()
-
-    def _at_home(self) -> bool:
-        """Whether every shard is where it was when the model was read."""
-        return all(address() == known for address, known in self._addresses)
-
-    def _read_again(self) -> None:
-        """Reads the model anew.
-
-        Raises:
-            RuntimeError: it is no longer the model that the EMA was built for.
-        """
-        rank = f"rank {self._ranks.rank}"
-        name, _ = backends.find(self._models)
-        if name != self._backend_name:
-            raise RuntimeError(
-                f"{rank}: the model was {self._backend_name!r} when the EMA was built and is "
-                f"{name!r} now; build the EMA after wrapping the model"
-            )
-        shards = self._read()
-        facts = [layout.facts(shard) for shard in shards]
-        if facts != self._facts:
-            raise RuntimeError(f"{rank}: {layout.difference(self._facts, facts)}")
-        moved = not self._at_home()
-        self._shards = shards
-        self._watch()
-        if moved:  # else the kernels hold the right tensors already
-            self._flush("reading the model again")
+        if self._weights.refresh(self._ranks.rank):
             self._rebind()
 
     def _tell_what_froze(self) -> None:
         """Logs parameters that were frozen or unfrozen since the last look, once each time."""
-        frozen = frozenset(shard.fqn for shard in self._shards if shard.role == "frozen")
-        then, self._frozen = self._frozen, frozen
+        frozen, unfrozen = self._weights.newly_frozen()
         for names, what in (
-            ((frozen - then) & self._averaged, "frozen since: averaged on, towards its last value"),
-            ((then - frozen) - self._averaged, "trainable now, and not averaged: build a new EMA"),
+            (frozen, "frozen since: averaged on, towards its last value"),
+            (unfrozen, "trainable now, and not averaged: build a new EMA"),
         ):
             if names and self._ranks.leader:
-                log.warning("%s: %s", few(sorted(names)), what)
+                log.warning("%s: %s", few(names), what)
 
     def _not_inside(self, op: str) -> None:
         if self._inside is not None:
@@ -1158,19 +1044,21 @@ class ShardedEMA:
             self._named(name)
             check_dtype(op, dtype)
             with writable():
-                self._backend.ensure_sharded(self._models)
-                self._read_again()
+                self._weights.ensure_sharded()
+                if self._weights.read_again(self._ranks.rank):
+                    self._rebind()
             self._tell_what_froze()
             if op != "load":  # which fills all averages anew
                 self._flush(op)
             return bool(self._plans)
 
         if not self._ranks.agree(op, ready, all):
-            dropped = exporter.dropped_names(self._models)
+            dropped = exporter.dropped_names(self._weights.models)
             cuts = {average.policy.shard_replicas for average in self._averages.values()}
             for cut in sorted(cuts | {False}):
-                shards = [self._slices.get(s.fqn, s) for s in self._shards] if cut else self._shards
-                self._plans[cut] = gather.make_plan(shards, self._averaged, self._ranks, dropped)
+                shards = self._weights.all_cut(ShadowPolicy(shard_replicas=cut))
+                averaged = self._weights.averaged
+                self._plans[cut] = gather.make_plan(shards, averaged, self._ranks, dropped)
         average = self._named(name)
         own = self._travels_as(average)
 
@@ -1187,15 +1075,13 @@ class ShardedEMA:
         return lambda i: average.policy.dtype_for(i.dtype) if i.averaged else i.dtype
 
     def _holdings(self, plan: Plan, average: Average) -> Holdings:
-        slices = self._slices if average.policy.shard_replicas else {}
-        shards = [slices.get(shard.fqn, shard) for shard in self._shards]
-        return Holdings(plan, shards, average.shadows.views)
+        return Holdings(plan, self._weights.all_cut(average.policy), average.shadows.views)
 
     def _check_replicas(self, average: Average, op: str) -> None:
         """Compares the average on supposed replicas; of slices, the weights that they are of."""
         cut = average.policy.shard_replicas
-        sources = {shard.fqn: shard.source for shard in self._mine()} if cut else {}
-        held = Holdings(self._plans[False], self._shards, sources or average.shadows.views)
+        sources = {shard.fqn: shard.source for shard in self._weights.mine} if cut else {}
+        held = Holdings(self._plans[False], self._weights.shards, sources or average.shadows.views)
         gather.check_replicas(self._plans[False], held, self._ranks, op)
 
     def _check_names(

@@ -12,6 +12,8 @@ never needs more than its result plus one bucket, the others one bucket.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,25 +86,58 @@ def make_plan(
     Raises:
         ValueError: ranks disagree about a tensor, or some part of it is held by nobody or twice.
     """
-    mine = [
-        (s.fqn, facts_of(s, averaged, dropped), [(box.offsets, box.sizes) for box in s.boxes])
-        for s in shards
-    ]
-    merged: dict[str, dict[str, Any]] = {}
-    for index, theirs in enumerate(ranks.all_gather(mine)):
-        for fqn, facts, boxes in theirs:
-            entry = merged.setdefault(fqn, {"facts": facts, "first": index, "boxes": {}})
-            if entry["facts"] != facts:
-                raise ValueError(_disagreement(fqn, entry, facts, index, ranks))
-            for offsets, sizes in boxes:
-                entry["boxes"].setdefault((offsets, sizes), []).append(index)
-    items = []
-    for fqn, entry in merged.items():
-        holders = sorted((Box(*key), tuple(who)) for key, who in entry["boxes"].items())
-        item = Item(*(fqn, *entry["facts"], tuple(holders)))
-        check_covered(fqn, item.shape, [box for box, _ in holders])
-        items.append(item)
+    same: dict[Any, Any] = {}  # equal boxes are one object, so they are sent and unpacked once
+    mine = []
+    for shard in shards:
+        boxes = tuple((box.offsets, box.sizes) for box in shard.boxes)
+        mine.append((shard.fqn, facts_of(shard, averaged, dropped), same.setdefault(boxes, boxes)))
+    with _uncollected():
+        items = _merged(ranks.all_gather(mine), ranks)
     return Plan(tuple(items), _share_writing(items, ranks.size))
+
+
+def _merged(everything: Sequence[Any], ranks: Ranks) -> list[Item]:
+    """One item for each name, from what every rank said that it holds."""
+    merged: dict[str, dict[str, Any]] = {}
+    for index, theirs in enumerate(everything):
+        for fqn, facts, boxes in theirs:
+            entry = merged.get(fqn)
+            if entry is None:
+                entry = merged[fqn] = {"facts": facts, "first": index, "boxes": {}}
+            elif entry["facts"] != facts:
+                raise ValueError(_disagreement(fqn, entry, facts, index, ranks))
+            held = entry["boxes"]
+            for box in boxes:
+                if box in held:
+                    held[box].append(index)
+                else:
+                    held[box] = [index]
+    items = []
+    known: dict[Any, tuple[tuple[Box, tuple[int, ...]], ...]] = {}  # layers are alike
+    for fqn, entry in merged.items():
+        shape = entry["facts"][0]
+        layout = tuple(sorted((box, tuple(who)) for box, who in entry["boxes"].items()))
+        holders = known.get((shape, layout))
+        if holders is None:
+            holders = tuple((Box(*box), who) for box, who in layout)
+            check_covered(fqn, shape, [box for box, _ in holders])
+            known[shape, layout] = holders
+        items.append(Item(*(fqn, *entry["facts"], holders)))
+    return items
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection inside: looking through millions of new objects takes most of the time,
+    and none of them is garbage.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def facts_of(shard: Shard, averaged: Container[str], dropped: Container[str]) -> tuple[Any, ...]:
@@ -143,7 +178,8 @@ def _share_writing(items: Sequence[Item], size: int) -> tuple[tuple[int, ...], .
     for item in items:
         chosen = []
         for box, holders in item.holders:
-            best = holders[0] if item.role == "buffer" else min(holders, key=load.__getitem__)
+            alone = len(holders) == 1 or item.role == "buffer"
+            best = holders[0] if alone else min(holders, key=load.__getitem__)
             load[best] += box.numel * item.dtype.itemsize
             chosen.append(best)
         writers.append(tuple(chosen))

@@ -20,14 +20,18 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from shardema.shard import Box, Dims, Shard, flat_boxes, memory_order
+from shardema.shard import Box, Dims, Shard, dense_like, flat_boxes, memory_order
 
 BUCKET_BYTES = 64 << 20
 
 
 def sliced(shard: Shard) -> bool:
-    """Whether other ranks are declared to hold the same. Buffers may differ between replicas."""
-    replicas = () if shard.role == "buffer" else shard.replicas
+    """Whether other ranks are declared to hold the same, and it can be cut into slices.
+
+    Buffers may differ between replicas.
+    """
+    dense = shard.local.stride() == dense_like(shard.local)  # else a slice is no stretch of memory
+    replicas = shard.replicas if dense and shard.role != "buffer" else ()
     return any(dist.get_world_size(group) > 1 for group in replicas)
 
 

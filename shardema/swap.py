@@ -29,7 +29,9 @@ from torch import Tensor
 
 from shardema.shard import Shard, aligned_parts, dense_like, present
 
-CHUNK_NUMEL = 1 << 22  # elements of scratch for the exchange
+# Elements of scratch for the exchange: on a CPU it must stay in the cache; a GPU wants long copies.
+CHUNK_NUMEL = {"cpu": 1 << 17}
+CHUNK_NUMEL_GPU = 1 << 22
 
 
 class Exchange:
@@ -46,6 +48,7 @@ class Exchange:
         self._copies = [shard for shard in shards if shard.weights is not None]
         self._shadows = shadows
         scratches: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        largest = max((shard.local.numel() for shard in shards), default=0)
         for shard in shards:
             param, shadow = shard.local, shadows[shard.fqn]
             if shard.weights is not None:
@@ -54,9 +57,10 @@ class Exchange:
                 self._aside.append((param, shadow, param.clone()))
                 continue
             key = (param.device, param.dtype)
-            for part, shadow_part in aligned_parts(param, shadow, CHUNK_NUMEL):
+            chunk = min(CHUNK_NUMEL.get(param.device.type, CHUNK_NUMEL_GPU), largest)
+            for part, shadow_part in aligned_parts(param, shadow, chunk):
                 if key not in scratches:
-                    scratches[key] = torch.empty(CHUNK_NUMEL, dtype=key[1], device=key[0])
+                    scratches[key] = torch.empty(chunk, dtype=key[1], device=key[0])
                 scratch = scratches[key].as_strided(part.shape, dense_like(part))
                 self._trades.append((part, shadow_part, scratch))
         # (trades done, phase, direction): the first `done` trades are made; the next one forwards

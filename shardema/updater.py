@@ -99,6 +99,14 @@ class Updater:
         for behind in self._behind:
             behind.flush()
 
+    def error(self) -> RuntimeError | None:
+        """What an update failed with in the background, once all are done."""
+        try:
+            self.flush()
+        except RuntimeError as error:
+            return error
+        return None
+
     def close(self) -> None:
         """Ends what runs in the background."""
         for behind in self._behind:

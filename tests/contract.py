@@ -102,7 +102,7 @@ def scripted_updates_equal_the_unsharded_run(layout: Layout, **options: bool) ->
     model = layout.build(**options)
     schedule = schedules.ramp(0.9)
     ema = keep(model, schedule)
-    assert ema._backend_name == layout.backend
+    assert ema._weights.name == layout.backend
     alone = ShardedEMA(plain, schedule, backend="plain", kernel="reference")
     like = parameters_of(plain)
     trainable = {fqn for fqn, p in plain.named_parameters() if p.requires_grad}
@@ -331,7 +331,7 @@ def a_write_inside_swap_is_reported(layout: Layout) -> None:
     model, ema, _ = trained(layout)
     before = forward(model.eval())
     with pytest.raises(RuntimeError, match=r"written inside swap"), ema.swap(), torch.no_grad():
-        next(s for s in ema._mine() if s.local.numel()).local.add_(1)
+        next(s for s in ema._weights.mine if s.local.numel()).local.add_(1)
     assert torch.equal(forward(model), before)
 
 
@@ -375,7 +375,9 @@ def training_goes_on_as_if_nothing_was_swapped(layout: Layout) -> None:
 def metrics_are_those_of_the_whole_model(layout: Layout) -> None:
     model, ema, values = trained(layout)
     told = ema.metrics()
-    full = {k: v for k, v in ema.full_state_dict(all_ranks=True).items() if k in ema._averaged}
+    full = {
+        k: v for k, v in ema.full_state_dict(all_ranks=True).items() if k in ema._weights.averaged
+    }
     apart = {k: (v - values[k]).double().square().sum() for k, v in full.items()}
     size = {k: values[k].double().square().sum() for k in full}
     expected = {"decay": 0.75, "horizon": 4.0, "unmoved": 0.0, "nonfinite": 0.0}
@@ -397,7 +399,7 @@ def metrics_are_those_of_the_whole_model(layout: Layout) -> None:
     still.update()
     assert still.metrics()["unmoved"] > 0.99
     with writable():
-        for shard in still._mine():
+        for shard in still._weights.mine:
             still._averages["ema"].shadows.views[shard.fqn].fill_(torch.nan)
     count = sum(v.numel() for v in full.values())
     assert still.metrics()["nonfinite"] == count
@@ -607,7 +609,7 @@ def a_replica_that_is_none_is_refused(layout: Layout) -> None:
     ema = keep(model, 0.5)
     with writable():
         view = next(iter(ema._averages["ema"].shadows.views.values()))
-        shards = ema._mine()
+        shards = ema._weights.mine
     ema.full_state_dict()
     replicated = [
         (item.fqn, holders)

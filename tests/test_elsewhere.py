@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from shardema import ShadowPolicy, ShardedEMA, replicas
+from shardema import CheckpointError, ShadowPolicy, ShardedEMA, replicas
 from shardema.kernels import reference
 from shardema.kernels.bound import Bound
 from shardema.shard import Shard, whole
@@ -196,6 +196,13 @@ def test_the_slices_of_a_tensor_hold_each_element_once(
     assert max(sizes) == 18  # of 210 elements, on 12 ranks
 
 
+def test_a_tensor_with_gaps_is_not_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    local = torch.zeros(4, 6)[:, ::2]
+    shard = Shard("w", local, local.shape, whole(local.shape), replicas=(0,))
+    assert replicas.slice_of(shard) is shard
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -208,3 +215,39 @@ def test_the_slices_of_a_tensor_hold_each_element_once(
 def test_a_policy_that_cannot_be_is_refused(options: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         ShadowPolicy(**options)
+
+
+def test_an_error_outlives_weights_that_move(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3)
+    ema = ShardedEMA(model, 0.5, shadow=OFFLOADS[0])
+    ema.save(tmp_path / "ema")
+    broken = Broken(at=1)
+    ema._bind_kernel = broken.bind
+    ema._rebind()
+    with contextlib.suppress(RuntimeError):
+        ema.update()
+    model.weight.data = model.weight.data.clone()
+    for call in (ema.update, ema.metrics, lambda: ema.load(tmp_path / "none"), ema.flush):
+        with pytest.raises((RuntimeError, CheckpointError)):
+            call()
+    with pytest.raises(RuntimeError, match="no memory for the average"):
+        ema.full_state_dict()
+    ema.load(tmp_path / "ema")
+    ema.update()
+    assert ema.metrics()["num_updates"] == 1
+
+
+def slices_of_what_differs() -> None:
+    model = DistributedDataParallel(nn.Linear(4, 3))
+    ema = ShardedEMA(model, 0.5, shadow=ShadowPolicy(shard_replicas=True))
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.module.bias.add_(1)
+    before = model.module.bias.detach().clone()
+    with pytest.raises(RuntimeError, match=r"bias: ranks \[1\] hold other values"), ema.swap():
+        raise AssertionError("the swap must not begin")
+    assert torch.equal(model.module.bias, before)
+
+
+def test_a_swap_does_not_make_replicas_equal_that_differ() -> None:
+    world.run(slices_of_what_differs, 2)

@@ -329,13 +329,13 @@ def test_extra_state_goes_through_gather_and_load_full() -> None:
 def test_select_takes_names_of_tied_weights_and_full_shapes() -> None:
     model = zoo.make()
     matrices = ShardedEMA(model, 0.5, select=lambda fqn, shape: len(shape) > 1)
-    assert "out.weight" in matrices._averaged
-    assert "out.bias" not in matrices._averaged
-    assert ShardedEMA(model, 0.5, select="head.*")._averaged == {"embed.weight"}
+    assert "out.weight" in matrices._weights.averaged
+    assert "out.bias" not in matrices._weights.averaged
+    assert ShardedEMA(model, 0.5, select="head.*")._weights.averaged == {"embed.weight"}
     some = ShardedEMA(model, 0.5, select=[re.compile(r"^out\."), "narrow.bias"])
-    assert some._averaged == {"out.weight", "out.bias", "narrow.bias"}
+    assert some._weights.averaged == {"out.weight", "out.bias", "narrow.bias"}
     frozen = ShardedEMA(model, 0.5, select=["frozen.*"])
-    assert frozen._averaged == {"frozen.weight", "frozen.bias"}
+    assert frozen._weights.averaged == {"frozen.weight", "frozen.bias"}
 
 
 def test_dt_may_be_of_numpy() -> None:

@@ -37,6 +37,7 @@ FLOORS = {
     "functional": 2,
     "metrics": 2,
     "updater": 2,
+    "weights": 2,
     "average": 2,
     "ema": 3,
     "batchnorm": 4,

@@ -20,7 +20,7 @@ def the_average_is_that_of_the_masters(config: Config) -> None:
     engine = config.engine()
     schedule = schedules.ramp(0.9)
     ema = ShardedEMA(engine, schedule)
-    assert ema._backend_name == "zero"
+    assert ema._weights.name == "zero"
     start = engines.masters(engine)
     alone = {fqn: value.clone() for fqn, value in start.items()}
     history = [start]
@@ -197,11 +197,11 @@ def an_update_is_one_lerp_for_each_partition(config: Config) -> None:
     engine = config.engine()
     ema = ShardedEMA(engine, 0.5)
     shadows = ema._averages["ema"].shadows
-    runs, _ = shadows.runs(ema._mine())
+    runs, _ = shadows.runs(ema._weights.mine)
     opt = engine.optimizer
     expected = {
-        "AdamW": len(ema._mine()),
-        "FP16_UnfusedOptimizer": len(ema._mine()),
+        "AdamW": len(ema._weights.mine),
+        "FP16_UnfusedOptimizer": len(ema._weights.mine),
         "FP16_Optimizer": 1,
         "BF16_Optimizer": len(opt.param_groups),
         "DeepSpeedZeroOptimizer": len(opt.param_groups),

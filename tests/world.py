@@ -127,7 +127,7 @@ def judge(
             if process.is_alive():
                 process.kill()
         if os.environ.get("SHOW_SLOW"):
-            for seconds, name in sorted(slow, reverse=True)[:int(os.environ["SHOW_SLOW"])]:
+            for seconds, name in sorted(slow, reverse=True)[: int(os.environ["SHOW_SLOW"])]:
                 print(f"{seconds:6.2f} s  {name}")
     return Verdicts(told)
 

@@ -1,0 +1,148 @@
+"""The models that are measured. None of them is a network that anyone would train.
+
+::
+
+    Tensors     n equal tensors         few large ones, or many small ones
+    Blocks      an embedding with an odd number of rows, and feed-forward blocks
+    Llama       the names and shapes of Llama 3 70B, for the meta device
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+MIB = 1 << 20
+Layout = Literal["plain", "fsdp2"]
+
+
+class Tensors(nn.Module):
+    """``count`` parameters of ``numel`` elements on every one of ``ranks`` ranks."""
+
+    def __init__(self, count: int, numel: int, ranks: int) -> None:
+        super().__init__()
+        columns = 1
+        while columns * columns < numel and numel % (2 * columns) == 0:
+            columns *= 2
+        shape = (ranks * numel // columns, columns)
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(shape)) for _ in range(count))
+
+
+class Block(nn.Module):
+    """The feed-forward half of a transformer layer: 8 * width * width weights."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., width]
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Blocks(nn.Module):
+    """About ``mib`` MiB of fp32: an embedding with an eighth of it, and equal blocks.
+
+    The rows of the embedding are odd, so that the shards are uneven.
+    """
+
+    def __init__(self, mib: int) -> None:
+        super().__init__()
+        numel = mib * MIB // 4
+        width = 1024 if mib >= 128 else 128
+        self.embed = nn.Embedding(numel // 8 // width | 1, width)
+        blocks = max(1, round((numel - self.embed.weight.numel()) / (8 * width * width)))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [...] -> [..., width]
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class LlamaLayer(nn.Module):
+    """Names and shapes of one layer."""
+
+    def __init__(self, width: int, kv_width: int, hidden: int) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": nn.Linear(width, width, bias=False),
+                "k_proj": nn.Linear(width, kv_width, bias=False),
+                "v_proj": nn.Linear(width, kv_width, bias=False),
+                "o_proj": nn.Linear(width, width, bias=False),
+            }
+        )
+        self.mlp = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(width, hidden, bias=False),
+                "up_proj": nn.Linear(width, hidden, bias=False),
+                "down_proj": nn.Linear(hidden, width, bias=False),
+            }
+        )
+        self.input_layernorm = nn.RMSNorm(width)
+        self.post_attention_layernorm = nn.RMSNorm(width)
+
+
+class Llama(nn.Module):
+    """Llama 3 70B (Grattafiori et al. 2024, arXiv 2407.21783, table 3): 723 tensors."""
+
+    def __init__(
+        self,
+        layers: int = 80,
+        width: int = 8192,
+        kv_width: int = 1024,
+        hidden: int = 28672,
+        tokens: int = 128256,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(tokens, width)
+        self.layers = nn.ModuleList(LlamaLayer(width, kv_width, hidden) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+        self.lm_head = nn.Linear(width, tokens, bias=False)
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Gives a model to FSDP2: every layer in a group of its own, the rest in another."""
+    for layer in (*getattr(model, "blocks", ()), *getattr(model, "layers", ())):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def build(make: Any, layout: Layout, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model on the CPU with random weights in [1, 2).
+
+    The full model of a sharded one is in no rank's memory.
+
+    Args:
+        make: ``make() -> nn.Module``.
+        layout: ``"plain"`` (every rank holds all of it) or ``"fsdp2"``.
+    """
+    with torch.device("meta"):
+        model = make().to(dtype)
+    if layout == "fsdp2":
+        shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    model.to_empty(device="cpu")
+    torch.manual_seed(dist.get_rank())
+    with torch.no_grad():
+        for local in locals_of(model):
+            local.uniform_(1, 2)
+    return model
+
+
+def locals_of(model: nn.Module) -> list[Tensor]:
+    """What this rank holds of each parameter, in the order of the parameters."""
+    return [local(p.detach()) for p in model.parameters()]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

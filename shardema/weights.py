@@ -1,0 +1,224 @@
+"""What an EMA averages, as shards: read from the model, and again when its storage moves.
+
+::
+
+    model -read-> shards        all of this rank's; `mine` are averaged
+    mine  -cut->  slices        where each replica averages its part only
+    spread                      what is written into the shards reaches all ranks
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from shardema import backends, layout, replicas
+from shardema.layout import Buffers, Select
+from shardema.patterns import Pattern
+from shardema.shadows import ShadowPolicy, writable
+from shardema.shard import Shard
+from shardema.swap import uninterrupted
+
+
+class Weights:
+    """The model's tensors on this rank.
+
+    Args:
+        models: as the training loop holds them.
+        backend: ``"auto"``, or the one that must match.
+        reads_weights: average the 16-bit weights of an engine, not its masters.
+        buffers, select: as `ShardedEMA` takes them.
+
+    Attributes:
+        name: of the backend.
+        engine: what steps and gathers by itself, None where the training loop does.
+        shards: of every tensor that is gathered.
+        averaged: fqns of those that are averaged.
+        lent: those of `mine` whose masters are away until they are asked for.
+
+    Raises:
+        ValueError: as `ShardedEMA` does.
+    """
+
+    def __init__(
+        self,
+        models: tuple[nn.Module, ...],
+        backend: str,
+        *,
+        reads_weights: bool,
+        buffers: Buffers | Mapping[Pattern, Buffers],
+        select: Select | None,
+    ) -> None:
+        self.models = models
+        self.name, self._backend = backends.find(models, backend)
+        self._reads_weights = reads_weights
+        self._buffers: dict[str, Buffers] = {}
+        self.ensure_sharded()
+        self._buffers = layout.sort_buffers(self._read(), buffers)
+        self.shards = self._read()
+        self.engine = self._backend.engine(models)
+        averaged_buffers = {fqn for fqn, word in self._buffers.items() if word == "average"}
+        self.averaged = layout.choose(self.shards, select) | averaged_buffers
+        self._frozen = self._frozen_now()
+        self._watch()
+
+    # ---- reading ------------------------------------------------------------------------------
+
+    def ranks(self) -> tuple[int, ...] | None:
+        """The ranks that share the model, None for all."""
+        return self._backend.ranks(self.models)
+
+    def ensure_sharded(self) -> None:
+        """Frees what a forward has left gathered."""
+        self._backend.ensure_sharded(self.models)
+
+    def applied(self) -> int | None:
+        """The engine's last step, if it moved the weights."""
+        return None if self.engine is None else self.engine.applied()
+
+    @property
+    def mine(self) -> list[Shard]:
+        """The shards that are averaged."""
+        return [shard for shard in self.shards if shard.fqn in self.averaged]
+
+    def cut(self, policy: ShadowPolicy) -> list[Shard]:
+        """What this rank averages: `mine`, or its slices of them."""
+        return [self._sliced(s) if policy.shard_replicas else s for s in self.mine]
+
+    def all_cut(self, policy: ShadowPolicy) -> list[Shard]:
+        """`shards`, those that are averaged as `cut` gives them."""
+        if not policy.shard_replicas:
+            return self.shards
+        return [self._sliced(s) if s.fqn in self.averaged else s for s in self.shards]
+
+    def _sliced(self, shard: Shard) -> Shard:
+        if shard.fqn not in self._slices:
+            self._slices[shard.fqn] = replicas.slice_of(shard)
+        return self._slices[shard.fqn]
+
+    def _read(self) -> list[Shard]:
+        shards = self._backend.read(self.models)
+        shards = [shard for shard in shards if self._buffers.get(shard.fqn) != "ignore"]
+        if not self._reads_weights:
+            return shards
+        return [replace(shard, reads_weights=True) for shard in shards]
+
+    def _watch(self) -> None:
+        """Notes what to compare later."""
+        self._facts = [layout.facts(shard) for shard in self.shards]
+        self._addresses = [(shard.address, shard.address()) for shard in self.mine]
+        self.lent = [s for s in self.mine if s.away is not None and not s.reads_weights]
+        self._slices: dict[str, Shard] = {}
+
+    def at_home(self) -> bool:
+        """Whether every shard is where it was when the model was read."""
+        return all(address() == known for address, known in self._addresses)
+
+    def refresh(self, rank: int) -> bool:
+        """Makes the shards the present weights; tells whether they are others now.
+
+        Raises:
+            RuntimeError: as `read_again`.
+        """
+        self.ensure_sharded()
+        return not self.at_home() and self.read_again(rank)
+
+    def read_again(self, rank: int) -> bool:
+        """Reads the model anew; tells whether the shards lie elsewhere now.
+
+        Raises:
+            RuntimeError: it is no longer the model that the EMA was built for.
+        """
+        name, _ = backends.find(self.models)
+        if name != self.name:
+            raise RuntimeError(
+                f"rank {rank}: the model was {self.name!r} when the EMA was built and is "
+                f"{name!r} now; build the EMA after wrapping the model"
+            )
+        shards = self._read()
+        facts = [layout.facts(shard) for shard in shards]
+        if facts != self._facts:
+            raise RuntimeError(f"rank {rank}: {layout.difference(self._facts, facts)}")
+        moved = not self.at_home()
+        self.shards = shards
+        self._watch()
+        return moved
+
+    def _frozen_now(self) -> frozenset[str]:
+        return frozenset(shard.fqn for shard in self.shards if shard.role == "frozen")
+
+    def newly_frozen(self) -> tuple[list[str], list[str]]:
+        """Averaged names that were frozen since the last look, and others that train since."""
+        then, self._frozen = self._frozen, self._frozen_now()
+        frozen = (self._frozen - then) & self.averaged
+        return sorted(frozen), sorted(then - self._frozen - self.averaged)
+
+    # ---- writing ------------------------------------------------------------------------------
+
+    def replicated(self, policy: ShadowPolicy) -> list[Shard]:
+        """Those of `mine` of which `cut` gives a slice only."""
+        return [s for s in self.mine if policy.shard_replicas and replicas.sliced(s)]
+
+    @contextlib.contextmanager
+    def spread(self, same: Sequence[Shard], *, masters: bool = False) -> Iterator[None]:
+        """The block writes the model's own tensors; what it wrote reaches all ranks when it ends.
+
+        Local, but for an engine and for slices.
+
+        Args:
+            same: of which it writes this replica's slice only.
+            masters: it writes what the optimizer steps, too.
+        """
+        if self.engine is None and not same:
+            yield
+            return
+        with uninterrupted(), writable():
+            if self.engine is not None:
+                self.engine.release()
+            try:
+                yield
+            finally:  # the other ranks gather too, whatever happened here
+                whole = [(s.own, s.replicas) for s in same]
+                if masters:
+                    whole += [(s.local, s.replicas) for s in same if s.weights is not None]
+                replicas.spread(whole)
+                if self.engine is not None:
+                    self.engine.publish()
+
+    def versions(self, shards: Sequence[Shard]) -> dict[str, int]:
+        """Counters that every in-place write moves, by fqn; of an engine, its parameters'."""
+        if self.engine is not None:
+            return {fqn: p._version for fqn, p in self.engine.parameters().items()}
+        return {s.fqn: s.local._version for s in shards if s.role != "buffer"}
+
+    def follow(self, shards: Sequence[Shard], rank: int) -> bool:
+        """Takes the values of ``shards`` along to where the model keeps them now.
+
+        FSDP1 with CPU offload moves its shards to pinned memory in its first forward;
+        ``load_state_dict(assign=True)`` replaces them. Tells whether they moved.
+        """
+        if self.at_home():
+            return False
+        moved = self.read_again(rank)
+        for old, new in zip(shards, self.mine, strict=True):
+            if new.weights is None and new.local.data_ptr() != old.local.data_ptr():
+                new.local.copy_(old.local)
+        return moved
+
+    def await_copies(self) -> None:
+        """Waits until no copy to an accelerator reads weights that lie in host memory.
+
+        FSDP with CPU offload sends pinned shards to the device while the host goes on.
+        """
+        pinned = (s.own.is_pinned() for s in self.mine if s.own.device.type == "cpu")
+        if torch.accelerator.is_available() and any(pinned):
+            torch.accelerator.synchronize()
+
+    def announce_write(self) -> None:
+        """Tells everyone who may hold copies of the weights that they changed."""
+        self._backend.mark_written(self.models)
+        torch.clear_autocast_cache()
