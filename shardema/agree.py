@@ -33,7 +33,7 @@ _RAISED: dict[str, type[Exception]] = {
     "RankError": RankError,
 }
 _SLOWEST = 20e6  # bytes per second of a disk or a network that still counts as alive
-_PARTING = 10.0  # seconds that the leader waits for the others to have read its reply
+_PARTING = 10.0  # seconds that the leader waits until those who came have read its reply
 _rounds: dict[tuple[int, ...], int] = {}  # rounds done by each set of ranks in this process
 
 
@@ -176,7 +176,8 @@ class Ranks:
             answer = self._collect(store, f"{name}/{turn}", op, reply, timeout)
             store.set(answer_key, json.dumps(answer))
             # the store may live in this very process, which may be about to end
-            _wait(store, [f"{name}/{turn}/{i}/read" for i in range(1, self.size)], _PARTING)
+            came = [i for i in range(1, self.size) if store.check([f"{name}/{turn}/{i}"])]
+            _wait(store, [f"{name}/{turn}/{i}/read" for i in came], _PARTING)
             return answer
         # the leader may come as late as the timeout allows, and then wait as long for the others
         here = _wait(store, [f"{name}/{turn}/0"], timeout)
