@@ -19,7 +19,8 @@ class Average:
 
     Attributes:
         schedule: one for all tensors, or the schedules by pattern.
-        decays: of the last update, one for each of `schedules`; None before the first.
+        moved_at: progress when it last moved; before ``t`` where the policy waits between moves.
+        decays: of the last move, one for each of `schedules`; None before the first.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Average:
     shadows: Shadows
     t: float = 0
     num_updates: int = 0
+    moved_at: float = 0
     decays: tuple[float, ...] | None = None
 
     @property
@@ -44,15 +46,18 @@ class Average:
     def weights(self, dt: float) -> list[float]:
         """The weights of the present in an update that brings the clock to ``t + dt``.
 
-        One for each of `schedules`.
+        One for each of `schedules`; 0 where the policy waits. A move forgets what the updates
+        since the last one would have.
         """
         found = []
+        if not self._moves():
+            return [0.0] * len(self.schedules)
         for schedule in self.schedules:
-            retention = schedule.retention(self.t, self.t + dt)
+            retention = schedule.retention(self.moved_at, self.t + dt)
             if not 0 <= retention <= 1:
                 raise ValueError(
                     f"schedule of average {self.name!r} ({schedule}): got retention {retention} "
-                    f"at t={self.t}, expected a number in [0, 1]"
+                    f"at t={self.moved_at}, expected a number in [0, 1]"
                 )
             found.append(1.0 - retention)
         return found
@@ -68,15 +73,27 @@ class Average:
 
     def moved(self, weights: Sequence[float], dt: float) -> None:
         """Notes an update."""
-        self.decays = tuple(1 - weight for weight in weights)
         self.t += dt
+        if self._moves():
+            self.decays = tuple(1 - weight for weight in weights)
+            self.moved_at = self.t
         self.num_updates += 1
 
-    def restart(self, t: float = 0, num_updates: int = 0) -> None:
+    def next_decays(self) -> tuple[float, ...]:
+        """Decays of one step from now."""
+        return tuple(rule.retention(self.t, self.t + 1) for rule in self.schedules)
+
+    def _moves(self) -> bool:
+        """Whether the next update moves the average."""
+        return (self.num_updates + 1) % self.policy.update_every == 0
+
+    def restart(self, t: float = 0, num_updates: int = 0, moved_at: float | None = None) -> None:
         """Sets the clock; the last update was another one's."""
         self.t, self.num_updates, self.decays = t, num_updates, None
+        self.moved_at = t if moved_at is None else moved_at
 
     def stored(self) -> StoredAverage:
         """What a checkpoint keeps of it beside the tensors."""
         dtype = str(self.policy.dtype).removeprefix("torch.")
-        return StoredAverage(describe(self.schedule), self.t, self.num_updates, dtype)
+        rule = describe(self.schedule)
+        return StoredAverage(rule, self.t, self.num_updates, dtype, self.moved_at)

@@ -694,7 +694,7 @@ class ShardedEMA:
             ValueError: no average of this name, or several and no name.
         """
         plan, average, _ = self._begin("metrics", name, None)
-        decays = average.decays or tuple(1 - weight for weight in average.weights(1))
+        decays = average.decays or average.next_decays()
         weights = {shard.fqn: 1 - decays[average.index(shard)] for shard in self._weights.mine}
         held, views = self._held(average), average.shadows.views
 
@@ -830,7 +830,10 @@ class ShardedEMA:
             for average in self._averages.values():
                 average.shadows.copy_all(staged[average.name])
                 kept = found[0].averages.get(average.name)
-                average.restart(*((kept.t, kept.num_updates) if kept is not None else ()))
+                if kept is None:
+                    average.restart()
+                else:
+                    average.restart(kept.t, kept.num_updates, kept.moved_at)
         self._counted = self._weights.applied()
 
     def load_full(
@@ -902,7 +905,7 @@ class ShardedEMA:
                     for a in self._averages.values()
                 },
                 "progress": {
-                    a.name: {"t": a.t, "num_updates": a.num_updates}
+                    a.name: {"t": a.t, "num_updates": a.num_updates, "moved_at": a.moved_at}
                     for a in self._averages.values()
                 },
                 "schedules": {a.name: describe(a.schedule) for a in self._averages.values()},
@@ -948,7 +951,7 @@ class ShardedEMA:
                     if value.local.data_ptr() != average.shadows.views[fqn].data_ptr():
                         average.shadows.views[fqn].copy_(value.local)
                 progress = state_dict["progress"][average.name]
-                average.restart(progress["t"], progress["num_updates"])
+                average.restart(progress["t"], progress["num_updates"], progress["moved_at"])
         self._counted = self._weights.applied()
 
     # ---- inside -------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ class StoredAverage:
     t: float
     num_updates: int
     dtype: str
+    moved_at: float = 0  # progress when it last moved, at most ``t``
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def pack(manifest: Manifest) -> bytes:
                 "t": a.t,
                 "num_updates": a.num_updates,
                 "dtype": a.dtype,
+                "moved_at": a.moved_at,
             }
             for name, a in manifest.averages.items()
         },
@@ -202,12 +204,7 @@ def _parse(body: Any, path: str) -> Manifest:
         )
     if body["block"] != BLOCK:
         raise ValueError(f"block {body['block']!r}, expected {BLOCK}")
-    averages = {
-        str(name): StoredAverage(
-            dict(a["schedule"]), _number(a["t"]), checked_int(a["num_updates"]), str(a["dtype"])
-        )
-        for name, a in body["averages"].items()
-    }
+    averages = {str(name): _average(a) for name, a in body["averages"].items()}
     tensors = tuple(_tensor(value, averages) for value in body["tensors"])
     keys = {(t.average, t.fqn) for t in tensors}
     if len(keys) != len(tensors):
@@ -229,6 +226,15 @@ def _parse(body: Any, path: str) -> Manifest:
         tuple(str(fqn) for fqn in body["left_out"]),
         files,
     )
+
+
+def _average(value: Any) -> StoredAverage:
+    t = _number(value["t"])
+    moved_at = _number(value.get("moved_at", t))
+    if moved_at > t:
+        raise ValueError(f"an average that moved at {moved_at}, at progress {t}")
+    count = checked_int(value["num_updates"])
+    return StoredAverage(dict(value["schedule"]), t, count, str(value["dtype"]), moved_at)
 
 
 def _number(value: Any) -> float:

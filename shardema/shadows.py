@@ -39,6 +39,8 @@ class ShadowPolicy:
             device and back, for a host that is too slow.
         staging_bytes: of host memory (``compute="device"``: of the device's) that the weights
             travel through.
+        update_every: move at every k-th update only, and forget then what k updates forget: exact,
+            since schedules are multiplicative.
         shard_replicas: where several ranks hold the same weights (DDP, HSDP, ZeRO-0), each of them
             averages its slice of them. A swap and `copy_to_model` put the slices together, so they
             are collective then.
@@ -51,6 +53,7 @@ class ShadowPolicy:
     device: Literal["model", "cpu"] = "model"
     compute: Literal["host", "device"] = "host"
     staging_bytes: int = 512 << 20
+    update_every: int = 1
     shard_replicas: bool = False
 
     def __post_init__(self) -> None:
@@ -64,6 +67,11 @@ class ShadowPolicy:
             raise ValueError(
                 "ShadowPolicy: got compute='device' without device='cpu'; an average that lies "
                 "with the weights is always computed there"
+            )
+        every = self.update_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(
+                f"ShadowPolicy: got update_every={every!r}, expected a whole number of 1 or more"
             )
         if isinstance(self.staging_bytes, bool) or not self.staging_bytes >= 1 << 20:
             raise ValueError(

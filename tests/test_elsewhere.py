@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from shardema import CheckpointError, ShadowPolicy, ShardedEMA, replicas
+from shardema import CheckpointError, ShadowPolicy, ShardedEMA, replicas, schedules
 from shardema.kernels import reference
 from shardema.kernels.bound import Bound
 from shardema.shard import Shard, whole
@@ -209,6 +209,7 @@ def test_a_tensor_with_gaps_is_not_sliced(monkeypatch: pytest.MonkeyPatch) -> No
         ({"device": "cuda"}, r"got device='cuda', expected 'model' or 'cpu'"),
         ({"compute": "gpu", "device": "cpu"}, r"got compute='gpu', expected 'host' or 'device'"),
         ({"compute": "device"}, r"compute='device' without device='cpu'"),
+        ({"update_every": 0}, r"got update_every=0, expected a whole number of 1 or more"),
         ({"device": "cpu", "staging_bytes": 1000}, r"staging_bytes=1000, expected 1 MiB or more"),
     ],
 )
@@ -251,3 +252,32 @@ def slices_of_what_differs() -> None:
 
 def test_a_swap_does_not_make_replicas_equal_that_differ() -> None:
     world.run(slices_of_what_differs, 2)
+
+
+@pytest.mark.parametrize("place", ["model", "cpu"])
+@pytest.mark.parametrize(
+    "rule", [schedules.half_life(7), schedules.power(0.1), schedules.ramp(0.9)]
+)
+def test_moving_at_every_fourth_update_forgets_what_four_updates_forget(
+    place: str, rule: schedules.Schedule, tmp_path: Path
+) -> None:
+    model = nn.Linear(5, 4)
+    seldom = ShardedEMA(model, rule, shadow=ShadowPolicy(device=place, update_every=4))
+    by_hand = ShardedEMA(model, rule)
+    for step in range(1, 15):
+        with torch.no_grad():
+            for param in model.parameters():
+                param.add_(torch.randn_like(param))
+        seldom.update()
+        if step % 4 == 0:
+            by_hand.update(dt=4)
+        if step == 6:  # a resume between two moves
+            seldom.save(tmp_path / "ema")
+            state = seldom.state_dict()
+            seldom = ShardedEMA(model, rule, shadow=ShadowPolicy(device=place, update_every=4))
+            seldom.load(tmp_path / "ema")
+            assert seldom.state_dict()["progress"] == state["progress"]
+        full, expected = seldom.full_state_dict(), by_hand.full_state_dict()
+        assert all(torch.equal(full[fqn], value) for fqn, value in expected.items())
+        assert (seldom.t, seldom.num_updates) == (step, step)
+    assert seldom.metrics()["decay"] == pytest.approx(rule.retention(8, 12), abs=1e-15)
