@@ -76,7 +76,8 @@ class ShardedEMA:
             pattern that takes a name decides, ``"copy"`` where none does.
         select: what to average: a glob over fqns, a compiled regular expression that is searched
             in them, a list of these, or ``(fqn, shape) -> bool`` given the full shape; every
-            trainable floating-point parameter if None.
+            trainable floating-point parameter if None. Of a list of chunks a pattern may match
+            on other ranks only; that some rank has a match is checked by the first collective call.
         source: ``"master"`` averages what the optimizer steps, the fp32 masters of a DeepSpeed
             engine; ``"model"`` what the forward computes with, its 16-bit weights. Elsewhere the
             two are the same.
@@ -138,10 +139,15 @@ class ShardedEMA:
         self._bind_kernel = kernels.find(kernel)
         with writable():
             self._weights = Weights(
-                models, backend, reads_weights=source == "model", buffers=buffers, select=select
+                models,
+                backend,
+                reads_weights=source == "model",
+                buffers=buffers,
+                select=select,
+                partly=isinstance(model, list | tuple),
             )
             for name, rule in schedules.items():
-                layout.check_rule(name, rule, self._weights.mine)
+                layout.check_rule(name, rule, self._weights.mine, self._weights.missed)
             self._ranks = Ranks(
                 None if group is not None else self._weights.ranks(), group, timeout
             )
@@ -1056,6 +1062,8 @@ class ShardedEMA:
             return bool(self._plans)
 
         if not self._ranks.agree(op, ready, all):
+            missed = dict(self._weights.missed)
+            self._ranks.agree(f"{op} (patterns)", lambda: missed, layout.missed_by_all)
             dropped = exporter.dropped_names(self._weights.models)
             cuts = {average.policy.shard_replicas for average in self._averages.values()}
             for cut in sorted(cuts | {False}):

@@ -14,7 +14,33 @@ Buffers = Literal["copy", "average", "ignore"]
 Select = Pattern | Sequence[Pattern] | Callable[[str, Dims], bool]
 
 
-def choose(shards: Sequence[Shard], select: Select | None) -> frozenset[str]:
+class Missed(dict[str, str]):
+    """What found nothing on this rank: a message for each.
+
+    Args:
+        partly: this rank holds chunks of the model, so another one may hold what was missed;
+            `by_all` tells. Else nothing is noted and the message raised.
+    """
+
+    def __init__(self, partly: bool) -> None:
+        super().__init__()
+        self._partly = partly
+
+    def note(self, what: str, message: str) -> None:
+        """Raises ValueError where this rank holds the whole model."""
+        if not self._partly:
+            raise ValueError(message)
+        self[what] = message
+
+
+def missed_by_all(told: Sequence[Mapping[str, str]]) -> None:
+    """Raises ValueError for what no rank has found."""
+    for what, message in told[0].items():
+        if all(what in theirs for theirs in told):
+            raise ValueError(message)
+
+
+def choose(shards: Sequence[Shard], select: Select | None, missed: Missed) -> frozenset[str]:
     """The fqns to average: what ``select`` takes of the floating-point parameters.
 
     Raises:
@@ -33,9 +59,8 @@ def choose(shards: Sequence[Shard], select: Select | None) -> frozenset[str]:
             hits = [s for s in floating if fits(pattern, s.names)]
             if not hits:
                 known = few([s.fqn for s in floating])
-                raise ValueError(
-                    f"select: {text_of(pattern)!r} matches no floating-point parameter of {known}"
-                )
+                text = f"select: {text_of(pattern)!r} matches no floating-point parameter"
+                missed.note(text, f"{text} of {known}")
             chosen += hits
     unmade = [s.fqn for s in chosen if s.local.device.type == "meta"]
     if unmade:
@@ -44,10 +69,8 @@ def choose(shards: Sequence[Shard], select: Select | None) -> frozenset[str]:
             "materialise the model first (to_empty and its initialisation, or a checkpoint)"
         )
     if not chosen:
-        raise ValueError(
-            "nothing to average: the model has no trainable floating-point parameter"
-            + ("" if select is None else " that select= takes")
-        )
+        text = "nothing to average: the model has no trainable floating-point parameter"
+        missed.note(text, text + ("" if select is None else " that select= takes"))
     complex_ones = [s.fqn for s in shards if s.local.is_complex() and s.role != "buffer"]
     if select is None and complex_ones:
         raise ValueError(
@@ -58,7 +81,7 @@ def choose(shards: Sequence[Shard], select: Select | None) -> frozenset[str]:
 
 
 def sort_buffers(
-    shards: Sequence[Shard], buffers: Buffers | Mapping[Pattern, Buffers]
+    shards: Sequence[Shard], buffers: Buffers | Mapping[Pattern, Buffers], missed: Missed
 ) -> dict[str, Buffers]:
     """What becomes of each buffer, by fqn. Waits for the device where some may be averaged.
 
@@ -77,9 +100,8 @@ def sort_buffers(
                 "{pattern: one of these}"
             )
         if isinstance(buffers, Mapping) and not any(fits(pattern, s.names) for s in here):
-            raise ValueError(
-                f"buffers: {text_of(pattern)!r} matches no buffer of {few([s.fqn for s in here])}"
-            )
+            text = f"buffers: {text_of(pattern)!r} matches no buffer"
+            missed.note(text, f"{text} of {few([s.fqn for s in here])}")
     told: dict[str, Buffers] = {}
     for shard in here:
         word = next((w for pattern, w in rules.items() if fits(pattern, shard.names)), "copy")
@@ -88,17 +110,18 @@ def sort_buffers(
     return told
 
 
-def check_rule(name: str, rule: Any, shards: Sequence[Shard]) -> None:
-    """Raises ValueError if a pattern of a `by_pattern` decides about no averaged tensor."""
+def check_rule(name: str, rule: Any, shards: Sequence[Shard], missed: Missed) -> None:
+    """Notes the patterns of a `by_pattern` that decide about no averaged tensor."""
     if not isinstance(rule, by_pattern):
         return
     used = {rule.index(shard.names) for shard in shards}
     for place, (pattern, _) in enumerate(rule.rules, 1):
         if place not in used:
-            raise ValueError(
-                f"schedule of average {name!r}: by_pattern: {text_of(pattern)!r} decides about no "
-                f"averaged tensor of {few([s.fqn for s in shards])} (the first pattern that takes "
-                "a name does)"
+            text = f"by_pattern: {text_of(pattern)!r} decides about no averaged tensor"
+            missed.note(
+                f"{name}: {text}",
+                f"schedule of average {name!r}: {text} of {few([s.fqn for s in shards])} (the "
+                "first pattern that takes a name does)",
             )
 
 

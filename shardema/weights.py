@@ -32,12 +32,14 @@ class Weights:
         backend: ``"auto"``, or the one that must match.
         reads_weights: average the 16-bit weights of an engine, not its masters.
         buffers, select: as `ShardedEMA` takes them.
+        partly: the models are chunks, of which other ranks hold more.
 
     Attributes:
         name: of the backend.
         engine: what steps and gathers by itself, None where the training loop does.
         shards: of every tensor that is gathered.
         averaged: fqns of those that are averaged.
+        missed: patterns that found nothing here.
         lent: those of `mine` whose masters are away until they are asked for.
 
     Raises:
@@ -52,17 +54,19 @@ class Weights:
         reads_weights: bool,
         buffers: Buffers | Mapping[Pattern, Buffers],
         select: Select | None,
+        partly: bool,
     ) -> None:
         self.models = models
         self.name, self._backend = backends.find(models, backend)
         self._reads_weights = reads_weights
         self._buffers: dict[str, Buffers] = {}
+        self.missed = layout.Missed(partly)
         self.ensure_sharded()
-        self._buffers = layout.sort_buffers(self._read(), buffers)
+        self._buffers = layout.sort_buffers(self._read(), buffers, self.missed)
         self.shards = self._read()
         self.engine = self._backend.engine(models)
         averaged_buffers = {fqn for fqn, word in self._buffers.items() if word == "average"}
-        self.averaged = layout.choose(self.shards, select) | averaged_buffers
+        self.averaged = layout.choose(self.shards, select, self.missed) | averaged_buffers
         self._frozen = self._frozen_now()
         self._watch()
 

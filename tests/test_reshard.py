@@ -140,6 +140,39 @@ def chunks_are_one_model(folder: str) -> None:
         pass
 
 
+def patterns_may_match_on_one_stage_only() -> None:
+    rank = dist.get_rank()
+    stages = [Stage(4 * rank), Stage(4 * rank + 2)]
+    start = {n: getattr(Stage(n - n % 2), str(n)).weight.detach().clone() for n in range(8)}
+    rule = schedules.by_pattern({"1.*": 0.0, "6.weight": 0.25}, 0.5)
+    ema = ShardedEMA(stages, rule, select=["1.*", "0.weight", "6.weight"])
+    lora = ShardedEMA(stages, 0.5, select="7.bias")  # nothing at all on the first rank
+    with torch.no_grad():
+        for stage in stages:
+            for param in stage.parameters():
+                param.add_(1)
+    ema.update()
+    lora.update()
+    full, few = ema.full_state_dict(all_ranks=True), lora.full_state_dict(all_ranks=True)
+    for number, weight in ((0, 0.5), (1, 1.0), (5, 1.0), (6, 0.75)):
+        now = start[number] + 1
+        assert torch.equal(full[f"{number}.weight"], start[number].lerp(now, weight)), number
+    assert torch.equal(few["6.weight"], start[6] + 1)
+    assert lora.metrics()["num_updates"] == 1
+    with lora.swap():
+        pass
+    for wrong in (
+        {"select": ["1.*", "9.*"]},
+        {"buffers": {"*.running_mean": "average"}},
+        {"schedule": schedules.by_pattern({"9.*": 0.5}, 0.9)},
+    ):
+        typo = ShardedEMA(stages, **{"schedule": 0.5, **wrong})
+        with pytest.raises(
+            ValueError, match=r"'(9\.\*|\*\.running_mean)' (matches|decides about) no"
+        ):
+            typo.full_state_dict()
+
+
 def renumbered_chunks_are_refused() -> None:
     rank = dist.get_rank()
     ema = ShardedEMA(Stage(2 * rank, renumber=True), 0.5)
@@ -200,6 +233,7 @@ def several_averages_are_each_as_if_alone() -> None:
 def test_partial_models(tmp_path: Path) -> None:
     facts = [
         world.Fact("chunks", chunks_are_one_model, (str(tmp_path),)),
+        world.Fact("patterns", patterns_may_match_on_one_stage_only),
         world.Fact("renumbered", renumbered_chunks_are_refused),
         world.Fact("ignored", ignored_parameters_that_differ_are_refused),
         world.Fact("group", group_names_the_ranks_that_share_the_model),
