@@ -150,7 +150,9 @@ def update_bn(
         if not any(unwrap(model) is unwrap(known) for known in ema._weights.models):
             raise ValueError("update_bn: got a model that the EMA was not built for")
         layers.update(_layers(model))
-        averaged = [fqn for fqn in layers if f"{fqn}.running_mean" in ema._weights.averaged]
+        averaged = [
+            fqn for fqn in layers if f"{fqn}.running_mean".lstrip(".") in ema._weights.averaged
+        ]
         if averaged:
             raise ValueError(
                 f"update_bn: {few(averaged)}: the running statistics are averaged, so what is "

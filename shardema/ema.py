@@ -379,7 +379,8 @@ class ShardedEMA:
         """Inside, the model computes with the average; afterwards all is as before, to the bit.
 
         Parameters and shadows of the same dtype trade places through a chunk of scratch; other
-        parameters are set aside, which takes their size in memory. Local. The weights of a
+        parameters are set aside, which takes their size in memory. Local; collective where an
+        average of the object has ``shard_replicas``. The weights of a
         DeepSpeed engine are written over and restored from its masters; the ranks gather them, so
         there it is collective. Forwards inside belong under ``torch.no_grad()``: a backward
         through a forward from the other side of the swap raises, since it would mix weights.
@@ -482,7 +483,8 @@ class ShardedEMA:
     def copy_to_model(self, name: str | None = None, *, every: int | None = None) -> None:
         """The average becomes the model's weights; the average stays as it is.
 
-        Local; collective with a DeepSpeed engine, whose masters are written too. The optimizer's
+        Local; collective with ``shard_replicas`` in any average, and with a DeepSpeed engine, whose
+        masters are written too. The optimizer's
         state stays as it is.
 
         Args:
@@ -684,8 +686,8 @@ class ShardedEMA:
         For a logger: ``writer.add_scalar(f"ema/{key}", value)`` for each.
 
         Returns:
-            On every rank the same: ``"decay"`` of the last update (before the first: of the next
-            step), ``"horizon"``, updates that such a decay averages over, ``1 / (1 - decay)``;
+            On every rank the same: ``"decay"`` of the last move (before the first: of the next
+            step), ``"horizon"``, moves that such a decay averages over, ``1 / (1 - decay)``;
             ``"distance"``, Euclidean, of the average from the weights relative to these, in all
             and as ``"distance/<child>"`` for each child of the model; ``"unmoved"``, the share
             of elements that differ from their weight and that an update with this decay would

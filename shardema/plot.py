@@ -31,7 +31,7 @@ try:
     from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 except ImportError as error:
     raise ImportError(
-        "shardema.plot needs matplotlib: pip install shardema[plot]", name=error.name
+        "shardema.plot needs matplotlib: pip install matplotlib", name=error.name
     ) from error
 
 _SEEN = 0.005  # share of the weights before step 1 that is worth a word in the legend

@@ -42,11 +42,12 @@ class ShadowPolicy:
         update_every: move at every k-th update only, and forget then what k updates forget: exact,
             since schedules are multiplicative.
         shard_replicas: where several ranks hold the same weights (DDP, HSDP, ZeRO-0), each of them
-            averages its slice of them. A swap and `copy_to_model` put the slices together, so they
+            averages its slice of them. A swap and `copy_to_model`, of any average of the object,
             are collective then.
 
     Raises:
-        ValueError: another dtype, device or compute; less than 1 MiB to travel through.
+        ValueError: another dtype, device or compute; ``compute="device"`` without ``device="cpu"``;
+            ``update_every`` below 1; less than 1 MiB to travel through.
     """
 
     dtype: torch.dtype | Literal["auto"] = "auto"
@@ -73,9 +74,10 @@ class ShadowPolicy:
             raise ValueError(
                 f"ShadowPolicy: got update_every={every!r}, expected a whole number of 1 or more"
             )
-        if isinstance(self.staging_bytes, bool) or not self.staging_bytes >= 1 << 20:
+        size = self.staging_bytes
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1 << 20:
             raise ValueError(
-                f"ShadowPolicy: got staging_bytes={self.staging_bytes!r}, expected 1 MiB or more"
+                f"ShadowPolicy: got staging_bytes={size!r}, expected bytes, 1 MiB or more"
             )
         if self.dtype not in ("auto", torch.float32, torch.float64):
             raise ValueError(

@@ -210,7 +210,8 @@ def test_a_tensor_with_gaps_is_not_sliced(monkeypatch: pytest.MonkeyPatch) -> No
         ({"compute": "gpu", "device": "cpu"}, r"got compute='gpu', expected 'host' or 'device'"),
         ({"compute": "device"}, r"compute='device' without device='cpu'"),
         ({"update_every": 0}, r"got update_every=0, expected a whole number of 1 or more"),
-        ({"device": "cpu", "staging_bytes": 1000}, r"staging_bytes=1000, expected 1 MiB or more"),
+        ({"device": "cpu", "staging_bytes": 1000}, r"staging_bytes=1000, expected bytes, 1 MiB or"),
+        ({"device": "cpu", "staging_bytes": "1GiB"}, r"staging_bytes='1GiB', expected bytes"),
     ],
 )
 def test_a_policy_that_cannot_be_is_refused(options: dict[str, object], text: str) -> None:

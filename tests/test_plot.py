@@ -577,7 +577,7 @@ def test_without_matplotlib_the_command_says_what_to_install(tmp_path: Path) -> 
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 1
-    assert done.stderr == "Error: shardema.plot needs matplotlib: pip install shardema[plot]\n"
+    assert done.stderr == "Error: shardema.plot needs matplotlib: pip install matplotlib\n"
 
 
 def test_a_picture_needs_neither_pyplot_nor_a_display(tmp_path: Path) -> None:

@@ -191,6 +191,9 @@ def test_measured_and_averaged_statistics_exclude_each_other() -> None:
     loader = [torch.randn(4, 2)]
     with pytest.raises(ValueError, match=r"update_bn: norm: the running statistics are averaged"):
         update_bn(loader, model, ShardedEMA(model, 0.5, buffers="average"))
+    alone = nn.BatchNorm1d(2)  # whose buffers have no prefix
+    with pytest.raises(ValueError, match="the running statistics are averaged"):
+        update_bn(loader, alone, ShardedEMA(alone, 0.5, buffers="average"))
     kept = {"*running_*": "copy", "*": "average"}
     with update_bn(loader, model, ShardedEMA(model, 0.5, buffers=kept)).swap():
         assert torch.allclose(model.norm.running_mean, loader[0].mean(0))
