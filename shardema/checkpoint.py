@@ -293,7 +293,7 @@ def check_same_tensors(
         if names:
             raise ValueError(
                 f"load from {folder}: {few(sorted(names))}, {text} (average {average!r}); it is a "
-                "checkpoint of another model or of another select="
+                "checkpoint of another model, or of another select= or buffers="
             )
     for fqn, item in here.items():
         there = stored[fqn]

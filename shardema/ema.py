@@ -44,7 +44,7 @@ from shardema.patterns import Pattern, text_of
 from shardema.schedules import Schedule, by_pattern, describe
 from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
 from shardema.shard import Shard, few, present
-from shardema.swap import Exchange, to_the_end
+from shardema.swap import Exchange, to_the_end, uninterrupted
 from shardema.updater import Updater
 from shardema.weights import Weights
 
@@ -162,6 +162,7 @@ class ShardedEMA:
         self._plans: dict[bool, Plan] = {}  # of whole shards, and of the replicas' slices
         self._inside: str | None = None  # the average that the model holds, in a swap
         self._failed: RuntimeError | None = None  # of an update in the background
+        self._moved = False  # the weights' storage, since the update was bound
         self._captured = False  # by a CUDA graph, which the tables must outlive
 
     # ---- what it is ---------------------------------------------------------------------------
@@ -241,12 +242,13 @@ class ShardedEMA:
             # decide on all weights before anything is changed: a schedule may raise
             weights = [average.weights(step) for average in self._averages.values()]
             flat = [weight for those in weights for weight in those]
-            with self._naming("update"):
-                self._updater(flat)
-            for group in present(self._weights.lent):
-                self._lerp_lent(group, flat)
-            for average, those in zip(self._averages.values(), weights, strict=True):
-                average.moved(those, step)
+            with uninterrupted():  # all averages move, and their clocks, or none does
+                with self._naming("update"):
+                    self._updater(flat)
+                for group in present(self._weights.lent):
+                    self._lerp_lent(group, flat)
+                for average, those in zip(self._averages.values(), weights, strict=True):
+                    average.moved(those, step)
         self._counted = applied
 
     def _capture(self) -> None:
@@ -279,7 +281,7 @@ class ShardedEMA:
             raise RuntimeError(
                 "before_replay: no graph has captured ema.update(); capture it first"
             )
-        if not self._weights.at_home():
+        if self._moved or not self._weights.at_home():
             self._raise_moved()
         weights = [average.weights(step) for average in self._averages.values()]
         with writable():
@@ -363,6 +365,8 @@ class ShardedEMA:
 
         def update() -> None:
             self._advance(dt() if callable(dt) else dt)
+            if self._weights.forward_writes:
+                self._copied()  # the next forward may come before the next step
 
         def guard() -> None:
             self._not_inside("an optimizer step")
@@ -410,9 +414,11 @@ class ShardedEMA:
             yield
             now = self._weights.versions(mine)
         finally:
-            self._put_back(exchange, mine, same)
-            for hook in guards:
-                hook.remove()
+            try:
+                self._put_back(exchange, mine, same)
+            finally:
+                for hook in guards:
+                    hook.remove()
         written = [name for name, version in now.items() if version != versions[name]]
         if written:
             raise RuntimeError(
@@ -449,16 +455,23 @@ class ShardedEMA:
 
         def arrive() -> None:
             with writable():
-                if self._weights.follow(mine, self._ranks.rank):
-                    self._rebind()
+                self._follow(self._weights.follow(mine, self._ranks.rank))
             self._weights.announce_write()
             self._inside = None
 
-        with self._weights.spread(
-            same
-        ):  # once on every rank, however often this one is interrupted
-            interrupts = [to_the_end(take_out)]
-        interrupts.append(to_the_end(arrive))
+        interrupts: list[BaseException | None] = []
+        try:
+            try:
+                # once on every rank, however often this one is interrupted
+                with self._weights.spread(same):
+                    interrupts.append(to_the_end(take_out))
+            except (
+                KeyboardInterrupt,
+                SystemExit,
+            ) as error:  # held back until the ranks were through
+                interrupts.append(error)
+        finally:
+            interrupts.append(to_the_end(arrive))
         for interrupt in filter(None, interrupts):
             raise interrupt
 
@@ -514,14 +527,16 @@ class ShardedEMA:
 
         average = self._together("copy_to_model", ready)
         same = self._weights.replicated(average.policy)
-        with writable(), self._weights.spread(same, masters=True):
-            self._weights.await_copies()
-            for group in present(self._held(average), write=True):
-                for shard in group:
-                    shard.local.copy_(average.shadows.views[shard.fqn])
-                    if shard.weights is not None:
-                        shard.weights.copy_(shard.local)
-        self._weights.announce_write()
+        try:
+            with writable(), self._weights.spread(same, masters=True):
+                self._weights.await_copies()
+                for group in present(self._held(average), write=True):
+                    for shard in group:
+                        shard.local.copy_(average.shadows.views[shard.fqn])
+                        if shard.weights is not None:
+                            shard.weights.copy_(shard.local)
+        finally:
+            self._weights.announce_write()
 
     def reset(self, name: str | None = None) -> None:
         """The model's weights become the average, and its ``t`` starts again. Local.
@@ -943,7 +958,7 @@ class ShardedEMA:
                 odd = sorted(set(given) ^ set(views))
                 raise ValueError(
                     f"{op}: average {average.name!r} differs in {few(odd)}; "
-                    "it is of another model or another select="
+                    "it is of another model, or of another select= or buffers="
                 )
             for fqn, value in given.items():
                 local = value.local if isinstance(value, BoxedTensor) else None
@@ -959,7 +974,7 @@ class ShardedEMA:
                     if value.local.data_ptr() != average.shadows.views[fqn].data_ptr():
                         average.shadows.views[fqn].copy_(value.local)
                 progress = state_dict["progress"][average.name]
-                average.restart(progress["t"], progress["num_updates"], progress["moved_at"])
+                average.restart(progress["t"], progress["num_updates"], progress.get("moved_at"))
         self._counted = self._weights.applied()
 
     # ---- inside -------------------------------------------------------------------------------
@@ -989,6 +1004,7 @@ class ShardedEMA:
         self._failed = self._failed or self._updater.error()
         self._updater.close()
         self._updater = self._bound()
+        self._moved = False
 
     def _lerp_lent(self, shards: Sequence[Shard], weights: Sequence[float]) -> None:
         """Moves the averages of shards that are here for the moment."""
@@ -1017,7 +1033,12 @@ class ShardedEMA:
 
     def _refresh(self) -> None:
         """Makes the shards the present weights: frees what is gathered, finds what was replaced."""
-        if self._weights.refresh(self._ranks.rank):
+        self._follow(self._weights.refresh(self._ranks.rank))
+
+    def _follow(self, moved: bool) -> None:
+        """Binds the update anew where the weights moved, now or since that failed."""
+        self._moved |= moved
+        if self._moved:
             self._rebind()
 
     def _tell_what_froze(self) -> None:
@@ -1056,8 +1077,7 @@ class ShardedEMA:
             check_dtype(op, dtype)
             with writable():
                 self._weights.ensure_sharded()
-                if self._weights.read_again(self._ranks.rank):
-                    self._rebind()
+                self._follow(self._weights.read_again(self._ranks.rank))
             self._tell_what_froze()
             if op != "load":  # which fills all averages anew
                 self._flush(op)
@@ -1066,6 +1086,10 @@ class ShardedEMA:
         if not self._ranks.agree(op, ready, all):
             missed = dict(self._weights.missed)
             self._ranks.agree(f"{op} (patterns)", lambda: missed, layout.missed_by_all)
+            rules = {
+                average.name: describe(average.schedule) for average in self._averages.values()
+            }
+            self._ranks.agree(f"{op} (schedules)", lambda: rules, layout.same_rules)
             dropped = exporter.dropped_names(self._weights.models)
             cuts = {average.policy.shard_replicas for average in self._averages.values()}
             for cut in sorted(cuts | {False}):

@@ -162,6 +162,12 @@ def _disagreement(
     words = ("shape", "dtype", "device", "role", "averaged", "tied names", "file name")
     pairs = zip(words, facts, entry["facts"], strict=True)
     word, got, expected = next(pair for pair in pairs if pair[1] != pair[2])
+    if word == "averaged" and facts[3] == "buffer":
+        return (
+            f"{fqn}: this buffer is finite on some ranks only (rank {ranks.ranks[index]}: {got}, "
+            f"rank {ranks.ranks[entry['first']]}: {expected}), and averaged there; give it "
+            f'buffers={{"{fqn}": "copy"}}'
+        )
     return (
         f"{fqn}: rank {ranks.ranks[index]} has {word} {got}, rank {ranks.ranks[entry['first']]} "
         f"has {expected}; the ranks do not hold one model: pass group= with the ranks that share it"

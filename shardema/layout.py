@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from torch import distributed as dist
+
 from shardema.patterns import Pattern, fits, text_of
 from shardema.schedules import by_pattern
 from shardema.shard import Dims, Shard, few
@@ -29,7 +31,9 @@ class Missed(dict[str, str]):
     def note(self, what: str, message: str) -> None:
         """Raises ValueError where this rank holds the whole model."""
         if not self._partly:
-            raise ValueError(message)
+            several = dist.is_available() and dist.is_initialized()
+            remedy = "; a stage of a pipeline is given as a list" if several else ""
+            raise ValueError(f"{message}{remedy}")
         self[what] = message
 
 
@@ -38,6 +42,16 @@ def missed_by_all(told: Sequence[Mapping[str, str]]) -> None:
     for what, message in told[0].items():
         if all(what in theirs for theirs in told):
             raise ValueError(message)
+
+
+def same_rules(told: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where the ranks keep other averages, or by other schedules."""
+    for index, rules in enumerate(told):
+        if rules != told[0]:
+            raise ValueError(
+                f"the ranks keep other averages: rank {index} of those that share the model has "
+                f"{dict(rules)}, the first one {dict(told[0])}; give all of them the same schedules"
+            )
 
 
 def choose(shards: Sequence[Shard], select: Select | None, missed: Missed) -> frozenset[str]:
@@ -105,8 +119,10 @@ def sort_buffers(
     told: dict[str, Buffers] = {}
     for shard in here:
         word = next((w for pattern, w in rules.items() if fits(pattern, shard.names)), "copy")
-        can = shard.local.is_floating_point() and bool(shard.local.isfinite().all())
-        told[shard.fqn] = "copy" if word == "average" and not can else word
+        if word == "average":
+            floating = shard.local.is_floating_point()
+            word = word if floating and bool(shard.local.isfinite().all()) else "copy"
+        told[shard.fqn] = word
     return told
 
 

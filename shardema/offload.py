@@ -373,7 +373,8 @@ def _stop(work: _Work, thread: threading.Thread) -> None:
 def _raise_failed(error: BaseException) -> NoReturn:
     raise RuntimeError(
         f"an update of offloaded averages failed: {type(error).__name__}: {error}; they may be "
-        "half updated: load a checkpoint, or reset them to the weights"
+        "half updated: ema.reset() them to the weights, or ema.load() a checkpoint (before "
+        "dcp.load call ema.reset())"
     ) from error
 
 

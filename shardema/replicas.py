@@ -126,6 +126,9 @@ def _gather(
     regions: Sequence[_Region], group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device
 ) -> None:
     count, rank = dist.get_world_size(group), dist.get_rank(group)
+    kinds = sorted(kind.type for kind in group._device_types)
+    if device.type not in kinds:  # weights in host memory, ranks that only GPUs connect
+        device = torch.device(kinds[0], torch.accelerator.current_device_index())
     limit = max(1, BUCKET_BYTES // (dtype.itemsize * count))
     buckets = list(_buckets(regions, limit))
     width = max(sum(stop - start for _, start, stop in bucket) for bucket in buckets)

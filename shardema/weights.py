@@ -85,6 +85,11 @@ class Weights:
         return None if self.engine is None else self.engine.applied()
 
     @property
+    def forward_writes(self) -> bool:
+        """Whether something is averaged that a forward may write: a buffer."""
+        return any(word == "average" for word in self._buffers.values())
+
+    @property
     def mine(self) -> list[Shard]:
         """The shards that are averaged."""
         return [shard for shard in self.shards if shard.fqn in self.averaged]

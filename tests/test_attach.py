@@ -90,6 +90,10 @@ def test_dt_may_be_asked_at_every_update() -> None:
 
 def test_accelerate_counts_optimizer_steps_not_micro_steps() -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier test in this process
+    GradientState._reset_state()
     from accelerate.optimizer import AcceleratedOptimizer
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from shardema import CheckpointError, ShadowPolicy, ShardedEMA, replicas, schedu
 from shardema.kernels import reference
 from shardema.kernels.bound import Bound
 from shardema.shard import Shard, whole
+from shardema.swap import Exchange
 from tests import world
 
 MIB = 1 << 20
@@ -282,3 +285,103 @@ def test_moving_at_every_fourth_update_forgets_what_four_updates_forget(
         assert all(torch.equal(full[fqn], value) for fqn, value in expected.items())
         assert (seldom.t, seldom.num_updates) == (step, step)
     assert seldom.metrics()["decay"] == pytest.approx(rule.retention(8, 12), abs=1e-15)
+
+
+class Counting(nn.Module):
+    """A buffer that the forward writes, between an update and the next step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.register_buffer("seen", torch.ones(1 << 20))
+
+    def forward(self, value: float) -> Tensor:
+        self.seen.fill_(value)
+        return self.weight.sum()
+
+
+def test_a_forward_may_write_averaged_buffers_behind_an_attached_update() -> None:
+    model = Counting()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = ShardedEMA(model, 0.5, shadow=OFFLOADS[0], buffers="average")
+    ema._bind_kernel = slowly
+    ema._rebind()
+    ema.attach(optimizer)
+    for value in (2.0, 3.0, 100.0):
+        model(value).backward()
+        if value < 100:
+            optimizer.step()
+    assert ema.full_state_dict()["seen"].unique().tolist() == [2.25]
+
+
+def test_weights_that_moved_are_found_though_binding_failed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Linear(2, 2, bias=False)
+    ema = ShardedEMA(model, 0.5)
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+    ema.reset()
+    model.weight.data = torch.full((2, 2), 4.0)
+    with monkeypatch.context() as failing:
+        failing.setattr(ema, "_bind_kernel", None)
+        with pytest.raises(TypeError):
+            ema.update()
+    ema.update()
+    assert ema.full_state_dict()["weight"].unique().tolist() == [2.0]
+
+
+def interrupted_at_the_end_of_a_swap() -> None:
+    model = DistributedDataParallel(nn.Linear(4, 3))
+    ema = ShardedEMA(model, 0.5, shadow=ShadowPolicy(shard_replicas=True))
+    first = dist.get_rank() == 0
+    raw = model.module.bias.detach().clone()
+    with torch.no_grad():
+        model.module.bias.add_(1)
+    ema.update()
+    hit = pytest.raises(KeyboardInterrupt) if first else contextlib.nullcontext()
+    with hit, ema.swap():
+        if first:
+            take_out = Exchange.swap_out
+
+            def interrupted(self: Exchange) -> None:
+                Exchange.swap_out = take_out
+                os.kill(os.getpid(), signal.SIGINT)  # held back until the slices are together
+                take_out(self)
+
+            Exchange.swap_out = interrupted
+    assert torch.equal(model.module.bias, raw + 1)
+    ema.update()
+    assert torch.equal(ema.full_state_dict(all_ranks=True)["bias"], (raw + 0.75))
+
+
+def test_an_interrupt_at_the_end_of_a_swap_leaves_all_ranks_outside_of_it() -> None:
+    world.run(interrupted_at_the_end_of_a_swap, 2)
+
+
+def test_buffers_that_are_not_averaged_are_not_looked_at() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("scales", torch.ones(2).to(torch.float8_e4m3fn))
+    for word in ("copy", "ignore"):
+        assert ShardedEMA(model, 0.5, buffers=word).num_updates == 0
+
+
+def ranks_that_differ() -> None:
+    first = dist.get_rank() == 0
+    model = nn.Linear(2, 2)
+    for param in model.parameters():
+        nn.init.zeros_(param)
+    other = ShardedEMA(model, 0.5 if first else 0.25)
+    with pytest.raises(ValueError, match="the ranks keep other averages: rank 1 of those"):
+        other.full_state_dict()
+    model.register_buffer("low", torch.tensor(1.0 if first else torch.inf))
+    mixed = ShardedEMA(model, 0.5, buffers="average")
+    with pytest.raises(ValueError, match=r'low: this buffer is finite on some .*{"low": "copy"}'):
+        mixed.full_state_dict()
+    if first:
+        with pytest.raises(ValueError, match="a stage of a pipeline is given as a list"):
+            ShardedEMA(model, 0.5, select="9.*")
+
+
+def test_ranks_with_other_schedules_or_buffers_are_told() -> None:
+    world.run(ranks_that_differ, 2)
