@@ -18,6 +18,7 @@ FLOORS = {
     "backends": 1,
     "shadows": 1,
     "replicas": 1,
+    "staging": 1,
     "offload": 1,
     "swap": 1,
     "agree": 1,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardema import kernels, offload
+from shardema import kernels, offload, staging
 from shardema.kernels import foreach, reference
 from shardema.offload import Background, Travelling
 from tests import meters
@@ -231,7 +231,7 @@ def test_streams_and_buffers_are_used_in_the_order_that_keeps_them_whole(
     """What a GPU is asked for, and when; here it only notes it."""
     log: list[tuple[str, int]] = []
 
-    class Noted(offload._Lane):
+    class Noted(staging.Lane):
         def begin(self) -> None:
             log.append(("begin", -1))
 
@@ -244,7 +244,7 @@ def test_streams_and_buffers_are_used_in_the_order_that_keeps_them_whole(
         def hold_back(self) -> None:
             log.append(("hold back", -1))
 
-    monkeypatch.setattr(offload, "_Lane", Noted)
+    monkeypatch.setattr(offload, "Lane", Noted)
     params = [torch.zeros(128) for _ in range(4)]  # one buffer each
 
     def noting(*args: Any) -> kernels.Lerp:
@@ -289,14 +289,14 @@ def test_an_interrupted_update_is_carried_on_with(
 
         return lerp_and_interrupt
 
-    class Lane(offload._Lane):
+    class Lane(staging.Lane):
         def copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
             super().copy(targets[:1], sources[:1])
             interrupt()
             super().copy(targets, sources)
             interrupt()
 
-    monkeypatch.setattr(offload, "_Lane", Lane)
+    monkeypatch.setattr(offload, "Lane", Lane)
     behind = Travelling(*args, bind, staging_bytes=TINY)
     weights = list(WEIGHTS[3])
     with pytest.raises(KeyboardInterrupt):
@@ -395,12 +395,12 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of all copies between host and device."""
     sizes: list[int] = []
 
-    class Counting(offload._Lane):
+    class Counting(staging.Lane):
         def copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
             sizes.extend(target.nbytes for target in targets)
             super().copy(targets, sources)
 
-    monkeypatch.setattr(offload, "_Lane", Counting)
+    monkeypatch.setattr(offload, "Lane", Counting)
     return sizes
 
 
@@ -727,7 +727,7 @@ def test_on_a_gpu_the_streams_keep_the_order(kind: Any, dtype: torch.dtype, stag
     on_gpu = [torch.empty_like(p, device="cuda") for p in params[: len(params) // 3]]
     pinned = []
     for shadow in shadows:
-        flat = offload.zeros(shadow.numel(), shadow.dtype, pinned=True)
+        flat = staging.zeros(shadow.numel(), shadow.dtype, pinned=True)
         pinned.append(flat.as_strided(shadow.shape, shadow.stride()).copy_(shadow))
     behind = kind(pinned, on_gpu * 3, slots, foreach.bind, staging_bytes=staging)
     for weights in WEIGHTS:
@@ -753,7 +753,7 @@ def test_on_a_gpu_the_streams_keep_the_order(kind: Any, dtype: torch.dtype, stag
 @BOTH
 def test_on_a_gpu_an_update_after_the_first_allocates_nothing(kind: Any) -> None:
     params = [torch.ones(1000, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    shadows = [offload.zeros(1000, torch.float32, pinned=True) for _ in params]
+    shadows = [staging.zeros(1000, torch.float32, pinned=True) for _ in params]
     behind = kind(shadows, params, [0, 0, 0], foreach.bind, staging_bytes=TINY)
 
     def update() -> None:
