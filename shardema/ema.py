@@ -242,6 +242,8 @@ class ShardedEMA:
             # decide on all weights before anything is changed: a schedule may raise
             weights = [average.weights(step) for average in self._averages.values()]
             flat = [weight for those in weights for weight in those]
+            with self._naming("update"):
+                self._updater.await_thread()  # here, where it can be interrupted
             with uninterrupted():  # all averages move, and their clocks, or none does
                 with self._naming("update"):
                     self._updater(flat)

@@ -69,6 +69,12 @@ class Updater:
         for lerp_ in self._inline:
             lerp_(weights)
 
+    def await_thread(self) -> None:
+        """Waits for the update before, where a thread makes it. Raises as `__call__`."""
+        for behind in self._behind:
+            if isinstance(behind, Background):
+                behind.flush()
+
     def launch(self) -> None:
         """What a CUDA graph records: moves the averages by the weights of `refresh`.
 
