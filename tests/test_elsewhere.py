@@ -332,6 +332,7 @@ def test_weights_that_moved_are_found_though_binding_failed_once(
 
 
 def interrupted_at_the_end_of_a_swap() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start us without it
     model = DistributedDataParallel(nn.Linear(4, 3))
     ema = ShardedEMA(model, 0.5, shadow=ShadowPolicy(shard_replicas=True))
     first = dist.get_rank() == 0
