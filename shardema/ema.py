@@ -45,7 +45,7 @@ from shardema.schedules import Schedule, by_pattern, describe
 from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
 from shardema.shard import Shard, few, present
 from shardema.swap import Exchange, to_the_end, uninterrupted
-from shardema.updater import Updater
+from shardema.updater import Updater, slotted
 from shardema.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -239,9 +239,7 @@ class ShardedEMA:
             if self._on_nonfinite != "ignore" and self._broken():
                 self._counted = applied
                 return
-            # decide on all weights before anything is changed: a schedule may raise
-            weights = [average.weights(step) for average in self._averages.values()]
-            flat = [weight for those in weights for weight in those]
+            weights, flat = self._decide(step)
             with self._naming("update"):
                 self._updater.await_thread()  # here, where it can be interrupted
             with uninterrupted():  # all averages move, and their clocks, or none does
@@ -249,8 +247,7 @@ class ShardedEMA:
                     self._updater(flat)
                 for group in present(self._weights.lent):
                     self._lerp_lent(group, flat)
-                for average, those in zip(self._averages.values(), weights, strict=True):
-                    average.moved(those, step)
+                self._note(weights, step)
         self._counted = applied
 
     def _capture(self) -> None:
@@ -285,9 +282,21 @@ class ShardedEMA:
             )
         if self._moved or not self._weights.at_home():
             self._raise_moved()
-        weights = [average.weights(step) for average in self._averages.values()]
+        weights, flat = self._decide(step)
         with writable():
-            self._updater.refresh([weight for those in weights for weight in those])
+            self._updater.refresh(flat)
+        self._note(weights, step)
+
+    def _decide(self, step: float) -> tuple[list[list[float]], list[float]]:
+        """The weights of a step: of each average, and of all in turn.
+
+        All of them before anything is changed: a schedule may raise.
+        """
+        weights = [average.weights(step) for average in self._averages.values()]
+        return weights, [weight for those in weights for weight in those]
+
+    def _note(self, weights: Sequence[Sequence[float]], step: float) -> None:
+        """Moves the clocks."""
         for average, those in zip(self._averages.values(), weights, strict=True):
             average.moved(those, step)
 
@@ -467,10 +476,7 @@ class ShardedEMA:
                 # once on every rank, however often this one is interrupted
                 with self._weights.spread(same):
                     interrupts.append(to_the_end(take_out))
-            except (
-                KeyboardInterrupt,
-                SystemExit,
-            ) as error:  # held back until the ranks were through
+            except (KeyboardInterrupt, SystemExit) as error:  # it was held back until here
                 interrupts.append(error)
         finally:
             interrupts.append(to_the_end(arrive))
@@ -1010,13 +1016,10 @@ class ShardedEMA:
 
     def _lerp_lent(self, shards: Sequence[Shard], weights: Sequence[float]) -> None:
         """Moves the averages of shards that are here for the moment."""
-        first = 0
-        for average in self._averages.values():
-            runs = list(average.runs(shards))
-            if runs:
-                shadows, sources, indices = (list(column) for column in zip(*runs, strict=True))
-                self._bind_kernel(shadows, sources, indices)(weights[first:])
-            first += len(average.schedules)
+        pairs = list(slotted(self._averages.values(), lambda _: shards))
+        if pairs:  # else the rank holds nothing of them
+            _, shadows, sources, slots = (list(column) for column in zip(*pairs, strict=True))
+            self._bind_kernel(shadows, sources, slots)(weights)
 
     def _flush(self, op: str) -> None:
         """Waits for an update in the background. Raises RuntimeError if it failed."""

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
 from shardema import kernels
 from shardema.average import Average
 from shardema.offload import Background, Travelling
+from shardema.shadows import ShadowPolicy
 from shardema.shard import Shard
 
 _INLINE = ("", 0)
 _Pairs = tuple[list[Tensor], list[Tensor], list[int]]  # shadows, sources, slots of the weights
+
+
+def _where(policy: ShadowPolicy) -> tuple[str, int]:
+    return _INLINE if policy.device == "model" else (policy.compute, policy.staging_bytes)
+
+
+def slotted(
+    averages: Iterable[Average], held: Callable[[Average], Sequence[Shard]]
+) -> Iterator[tuple[Average, Tensor, Tensor, int]]:
+    """Every shadow with what it averages and its slot among the weights of all averages in turn."""
+    first = 0
+    for average in averages:
+        for shadow, source, index in average.runs(held(average)):
+            yield average, shadow, source, first + index
+        first += len(average.schedules)
 
 
 class Updater:
@@ -31,16 +47,13 @@ class Updater:
         bind: kernels.Bind,
     ) -> None:
         pairs: dict[tuple[str, int], _Pairs] = {}
-        first = 0
         for average in averages:
-            policy = average.policy
-            where = _INLINE if policy.device == "model" else (policy.compute, policy.staging_bytes)
-            shadows, sources, slots = pairs.setdefault(where, ([], [], []))
-            for shadow, source, index in average.runs(held(average)):
-                shadows.append(shadow)
-                sources.append(source)
-                slots.append(first + index)
-            first += len(average.schedules)
+            pairs.setdefault(_where(average.policy), ([], [], []))
+        for average, shadow, source, slot in slotted(averages, held):
+            shadows, sources, slots = pairs[_where(average.policy)]
+            shadows.append(shadow)
+            sources.append(source)
+            slots.append(slot)
         self._inline = [bind(*pairs.pop(_INLINE))] if _INLINE in pairs else []
         self._behind: list[Background | Travelling] = [
             (Background if compute == "host" else Travelling)(*those, bind, staging_bytes=size)
