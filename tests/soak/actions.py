@@ -1,0 +1,835 @@
+"""What each kind of action does: to the model and the twin alike, and what must come of it.
+
+An action is a function of the scene and its arguments, named as its kind. It asserts what the
+calls return; what holds after every action is checked by the scene.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardema import RankError
+from tests import zoo
+from tests.layouts import LAYOUTS
+from tests.soak import models, peek
+from tests.soak.scene import (
+    Saved,
+    Scene,
+    build_ema,
+    deal,
+    refuse,
+    state_buffers,
+    tokens,
+    unwrapped,
+)
+
+ACTIONS: dict[str, Callable[..., None]] = {}
+
+
+def action(function: Callable[..., None]) -> Callable[..., None]:
+    ACTIONS[function.__name__] = function
+    return function
+
+
+def perform(scene: Scene, kind: str, args: Any) -> None:
+    """One action and the checks after it."""
+    ACTIONS[kind](scene, **args)
+    scene.check()
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def _loss(model: nn.Module, seed: int, expert: int) -> Tensor:
+    return model(tokens(seed), expert=expert).float().square().mean()
+
+
+@action
+def train(
+    at: Scene, *, seed: int, stepped: list[int], accumulate: int, how: str, expert: int
+) -> None:
+    if how == "in_backward":
+        _train_in_backward(at, seed, expert)
+        return
+    at.close_round()  # the forward does
+    losses: list[list[float]] = [[], []]
+    for which, model in ((1, at.twin), (0, at.model)):
+        model.train()
+        for micro in range(accumulate):
+            loss = _loss(model, seed + micro, expert)
+            loss.backward()
+            losses[which].append(loss.item())
+    assert losses[0] == losses[1], f"losses {losses[0]}, the twin's {losses[1]}"
+    for number in stepped:
+        # the twin first: the truth of an update that this step ends needs its weights
+        at.about_to_step(number)
+        skipped = how == "skipped"
+        for which in (1, 0):
+            optimizer = at.optimizers[which][number]
+            if skipped:
+                _skip(optimizer, at.parameters(which, number))
+            elif how == "closure":
+                optimizer.step(lambda: 0.0)
+            else:
+                optimizer.step()
+            if which == 1 and not skipped:
+                at.stepped(number)
+    for optimizers in at.optimizers:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+
+def _skip(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+    """A step that a GradScaler skips."""
+    for param in params:
+        if param.grad is not None:
+            param.grad.fill_(torch.inf)
+    scaler = torch.amp.GradScaler(zoo.DEVICE, init_scale=2.0)
+    scaler.scale(torch.ones((), device=zoo.DEVICE))
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def _train_in_backward(at: Scene, seed: int, expert: int) -> None:
+    """Each parameter has an optimizer, which steps as soon as its gradient is there."""
+    at.detach()
+    hooks = []
+    for which, model in ((1, at.twin), (0, at.model)):
+        model.train()
+        made: list[torch.optim.Optimizer] = []
+        for param in model.parameters():
+            if not param.requires_grad:
+                continue
+            own = torch.optim.SGD([param], lr=0.02)
+            made.append(own)
+
+            def step(param: Tensor, own: torch.optim.Optimizer = own) -> None:
+                own.step()
+                own.zero_grad()
+
+            hooks.append(param.register_post_accumulate_grad_hook(step))
+        if which == 0:
+            handle = at.ema.attach(*made)
+        for turn in range(2):
+            _loss(model, seed + turn, expert).backward()
+            if which == 1:
+                at.updated()
+    for hook in hooks:
+        hook.remove()
+    assert at.ema.num_updates == at.truths[at.ema.names[0]].num_updates
+    handle.remove()
+
+
+@action
+def update(at: Scene, *, dt: int | None) -> None:
+    if at.attached is not None:
+        with refuse(RuntimeError, "attach"):
+            at.ema.update() if dt is None else at.ema.update(dt=dt)
+        return
+    at.ema.update() if dt is None else at.ema.update(dt=dt)
+    at.updated(1 if dt is None else dt)
+
+
+@action
+def attach(at: Scene, *, all: bool) -> None:
+    chosen = tuple(range(len(at.optimizers[0]))) if all else (0,)
+    optimizers = [at.optimizers[0][number] for number in chosen]
+    if at.attached is not None:
+        with refuse(RuntimeError, "attach"):
+            at.ema.attach(*optimizers)
+        return
+    at.handle = at.ema.attach(*optimizers)
+    at.attached = chosen
+    at.open.clear()
+
+
+@action
+def detach(at: Scene) -> None:
+    at.detach()
+
+
+# ---- forwards -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _context(under: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if under == "no_grad":
+            stack.enter_context(torch.no_grad())
+        elif under == "inference_mode":
+            stack.enter_context(torch.inference_mode())
+        elif under == "autocast":
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.autocast(zoo.DEVICE, dtype=torch.bfloat16))
+        yield
+
+
+def _run(model: nn.Module, args: dict[str, Any], compiled: bool = False) -> Tensor:
+    call = torch.compile(model, backend="eager") if compiled else model
+    with _context(args["under"]):
+        logits: Tensor = call(tokens(args["seed"]), early=args["early"], expert=args["expert"])
+        return logits.detach().clone()
+
+
+@action
+def forward(at: Scene, *, training: bool, compiled: bool, **args: Any) -> None:
+    at.close_round()
+    if at.case.layout in ("ddp", "ddp-slices", "ddp-travelling-slices"):
+        # a forward with gradients and no backward: DDP would wait for it at the next one
+        args["under"] = "no_grad" if args["under"] == "grad" else args["under"]
+    at.both(lambda model: model.train(training))
+    ours, theirs = at.both(lambda model: _run(model, args, compiled and model is at.model))
+    assert peek.equal(ours, theirs), "a forward outside of a swap differs from the twin's"
+    at.both(lambda model: model.train())
+
+
+@action
+def call(at: Scene, *, training: bool, compiled: bool, **args: Any) -> None:
+    if len(at.ema.names) > 1:
+        with refuse(ValueError, "several averages"), torch.no_grad():
+            at.ema(tokens(args["seed"]))
+        return
+    at.close_round()
+    at.both(lambda model: model.eval())
+    expected = _averaged_forwards(at, at.ema.names[0], [{**args, "under": "no_grad"}])
+    with torch.no_grad():
+        got = at.ema(tokens(args["seed"]), early=args["early"], expert=args["expert"])
+    _same_forward(at, got, expected[0])
+    at.both(lambda model: model.train())
+
+
+# ---- swaps --------------------------------------------------------------------------------------
+
+
+def _plain(at: Scene, name: str) -> nn.Module:
+    """The unwrapped model with the average, as a user would load it. Collective."""
+    full = at.ema.full_state_dict(name, dtype="model", all_ranks=True)
+    plain = models.make(dict(at.case.model))
+    plain.queue = torch.zeros(at.grown)
+    for key, value in state_buffers(at.twin).items():  # this rank's own
+        if key not in peek.averaged(at.ema):
+            full[key] = value
+    plain.load_state_dict(full, strict=True)
+    return plain.eval()
+
+
+def _averaged_forwards(at: Scene, name: str, forwards: list[dict[str, Any]]) -> list[Tensor]:
+    plain = _plain(at, name)
+    return [_run(plain, {"expert": 0, **args}) for args in forwards]
+
+
+def _same_forward(at: Scene, got: Tensor, expected: Tensor) -> None:
+    if at.layout.exact:
+        assert peek.equal(got, expected), "a forward inside a swap is not the average's"
+    else:  # tensor parallel adds up in another order
+        error = (got - expected).norm() / expected.norm()
+        assert error <= 64 * torch.finfo(expected.dtype).eps, error
+
+
+class Planned(Exception):
+    """What a user's code raises inside a swap."""
+
+
+@action
+def swap(at: Scene, *, name: str, forwards: list[dict[str, Any]], ends: str) -> None:
+    at.close_round()
+    at.both(lambda model: model.eval())
+    expected = _averaged_forwards(at, name, forwards)
+    before = _run(at.model, {"seed": 1, "under": "no_grad", "early": False, "expert": 0})
+    leaves = refuse(Planned, "planned") if ends == "exception" else contextlib.nullcontext()
+    with leaves, at.ema.swap(name):
+        for args, logits in zip(forwards, expected, strict=True):
+            _same_forward(at, _run(at.model, {"expert": 0, **args}), logits)
+        if ends == "exception":
+            raise Planned("planned")
+        if ends == "nested":
+            with refuse(RuntimeError, r"inside swap\(\)"), at.ema.swap(name):
+                pass
+        if ends == "refused":
+            for refused in (at.ema.update, at.ema.metrics, at.ema.reset, at.ema.state_dict):
+                with refuse(RuntimeError, r"inside swap\(\)"):
+                    refused()
+    after = _run(at.model, {"seed": 1, "under": "no_grad", "early": False, "expert": 0})
+    assert peek.equal(before, after), "a forward after a swap differs from one before it"
+    at.both(lambda model: model.train())
+
+
+@action
+def swap_written(at: Scene, *, name: str) -> None:
+    """A write inside is told, the weights are as before; `reset` mends the average."""
+    at.close_round()
+    with refuse(RuntimeError, "written inside swap"), at.ema.swap(name), torch.no_grad():
+        for part in peek.local_parts(at.model):
+            part.add_(1.0)
+    at.ema.reset()
+    full = at.weights()
+    for truth in at.truths.values():
+        truth.set(full)
+
+
+@action
+def swap_dropped(at: Scene, *, name: str) -> None:
+    at.ema.swap(name)  # never entered: it warns, and nothing is changed
+    gc.collect()
+
+
+# ---- gathering ----------------------------------------------------------------------------------
+
+
+@action
+def full_state_dict(at: Scene, *, name: str, dtype: str | None, all_ranks: bool) -> None:
+    at.close_round()
+    given = {"bfloat16": torch.bfloat16}.get(str(dtype), dtype)
+    full = at.ema.full_state_dict(name, dtype=given, all_ranks=all_ranks)
+    peeked = peek.full_parameters(at.twin)
+    if not all_ranks and dist.get_rank():
+        assert full == {}
+        return
+    at.weights  # noqa: B018
+    _assert_full(at, name, full, dtype, peeked)
+
+
+def _assert_full(
+    at: Scene, name: str, full: dict[str, Tensor], dtype: str | None, params: dict[str, Tensor]
+) -> None:
+    averaged = at.truths[name].full
+    buffers = state_buffers(at.twin)
+    expected = {*params, *buffers, *at.aliases()}
+    assert set(full) == expected, set(full) ^ expected
+    for fqn, value in full.items():
+        key = at.aliases().get(fqn, fqn)
+        assert value.device.type == "cpu", fqn
+        if key in averaged:
+            own = buffers[key].dtype if key in buffers else params[key].dtype
+            wide = torch.float64 if at.truths[name].settings["float64"] else torch.float32
+            cast = torch.bfloat16 if dtype == "bfloat16" and key in params else own
+            want = {None: wide, "model": own}.get(dtype, cast if key in params else wide)
+            if key in params or dtype is None:
+                assert value.dtype == want, (fqn, value.dtype, want)
+            if value.dtype in (torch.float32, torch.float64):
+                at.assert_close(name, key, value, averaged[key])
+        elif key in params:
+            want = torch.bfloat16 if dtype == "bfloat16" else params[key].dtype
+            assert peek.equal(value, params[key].cpu().to(want)), fqn
+        elif dist.get_rank() == 0:  # whose buffers are the model's
+            assert peek.equal(value, buffers[key].cpu()), fqn
+
+
+@action
+def iter_full(at: Scene, *, name: str, stop: int) -> None:
+    at.close_round()
+    found = {}
+    for number, (fqn, tensor) in enumerate(at.ema.iter_full(name)):
+        found[fqn] = tensor.clone()
+        if number == stop:
+            break
+    params = peek.full_parameters(at.twin)
+    if dist.get_rank() == 0 and stop < 0:
+        _assert_full(at, name, found, None, params)
+
+
+@action
+def export(at: Scene, *, name: str, mode: str) -> None:
+    at.close_round()
+    folder = at.path("export")
+    at.ema.export(folder, name, mode=mode, progress=False)
+    params = peek.full_parameters(at.twin)
+    if dist.get_rank() == 0:
+        stored = load_file(os.path.join(folder, "model.safetensors"))
+        for second, first in at.aliases().items():
+            stored[second] = stored[first]
+        _assert_full(at, name, stored, None, params)
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+def _truths(at: Scene) -> dict[str, Any]:
+    return {name: truth.copy() for name, truth in at.truths.items()}
+
+
+@action
+def save(at: Scene, *, frozen: bool) -> None:
+    at.close_round()
+    folder = at.path("ema")
+    at.ema.save(folder, include_frozen=frozen)
+    at.saved.append(Saved(folder, _truths(at)))
+
+
+@action
+def load(at: Scene, *, back: int) -> None:
+    if not at.saved:
+        return
+    saved = at.saved[-1 - back % len(at.saved)]
+    at.ema.load(saved.folder)
+    at.truths = {name: truth.copy() for name, truth in saved.truths.items()}
+    at.open.clear()
+
+
+@action
+def load_elsewhere(at: Scene, *, layout: str) -> None:
+    """The newest checkpoint in a model that is sharded in another way."""
+    if not at.saved:
+        return
+    saved = at.saved[-1]
+    other = LAYOUTS[layout]
+    options = dict(at.case.model)
+    options = {k: v for k, v in options.items() if k not in ("channels_last", "scalar")}
+    if at.case.model.get("scalar") and "scalar" not in other.options:
+        return
+    if "scalar" in at.case.model:
+        options["scalar"] = at.case.model["scalar"]
+    options["all_experts"] = True
+    model = other.wrap(models.make(options))
+    unwrapped(model).queue = torch.zeros(at.grown)
+    ema = build_ema(at.case, model, other)
+    ema.load(saved.folder)
+    for name, truth in saved.truths.items():
+        assert peek.clock(ema, name) == (truth.t, truth.num_updates)
+        full = ema.full_state_dict(name, all_ranks=True)
+        for fqn, value in truth.full.items():
+            error = (full[fqn].double() - value).abs().max() if value.numel() else 0.0
+            assert error <= truth.bound(fqn), (fqn, error)
+
+
+@action
+def load_full(at: Scene, *, name: str, file: bool) -> None:
+    at.close_round()
+    full = at.ema.full_state_dict(name, all_ranks=True)
+    if file:
+        source: Any = at.path("export")
+        at.ema.export(source, name, progress=False)
+    else:
+        source = full
+    truth = at.truths[name]
+    clock = {"t": truth.t, "num_updates": truth.num_updates}
+    at.ema.load_full(source, name, **clock)
+    moves, largest = truth.moves, truth.largest
+    truth.set(truth.full, **clock)
+    truth.moves, truth.largest = moves, largest
+
+
+@action
+def dcp_round(at: Scene) -> None:
+    at.close_round()
+    folder = at.path("dcp")
+    dcp.save({"ema": at.ema}, checkpoint_id=folder)
+    truths = _truths(at)
+    at.ema.reset()
+    dcp.load({"ema": at.ema}, checkpoint_id=folder)
+    at.truths = truths
+
+
+@action
+def state_dict(at: Scene) -> None:
+    at.close_round()
+    state = at.ema.state_dict()
+    at.ema.load_state_dict(state)
+    at.open.clear()
+
+
+@action
+def reset(at: Scene, *, name: str | None) -> None:
+    at.ema.reset(name)
+    full = at.weights()
+    for key, truth in at.truths.items():
+        if name in (None, key):
+            truth.set(full)
+    at.open.clear()
+
+
+@action
+def copy_to_model(at: Scene, *, name: str) -> None:
+    at.close_round()
+    full = at.ema.full_state_dict(name, dtype="model", all_ranks=True)
+    at.ema.copy_to_model(name)
+    for fqn, value in peek.full_parameters(at.model).items():
+        assert peek.equal(value.cpu(), full[fqn].cpu()), fqn
+    with torch.no_grad():
+        pairs = (peek.local_parts(m) for m in (at.twin, at.model))
+        for theirs, ours in zip(*pairs, strict=True):
+            theirs.copy_(ours)
+        for key, buffer in unwrapped(at.twin).named_buffers():
+            buffer.copy_(unwrapped(at.model).get_buffer(key))
+    # what a forward had left gathered is free, in the twin too
+    peek.full_parameters(at.twin)
+
+
+@action
+def metrics(at: Scene, *, name: str) -> None:
+    at.close_round()
+    told = at.ema.metrics(name)
+    truth = at.truths[name]
+    assert (told["t"], told["num_updates"]) == (truth.t, truth.num_updates)
+    assert told["nonfinite"] == 0
+    now = at.weights()
+    apart = sum(float((truth.full[f] - now[f].double()).square().sum()) for f in truth.full)
+    size = sum(float(now[f].double().square().sum()) for f in truth.full)
+    assert told["distance"] == pytest.approx((apart / size) ** 0.5, rel=1e-2, abs=1e-4)
+
+
+@action
+def flush(at: Scene) -> None:
+    at.ema.flush()
+
+
+# ---- the model changes --------------------------------------------------------------------------
+
+
+@action
+def write(at: Scene, *, step: int) -> None:
+    """Full weights are loaded, by torch's own means."""
+    like = peek.full_parameters(at.twin)
+    values = zoo.script(like, step)
+    for second, first in at.aliases().items():
+        values[second] = values[first]
+    full = StateDictOptions(full_state_dict=True, strict=False)
+    at.both(lambda model: set_model_state_dict(model, dict(values), options=full))
+
+
+@action
+def assign(at: Scene) -> None:
+    """``load_state_dict(assign=True)``: the parameters are other objects now."""
+    for model in (at.twin, at.model):
+        state = {
+            key: value.clone() if isinstance(value, Tensor) else value
+            for key, value in model.state_dict().items()
+        }
+        frozen = {k for k, p in model.named_parameters() if not p.requires_grad}
+        model.load_state_dict(state, assign=True, strict=False)
+        for key, param in model.named_parameters():
+            param.requires_grad_(key not in frozen)
+        inner = unwrapped(model)
+        if at.case.model["tied"]:
+            inner.head.weight = inner.embed.weight
+    _new_optimizers(at)
+
+
+def _new_optimizers(at: Scene) -> None:
+    at.detach()
+    at.make_optimizers()
+
+
+@action
+def data(at: Scene) -> None:
+    for model in (at.twin, at.model):
+        for param in model.parameters():
+            param.data = param.data.clone()
+
+
+@action
+def exchange(at: Scene, *, unit: str) -> None:
+    """A part of the model is made anew, with the same names and shapes."""
+    for model in (at.twin, at.model):
+        inner = unwrapped(model)
+        old = getattr(inner, unit)
+        values = dict(peek.full_parameters(old)) if at.case.layout == "fsdp2" else None
+        new = copy.deepcopy(getattr(models.make(dict(at.case.model)), unit))
+        with torch.no_grad():
+            for key, param in new.named_parameters():
+                source = values[key] if values is not None else old.get_parameter(key)
+                param.copy_(source).mul_(1.5)
+        new.train(old.training)
+        for key, param in new.named_parameters():
+            param.requires_grad_(old.get_parameter(key).requires_grad)
+        if at.case.layout == "fsdp2":
+            fully_shard(new, mesh=init_device_mesh(zoo.DEVICE, (dist.get_world_size(),)))
+        setattr(inner, unit, new)
+    _new_optimizers(at)
+
+
+@action
+def cast(at: Scene) -> None:
+    """Another dtype is refused; with the old one again all goes on."""
+    own = next(at.model.parameters()).dtype
+    at.close_round()
+    at.detach()
+    at.both(lambda model: model.to(torch.float64))
+    with refuse(RuntimeError, "dtype"):
+        at.ema.update()
+    at.both(lambda model: model.to(own))
+
+
+@action
+def cast_in_swap(at: Scene, *, name: str) -> None:
+    """The end of a swap gives the weights back into what the model holds then."""
+    at.close_round()
+    at.detach()
+    own = next(at.model.parameters()).dtype
+    with contextlib.suppress(RuntimeError), at.ema.swap(name):
+        at.model.to(torch.float64)
+    at.model.to(own)
+    at.make_optimizers()
+
+
+@action
+def freeze(at: Scene, *, unit: str) -> None:
+    for model in (at.twin, at.model):
+        for param in getattr(unwrapped(model), unit).parameters():
+            param.requires_grad_(not param.requires_grad)
+    if at.case.layout in ("ddp", "ddp-slices", "ddp-travelling-slices"):
+        # DDP's reducer waits for the gradients that it was built for
+        for model in (at.twin, at.model):
+            for param in getattr(unwrapped(model), unit).parameters():
+                param.requires_grad_(True)
+
+
+@action
+def grow(at: Scene) -> None:
+    """A buffer that is copied has no shape to keep."""
+    at.grown += 1
+    for model in (at.twin, at.model):
+        inner = unwrapped(model)
+        inner.queue = torch.zeros(at.grown, dtype=inner.queue.dtype)
+    if at.case.averages[at.ema.names[0]]["buffers"] == "average":
+        rebuild(at)
+
+
+@action
+def rebuild(at: Scene) -> None:
+    """Another EMA in place of the first one, as a script that is run again makes it."""
+    at.detach()
+    at.ema = at.new_ema()
+    full = at.weights()
+    for truth in at.truths.values():
+        truth.full = {fqn: full[fqn] for fqn in truth.full}
+        truth.set(full)
+    names = peek.averaged(at.ema)
+    for truth in at.truths.values():
+        truth.full = {fqn: full[fqn].double() for fqn in sorted(names)}
+        truth.largest = {}
+        truth._note()
+    at.saved.clear()
+
+
+# ---- all-gathers under way ----------------------------------------------------------------------
+
+
+@action
+def prefetch(at: Scene) -> None:
+    """From now on a forward of one layer gathers the next, which an early end does not use."""
+    for model in (at.twin, at.model):
+        model.module.set_modules_to_forward_prefetch([model.conv, model.out])
+
+
+@action
+def unshard(at: Scene, *, unit: str) -> None:
+    for model in (at.twin, at.model):
+        layer = getattr(model, unit)
+        if isinstance(layer, FSDPModule):
+            layer.unshard(async_op=True)
+
+
+@action
+def summon(at: Scene) -> None:
+    at.close_round()
+    at.detach()
+    with FSDP.summon_full_params(at.model, writeback=False):
+        with refuse(RuntimeError, "summon_full_params"):
+            at.ema.update()
+
+
+# ---- what goes wrong ----------------------------------------------------------------------------
+
+
+class TimeLimit(Exception):
+    """What a signal handler raises."""
+
+
+class _SignalAtCopy(TorchDispatchMode):
+    """Sends this process a signal right after the in-place copy of this number, once."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.left = number
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.copy_.default:
+            self.left -= 1
+            if self.left == -1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+        return result
+
+
+@action
+def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
+    """A signal's exception in the middle of a call: it is made whole, or not at all."""
+    at.close_round()
+    at.detach()
+    before = _truths(at)
+    after = _truths(at)
+    if call == "load" and not at.saved:
+        return
+    full = at.ema.full_state_dict(name, all_ranks=True) if call == "load_full" else {}
+    if call == "load":
+        after = {key: truth.copy() for key, truth in at.saved[0].truths.items()}
+    if call == "reset":
+        weights = at.weights()
+        for truth in after.values():
+            truth.set(weights)
+    clock = {"t": before[name].t, "num_updates": before[name].num_updates}
+    if call == "load_full":
+        after[name].moved_at = before[name].t
+    if call == "copy_to_model":
+        at.ema.reset()  # then it changes nothing, wherever it is stopped
+        weights = at.weights()
+        for truth in before.values():
+            truth.set(weights)
+        after = {key: truth.copy() for key, truth in before.items()}
+
+    def swap() -> None:
+        with at.ema.swap(name):
+            pass
+
+    calls = {
+        "swap": swap,
+        "load": lambda: at.ema.load(at.saved[0].folder),
+        "reset": at.ema.reset,
+        "load_full": lambda: at.ema.load_full(full, name, **clock),
+        "copy_to_model": lambda: at.ema.copy_to_model(name),
+    }
+
+    def on_signal(*_: Any) -> None:
+        raise TimeLimit
+
+    known = signal.signal(signal.SIGUSR1, on_signal)
+    try:
+        with contextlib.suppress(TimeLimit, RankError), _SignalAtCopy(copy):
+            calls[call]()
+    finally:
+        signal.signal(signal.SIGUSR1, known)
+    dist.barrier()
+    at.truths = before
+    try:
+        at.check_averages()
+    except AssertionError:
+        at.truths = after  # it was made whole before the exception came out
+        at.check_averages()
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, at.truths is before)
+    if len(set(told)) > 1:  # one rank was stopped after the copy, the other before it
+        at.ema.reset()
+        weights = at.weights()
+        for truth in at.truths.values():
+            truth.set(weights)
+
+
+@action
+def refused(at: Scene, *, call: str) -> None:
+    """A wrong call is refused by its documented error and changes nothing."""
+    ema = at.ema
+    name = ema.names[0]
+    at.close_round()
+    if call == "dtype":
+        with refuse(ValueError, "dtype"):
+            ema.full_state_dict(name, dtype=torch.int8)
+    elif call == "name":
+        with refuse(ValueError, "name"):
+            ema.full_state_dict("no such average")
+    elif call == "decay":
+        with refuse(ValueError, "decay"):
+            at.ema.__class__(at.model, 1.5)
+    elif call == "path":
+        with refuse(RankError, "exists"):
+            ema.save(at.folder)
+    elif call == "missing":
+        with refuse(RankError, "no such folder"):
+            ema.load(os.path.join(at.folder, "nowhere"))
+    elif call == "dt" and at.attached is None:
+        with refuse(ValueError, "dt"):
+            ema.update(dt=-1)
+    elif call == "positional" and at.attached is None:
+        with refuse(TypeError, "dt"):
+            ema.update(at.count)
+    elif call == "every":
+        with refuse(ValueError, "every"):
+            ema.copy_to_model(name, every=0)
+    elif call == "schedule" and at.saved:
+        other = build_ema(at.case, at.model, at.layout)
+        for average in other._averages.values():
+            average.schedule = type(average.schedule)  # none that a checkpoint could hold
+            break
+        del other
+
+
+@action
+def differ(at: Scene, *, call: str) -> None:
+    """One rank gives another argument: all ranks are told, nothing is done."""
+    ema, name = at.ema, at.ema.names[0]
+    at.close_round()
+    odd = dist.get_rank() == 1
+    if call == "dtype":
+        with refuse((ValueError, RuntimeError), "dtype"):
+            ema.full_state_dict(name, dtype=torch.bfloat16 if odd else None)
+    elif call == "all_ranks":
+        with refuse((ValueError, RuntimeError), "all_ranks"):
+            ema.full_state_dict(name, all_ranks=odd)
+    elif call == "frozen":
+        with refuse((ValueError, RuntimeError), "include_frozen"):
+            ema.save(at.path("odd"), include_frozen=odd)
+    elif call == "refused":
+        with refuse(ValueError, "dtype"):
+            ema.full_state_dict(name, dtype=torch.int8 if odd else None)
+    elif call == "update" and at.attached is None:
+        if odd:
+            ema.update()
+        with refuse(RuntimeError, "num_updates|updates"):
+            ema.full_state_dict(name)
+        if not odd:
+            ema.update()
+        at.updated()
+
+
+@action
+def late(at: Scene, *, name: str) -> None:
+    at.close_round()
+    if dist.get_rank() == 1:
+        time.sleep(0.3)
+    full = at.ema.full_state_dict(name, all_ranks=True)
+    _assert_full(at, name, full, None, peek.full_parameters(at.twin))
+
+
+@action
+def missing(at: Scene) -> None:
+    """A rank does not come: the others are told, and the next call of all works."""
+    at.close_round()
+    ranks = at.ema._ranks
+    known, ranks.timeout = ranks.timeout, 1.0
+    try:
+        if dist.get_rank() != 1:
+            with refuse(RankError, r"\[1\]"):
+                at.ema.metrics(at.ema.names[0])
+    finally:
+        ranks.timeout = known
+    dist.barrier()
+
+
+ACTIONS["dcp"] = dcp_round
+logging.getLogger("shardema").setLevel(logging.ERROR)  # warnings that the actions earn
+_ = deal

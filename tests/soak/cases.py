@@ -1,0 +1,244 @@
+"""From a seed to a case: a model, a layout, averages and actions, all of them plain values.
+
+An action makes sense after any other: what it must do there is the oracle's to say. So a failing
+sequence may be cut anywhere, and a case prints as the Python that makes it again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.layouts import LAYOUTS
+
+FLAT = ("fsdp1-flat",)  # a flat parameter trains, freezes and is stepped as one
+WHOLE = ("plain", "ddp", "ddp-slices", "ddp-travelling-slices")
+FSDP2 = ("fsdp2", "fsdp2-keep", "fsdp2-offload", "hsdp", "hsdp-slices")
+FSDP1 = tuple(name for name in LAYOUTS if name.startswith("fsdp1"))
+
+
+@dataclass(frozen=True)
+class Action:
+    """One call, or a few that belong together; ``kind`` names its function in `actions`."""
+
+    kind: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sequence of actions and what they are done to.
+
+    Attributes:
+        model: options of `models.make`.
+        averages: ``{name: settings}``; `averages.rule` and `averages.policy` read the settings.
+        optimizers: ``"sgd"`` or ``"adam"`` for each; the parameters are dealt to them in turn.
+    """
+
+    seed: int
+    layout: str
+    ranks: int
+    model: Mapping[str, Any]
+    averages: Mapping[str, Mapping[str, Any]]
+    optimizers: Sequence[str]
+    actions: Sequence[Action]
+
+    def with_actions(self, actions: Sequence[Action]) -> Case:
+        return Case(
+            self.seed,
+            self.layout,
+            self.ranks,
+            self.model,
+            self.averages,
+            self.optimizers,
+            tuple(actions),
+        )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of action.
+
+    Attributes:
+        weight: how often it is drawn, relative to the others.
+        draw: its arguments.
+        layouts: where it is possible; everywhere if empty.
+        refuses: it is a call that must be refused.
+        slow: it waits for a timeout, so it is drawn rarely.
+    """
+
+    weight: float
+    draw: Any = lambda rng, case: {}
+    layouts: tuple[str, ...] = ()
+    refuses: bool = False
+
+
+def _train(rng: random.Random, case: Case) -> dict[str, Any]:
+    count = len(case.optimizers)
+    stepped = list(range(count)) if rng.random() < 0.6 else [rng.randrange(count)]
+    hows = ["plain"] * 5 + ["closure"]
+    hows += ["skipped"] if case.layout in ("plain", "ddp") else []
+    hows += ["in_backward"] if case.layout in ("plain", "fsdp2") else []
+    return {
+        "seed": rng.randrange(1000),
+        "stepped": stepped,
+        "accumulate": rng.choice([1, 1, 1, 2]),
+        "how": rng.choice(hows),
+        "expert": rng.randrange(3),
+    }
+
+
+def _forward(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {
+        "seed": rng.randrange(1000),
+        "under": rng.choice(["no_grad", "inference_mode", "autocast", "grad"]),
+        "training": rng.random() < 0.3,
+        "early": rng.random() < 0.4,
+        "expert": rng.randrange(3),
+        "compiled": case.layout in ("plain", "ddp") and rng.random() < 0.1,
+    }
+
+
+def _swap(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {
+        "name": rng.choice(list(case.averages)),
+        "forwards": [
+            {
+                "seed": rng.randrange(1000),
+                "early": rng.random() < 0.4,
+                "under": rng.choice(["no_grad", "inference_mode", "autocast"]),
+            }
+            for _ in range(rng.randrange(3))
+        ],
+        "ends": rng.choice(["well", "well", "well", "exception", "nested", "refused"]),
+    }
+
+
+def _named(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {"name": rng.choice(list(case.averages))}
+
+
+def _gather(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {
+        **_named(rng, case),
+        "dtype": rng.choice([None, None, "model", "bfloat16"]),
+        "all_ranks": rng.random() < 0.5,
+    }
+
+
+def _export(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {**_named(rng, case), "mode": rng.choice(["direct", "stream", "auto"])}
+
+
+def _unit(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {"unit": rng.choice(["out", "narrow", "conv", "module"])}
+
+
+def _stop(rng: random.Random, case: Case) -> dict[str, Any]:
+    calls = ["swap", "load", "reset", "load_full", "copy_to_model"]
+    return {"call": rng.choice(calls), "copy": rng.randrange(30), **_named(rng, case)}
+
+
+def _refusal(rng: random.Random, case: Case) -> dict[str, Any]:
+    calls = ["dtype", "name", "decay", "path", "missing", "dt", "positional", "every", "schedule"]
+    return {"call": rng.choice(calls)}
+
+
+def _differ(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {"call": rng.choice(["dtype", "all_ranks", "frozen", "refused", "update"])}
+
+
+def _older(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {"back": rng.randrange(3)}
+
+
+def _other(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {"layout": rng.choice(["plain", "ddp", "fsdp2", "fsdp1"])}
+
+
+KINDS: dict[str, Kind] = {
+    "train": Kind(10, _train),
+    "forward": Kind(4, _forward),
+    "update": Kind(5, lambda rng, case: {"dt": rng.choice([None, None, 1, 2, 0])}),
+    "attach": Kind(2, lambda rng, case: {"all": rng.random() < 0.7}),
+    "detach": Kind(1),
+    "swap": Kind(5, _swap),
+    "swap_written": Kind(0.5, _named),
+    "swap_dropped": Kind(0.5, _named),
+    "call": Kind(1, _forward),
+    "full_state_dict": Kind(3, _gather),
+    "iter_full": Kind(1, lambda rng, case: {**_named(rng, case), "stop": rng.randrange(-1, 4)}),
+    "export": Kind(1, _export),
+    "save": Kind(2, lambda rng, case: {"frozen": rng.random() < 0.3}),
+    "load": Kind(2, _older),
+    "load_elsewhere": Kind(0.7, _other, layouts=tuple(n for n in LAYOUTS if n != "fsdp2-tp")),
+    "load_full": Kind(1, lambda rng, case: {**_named(rng, case), "file": rng.random() < 0.5}),
+    "dcp": Kind(0.7),
+    "state_dict": Kind(0.7),
+    "copy_to_model": Kind(1, _named),
+    "reset": Kind(1.5, lambda rng, case: {"name": rng.choice([None, *case.averages])}),
+    "metrics": Kind(1.5, _named),
+    "flush": Kind(0.5),
+    "write": Kind(1, lambda rng, case: {"step": rng.randrange(100)}, WHOLE + FSDP1 + FSDP2),
+    "assign": Kind(1, layouts=WHOLE + FSDP2),
+    "data": Kind(0.7, layouts=("plain",)),
+    "exchange": Kind(0.7, _unit, layouts=("plain", "fsdp2")),
+    "cast": Kind(0.5, layouts=("plain", "ddp")),
+    "cast_in_swap": Kind(0.3, _named, layouts=("plain",)),
+    "freeze": Kind(0.7, _unit, layouts=tuple(n for n in LAYOUTS if n not in FSDP1)),
+    "grow": Kind(0.7),
+    "rebuild": Kind(0.7),
+    "stopped": Kind(1, _stop),
+    "refused": Kind(1.5, _refusal, refuses=True),
+    "differ": Kind(0.5, _differ, refuses=True),
+    "late": Kind(0.3, _named),
+    "missing": Kind(0.1, refuses=True),
+    "prefetch": Kind(0.7, layouts=FSDP2),
+    "unshard": Kind(0.7, _unit, layouts=FSDP2),
+    "summon": Kind(0.5, layouts=FSDP1, refuses=True),
+}
+
+_RULES = ["constant", "half_life", "power", "ramp", "warmup", "debiased", "by_pattern"]
+
+
+def draw(seed: int, layout: str = "", length: int = 40) -> Case:
+    """The case of a seed, on ``layout`` if it is given."""
+    rng = random.Random(seed)
+    name = rng.choice(list(LAYOUTS))
+    name = layout or name
+    chosen = LAYOUTS[name]
+    ranks = rng.choice(chosen.worlds)
+    bf16 = rng.random() < 0.25 and name != "fsdp2-tp"
+    model = {
+        "bf16": bf16,
+        "experts": rng.choice([0, 0, 2, 3]) if name not in FLAT else 0,
+        "all_experts": name in ("ddp", "ddp-slices", "ddp-travelling-slices"),
+        "tied": rng.random() < 0.7,
+        "norm": rng.random() < 0.6,
+        "odd": rng.random() < 0.4,
+        **{option: rng.random() < 0.5 for option in chosen.options},
+    }
+    averages: dict[str, Any] = {}
+    for key in ["ema"] if rng.random() < 0.5 else ["fast", "slow"]:
+        averages[key] = {
+            "rule": rng.choice(_RULES),
+            "decay": rng.choice([0.5, 0.75, 0.9, 0.99]),
+            "update_every": rng.choice([1, 1, 1, 3]),
+            "float64": rng.random() < 0.2,
+            "buffers": "copy",
+        }
+    average_buffers = rng.random() < 0.3
+    for settings in averages.values():
+        settings["buffers"] = "average" if average_buffers else "copy"
+    optimizers = [rng.choice(["sgd", "adam"]) for _ in range(rng.choice([1, 1, 2]))]
+    case = Case(seed, name, ranks, model, averages, optimizers, ())
+    possible = [k for k, kind in KINDS.items() if not kind.layouts or name in kind.layouts]
+    if ranks == 1:
+        possible = [k for k in possible if k not in ("differ", "late", "missing")]
+    weights = [KINDS[k].weight for k in possible]
+    actions = []
+    for kind in rng.choices(possible, weights, k=length):
+        actions.append(Action(kind, KINDS[kind].draw(rng, case)))
+    return case.with_actions(actions)

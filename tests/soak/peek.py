@@ -1,0 +1,91 @@
+"""What the checks look at without calling anything that could change it.
+
+A public read would flush, free or close what is open, and hide the fault that it is there to find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import DTensor
+
+from shardema import ShardedEMA
+from shardema.shard import Box
+
+
+def local_parts(model: nn.Module) -> list[Tensor]:
+    """What the optimizer steps on this rank, whatever a forward has left gathered."""
+    parts: list[Tensor] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, FSDP):
+            handle = module._handle
+            if handle is not None and id(handle) not in seen:
+                seen.add(id(handle))
+                flat = handle.flat_param
+                parts.append(getattr(flat, "_local_shard", flat).detach())
+        elif isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            for group in filter(None, groups):
+                parts += [p.sharded_param.to_local().detach() for p in group.fsdp_params]
+    if parts:
+        return parts
+    return [
+        (p.to_local() if isinstance(p, DTensor) else p).detach() for p in model.parameters()
+    ]
+
+
+def full_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Full parameters by clean name, by torch's own means. Collective; frees what is gathered."""
+    if isinstance(model, FSDP):
+        with FSDP.summon_full_params(model, writeback=False):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
+                for name, p in model.named_parameters()
+            }
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in inner.named_parameters()
+    }
+
+
+def shadows(ema: ShardedEMA, name: str) -> Iterator[tuple[str, Box, Tensor]]:
+    """This rank's part of an average: tensor, place, values."""
+    average = ema._averages[name]
+    for shard in ema._held(average):
+        for box, values in shard.pieces(average.shadows.views[shard.fqn]):
+            yield shard.fqn, box, values
+
+
+def clock(ema: ShardedEMA, name: str) -> tuple[float, int]:
+    """``t`` and the number of updates, without an update that is still to be made."""
+    average = ema._averages[name]
+    return average.t, average.num_updates
+
+
+def inside(ema: ShardedEMA) -> str | None:
+    """The average that the model holds."""
+    return ema._inside
+
+
+def averaged(ema: ShardedEMA) -> frozenset[str]:
+    return frozenset(ema._weights.averaged)
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """To the bit, NaN included."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat if flat.dtype == torch.bool else flat.view(torch.uint8)

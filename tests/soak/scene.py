@@ -1,0 +1,268 @@
+"""What the actions of a case are done to: the model, its twin, the averages, and the truth.
+
+The twin lives through the same training without an EMA. It says what the weights are, to the bit;
+the truth, in float64, says what the averages are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from shardema import ShardedEMA
+from tests import zoo
+from tests.layouts import LAYOUTS, Layout
+from tests.soak import averages as kept
+from tests.soak import models, peek
+from tests.soak.cases import Case
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+    "adam": lambda params: torch.optim.AdamW(params, lr=0.01),
+}
+
+
+@dataclass
+class Saved:
+    """A checkpoint on the disk and what was true when it was written."""
+
+    folder: str
+    truths: dict[str, kept.Truth]
+
+
+@dataclass
+class Scene:
+    """A case in this rank.
+
+    Attributes:
+        pair: the model and its twin.
+        optimizers: of each of the two.
+        truths: of each average.
+        attached: numbers of the optimizers that the EMA follows; None where it follows none.
+        open: those of them that have stepped since the last update.
+        stale: buffers of the last gather.
+    """
+
+    case: Case
+    layout: Layout
+    folder: str
+    model: nn.Module
+    twin: nn.Module
+    ema: ShardedEMA
+    truths: dict[str, kept.Truth]
+    optimizers: tuple[list[torch.optim.Optimizer], list[torch.optim.Optimizer]]
+    handle: Any = None
+    attached: tuple[int, ...] | None = None
+    open: set[int] = field(default_factory=set)
+    saved: list[Saved] = field(default_factory=list)
+    count: int = 0
+    grown: int = 2
+
+    # ---- what is true -------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is averaged, in full, as the twin has it. Collective."""
+        full = peek.full_parameters(self.twin)
+        full |= dict(unwrapped(self.twin).named_buffers())
+        return full
+
+    def updated(self, dt: float = 1) -> None:
+        """The truth of one update."""
+        now = self.weights()
+        for truth in self.truths.values():
+            truth.update(now, dt)
+
+    def stepped(self, number: int) -> None:
+        """An optimizer stepped: the round that it belongs to may be complete."""
+        if self.attached is None or number not in self.attached:
+            return
+        self.open.add(number)
+        if self.open == set(self.attached):
+            self.close_round()
+
+    def about_to_step(self, number: int) -> None:
+        if number in self.open:
+            self.close_round()
+
+    def close_round(self) -> None:
+        """Whatever reads ends an open round with its update."""
+        if self.open:
+            self.open.clear()
+            self.updated()
+
+    def set_truth(self, name: str, full: Mapping[str, Tensor], **clock: Any) -> None:
+        self.truths[name].set(full, **clock)
+
+    def aliases(self) -> dict[str, str]:
+        """Second names of tied weights, and their first one."""
+        return {"head.weight": "embed.weight"} if self.case.model["tied"] else {}
+
+    # ---- checks -------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """After every action: the twin's weights to the bit, the averages within their bound."""
+        ours, theirs = peek.local_parts(self.model), peek.local_parts(self.twin)
+        assert len(ours) == len(theirs)
+        for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert peek.equal(a, b), f"weights: part {number} differs from the twin's"
+        buffers = dict(unwrapped(self.twin).named_buffers())
+        for name, buffer in unwrapped(self.model).named_buffers():
+            assert peek.equal(buffer, buffers[name]), f"buffer {name} differs from the twin's"
+        assert peek.inside(self.ema) is None, "the EMA thinks that it is inside a swap"
+        self.check_averages()
+
+    def check_averages(self) -> None:
+        self.ema.flush()
+        for name, truth in self.truths.items():
+            t, updates = peek.clock(self.ema, name)
+            assert (t, updates) == (truth.t, truth.num_updates), (
+                f"{name}: t={t}, num_updates={updates}, expected {truth.t}, {truth.num_updates}"
+            )
+            for fqn, box, values in peek.shadows(self.ema, name):
+                self.assert_close(name, fqn, values, box.view(truth.full[fqn]))
+
+    def assert_close(self, name: str, fqn: str, got: Tensor, truth: Tensor) -> None:
+        if not got.numel():
+            return
+        error = float((got.double().cpu() - truth.cpu()).abs().max())
+        bound = self.truths[name].bound(fqn)
+        assert error <= bound, f"{name}: {fqn} is {error:.3g} from the truth, bound {bound:.3g}"
+
+    def assert_full(self, name: str, full: Mapping[str, Tensor]) -> None:
+        """A gathered average: every tensor of the model, averages near the truth."""
+        buffers = state_buffers(self.twin)
+        expected = {*peek.full_parameters(self.twin), *buffers, *self.aliases()}
+        assert set(full) == expected, set(full) ^ expected
+        truth = self.truths[name].full
+        for fqn, value in full.items():
+            key = self.aliases().get(fqn, fqn)
+            if key in truth:
+                if value.dtype in (torch.float32, torch.float64):
+                    self.assert_close(name, key, value, truth[key])
+            elif fqn in buffers and dist.get_rank() == 0:  # whose buffers are the model's
+                assert peek.equal(value.cpu(), buffers[fqn].cpu()), fqn
+
+    # ---- doing --------------------------------------------------------------------------------
+
+    def both(self, work: Callable[[nn.Module], Any]) -> tuple[Any, Any]:
+        """The same to the twin and to the model; the model last."""
+        theirs = work(self.twin)
+        return work(self.model), theirs
+
+    def path(self, kind: str) -> str:
+        """A folder that is not there yet, the same on all ranks."""
+        self.count += 1
+        return os.path.join(self.folder, f"{kind}-{self.count:03d}")
+
+    def new_ema(self, model: nn.Module | None = None, layout: Layout | None = None) -> ShardedEMA:
+        return build_ema(self.case, model or self.model, layout or self.layout)
+
+    def make_optimizers(self) -> None:
+        self.optimizers = both_optimizers(self.case, self.model, self.twin)
+
+    def parameters(self, which: int, number: int) -> list[nn.Parameter]:
+        """What optimizer ``number`` of the model (0) or the twin (1) steps."""
+        return [p for g in self.optimizers[which][number].param_groups for p in g["params"]]
+
+    def detach(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+        self.handle, self.attached = None, None
+        self.open.clear()
+
+
+def build_ema(case: Case, model: nn.Module, layout: Layout) -> ShardedEMA:
+    rules = {name: kept.rule(s) for name, s in case.averages.items()}
+    policies = {name: kept.policy(s, layout.policy) for name, s in case.averages.items()}
+    buffers = next(iter(case.averages.values()))["buffers"]
+    return ShardedEMA(
+        model, rules, shadow=policies, kernel=layout.kernel, buffers=buffers, timeout=15.0
+    )
+
+
+def deal(case: Case, model: nn.Module) -> list[list[nn.Parameter]]:
+    """The trainable parameters, dealt to the optimizers in turn."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    count = len(case.optimizers)
+    hands = [params[k::count] for k in range(count)]
+    return [hand or params[:1] for hand in hands]
+
+
+def both_optimizers(
+    case: Case, model: nn.Module, twin: nn.Module
+) -> tuple[list[torch.optim.Optimizer], list[torch.optim.Optimizer]]:
+    made = [
+        [OPTIMIZERS[k](hand) for k, hand in zip(case.optimizers, deal(case, m), strict=True)]
+        for m in (model, twin)
+    ]
+    return made[0], made[1]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside of DDP or FSDP1's root, whose buffers keep their names."""
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    inner = getattr(model, "_fsdp_wrapped_module", None)
+    return model if inner is None else inner
+
+
+def state_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers by clean name."""
+    inner = unwrapped(model)
+    return {
+        name: buffer
+        for name, buffer in inner.named_buffers()
+        if name not in inner._non_persistent_buffers_set
+    }
+
+
+@contextlib.contextmanager
+def scene(case: Case) -> Iterator[Scene]:
+    """The beginning of a case, and afterwards its end: nothing is left open."""
+    layout = LAYOUTS[case.layout]
+    told = [tempfile.mkdtemp(prefix="soak-") if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(told, src=0)
+    torch.manual_seed(case.seed)
+    model, twin = (layout.wrap(models.make(dict(case.model))) for _ in range(2))
+    ema = build_ema(case, model, layout)
+    at = Scene(
+        case, layout, told[0], model, twin, ema, {}, both_optimizers(case, model, twin)
+    )
+    start = at.weights()
+    names = peek.averaged(ema)
+    for name, settings in case.averages.items():
+        at.truths[name] = kept.Truth(settings, {fqn: start[fqn] for fqn in sorted(names)})
+    try:
+        yield at
+    finally:
+        at.detach()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(told[0], ignore_errors=True)
+
+
+def open_things() -> tuple[int, int]:
+    """Threads and descriptors of this process."""
+    gc.collect()
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+def refuse(error: type[BaseException], match: str) -> Any:
+    return pytest.raises(error, match=match)
+
+
+def tokens(seed: int) -> Tensor:
+    """A batch of this rank."""
+    return zoo.tokens(seed * dist.get_world_size() + dist.get_rank())
