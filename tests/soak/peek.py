@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 
 from shardema import ShardedEMA
@@ -35,9 +36,17 @@ def local_parts(model: nn.Module) -> list[Tensor]:
                 parts += [p.sharded_param.to_local().detach() for p in group.fsdp_params]
     if parts:
         return parts
-    return [
-        (p.to_local() if isinstance(p, DTensor) else p).detach() for p in model.parameters()
-    ]
+    return [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in model.parameters()]
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees what a forward has left gathered, so that what is written to the parts is seen."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        handle = module._handle if isinstance(module, FSDP) else None
+        if handle is not None and hasattr(handle.flat_param, "_local_shard"):
+            _reshard(module, handle, handle.uses_sharded_strategy)
 
 
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -48,9 +57,7 @@ def full_parameters(model: nn.Module) -> dict[str, Tensor]:
                 name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
                 for name, p in model.named_parameters()
             }
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(model)
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
@@ -64,6 +71,11 @@ def shadows(ema: ShardedEMA, name: str) -> Iterator[tuple[str, Box, Tensor]]:
     for shard in ema._held(average):
         for box, values in shard.pieces(average.shadows.views[shard.fqn]):
             yield shard.fqn, box, values
+
+
+def own_tensors(ema: ShardedEMA) -> list[Tensor]:
+    """The model's own tensors of what is averaged, as far as this rank holds them."""
+    return [s.own for s in ema._weights.mine if s.own.numel() and s.role != "buffer"]
 
 
 def clock(ema: ShardedEMA, name: str) -> tuple[float, int]:

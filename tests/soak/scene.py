@@ -29,8 +29,8 @@ from tests.soak import models, peek
 from tests.soak.cases import Case
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
-    "adam": lambda params: torch.optim.AdamW(params, lr=0.01),
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9),
+    "adam": lambda params: torch.optim.AdamW(params, lr=0.003),
 }
 
 
@@ -52,7 +52,8 @@ class Scene:
         truths: of each average.
         attached: numbers of the optimizers that the EMA follows; None where it follows none.
         open: those of them that have stepped since the last update.
-        stale: buffers of the last gather.
+        grown: elements of the buffer that grows.
+        was_frozen: a part was frozen or unfrozen.
     """
 
     case: Case
@@ -69,6 +70,7 @@ class Scene:
     saved: list[Saved] = field(default_factory=list)
     count: int = 0
     grown: int = 2
+    was_frozen: bool = False
 
     # ---- what is true -------------------------------------------------------------------------
 
@@ -109,6 +111,14 @@ class Scene:
         """Second names of tied weights, and their first one."""
         return {"head.weight": "embed.weight"} if self.case.model["tied"] else {}
 
+    def take_first_ranks_buffers(self, *names: str) -> None:
+        """What was stored of averaged buffers, in which ranks may differ, is the first rank's."""
+        for name in names or self.truths:
+            full = self.truths[name].full
+            told = [{fqn: full[fqn] for fqn in state_buffers(self.twin) if fqn in full}]
+            dist.broadcast_object_list(told, src=0)
+            full.update(told[0])
+
     # ---- checks -------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -138,21 +148,8 @@ class Scene:
             return
         error = float((got.double().cpu() - truth.cpu()).abs().max())
         bound = self.truths[name].bound(fqn)
+        bound += torch.finfo(got.dtype).eps * self.truths[name].largest[fqn]  # one more rounding
         assert error <= bound, f"{name}: {fqn} is {error:.3g} from the truth, bound {bound:.3g}"
-
-    def assert_full(self, name: str, full: Mapping[str, Tensor]) -> None:
-        """A gathered average: every tensor of the model, averages near the truth."""
-        buffers = state_buffers(self.twin)
-        expected = {*peek.full_parameters(self.twin), *buffers, *self.aliases()}
-        assert set(full) == expected, set(full) ^ expected
-        truth = self.truths[name].full
-        for fqn, value in full.items():
-            key = self.aliases().get(fqn, fqn)
-            if key in truth:
-                if value.dtype in (torch.float32, torch.float64):
-                    self.assert_close(name, key, value, truth[key])
-            elif fqn in buffers and dist.get_rank() == 0:  # whose buffers are the model's
-                assert peek.equal(value.cpu(), buffers[fqn].cpu()), fqn
 
     # ---- doing --------------------------------------------------------------------------------
 
@@ -237,9 +234,7 @@ def scene(case: Case) -> Iterator[Scene]:
     torch.manual_seed(case.seed)
     model, twin = (layout.wrap(models.make(dict(case.model))) for _ in range(2))
     ema = build_ema(case, model, layout)
-    at = Scene(
-        case, layout, told[0], model, twin, ema, {}, both_optimizers(case, model, twin)
-    )
+    at = Scene(case, layout, told[0], model, twin, ema, {}, both_optimizers(case, model, twin))
     start = at.weights()
     names = peek.averaged(ema)
     for name, settings in case.averages.items():
