@@ -225,7 +225,14 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
         of("tensors")(lambda all: [*all, {**all[0], "fqn": "x", "aliases": [all[0]["file_name"]]}]),
         "listed twice, by its file_name",
     ),
-    "a hole": (of("files", 0, "pieces")(lambda pieces: pieces[1:]), "elements, expected"),
+    "a tensor of no rank": (
+        of("tensors")(lambda all: [*all, {**all[0], "fqn": "x", "file_name": "x"}]),
+        "together hold 0 elements, expected",
+    ),
+    "a piece that is missing": (
+        of("files", 0, "pieces")(lambda pieces: pieces[1:]),
+        "its head and pieces are",
+    ),
     "an overlap": (
         of("files", 0, "pieces")(
             lambda pieces: [
@@ -253,7 +260,7 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
     "a progress that is true": (put(["averages", "ema", "t"], True), "expected a number, got True"),
     "a move in the future": (put(["averages", "ema", "moved_at"], 9), "moved at 9, at progress 1"),
     "part of an update": (put(["averages", "ema", "num_updates"], 0.5), "expected a count"),
-    "no schedule": (put(["averages", "ema", "schedule"], {}), "KeyError..'name'"),
+    "no schedule": (put(["averages", "ema", "schedule"], {}), r"KeyError\('name'\)"),
     "a schedule without a name": (put(["averages", "ema", "schedule", "name"], 3), "a text, got 3"),
     "other params": (put(["averages", "ema", "schedule", "params"], 1), "with the params 1"),
     "a dtype that is no text": (put(["averages", "ema", "dtype"], None), "a text, got None"),
@@ -366,7 +373,18 @@ class Taken(ast.NodeTransformer):
         return ast.Pass() if node is self.guard else node
 
 
-def survives(home: ModuleType, folder: Path) -> bool:
+def hostile(folder: Path) -> list[tuple[bytes, str]]:
+    """The manifests of all rows, and what each must be refused with."""
+    body = body_of(folder)
+    rows = [
+        (signed(change(copy.deepcopy(body))), text)
+        for name, (change, text) in HOSTILE.items()
+        if name != "an endless shape"  # as another one out of reach, and long
+    ]
+    return rows + [(framed(text), told) for text, told in RAW.values()]
+
+
+def survives(home: ModuleType, folder: Path, rows: list[tuple[bytes, str]]) -> bool:
     """Whether every hostile manifest is refused as it must be."""
 
     def refused(text: str) -> bool:
@@ -378,32 +396,28 @@ def survives(home: ModuleType, folder: Path) -> bool:
 
     path = folder / "shardema.json"
     good = path.read_bytes()
-    body = json.loads(good)["body"]
-    for change, text in HOSTILE.values():
-        path.write_bytes(signed(change(copy.deepcopy(body))))
+    for data, text in rows:
+        path.write_bytes(data)
         if not refused(text):
-            return False
-    for text, told in RAW.values():
-        path.write_bytes(framed(text))
-        if not refused(told):
             return False
     path.write_bytes(good)
     return all([refused(text) for _, text in damaged(folder)])
 
 
 def test_every_guard_of_a_manifest_is_seen_by_a_row(saved: Path) -> None:
-    assert survives(manifest, saved)
+    rows = hostile(saved)
+    assert survives(manifest, saved, rows)
     good = {path.name: path.read_bytes() for path in saved.iterdir()}
     found = []
     count = 0
     for name, mutant in mutants():
         count += 1
-        if survives(mutant, saved):
+        if survives(mutant, saved, rows):
             found.append(name)
         for path in saved.iterdir():
             path.rmdir() if path.is_dir() else path.unlink()
-        for name, data in good.items():
-            (saved / name).write_bytes(data)
+        for kept, data in good.items():
+            (saved / kept).write_bytes(data)
     assert count > 25
     assert found == []
 
