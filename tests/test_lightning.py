@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from lightning import pytorch as pl
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallel
 from lightning.pytorch.callbacks import LambdaCallback, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision, TorchCheckpointIO
 from lightning.pytorch.strategies import (
@@ -35,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from shardema import schedules
+from shardema import ShardedEMA, schedules
 from shardema.integrations.lightning import EMACallback
 from tests import world
 from tests.test_stories import RUN, TORCHRUN, finish, killed_after, note, text  # noqa: F401
@@ -349,6 +351,7 @@ def grown(module: Any) -> None:
 def test_optimizers_that_are_set_up_anew_in_mid_fit_are_followed(
     tmp_path: Path, anew: Callable[[Any], None]
 ) -> None:
+    # Lightning makes the step of this batch with the old one
     ema, module = EMACallback(DECAY), type("Anew", (AnewInSteps,), {"anew": anew})()
     seen = [weights_of(module)]
     noting = LambdaCallback(on_train_batch_end=lambda *_: seen.append(weights_of(module)))
@@ -364,6 +367,27 @@ def test_optimizers_that_are_set_up_anew_in_mid_fit_are_followed(
         expected = {n: torch.lerp(v, now[n], 1 - DECAY) for n, v in expected.items()}
     assert_equal(ema.ema.full_state_dict(), expected)
     trainer.optimizers[0].step()  # let go after the fit
+    assert ema.ema.num_updates == 4
+
+
+def test_an_optimizer_that_is_made_and_stepped_in_one_batch_is_followed(tmp_path: Path) -> None:
+    class Manual(AnewInSteps):
+        anew = replaced
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+            loss = super().training_step(batch, batch_idx)
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    ema, steps = EMACallback(DECAY), Steps()
+    trainer_of(tmp_path, ema, steps).fit(Manual(), data(4))
+    assert ema.ema is not None
     assert ema.ema.num_updates == 4
 
 
@@ -783,7 +807,8 @@ def test_raw_evaluations_of_a_checkpoint_bring_its_average_or_none(
     other = EMACallback(0.5, eval_with="raw")
     trainer = trainer_of(tmp_path, other)
     getattr(trainer, stage)(module, data(1), ckpt_path=str(path))
-    assert "no average of these weights: load from" in caplog.text
+    assert "there is no average of these weights: " in caplog.text
+    assert "was kept with schedule" in caplog.text
     assert other.ema is None
 
 
@@ -836,7 +861,9 @@ def test_a_fit_after_an_evaluation_of_a_checkpoint_goes_on_from_the_pair(tmp_pat
     trainer.fit(module, data(2))
     assert ema.ema.num_updates == 5
     assert_equal({n: ema.ema.full_state_dict()[n] for n in steps.values[1]}, averaged(steps))
-    trainer.fit(Module(), data(2))  # of another module
+    trainer.fit(Module(), data(2))  # of another module, with nothing left to do
+    assert ema.ema is None
+    trainer_of(tmp_path, ema).fit(Module(), data(2))
     assert ema.ema.num_updates == 2
 
 
@@ -883,6 +910,74 @@ def test_a_tuner_in_mid_fit_leaves_the_average_as_it_was(tmp_path: Path) -> None
     assert ema.ema is not None
     assert_equal(*found)
     assert ema.ema.num_updates == 8
+
+
+# ---- Fabric ----------------------------------------------------------------------------------
+
+
+def fabric_trains_with_an_average(strategy: str, ranks: int, root: Path) -> None:
+    """Clean names, one update a step, a swap, a checkpoint: as without Fabric."""
+    kind: Any = strategy
+    if strategy == "fsdp2":
+        kind = FabricModelParallel(parallelize_fn=fully_sharded)
+    fabric = Fabric(accelerator="cpu", devices=ranks, strategy=kind)
+    fabric.launch()
+    torch.manual_seed(1)
+    net = Net()
+    model, optimizer = fabric.setup(net, torch.optim.AdamW([net.up.weight], lr=0.1))
+    assert type(model).__name__ == "_FabricModule"
+    assert fabric.world_size == ranks
+    assert isinstance(model._forward_module, DistributedDataParallel) == (strategy == "ddp")
+    assert isinstance(net.up.weight, DTensor) == (strategy == "fsdp2")
+
+    def full(param: Any) -> Tensor:
+        return (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+
+    ema, average = ShardedEMA(model, DECAY), full(net.up.weight)
+    handle = ema.attach(optimizer)
+    for batch in data(3):
+        fabric.backward(model(batch).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        average = torch.lerp(average, full(net.up.weight), 1 - DECAY)
+    assert ema.num_updates == 3
+    handle.remove()
+    optimizer.step()
+    ema.update()
+    average = torch.lerp(average, full(net.up.weight), 1 - DECAY)
+    state = ema.full_state_dict(all_ranks=True)
+    assert state.keys() == Net().state_dict().keys()
+    assert torch.equal(state["up.weight"], average)
+    before = full(net.up.weight)
+    with ema.swap(), torch.no_grad():
+        assert torch.equal(full(net.up.weight), average)
+        seen = model(next(iter(data(1))))
+    alone = Net()
+    alone.load_state_dict(state)
+    assert torch.equal(seen, alone(next(iter(data(1)))))
+    assert torch.equal(full(net.up.weight), before)
+    ema.save(root / "ema")
+    ema.export(root / "export")
+    fabric.barrier()
+    other = ShardedEMA(net if strategy == "fsdp2" else Net(), DECAY)
+    other.load(root / "ema")
+    assert_equal(other.full_state_dict(all_ranks=True), state)
+    assert_equal(load_file(root / "export/model.safetensors"), state)
+    with pytest.raises(TypeError, match="pickle"):
+        fabric.save(root / "state.ckpt", {"ema": ema})
+
+
+def fully_sharded(net: nn.Module, mesh: Any) -> nn.Module:
+    fully_shard(net, mesh=mesh["data_parallel"])
+    return net
+
+
+def fabric_on_two_ranks(strategy: str) -> None:
+    fabric_trains_with_an_average(strategy, 2, shared_folder())
+
+
+def test_fabric_trains_with_an_average(tmp_path: Path) -> None:
+    fabric_trains_with_an_average("auto", 1, tmp_path)
 
 
 # ---- exports ---------------------------------------------------------------------------------
@@ -1142,6 +1237,14 @@ def a_checkpoint_resumes_and_evaluates(kind: str) -> None:
     assert_equal(resumed.ema.full_state_dict(all_ranks=True), expected)
     dist.barrier()
     assert_equal(load_file(root / "export/model.safetensors"), expected)
+    again = EMACallback(DECAY, export=root / "again")
+    trainer = two_ranks(root, kind, again, max_epochs=2)
+    trainer.fit(KINDS[kind][0](), mine(3), ckpt_path=str(root / "c/epoch=1.ckpt"))  # it is done
+    assert again.ema is not None
+    assert again.ema.num_updates == 6
+    assert_equal(again.ema.full_state_dict(all_ranks=True), expected)
+    dist.barrier()
+    assert_equal(load_file(root / "again/model.safetensors"), expected)
     if kind == "zero3":
         return  # DeepSpeed 0.19.8 cannot load a ZeRO-3 checkpoint into an engine without optimizer
     module = KINDS[kind][0]()
@@ -1223,6 +1326,10 @@ def facts(*kinds: str) -> list[Fact]:
 GATE = [
     *facts("ddp", "fsdp1", "fsdp2"),
     Fact("fsdp2-full", a_checkpoint_resumes_and_evaluates, ("fsdp2-full",)),
+    *(
+        Fact(f"fabric/{strategy}", fabric_on_two_ranks, (strategy,))
+        for strategy in ("ddp", "fsdp2")
+    ),
 ]
 ZERO = facts("zero2", "zero3")
 

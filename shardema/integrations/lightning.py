@@ -168,8 +168,11 @@ class EMACallback(Callback):
             self._build(trainer, pl_module)
         self._follow(trainer)
 
-    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
-        self._follow(trainer)
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        if not any(optimizer is one for one, _ in self._followed):  # made in this batch
+            self._follow(trainer)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         assert self.ema is not None
