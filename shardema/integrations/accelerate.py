@@ -382,7 +382,8 @@ def _stand_before(accelerator: Accelerator) -> None:
 def _check_all_come(accelerator: Accelerator, carrier: _Carrier) -> None:
     """Raises on all ranks where not all call save_state. Collective."""
     ranks = carrier._ranks
-    place = only_main(sys._getframe(2)) if ranks.size > 1 else None
+    several = os.environ.get("LOCAL_WORLD_SIZE", "1") != "1"
+    place = only_main(sys._getframe(2), local=several) if ranks.size > 1 else None
     if place is not None:
         raise RankError(
             f"rank {ranks.rank}: save_state in an if that only the main process enters ({place}), "

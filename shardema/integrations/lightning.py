@@ -171,8 +171,9 @@ class EMACallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        if not any(optimizer is one for one, _ in self._followed):  # made in this batch
-            self._follow(trainer)
+        groups = len(optimizer.param_groups)
+        if not any(optimizer is one and groups == n for one, n in self._followed):
+            self._follow(trainer)  # it was made, or got further parameters, in this batch
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         assert self.ema is not None
@@ -336,7 +337,8 @@ class EMACallback(Callback):
     ) -> ShardedEMA | None:
         """The average of a checkpoint; None if it has none, and may have none."""
         if token == "":
-            return None  # saved by an EMACallback that had none yet
+            log.info("ckpt_path: %s: it was saved when there was no average", path)
+            return None
         folder = _folder(os.path.realpath(path), token or "")
         if not (token and self._ranks().agree("ckpt_path", None, lambda _: os.path.isdir(folder))):
             why = f"the average in {folder} is gone" if token else "it was saved without an average"
