@@ -679,7 +679,8 @@ class ShardedEMA:
 
         Raises:
             CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
-            ValueError, RuntimeError, RankError: as for `full_state_dict`.
+            ValueError, RuntimeError, RankError: as for `full_state_dict`; a path that is no local
+                one is a ValueError.
         """
         limit = exporter.parse_size(max_shard_size)
         if mode not in ("auto", "direct", "stream"):
@@ -691,7 +692,7 @@ class ShardedEMA:
         with writable():
             self._check_replicas(average, "export")
             exporter.export(
-                os.fspath(path),
+                path,
                 plan,
                 range(len(plan.items)),
                 holdings,
@@ -750,7 +751,13 @@ class ShardedEMA:
 
     # ---- checkpoints --------------------------------------------------------------------------
 
-    def save(self, folder: str | os.PathLike[str], *, include_frozen: bool = False) -> None:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        include_frozen: bool = False,
+        overwrite: bool = False,
+    ) -> None:
         """Writes every average, its progress and its schedule to a new folder. Collective.
 
         Every rank writes what it holds, replicas share the work. Pickle-free and checksummed; it
@@ -760,9 +767,13 @@ class ShardedEMA:
             folder: where; must not exist.
             include_frozen: also write the parameters that are not averaged, which an offline
                 export needs and a load does not.
+            overwrite: the folder may be a complete checkpoint of `save`, which is replaced at
+                once when the new one is whole; there is never none. Nothing else is replaced.
 
         Raises:
-            CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
+            CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left, and
+                what was there before still is.
+            ValueError: the path is no local one, or the ranks give different ones.
             RuntimeError: inside ``swap()``, or supposed replicas differ.
         """
         self._begin("save", self.names[0], None)
@@ -787,12 +798,13 @@ class ShardedEMA:
                 sources.append(checkpoint.Source(a.name, theirs, averaged, holdings, dtype))
             sources.append(checkpoint.Source(None, plan, rest, own, lambda item: item.dtype))
             checkpoint.save(
-                os.fspath(folder),
+                folder,
                 sources,
                 {a.name: a.stored() for a in self._averages.values()},
                 left_out,
                 self._ranks,
                 extra=lambda place: exporter.write_config(module, place, None),
+                overwrite=overwrite,
             )
 
     def load(
@@ -818,45 +830,52 @@ class ShardedEMA:
         Raises:
             CheckpointError: no checkpoint, or a damaged one: on all ranks.
             ValueError: a checkpoint of another model, other averages or other schedules; ``add``
-                or ``drop`` of what is not so.
+                or ``drop`` of what is not so; a path that is no local one.
             RuntimeError: inside ``swap()``.
 
         After an error the averages are as before, to the bit.
         """
-        folder = os.fspath(folder)
         plan, _, _ = self._begin("load", self.names[0], None)
         found: list[manifest.Manifest] = []
+        readings: dict[str, list[manifest.Reading]] = {}
 
-        def look() -> str:
+        def look() -> tuple[str, int]:
             stored = manifest.read(folder)
-            self._check_names(folder, set(stored.averages), _names(add), _names(drop))
-            self._check_stored(folder, stored, plan, new_schedule)
+            self._check_names(str(folder), set(stored.averages), _names(add), _names(drop))
+            self._check_stored(str(folder), stored, plan, new_schedule)
             found.append(stored)
-            return stored.save_id
+            for average in self._averages.values():
+                if average.name in stored.averages:
+                    held = self._held(average)
+                    readings[average.name] = checkpoint.readings(stored, average.name, held)
+            blocks = sum(len(part.blocks) for parts in readings.values() for part in parts)
+            return stored.save_id, blocks * manifest.BLOCK
 
-        def same(ids: list[str]) -> None:
-            if len(set(ids)) > 1:
+        def same(told: list[tuple[str, int]]) -> int:
+            if len({save_id for save_id, _ in told}) > 1:
                 raise CheckpointError(
                     f"load from {folder}: the ranks see different checkpoints there; give a path "
                     "on a file system that all ranks share",
-                    path=folder,
+                    path=str(folder),
                 )
+            return max(nbytes for _, nbytes in told)
 
-        self._ranks.agree("load (looking)", look, same)
+        nbytes = self._ranks.agree("load (looking)", look, same)
         staged: dict[str, Shadows] = {}
 
         def read() -> None:
             for average in self._averages.values():
                 held = self._held(average)
                 staging = staged[average.name] = allocate(held, average.policy, pin=False)
-                if average.name in found[0].averages:
-                    checkpoint.read_average(folder, found[0], average.name, held, staging.views)
+                if average.name in readings:
+                    checkpoint.read_average(
+                        found[0], average.name, readings[average.name], held, staging.views
+                    )
                 else:
                     staging.copy_from(held)
 
         with writable():
-            nbytes = sum(file.size for file in found[0].files)
-            self._ranks.agree("load (reading)", read, nbytes=nbytes * self._ranks.size)
+            self._ranks.agree("load (reading)", read, nbytes=nbytes)
             self._forget_errors()
             for average in self._averages.values():
                 average.shadows.copy_all(staged[average.name])
@@ -875,14 +894,15 @@ class ShardedEMA:
         """Seeds an average from full tensors; each rank reads its own slices. Collective.
 
         Args:
-            source: a ``.safetensors`` file, a folder in the HF layout, or ``{fqn: full tensor}``
-                on every rank. Frozen parameters and buffers in it are not used.
+            source: a ``.safetensors`` file, a folder in the HF layout (a snapshot of the Hub too),
+                or ``{fqn: full tensor}`` on every rank. Frozen parameters and buffers in it are
+                not used.
             name: which average. Its ``t`` stays as it is.
 
         Raises:
             CheckpointError: no such file, or a broken one.
-            ValueError: names that are missing or unknown, or another shape: the average is
-                unchanged.
+            ValueError: names that are missing or unknown, or another shape, or a path that is no
+                local one: the average is unchanged.
             RuntimeError: inside ``swap()``.
         """
         plan, average, _ = self._begin("load_full", name, None)
@@ -890,7 +910,7 @@ class ShardedEMA:
         staged: list[Shadows] = []
 
         def read() -> None:
-            stored = source if isinstance(source, Mapping) else consolidated.tensors_of(str(source))
+            stored = source if isinstance(source, Mapping) else consolidated.tensors_of(source)
             shapes = {
                 fqn: tuple(v.entry.shape if isinstance(v, consolidated.Place) else v.shape)
                 for fqn, v in stored.items()

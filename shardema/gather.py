@@ -69,6 +69,18 @@ class Plan:
         """For each box of item ``index`` the rank that sends it: the leader, where it holds it."""
         return [holders[0] for _, holders in self.items[index].holders]
 
+    def loads(
+        self, size: int, chosen: Sequence[int], dtype: Callable[[Item], torch.dtype]
+    ) -> list[int]:
+        """Bytes of the chosen items that each of ``size`` ranks writes."""
+        loads = [0] * size
+        for index in chosen:
+            itemsize = dtype(self.items[index]).itemsize
+            boxes = (box for box, _ in self.items[index].holders)
+            for box, writer in zip(boxes, self.writers[index], strict=True):
+                loads[writer] += box.numel * itemsize
+        return loads
+
 
 def make_plan(
     shards: Sequence[Shard],

@@ -30,6 +30,7 @@ FLOORS = {
     "arguments": 2,
     "manifest": 2,
     "gather": 2,
+    "folder": 2,
     "checkpoint": 2,
     "export": 2,
     "consolidated": 2,
