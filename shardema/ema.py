@@ -622,7 +622,8 @@ class ShardedEMA:
     ) -> Iterator[tuple[str, Tensor]]:
         plan, average, out_dtype = self._begin(op, name, dtype)
         holdings = self._holdings(plan, average)
-        chosen = range(len(plan.items))
+        apart = gather.apart(op, plan, self._ranks.size, all_ranks)
+        chosen = [index for index in range(len(plan.items)) if index not in apart]
         with writable():
             self._check_replicas(average, op)
             arriving = gather.stream(
@@ -638,7 +639,8 @@ class ShardedEMA:
                 for _ in arriving:
                     raise AssertionError("only receivers get pieces")
                 return
-            full = gather.assemble(plan, chosen, arriving)
+            own = {shard.fqn: shard.own for shard in self._weights.shards if shard.opaque}
+            full = gather.with_apart(plan, gather.assemble(plan, chosen, arriving), own)
         try:
             while True:
                 with writable():
@@ -686,6 +688,13 @@ class ShardedEMA:
         if mode not in ("auto", "direct", "stream"):
             raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
         plan, average, out_dtype = self._begin("export", name, dtype)
+        gather.refuse_opaque(
+            "export",
+            plan,
+            range(len(plan.items)),
+            "take ema.full_state_dict(), which hands it out as it is, or ema.save(folder) and the "
+            "averages alone with `shardema export --partial`",
+        )
         holdings = self._holdings(plan, average)
         module = unwrap(self._weights.models[0])
         exported_dtype = next((out_dtype(i) for i in plan.items if i.averaged), None)
@@ -784,6 +793,13 @@ class ShardedEMA:
             for i, item in enumerate(plan.items)
             if not item.averaged and (item.role == "buffer" or include_frozen)
         ]
+        gather.refuse_opaque(
+            "save",
+            plan,
+            rest,
+            "leave include_frozen off and keep the model's own state dict beside it, or leave "
+            'such a buffer out: buffers={name: "ignore"}',
+        )
         kept = {*averaged, *rest}
         left_out = [item.fqn for i, item in enumerate(plan.items) if i not in kept]
         own = Holdings(plan, self._weights.shards, {})
