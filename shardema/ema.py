@@ -36,7 +36,7 @@ from shardema.attach import Attached
 from shardema.average import Average
 from shardema.backends.tree import unwrap, walk
 from shardema.dcp import BoxedTensor, refuse_pickle
-from shardema.errors import CheckpointError
+from shardema.errors import CheckpointError, SwapError
 from shardema.gather import Holdings, Item, Plan
 from shardema.layout import Buffers, Select
 from shardema.metrics import not_finite, sums, total
@@ -160,7 +160,10 @@ class ShardedEMA:
                 self._averages[name] = Average(name, rule, policies[name], shadows)
             self._updater = self._bound()
         self._plans: dict[bool, Plan] = {}  # of whole shards, and of the replicas' slices
+        self._planned: tuple[Any, ...] = ()  # `Weights.stamp` when the plans were made
         self._inside: str | None = None  # the average that the model holds, in a swap
+        self._due: Callable[[], None] | None = None  # the end of a swap that was left, to be made
+        self._torn: str | None = None  # why there is nothing to go on with
         self._failed: RuntimeError | None = None  # of an update in the background
         self._moved = False  # the weights' storage, since the update was bound
         self._captured = False  # by a CUDA graph, which the tables must outlive
@@ -248,7 +251,7 @@ class ShardedEMA:
                 for group in present(self._weights.lent):
                     self._lerp_lent(group, flat)
                 self._note(weights, step)
-        self._counted = applied
+                self._counted = applied
 
     def _capture(self) -> None:
         if self._weights.engine is not None or self._on_nonfinite != "ignore":
@@ -411,11 +414,12 @@ class ShardedEMA:
         if average.policy.shard_replicas:  # the slices make replicas equal, so they must be
             self._begin("swap", name, None)
             self._check_replicas(average, "swap")
+        put_back = functools.partial(self._put_back, exchange, mine, same)
         guards = []
-        if self._weights.engine is not None:
-            guard = functools.partial(self._not_inside, "an optimizer step")
-            guards.append(self._weights.engine.hook(before=guard))
         try:
+            if self._weights.engine is not None:
+                guard = functools.partial(self._not_inside, "an optimizer step")
+                guards.append(self._weights.engine.hook(before=guard))
             self._inside = average.name
             with writable(), self._weights.spread(same):
                 self._weights.await_copies()
@@ -425,12 +429,18 @@ class ShardedEMA:
             yield
             now = self._weights.versions(mine)
         finally:
-            try:
-                self._put_back(exchange, mine, same)
-            finally:
-                for hook in guards:
-                    hook.remove()
-        written = [name for name, version in now.items() if version != versions[name]]
+            self._due = put_back  # before anything that a signal's handler could interrupt
+            interrupt: BaseException | None = None
+            while self._due is not None:
+                try:
+                    put_back()
+                except BaseException as error:
+                    interrupt = error
+            for hook in guards:
+                hook.remove()
+            if interrupt is not None:
+                raise interrupt
+        written = [name for name, version in now.items() if version != versions.get(name)]
         if written:
             raise RuntimeError(
                 f"rank {self._ranks.rank}: {few(written)}: written inside swap(), so "
@@ -446,42 +456,68 @@ class ShardedEMA:
             self._flush("swap")
             return average, self._weights.mine, Exchange(self._held(average), average.shadows.views)
 
+    def _is_collective(self) -> bool:
+        """Whether writing the model takes all ranks: an engine's, or slices of replicas."""
+        sliced = any(average.policy.shard_replicas for average in self._averages.values())
+        return self._weights.engine is not None or sliced
+
     def _together(self, op: str, work: Callable[[], _T]) -> _T:
         """``work()``; where an engine or replicas make the call collective, on all or on none."""
-        sliced = any(average.policy.shard_replicas for average in self._averages.values())
-        if self._weights.engine is None and not sliced:
+        if not self._is_collective():
             return work()
         done: list[_T] = []
         self._ranks.agree(op, lambda: done.append(work()))
         return done[0]
 
     def _put_back(self, exchange: Exchange, mine: Sequence[Shard], same: Sequence[Shard]) -> None:
-        """The end of a swap: the weights come back first, whatever interrupts it."""
+        """The end of a swap: the weights come back, and the EMA can be used again.
+
+        Raises:
+            SwapError: some weights have no place in what the model is now.
+            RuntimeError: the exchange failed: no call goes on from here.
+        """
+        lost: dict[str, Tensor] = {}
+        failed: list[BaseException | None] = []
 
         def take_out() -> None:
             with writable():
-                self._weights.ensure_sharded()
+                try:
+                    self._weights.ensure_sharded()
+                except Exception as error:  # a forward that was left half way: not the shards'
+                    failed.append(error)
                 self._weights.await_copies()
                 exchange.swap_out()
 
         def arrive() -> None:
             with writable():
-                self._follow(self._weights.follow(mine, self._ranks.rank))
+                lost.update(self._weights.give_back(mine))
             self._weights.announce_write()
-            self._inside = None
 
-        interrupts: list[BaseException | None] = []
         try:
-            try:
-                # once on every rank, however often this one is interrupted
-                with self._weights.spread(same):
-                    interrupts.append(to_the_end(take_out))
-            except (KeyboardInterrupt, SystemExit) as error:  # it was held back until here
-                interrupts.append(error)
+            with uninterrupted():
+                try:
+                    # once on every rank, however often this one is interrupted
+                    with self._weights.spread(same):
+                        failed.append(to_the_end(take_out))
+                    failed.append(to_the_end(arrive))
+                except Exception as error:
+                    self._torn = f"{type(error).__name__}: {error}"
+                    raise
+                finally:
+                    self._inside = self._due = None
+                with contextlib.suppress(RuntimeError), writable():  # the next call says so
+                    self._follow(self._weights.refresh(self._ranks.rank))
         finally:
-            interrupts.append(to_the_end(arrive))
-        for interrupt in filter(None, interrupts):
-            raise interrupt
+            if lost:
+                raise SwapError(
+                    f"rank {self._ranks.rank}: {few(sorted(lost))}: the swap has left a model that "
+                    "has no tensor of this name, shape and precision to take the weights back; "
+                    "they are in error.weights, this rank's part of each: put them where they "
+                    "belong; the average is as before",
+                    weights=lost,
+                )
+        for cause in filter(None, failed):
+            raise cause
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the model with the average: ``ema(x)``. Collective where `swap` and the forward are.
@@ -535,16 +571,23 @@ class ShardedEMA:
 
         average = self._together("copy_to_model", ready)
         same = self._weights.replicated(average.policy)
-        try:
-            with writable(), self._weights.spread(same, masters=True):
-                self._weights.await_copies()
-                for group in present(self._held(average), write=True):
-                    for shard in group:
-                        shard.local.copy_(average.shadows.views[shard.fqn])
-                        if shard.weights is not None:
-                            shard.weights.copy_(shard.local)
-        finally:
-            self._weights.announce_write()
+
+        def write() -> None:
+            self._weights.await_copies()
+            for group in present(self._held(average), write=True):
+                for shard in group:
+                    shard.local.copy_(average.shadows.views[shard.fqn])
+                    if shard.weights is not None:
+                        shard.weights.copy_(shard.local)
+
+        with uninterrupted():
+            try:
+                with writable(), self._weights.spread(same, masters=True):
+                    interrupt = to_the_end(write)
+            finally:
+                self._weights.announce_write()
+        if interrupt is not None:
+            raise interrupt
 
     def reset(self, name: str | None = None) -> None:
         """The model's weights become the average, and its ``t`` starts again. Local.
@@ -564,9 +607,13 @@ class ShardedEMA:
             if len(chosen) < len(self._averages):
                 self._flush("reset")  # the others must be whole
             self._forget_errors()
-            for average in chosen:
-                average.shadows.copy_from(self._held(average))
-                average.restart()
+
+            def begin_anew() -> None:
+                for average in chosen:
+                    average.shadows.copy_from(self._held(average))
+                    average.restart()
+
+            self._whole("reset", begin_anew)
 
     # ---- gathering ----------------------------------------------------------------------------
 
@@ -893,14 +940,18 @@ class ShardedEMA:
         with writable():
             self._ranks.agree("load (reading)", read, nbytes=nbytes)
             self._forget_errors()
-            for average in self._averages.values():
-                average.shadows.copy_all(staged[average.name])
-                kept = found[0].averages.get(average.name)
-                if kept is None:
-                    average.restart()
-                else:
-                    average.restart(kept.t, kept.num_updates, kept.moved_at)
-        self._counted = self._weights.applied()
+
+            def take_over() -> None:
+                for average in self._averages.values():
+                    average.shadows.copy_all(staged[average.name])
+                    kept = found[0].averages.get(average.name)
+                    if kept is None:
+                        average.restart()
+                    else:
+                        average.restart(kept.t, kept.num_updates, kept.moved_at)
+                self._counted = self._weights.applied()
+
+            self._whole("load", take_over)
 
     def load_full(
         self,
@@ -946,7 +997,7 @@ class ShardedEMA:
 
         with writable():
             self._ranks.agree("load_full (reading)", read)
-            average.shadows.copy_all(staged[0])
+            self._whole("load_full", lambda: average.shadows.copy_all(staged[0]))
 
     def state_dict(self) -> dict[str, Any]:
         """For torch.distributed.checkpoint: ``dcp.save({"model": ..., "ema": ema})``. Local.
@@ -1012,14 +1063,18 @@ class ShardedEMA:
                         "ema.state_dict() gives; take ema.load_full for full tensors"
                     )
             self._check_schedule(op, average, dict(state_dict["schedules"][average.name]))
-        with writable():
+
+        def take_over() -> None:
             for average in self._averages.values():
                 for fqn, value in state_dict["averages"][average.name].items():
                     if value.local.data_ptr() != average.shadows.views[fqn].data_ptr():
                         average.shadows.views[fqn].copy_(value.local)
                 progress = state_dict["progress"][average.name]
                 average.restart(progress["t"], progress["num_updates"], progress.get("moved_at"))
-        self._counted = self._weights.applied()
+            self._counted = self._weights.applied()
+
+        with writable():
+            self._whole(op, take_over)
 
     # ---- inside -------------------------------------------------------------------------------
 
@@ -1036,10 +1091,28 @@ class ShardedEMA:
         )
 
     def _forget_errors(self) -> None:
-        """Lets an update that failed in the background be followed by others."""
+        """Lets an update that failed in the background, or a load, be followed by others."""
         if self._updater.behind:
             self._rebind()
-            self._failed = None
+        self._failed = None
+
+    def _whole(self, op: str, work: Callable[[], None]) -> None:
+        """Does ``work`` on the averages, which may be done twice; an interrupt comes after it.
+
+        Raises:
+            RuntimeError: it failed half way; so does every call until an average is loaded.
+        """
+        with uninterrupted():
+            try:
+                interrupt = to_the_end(work)
+            except Exception as error:
+                self._failed = RuntimeError(
+                    f"{op} failed: {type(error).__name__}: {error}; the averages may be half "
+                    "new: ema.load() a checkpoint, or ema.reset() them to the weights"
+                )
+                raise self._failed from error
+        if interrupt is not None:
+            raise interrupt
 
     def _rebind(self) -> None:
         """Binds the update to where the tensors are now."""
@@ -1093,11 +1166,29 @@ class ShardedEMA:
                 log.warning("%s: %s", few(names), what)
 
     def _not_inside(self, op: str) -> None:
+        if self._torn is not None:
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: {op}: the end of a swap() failed ({self._torn}), so "
+                "model and average may each hold a part of the other: load a checkpoint into the "
+                "model, build a new EMA and load its checkpoint"
+            )
+        if self._due is not None:
+            self._end_swap(op)
         if self._inside is not None:
             raise RuntimeError(
                 f"rank {self._ranks.rank}: {op} inside swap(): the model holds average "
                 f"{self._inside!r} and the average holds the weights; leave the with block first"
             )
+
+    def _end_swap(self, op: str) -> None:
+        """Makes the end of a swap that two interrupts have kept from being made."""
+        if self._is_collective():
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: {op}: the end of a swap() was interrupted before it "
+                "began, and the other ranks wait for it: start the run again from a checkpoint"
+            )
+        assert self._due is not None
+        self._due()
 
     def _named(self, name: str | None) -> Average:
         if name is None and len(self._averages) > 1:
@@ -1122,7 +1213,7 @@ class ShardedEMA:
             self._tell_what_froze()
             if op != "load":  # which fills all averages anew
                 self._flush(op)
-            return bool(self._plans)
+            return bool(self._plans) and self._planned == self._weights.stamp()
 
         if not self._ranks.agree(op, ready, all):
             missed = dict(self._weights.missed)
@@ -1137,6 +1228,7 @@ class ShardedEMA:
                 shards = self._weights.all_cut(ShadowPolicy(shard_replicas=cut))
                 averaged = self._weights.averaged
                 self._plans[cut] = gather.make_plan(shards, averaged, self._ranks, dropped)
+            self._planned = self._weights.stamp()
         average = self._named(name)
         own = self._travels_as(average)
 

@@ -405,7 +405,9 @@ class _Transfer:
         self._ranks = ranks
         self._all_ranks = all_ranks
         self._buffers: dict[torch.device, Tensor] = {}
-        self._host = torch.empty(0, dtype=torch.uint8)  # where what came by a device arrives
+        self._host = torch.empty(
+            0, dtype=torch.uint8, device="cpu"
+        )  # where what came by a device arrives
         self.receives = all_ranks or ranks.leader
 
     def reserve(self, groups: Sequence[list[Piece]]) -> None:
@@ -420,7 +422,7 @@ class _Transfer:
             self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
         away = [size for device, size in sizes.items() if device.type != "cpu"]
         if self.receives and away:
-            self._host = torch.empty(max(away), dtype=torch.uint8)
+            self._host = torch.empty(max(away), dtype=torch.uint8, device="cpu")
 
     def move(self, bucket: list[Piece]) -> list[Tensor]:
         """The pieces of the bucket, in order, on ranks that receive; else nothing."""
@@ -524,10 +526,12 @@ def assemble(
             piece, values = next(pieces)
             assert piece.item == index, (piece, item.fqn)
             if full is None:
-                full = torch.empty(item.shape, dtype=values.dtype)
+                full = torch.empty(item.shape, dtype=values.dtype, device="cpu")
             piece.box.view(full).copy_(values)
             missing -= piece.box.numel
-        yield item, torch.empty(item.shape, dtype=item.dtype) if full is None else full
+        if full is None:
+            full = torch.empty(item.shape, dtype=item.dtype, device="cpu")
+        yield item, full
 
 
 def with_apart(
