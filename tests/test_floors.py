@@ -23,6 +23,8 @@ FLOORS = {
     "swap": 1,
     "agree": 1,
     "files": 1,
+    "stepping": 1,
+    "watch": 1,
     "attach": 1,
     "layout": 1,
     "profiles": 1,
