@@ -1223,6 +1223,34 @@ class ShardedEMA:
         self._loaded |= set(self._averages)
         self._clear_round()
 
+    # ---- for integrations ---------------------------------------------------------------------
+
+    def _whole_everywhere(self) -> bool:
+        """Whether each rank holds all of every tensor and average: then one can save alone."""
+        sliced = any(average.policy.shard_replicas for average in self._averages.values())
+        return self._weights.name == "plain" and self._weights.engine is None and not sliced
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, this rank counts as the only one. Where it holds everything."""
+        ranks, plans = self._ranks, self._plans
+        self._ranks, self._plans = Ranks([ranks.rank], timeout=ranks.timeout), {}
+        try:
+            yield
+        finally:
+            self._ranks, self._plans = ranks, plans
+
+    def _check_loadable(self, folder: str) -> None:
+        """Raises as `load` does, but for damage inside of the files. Collective."""
+        plan, _, _ = self._begin("load", self.names[0], None)
+
+        def look() -> None:
+            stored = manifest.read(folder)
+            self._check_names(folder, set(stored.averages), (), ())
+            self._check_stored(folder, stored, plan, False)
+
+        self._ranks.agree("load (looking)", look)
+
     # ---- inside -------------------------------------------------------------------------------
 
     def _held(self, average: Average) -> list[Shard]:

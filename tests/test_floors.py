@@ -15,6 +15,8 @@ FLOORS = {
     "schedules": 0,
     "kernels": 0,
     "errors": 0,
+    "callers": 0,
+    "modes": 0,
     "backends": 1,
     "shadows": 1,
     "replicas": 1,
