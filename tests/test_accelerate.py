@@ -663,7 +663,7 @@ def two_ranks(states: Path) -> world.Verdicts:
 
 
 @pytest.fixture(scope="module")
-def two_zero_ranks(states: Path) -> world.Verdicts:
+def two_zero_ranks(states: Path, deepspeed_operators: None) -> world.Verdicts:
     return world.judge(zero_facts(str(states)), 2)
 
 
@@ -771,6 +771,7 @@ def launch(config: str, folder: Path, name: str, *flags: str) -> list[str]:
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("deepspeed_operators")
 @pytest.mark.parametrize("config", ["ddp_cpu", "zero1", "zero2", "zero3"])
 def test_a_killed_run_goes_on_to_the_same_average(config: str, tmp_path: Path) -> None:
     start = time.monotonic()

@@ -1346,7 +1346,7 @@ def test_on_two_ranks(verdicts: world.Verdicts, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def zero_verdicts() -> world.Verdicts:
+def zero_verdicts(deepspeed_operators: None) -> world.Verdicts:
     return world.judge(ZERO, 2)
 
 

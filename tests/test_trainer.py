@@ -859,7 +859,9 @@ def resumes(folder: str, kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def lived(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+    deepspeed_operators: None,
 ) -> tuple[Path, world.Verdicts]:
     """One world of two ranks for the whole file."""
     folder = tmp_path_factory.mktemp("lived")
@@ -906,6 +908,7 @@ def test_two_ranks_resume(lived: tuple[Path, world.Verdicts], kind: str) -> None
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("deepspeed_operators")
 @pytest.mark.parametrize("stage", [None, 2, 3])
 def test_a_killed_trainer_goes_on_to_the_same_average(
     stage: int | None, text: Path, tmp_path: Path
