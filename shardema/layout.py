@@ -83,6 +83,14 @@ def choose(shards: Sequence[Shard], select: Select | None, missed: Missed) -> fr
             f"{few(unmade)}: on the meta device, without values to average; "
             "materialise the model first (to_empty and its initialisation, or a checkpoint)"
         )
+    opaque = [s for s in chosen if s.opaque]
+    if opaque:
+        raise ValueError(
+            f"{few([s.fqn for s in opaque])}: {opaque[0].opaque} does not declare one plain "
+            "tensor of its own shape and dtype that holds its values (__tensor_flatten__), so "
+            "they cannot be averaged; freeze them or leave them out with select=, or average the "
+            "model in the form that it had before (bfloat16, float32)"
+        )
     if not chosen:
         text = "nothing to average: the model has no trainable floating-point parameter"
         missed.note(text, text + ("" if select is None else " that select= takes"))
@@ -125,7 +133,8 @@ def _word(shard: Shard, rules: Mapping[Pattern, Buffers]) -> Buffers:
     word = _wanted(shard, rules)
     if word != "average":
         return word
-    if not (shard.local.is_floating_point() and bool(shard.local.isfinite().all())):
+    floating = shard.local.is_floating_point() and not shard.opaque
+    if not (floating and bool(shard.local.isfinite().all())):
         return "copy"
     if overlaps(shard.local):
         raise ValueError(

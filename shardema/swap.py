@@ -20,8 +20,10 @@ from __future__ import annotations
 
 # what `signal` wraps, and ten times as fast: an update asks for the handlers of all signals
 import _signal  # type: ignore[import-not-found]
+import contextlib
 import functools
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -194,3 +196,41 @@ class uninterrupted:
             number, handler = next(iter(self._before.items()))
             _signal.signal(number, handler)
             del self._before[number]
+
+
+class Block(contextlib.ContextDecorator):
+    """A context manager that says so when it is dropped without ``with``.
+
+    Args:
+        enter: makes the context manager that it stands for.
+        dropped: called if it was never entered.
+    """
+
+    def __init__(
+        self,
+        enter: Callable[[], contextlib.AbstractContextManager[None]],
+        dropped: Callable[[], None],
+    ) -> None:
+        self._enter, self._dropped = enter, dropped
+        self._used = False
+
+    def __enter__(self) -> None:
+        self._used = True
+        self._inner = self._enter()
+        return self._inner.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._inner.__exit__(*raised)
+
+    def _recreate_cm(self) -> Block:  # of a decorator: every call is a block of its own
+        self._used = True
+        return Block(self._enter, self._dropped)
+
+    def __call__(self, function: Any) -> Any:
+        self._used = True
+        return super().__call__(function)
+
+    def __del__(self) -> None:
+        # an error on the way to the with statement is told already
+        if not self._used and not sys.is_finalizing() and sys.exc_info()[0] is None:
+            self._dropped()

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from shardema import backends, layout, replicas
-from shardema.backends.tree import Form
+from shardema.backends.fsdp1 import FLAT
+from shardema.backends.tree import Form, named_tensors
 from shardema.layout import Buffers, Select
 from shardema.patterns import Pattern
 from shardema.shadows import ShadowPolicy, writable
@@ -88,6 +89,16 @@ class Weights:
     def applied(self) -> int | None:
         """The engine's last step, if it moved the weights."""
         return None if self.engine is None else self.engine.applied()
+
+    def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer steps a tensor that is averaged."""
+        self.ensure_sharded()
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(
+            id(named.tensor) in stepped
+            and (named.key == FLAT or not self.averaged.isdisjoint((named.fqn, *named.aliases)))
+            for named in named_tensors(self.models, set())
+        )
 
     @property
     def forward_writes(self) -> bool:

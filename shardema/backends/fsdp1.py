@@ -25,6 +25,8 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 from shardema.backends.tree import named_tensors, tie_shared_storage, walk, whole_shard
 from shardema.shard import REPLACED, Box, Dims, Shard, flat_boxes, memory_order
 
+FLAT = "_flat_param"  # where FSDP registers what the optimizer steps with use_orig_params=False
+
 
 def matches(models: Sequence[nn.Module]) -> bool:
     """Some module is wrapped in FullyShardedDataParallel."""
@@ -51,8 +53,8 @@ def read(models: Sequence[nn.Module]) -> list[Shard]:
     skip: set[tuple[int, str]] = set()
     shards: list[Shard] = []
     for owner, handle in _handles(models):
-        skip.add((id(handle._fully_sharded_module), "_flat_param"))
-        skip.add((id(owner), "_flat_param"))
+        skip.add((id(handle._fully_sharded_module), FLAT))
+        skip.add((id(owner), FLAT))
         same = _replicas(owner, handle)
         flat_shards = _flat_shards(handle, prefixes, skip)
         shards += [replace(shard, replicas=same) for shard in flat_shards]
