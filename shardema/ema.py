@@ -527,7 +527,10 @@ class ShardedEMA:
         Raises:
             RuntimeError: inside another swap; or, on leaving, someone wrote the model's weights
                 inside (they are restored, the write has gone into the average, or with an engine
-                is lost).
+                is lost); or the exchange failed, and no call goes on from there.
+            SwapError: what the block left has no place for some weights, or one of less precision:
+                a cast, a parameter that was taken away. They are in the error's ``weights``; the
+                average is as before, and the EMA goes on once the model fits it again.
             ValueError: no average of this name.
         """
         dropped = functools.partial(
