@@ -44,7 +44,7 @@ from shardema.attach import Attached, Engine, Rounds, Source
 from shardema.average import Average
 from shardema.backends.tree import unwrap, walk
 from shardema.dcp import BoxedTensor, refuse_pickle
-from shardema.errors import CheckpointError
+from shardema.errors import CheckpointError, SwapError
 from shardema.gather import Holdings, Item, Plan
 from shardema.layout import Buffers, Select
 from shardema.metrics import not_finite, sums, total
@@ -170,7 +170,10 @@ class ShardedEMA:
                 self._averages[name] = Average(name, rule, policies[name], shadows)
             self._updater = self._bound()
         self._plans: dict[bool, Plan] = {}  # of whole shards, and of the replicas' slices
+        self._planned: tuple[Any, ...] = ()  # `Weights.stamp` when the plans were made
         self._inside: str | None = None  # the average that the model holds, in a swap
+        self._due: Callable[[], None] | None = None  # the end of a swap that was left, to be made
+        self._torn: str | None = None  # why there is nothing to go on with
         self._failed: RuntimeError | None = None  # of an update in the background
         self._moved = False  # the weights' storage, since the update was bound
         self._captured = False  # by a CUDA graph, which the tables must outlive
@@ -281,7 +284,7 @@ class ShardedEMA:
                 for group in present(self._weights.lent):
                     self._lerp_lent(group, flat)
                 self._note(weights, step)
-        self._counted = applied
+                self._counted = applied
         self._seen()
 
     def _capture(self) -> None:
@@ -541,11 +544,12 @@ class ShardedEMA:
         if average.policy.shard_replicas:  # the slices make replicas equal, so they must be
             self._begin("swap", name, None)
             self._check_replicas(average, "swap")
+        put_back = functools.partial(self._put_back, exchange, mine, same)
         guards = []
-        if self._weights.engine is not None:
-            guard = functools.partial(self._not_inside, "an optimizer step")
-            guards.append(self._weights.engine.hook(before=guard))
         try:
+            if self._weights.engine is not None:
+                guard = functools.partial(self._not_inside, "an optimizer step")
+                guards.append(self._weights.engine.hook(before=guard))
             self._inside = average.name
             with writable(), self._weights.spread(same):
                 self._weights.await_copies()
@@ -555,12 +559,18 @@ class ShardedEMA:
             yield
             now = self._weights.versions(mine)
         finally:
-            try:
-                self._put_back(exchange, mine, same)
-            finally:
-                for hook in guards:
-                    hook.remove()
-        written = [name for name, version in now.items() if version != versions[name]]
+            self._due = put_back  # before anything that a signal's handler could interrupt
+            interrupt: BaseException | None = None
+            while self._due is not None:
+                try:
+                    put_back()
+                except BaseException as error:
+                    interrupt = error
+            for hook in guards:
+                hook.remove()
+            if interrupt is not None:
+                raise interrupt
+        written = [name for name, version in now.items() if version != versions.get(name)]
         if written:
             raise RuntimeError(
                 f"rank {self._ranks.rank}: {few(written)}: written inside swap(), so "
@@ -578,43 +588,69 @@ class ShardedEMA:
             self._flush("swap")
             return average, self._weights.mine, Exchange(self._held(average), average.shadows.views)
 
+    def _is_collective(self) -> bool:
+        """Whether writing the model takes all ranks: an engine's, or slices of replicas."""
+        sliced = any(average.policy.shard_replicas for average in self._averages.values())
+        return self._weights.engine is not None or sliced
+
     def _together(self, op: str, work: Callable[[], _T]) -> _T:
         """``work()``; where an engine or replicas make the call collective, on all or on none."""
-        sliced = any(average.policy.shard_replicas for average in self._averages.values())
-        if self._weights.engine is None and not sliced:
+        if not self._is_collective():
             return work()
         done: list[_T] = []
         self._ranks.agree(op, lambda: done.append(work()))
         return done[0]
 
     def _put_back(self, exchange: Exchange, mine: Sequence[Shard], same: Sequence[Shard]) -> None:
-        """The end of a swap: the weights come back first, whatever interrupts it."""
+        """The end of a swap: the weights come back, and the EMA can be used again.
+
+        Raises:
+            SwapError: some weights have no place in what the model is now.
+            RuntimeError: the exchange failed: no call goes on from here.
+        """
+        lost: dict[str, Tensor] = {}
+        failed: list[BaseException | None] = []
 
         def take_out() -> None:
             with writable():
-                self._weights.ensure_sharded()
+                try:
+                    self._weights.ensure_sharded()
+                except Exception as error:  # a forward that was left half way: not the shards'
+                    failed.append(error)
                 self._weights.await_copies()
                 exchange.swap_out()
 
         def arrive() -> None:
             with writable():
-                self._follow(self._weights.follow(mine, self._ranks.rank))
+                lost.update(self._weights.give_back(mine))
             self._weights.announce_write()
-            self._inside = None
             self._seen()
 
-        interrupts: list[BaseException | None] = []
         try:
-            try:
-                # once on every rank, however often this one is interrupted
-                with self._weights.spread(same):
-                    interrupts.append(to_the_end(take_out))
-            except (KeyboardInterrupt, SystemExit) as error:  # it was held back until here
-                interrupts.append(error)
+            with uninterrupted():
+                try:
+                    # once on every rank, however often this one is interrupted
+                    with self._weights.spread(same):
+                        failed.append(to_the_end(take_out))
+                    failed.append(to_the_end(arrive))
+                except Exception as error:
+                    self._torn = f"{type(error).__name__}: {error}"
+                    raise
+                finally:
+                    self._inside = self._due = None
+                with contextlib.suppress(RuntimeError), writable():  # the next call says so
+                    self._follow(self._weights.refresh(self._ranks.rank))
         finally:
-            interrupts.append(to_the_end(arrive))
-        for interrupt in filter(None, interrupts):
-            raise interrupt
+            if lost:
+                raise SwapError(
+                    f"rank {self._ranks.rank}: {few(sorted(lost))}: the swap has left a model that "
+                    "has no tensor of this name, shape and precision to take the weights back; "
+                    "they are in error.weights, this rank's part of each: put them where they "
+                    "belong; the average is as before",
+                    weights=lost,
+                )
+        for cause in filter(None, failed):
+            raise cause
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the model with the average: ``ema(x)``. Collective where `swap` and the forward are.
@@ -671,17 +707,24 @@ class ShardedEMA:
 
         average = self._together("copy_to_model", ready)
         same = self._weights.replicated(average.policy)
-        try:
-            with writable(), self._weights.spread(same, masters=True):
-                self._weights.await_copies()
-                for group in present(self._held(average), write=True):
-                    for shard in group:
-                        shard.local.copy_(average.shadows.views[shard.fqn])
-                        if shard.weights is not None:
-                            shard.weights.copy_(shard.local)
-        finally:
-            self._weights.announce_write()
-            self._seen()
+
+        def write() -> None:
+            self._weights.await_copies()
+            for group in present(self._held(average), write=True):
+                for shard in group:
+                    shard.local.copy_(average.shadows.views[shard.fqn])
+                    if shard.weights is not None:
+                        shard.weights.copy_(shard.local)
+
+        with uninterrupted():
+            try:
+                with writable(), self._weights.spread(same, masters=True):
+                    interrupt = to_the_end(write)
+            finally:
+                self._weights.announce_write()
+                self._seen()
+        if interrupt is not None:
+            raise interrupt
 
     def reset(self, name: str | None = None) -> None:
         """The model's weights become the average, and its ``t`` starts again. Local.
@@ -703,9 +746,13 @@ class ShardedEMA:
             if len(chosen) < len(self._averages):
                 self._flush("reset")  # the others must be whole
             self._forget_errors()
-            for average in chosen:
-                average.shadows.copy_from(self._held(average))
-                average.restart()
+
+            def begin_anew() -> None:
+                for average in chosen:
+                    average.shadows.copy_from(self._held(average))
+                    average.restart()
+
+            self._whole("reset", begin_anew)
         self._clear_round()
 
     # ---- gathering ----------------------------------------------------------------------------
@@ -762,7 +809,8 @@ class ShardedEMA:
     ) -> Iterator[tuple[str, Tensor]]:
         plan, average, out_dtype = self._begin(op, name, dtype)
         holdings = self._holdings(plan, average)
-        chosen = range(len(plan.items))
+        apart = gather.apart(op, plan, self._ranks.size, all_ranks)
+        chosen = [index for index in range(len(plan.items)) if index not in apart]
         with writable():
             self._check_replicas(average, op)
             arriving = gather.stream(
@@ -778,7 +826,8 @@ class ShardedEMA:
                 for _ in arriving:
                     raise AssertionError("only receivers get pieces")
                 return
-            full = gather.assemble(plan, chosen, arriving)
+            own = {shard.fqn: shard.own for shard in self._weights.shards if shard.opaque}
+            full = gather.with_apart(plan, gather.assemble(plan, chosen, arriving), own)
         try:
             while True:
                 with writable():
@@ -819,19 +868,27 @@ class ShardedEMA:
 
         Raises:
             CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
-            ValueError, RuntimeError, RankError: as for `full_state_dict`.
+            ValueError, RuntimeError, RankError: as for `full_state_dict`; a path that is no local
+                one is a ValueError.
         """
         limit = exporter.parse_size(max_shard_size)
         if mode not in ("auto", "direct", "stream"):
             raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
         plan, average, out_dtype = self._begin("export", name, dtype)
+        gather.refuse_opaque(
+            "export",
+            plan,
+            range(len(plan.items)),
+            "take ema.full_state_dict(), which hands it out as it is, or ema.save(folder) and the "
+            "averages alone with `shardema export --partial`",
+        )
         holdings = self._holdings(plan, average)
         module = unwrap(self._weights.models[0])
         exported_dtype = next((out_dtype(i) for i in plan.items if i.averaged), None)
         with writable():
             self._check_replicas(average, "export")
             exporter.export(
-                os.fspath(path),
+                path,
                 plan,
                 range(len(plan.items)),
                 holdings,
@@ -890,7 +947,13 @@ class ShardedEMA:
 
     # ---- checkpoints --------------------------------------------------------------------------
 
-    def save(self, folder: str | os.PathLike[str], *, include_frozen: bool = False) -> None:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        include_frozen: bool = False,
+        overwrite: bool = False,
+    ) -> None:
         """Writes every average, its progress and its schedule to a new folder. Collective.
 
         Every rank writes what it holds, replicas share the work. Pickle-free and checksummed; it
@@ -900,9 +963,13 @@ class ShardedEMA:
             folder: where; must not exist.
             include_frozen: also write the parameters that are not averaged, which an offline
                 export needs and a load does not.
+            overwrite: the folder may be a complete checkpoint of `save`, which is replaced at
+                once when the new one is whole; there is never none. Nothing else is replaced.
 
         Raises:
-            CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
+            CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left, and
+                what was there before still is.
+            ValueError: the path is no local one, or the ranks give different ones.
             RuntimeError: inside ``swap()``, or supposed replicas differ.
         """
         self._begin("save", self.names[0], None)
@@ -913,6 +980,13 @@ class ShardedEMA:
             for i, item in enumerate(plan.items)
             if not item.averaged and (item.role == "buffer" or include_frozen)
         ]
+        gather.refuse_opaque(
+            "save",
+            plan,
+            rest,
+            "leave include_frozen off and keep the model's own state dict beside it, or leave "
+            'such a buffer out: buffers={name: "ignore"}',
+        )
         kept = {*averaged, *rest}
         left_out = [item.fqn for i, item in enumerate(plan.items) if i not in kept]
         own = Holdings(plan, self._weights.shards, {})
@@ -927,12 +1001,13 @@ class ShardedEMA:
                 sources.append(checkpoint.Source(a.name, theirs, averaged, holdings, dtype))
             sources.append(checkpoint.Source(None, plan, rest, own, lambda item: item.dtype))
             checkpoint.save(
-                os.fspath(folder),
+                folder,
                 sources,
                 {a.name: a.stored() for a in self._averages.values()},
                 left_out,
                 self._ranks,
                 extra=lambda place: exporter.write_config(module, place, None),
+                overwrite=overwrite,
             )
 
     def load(
@@ -958,55 +1033,66 @@ class ShardedEMA:
         Raises:
             CheckpointError: no checkpoint, or a damaged one: on all ranks.
             ValueError: a checkpoint of another model, other averages or other schedules; ``add``
-                or ``drop`` of what is not so.
+                or ``drop`` of what is not so; a path that is no local one.
             RuntimeError: inside ``swap()``.
 
         After an error the averages are as before, to the bit.
         """
-        folder = os.fspath(folder)
         plan, _, _ = self._begin("load", self.names[0], None)
         found: list[manifest.Manifest] = []
+        readings: dict[str, list[manifest.Reading]] = {}
 
-        def look() -> str:
+        def look() -> tuple[str, int]:
             stored = manifest.read(folder)
-            self._check_names(folder, set(stored.averages), _names(add), _names(drop))
-            self._check_stored(folder, stored, plan, new_schedule)
+            self._check_names(str(folder), set(stored.averages), _names(add), _names(drop))
+            self._check_stored(str(folder), stored, plan, new_schedule)
             found.append(stored)
-            return stored.save_id
+            for average in self._averages.values():
+                if average.name in stored.averages:
+                    held = self._held(average)
+                    readings[average.name] = checkpoint.readings(stored, average.name, held)
+            blocks = sum(len(part.blocks) for parts in readings.values() for part in parts)
+            return stored.save_id, blocks * manifest.BLOCK
 
-        def same(ids: list[str]) -> None:
-            if len(set(ids)) > 1:
+        def same(told: list[tuple[str, int]]) -> int:
+            if len({save_id for save_id, _ in told}) > 1:
                 raise CheckpointError(
                     f"load from {folder}: the ranks see different checkpoints there; give a path "
                     "on a file system that all ranks share",
-                    path=folder,
+                    path=str(folder),
                 )
+            return max(nbytes for _, nbytes in told)
 
-        self._ranks.agree("load (looking)", look, same)
+        nbytes = self._ranks.agree("load (looking)", look, same)
         staged: dict[str, Shadows] = {}
 
         def read() -> None:
             for average in self._averages.values():
                 held = self._held(average)
                 staging = staged[average.name] = allocate(held, average.policy, pin=False)
-                if average.name in found[0].averages:
-                    checkpoint.read_average(folder, found[0], average.name, held, staging.views)
+                if average.name in readings:
+                    checkpoint.read_average(
+                        found[0], average.name, readings[average.name], held, staging.views
+                    )
                 else:
                     staging.copy_from(held)
 
         with writable():
-            nbytes = sum(file.size for file in found[0].files)
-            self._ranks.agree("load (reading)", read, nbytes=nbytes * self._ranks.size)
+            self._ranks.agree("load (reading)", read, nbytes=nbytes)
             self._forget_errors()
-            for average in self._averages.values():
-                average.shadows.copy_all(staged[average.name])
-                kept = found[0].averages.get(average.name)
-                if kept is None:
-                    average.restart()
-                else:
-                    average.restart(kept.t, kept.num_updates, kept.moved_at)
+
+            def take_over() -> None:
+                for average in self._averages.values():
+                    average.shadows.copy_all(staged[average.name])
+                    kept = found[0].averages.get(average.name)
+                    if kept is None:
+                        average.restart()
+                    else:
+                        average.restart(kept.t, kept.num_updates, kept.moved_at)
+                self._counted = self._weights.applied()
+
+            self._whole("load", take_over)
         self._loaded |= set(found[0].averages)
-        self._counted = self._weights.applied()
         self._clear_round()
 
     def load_full(
@@ -1017,14 +1103,15 @@ class ShardedEMA:
         """Seeds an average from full tensors; each rank reads its own slices. Collective.
 
         Args:
-            source: a ``.safetensors`` file, a folder in the HF layout, or ``{fqn: full tensor}``
-                on every rank. Frozen parameters and buffers in it are not used.
+            source: a ``.safetensors`` file, a folder in the HF layout (a snapshot of the Hub too),
+                or ``{fqn: full tensor}`` on every rank. Frozen parameters and buffers in it are
+                not used.
             name: which average. Its ``t`` stays as it is.
 
         Raises:
             CheckpointError: no such file, or a broken one.
-            ValueError: names that are missing or unknown, or another shape: the average is
-                unchanged.
+            ValueError: names that are missing or unknown, or another shape, or a path that is no
+                local one: the average is unchanged.
             RuntimeError: inside ``swap()``.
         """
         plan, average, _ = self._begin("load_full", name, None)
@@ -1032,7 +1119,7 @@ class ShardedEMA:
         staged: list[Shadows] = []
 
         def read() -> None:
-            stored = source if isinstance(source, Mapping) else consolidated.tensors_of(str(source))
+            stored = source if isinstance(source, Mapping) else consolidated.tensors_of(source)
             shapes = {
                 fqn: tuple(v.entry.shape if isinstance(v, consolidated.Place) else v.shape)
                 for fqn, v in stored.items()
@@ -1052,7 +1139,7 @@ class ShardedEMA:
 
         with writable():
             self._ranks.agree("load_full (reading)", read)
-            average.shadows.copy_all(staged[0])
+            self._whole("load_full", lambda: average.shadows.copy_all(staged[0]))
         self._loaded.add(average.name)
         self._clear_round()
 
@@ -1121,16 +1208,48 @@ class ShardedEMA:
                         "ema.state_dict() gives; take ema.load_full for full tensors"
                     )
             self._check_schedule(op, average, dict(state_dict["schedules"][average.name]))
-        with writable():
+
+        def take_over() -> None:
             for average in self._averages.values():
                 for fqn, value in state_dict["averages"][average.name].items():
                     if value.local.data_ptr() != average.shadows.views[fqn].data_ptr():
                         average.shadows.views[fqn].copy_(value.local)
                 progress = state_dict["progress"][average.name]
                 average.restart(progress["t"], progress["num_updates"], progress.get("moved_at"))
+            self._counted = self._weights.applied()
+
+        with writable():
+            self._whole(op, take_over)
         self._loaded |= set(self._averages)
-        self._counted = self._weights.applied()
         self._clear_round()
+
+    # ---- for integrations ---------------------------------------------------------------------
+
+    def _whole_everywhere(self) -> bool:
+        """Whether each rank holds all of every tensor and average: then one can save alone."""
+        sliced = any(average.policy.shard_replicas for average in self._averages.values())
+        return self._weights.name == "plain" and self._weights.engine is None and not sliced
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, this rank counts as the only one. Where it holds everything."""
+        ranks, plans = self._ranks, self._plans
+        self._ranks, self._plans = Ranks([ranks.rank], timeout=ranks.timeout), {}
+        try:
+            yield
+        finally:
+            self._ranks, self._plans = ranks, plans
+
+    def _check_loadable(self, folder: str) -> None:
+        """Raises as `load` does, but for damage inside of the files. Collective."""
+        plan, _, _ = self._begin("load", self.names[0], None)
+
+        def look() -> None:
+            stored = manifest.read(folder)
+            self._check_names(folder, set(stored.averages), (), ())
+            self._check_stored(folder, stored, plan, False)
+
+        self._ranks.agree("load (looking)", look)
 
     # ---- inside -------------------------------------------------------------------------------
 
@@ -1147,10 +1266,28 @@ class ShardedEMA:
         )
 
     def _forget_errors(self) -> None:
-        """Lets an update that failed in the background be followed by others."""
+        """Lets an update that failed in the background, or a load, be followed by others."""
         if self._updater.behind:
             self._rebind()
-            self._failed = None
+        self._failed = None
+
+    def _whole(self, op: str, work: Callable[[], None]) -> None:
+        """Does ``work`` on the averages, which may be done twice; an interrupt comes after it.
+
+        Raises:
+            RuntimeError: it failed half way; so does every call until an average is loaded.
+        """
+        with uninterrupted():
+            try:
+                interrupt = to_the_end(work)
+            except Exception as error:
+                self._failed = RuntimeError(
+                    f"{op} failed: {type(error).__name__}: {error}; the averages may be half "
+                    "new: ema.load() a checkpoint, or ema.reset() them to the weights"
+                )
+                raise self._failed from error
+        if interrupt is not None:
+            raise interrupt
 
     def _rebind(self) -> None:
         """Binds the update to where the tensors are now."""
@@ -1204,11 +1341,29 @@ class ShardedEMA:
                 log.warning("%s: %s", few(names), what)
 
     def _not_inside(self, op: str) -> None:
+        if self._torn is not None:
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: {op}: the end of a swap() failed ({self._torn}), so "
+                "model and average may each hold a part of the other: load a checkpoint into the "
+                "model, build a new EMA and load its checkpoint"
+            )
+        if self._due is not None:
+            self._end_swap(op)
         if self._inside is not None:
             raise RuntimeError(
                 f"rank {self._ranks.rank}: {op} inside swap(): the model holds average "
                 f"{self._inside!r} and the average holds the weights; leave the with block first"
             )
+
+    def _end_swap(self, op: str) -> None:
+        """Makes the end of a swap that two interrupts have kept from being made."""
+        if self._is_collective():
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: {op}: the end of a swap() was interrupted before it "
+                "began, and the other ranks wait for it: start the run again from a checkpoint"
+            )
+        assert self._due is not None
+        self._due()
 
     def _named(self, name: str | None) -> Average:
         if name is None and len(self._averages) > 1:
@@ -1239,7 +1394,7 @@ class ShardedEMA:
             self._tell_what_froze()
             if op != "load":  # which fills all averages anew
                 self._flush(op)
-            return bool(self._plans)
+            return bool(self._plans) and self._planned == self._weights.stamp()
 
         if not self._ranks.agree(op, ready, all):
             missed = dict(self._weights.missed)
@@ -1254,6 +1409,7 @@ class ShardedEMA:
                 shards = self._weights.all_cut(ShadowPolicy(shard_replicas=cut))
                 averaged = self._weights.averaged
                 self._plans[cut] = gather.make_plan(shards, averaged, self._ranks, dropped)
+            self._planned = self._weights.stamp()
         average = self._named(name)
         own = self._travels_as(average)
 

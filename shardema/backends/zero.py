@@ -418,14 +418,16 @@ def _shard(named: Named, slot: _Slot, book: _Book) -> Shard:
         shape,
         flat_boxes(shape, slot.start, slot.numel),
         aliases=named.aliases,
-        address=_address(book, slot.group),
+        address=_address(named, book, slot.group),
         weights=None if aliased else part(weights),
         away=None if loan is None else (loan, slot.offset),
     )
 
 
-def _address(book: _Book, group: int) -> Callable[[], int]:
+def _address(named: Named, book: _Book, group: int) -> Callable[[], int]:
     def address() -> int:
+        if not named.here():
+            return REPLACED
         try:
             return hash((book.master(group).data_ptr(), book.weights(group).data_ptr()))
         except IndexError:  # offload_states() empties the lists; reading again says so
@@ -446,7 +448,7 @@ def _frozen_part(named: Named) -> Shard:
         flat_boxes(shape, start, numel),
         "frozen",
         named.aliases,
-        address=lambda: param.ds_tensor.data_ptr(),
+        address=lambda: param.ds_tensor.data_ptr() if named.here() else REPLACED,
     )
 
 
