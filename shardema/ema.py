@@ -492,7 +492,7 @@ class ShardedEMA:
         if self._source is not None:
             others = self._source.others
             stepped = others is not None and others.count > 0
-            if stepped or self._writes.many(self._weights.shards):
+            if stepped or self._writes.many():
                 self._warn_once(
                     "missed",
                     "%s: the weights moved and no update came%s. Was the optimizer replaced that "
