@@ -60,6 +60,13 @@ from shardema.weights import Weights
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+# what takes state_dict() of all that it is given (accelerate's register_for_checkpointing, Fabric's
+# save), and lets the first rank pickle it
+_PICKLING = {
+    "accelerate.checkpointing",
+    "lightning.fabric.strategies.strategy",
+    "lightning_fabric.strategies.strategy",
+}
 _WRITERS = ("load", "load_full")  # what the average is afterwards does not hang on the steps before
 _EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
 
@@ -1155,8 +1162,8 @@ class ShardedEMA:
         Raises:
             RuntimeError: inside ``swap()``.
         """
-        if sys._getframe(1).f_globals.get("__name__") == "accelerate.checkpointing":
-            # registered for checkpointing: refused here, since only the main process pickles
+        if sys._getframe(1).f_globals.get("__name__") in _PICKLING:
+            # refused here, on every rank, since only the main process will pickle
             refuse_pickle("ShardedEMA")
         self._not_inside("state_dict")
         self._close_round()
