@@ -153,9 +153,10 @@ def commit(folder: str, temporary: str, op: str) -> None:
     """Gives the temporary folder its final name, durably. On the leader only."""
     folder = os.path.abspath(folder)
     with reporting(folder, op):
-        for name in os.listdir(temporary):  # the model's config was written by its own code
-            sync_path(os.path.join(temporary, name))
-        sync_path(temporary)
+        for place, _, names in os.walk(temporary):  # the model's config: by its own code
+            for name in names:
+                sync_path(os.path.join(place, name))
+            sync_path(place)
         if os.path.lexists(folder):
             raise CheckpointError(f"{op} to {folder}: it appeared meanwhile", path=folder)
         os.rename(temporary, folder)
@@ -237,6 +238,7 @@ def _tensors(sources: Sequence[Source]) -> tuple[Stored, ...]:
                     item.shape,
                     dtype,
                     item.aliases,
+                    item.stem,
                 )
             )
     return tuple(tensors)

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shardema.errors import CheckpointError
-from shardema.files import Entry, open_existing, read_at, read_header, read_whole
+from shardema.files import (
+    DIFFUSERS,
+    WHOLE,
+    Entry,
+    checked_int,
+    open_existing,
+    read_at,
+    read_header,
+    read_whole,
+)
 from shardema.gather import Plan
 from shardema.shard import Box, Dims, few, runs, split_box
 
 _CHUNK = 16 << 20  # bytes read at a time
 _MAX_INDEX = 100_000_000  # bytes
+_MAX_CONFIG = 10_000_000  # bytes
+# what it adds to the model's config
+_EMA_MODEL = {"optimization_step", "decay", "min_decay", "update_after_step", "use_ema_warmup"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +47,17 @@ def tensors_of(source: str) -> dict[str, Place]:
     """
     if not os.path.isdir(source):
         return _tensors_in(source)
-    single = os.path.join(source, "model.safetensors")
-    index = os.path.join(source, "model.safetensors.index.json")
-    if os.path.exists(single):
+    paths = [os.path.join(source, f"{stem}.safetensors") for stem in WHOLE]
+    single = next((path for path in paths if os.path.exists(path)), None)
+    if single is not None:
         return _tensors_in(single)
-    if not os.path.exists(index):
+    indices = [f"{path}.index.json" for path in paths]
+    index = next((path for path in indices if os.path.exists(path)), None)
+    if index is None:
         raise CheckpointError(
-            f"reading {source}: neither model.safetensors nor its index is in it; give a "
-            ".safetensors file or a folder that export or save_pretrained wrote",
+            f"reading {source}: neither model.safetensors nor its index is in it, nor "
+            f"{DIFFUSERS}.safetensors or its index; give a .safetensors file or a folder that "
+            "export or save_pretrained wrote",
             path=source,
         )
     try:
@@ -55,6 +70,24 @@ def tensors_of(source: str) -> dict[str, Place]:
             raise CheckpointError(f"reading {index}: it names {name!r}, outside it", path=index)
         found.update(_tensors_in(os.path.join(source, name)))
     return found
+
+
+def steps_of(source: str) -> int | None:
+    """The steps that diffusers' ``EMAModel`` had made when it wrote the folder; None elsewhere.
+
+    Raises:
+        CheckpointError: the count is no whole number of 0 or more, or the config is broken.
+    """
+    path = os.path.join(source, "config.json")
+    if not os.path.isfile(path):
+        return None
+    try:
+        config = json.loads(read_whole(path, _MAX_CONFIG))
+        if not isinstance(config, dict) or not config.keys() >= _EMA_MODEL:
+            return None
+        return checked_int(config["optimization_step"])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"reading {path}: it is broken ({error})", path=path) from error
 
 
 def _tensors_in(path: str) -> dict[str, Place]:
@@ -89,14 +122,19 @@ def _read(fd: int, place: Place, box: Box, target: Tensor) -> None:
         _read(fd, place, part, part.relative_to(box.offsets).view(target))
 
 
-def match(label: str, plan: Plan, shapes: Mapping[str, Dims]) -> dict[str, str]:
+def match(
+    label: str, plan: Plan, shapes: Mapping[str, Dims], beside: Collection[str] = ()
+) -> dict[str, str]:
     """For each averaged fqn the name that the source has it under.
+
+    Args:
+        beside: names that the source may have and that are not used.
 
     Raises:
         ValueError: names that are missing or unknown, or another shape.
     """
     found: dict[str, str] = {}
-    known: set[str] = set()
+    known = set(beside)
     missing = []
     for item in plan.items:
         names = (item.fqn, *item.aliases)

@@ -12,6 +12,7 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -268,6 +269,15 @@ def read_header(fd: int, path: str) -> dict[str, Entry]:
             f"reading {path}: its safetensors header is broken ({error})", path=path
         ) from error
     return entries
+
+
+# Stems of the safetensors files of a model, as transformers, diffusers and PEFT call them; PEFT
+# keeps a further adapter in a folder of its name.
+MODEL = "model"
+DIFFUSERS = "diffusion_pytorch_model"
+ADAPTER = "adapter_model"
+WHOLE = (MODEL, DIFFUSERS)
+STEM = re.compile(rf"{MODEL}|{DIFFUSERS}|(?:[A-Za-z0-9][A-Za-z0-9._-]*/)?{ADAPTER}")
 
 
 def checked_int(value: Any) -> int:

@@ -3,10 +3,10 @@
 ::
 
     {"checksum": "<xxh3_128 of the body's bytes>", "body": {
-        "format": "shardema", "version": [1, 0], "save_id": ..., "world_size": ...,
+        "format": "shardema", "version": [1, 1], "save_id": ..., "world_size": ...,
         "averages": {name: {"schedule": ..., "t": ..., "num_updates": ..., "dtype": ...}},
         "tensors":  [{"average": name or null, "fqn", "file_name", "role", "shape",
-                      "dtype", "aliases"}, ...],
+                      "dtype", "aliases", "stem"}, ...],
         "left_out": [fqn, ...],
         "files":    [{"name", "size", "head", "blocks": [xxh3_128 of 4 MiB, ...],
                       "pieces": [[tensor, offsets, sizes], ...]}, ...]}}
@@ -31,11 +31,20 @@ import torch
 import xxhash
 
 from shardema.errors import CheckpointError
-from shardema.files import DTYPES, NAMES, checked_int, open_existing, read_at, read_whole
+from shardema.files import (
+    DTYPES,
+    MODEL,
+    NAMES,
+    STEM,
+    checked_int,
+    open_existing,
+    read_at,
+    read_whole,
+)
 from shardema.shard import Box, Dims, Role, check_covered, flat_boxes
 
 NAME = "shardema.json"
-VERSION = (1, 0)
+VERSION = (1, 1)  # 1.1: "stem" of a tensor, where its export has another name than "model"
 BLOCK = 4 << 20  # bytes that one checksum covers
 MAX_MANIFEST = 1 << 30  # bytes
 _START = b'{"checksum":"'
@@ -51,6 +60,7 @@ class Stored:
     Attributes:
         average: None for buffers and frozen parameters.
         file_name: the name that an export writes it under; one of the fqn and its aliases.
+        stem: of the file that an export writes it to; empty, to none.
     """
 
     average: str | None
@@ -60,6 +70,7 @@ class Stored:
     shape: Dims
     dtype: torch.dtype
     aliases: tuple[str, ...]
+    stem: str = MODEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +143,7 @@ def pack(manifest: Manifest) -> bytes:
                 "shape": t.shape,
                 "dtype": NAMES[t.dtype],
                 "aliases": t.aliases,
+                **({} if t.stem == MODEL else {"stem": t.stem}),
             }
             for t in manifest.tensors
         ],
@@ -257,7 +269,10 @@ def _tensor(value: Any, averages: dict[str, StoredAverage]) -> Stored:
     fqn, file_name = str(value["fqn"]), str(value["file_name"])
     if file_name not in (fqn, *aliases):
         raise ValueError(f"{fqn} has the file name {file_name!r}")
-    return Stored(average, fqn, file_name, role, shape, DTYPES[value["dtype"]], aliases)
+    stem = value.get("stem", MODEL)
+    if not isinstance(stem, str) or (stem and not STEM.fullmatch(stem)):
+        raise ValueError(f"{fqn} has the file {stem!r}")
+    return Stored(average, fqn, file_name, role, shape, DTYPES[value["dtype"]], aliases, stem)
 
 
 def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from shardema import backends, layout, replicas
+from shardema import backends, layout, own_state, replicas
 from shardema.layout import Buffers, Select
 from shardema.patterns import Pattern
 from shardema.shadows import ShadowPolicy, writable
@@ -40,6 +40,7 @@ class Weights:
         shards: of every tensor that is gathered.
         averaged: fqns of those that are averaged.
         missed: patterns that found nothing here.
+        ignored: names of buffers that are left out of `shards`.
         lent: those of `mine` whose masters are away until they are asked for.
 
     Raises:
@@ -66,7 +67,9 @@ class Weights:
         self.shards = self._read()
         self.engine = self._backend.engine(models)
         averaged_buffers = {fqn for fqn, word in self._buffers.items() if word == "average"}
-        self.averaged = layout.choose(self.shards, select, self.missed) | averaged_buffers
+        packed = own_state.packed(models)
+        numbers = [shard for shard in self.shards if shard.fqn not in packed]
+        self.averaged = layout.choose(numbers, select, self.missed) | averaged_buffers
         self._frozen = self._frozen_now()
         self._watch()
 
@@ -111,7 +114,9 @@ class Weights:
 
     def _read(self) -> list[Shard]:
         shards = self._backend.read(self.models)
-        shards = [shard for shard in shards if self._buffers.get(shard.fqn) != "ignore"]
+        left_out = [shard for shard in shards if self._buffers.get(shard.fqn) == "ignore"]
+        self.ignored = frozenset(name for shard in left_out for name in shard.names)
+        shards = [shard for shard in shards if shard.fqn not in self.ignored]
         if not self._reads_weights:
             return shards
         return [replace(shard, reads_weights=True) for shard in shards]
