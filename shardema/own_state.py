@@ -348,9 +348,12 @@ class Skeletons:
         cls: type[Any] = type(module)
         if hasattr(cls, "__del__"):  # what it closes is not the clone's
             cls = type(cls.__name__, (cls,), {"__del__": lambda self: None})
-        clone: nn.Module = object.__new__(cls)
+        if isinstance(module, torch.jit.ScriptModule):  # what it holds lies in C++
+            clone = nn.Module()
+        else:
+            clone = object.__new__(cls)
+            clone.__dict__.update(module.__dict__)
         self._clones[id(module)] = clone
-        clone.__dict__.update(module.__dict__)
         tables = self._tables(module, prefix)
         for key in tables["_parameters"]:
             clone.__dict__.pop(key, None)  # where FSDP1 keeps a view of its flat parameter
