@@ -38,7 +38,7 @@ class BoxedTensor(torch.Tensor):
     Attributes:
         local: what this rank holds; shares memory with the average.
         places: ``(offsets, sizes)`` of each box in ``local``.
-        order: as in `Shard`.
+        order, corners: as in `Shard`.
         saved: whether this rank has it saved. Of a tensor that ranks hold different values of (a
             buffer) DCP would keep any rank's, so one rank alone offers it.
     """
@@ -46,6 +46,7 @@ class BoxedTensor(torch.Tensor):
     local: Tensor
     places: tuple[tuple[Dims, Dims], ...]
     order: Dims
+    corners: tuple[Dims, ...]
     saved: bool
 
     @staticmethod
@@ -60,7 +61,7 @@ class BoxedTensor(torch.Tensor):
         made.saved = saved
         made.local = local
         made.places = tuple((box.offsets, box.sizes) for box in shard.boxes)
-        made.order = shard.order
+        made.order, made.corners = shard.order, shard.corners
         return made
 
     @classmethod
@@ -89,7 +90,8 @@ class BoxedTensor(torch.Tensor):
 
     def _shard(self) -> Shard:
         boxes = tuple(Box(tuple(o), tuple(s)) for o, s in self.places)
-        return Shard("", self.local, tuple(self.shape), boxes, order=tuple(self.order))
+        order, corners = tuple(self.order), tuple(map(tuple, self.corners))
+        return Shard("", self.local, tuple(self.shape), boxes, order=order, corners=corners)
 
     def _pieces(self) -> Iterator[tuple[Box, Tensor]]:
         """The boxes of `local` with their values; of an empty tensor the one box of no element.

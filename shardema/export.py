@@ -25,17 +25,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shardema.agree import Ranks
-from shardema.checkpoint import begin, commit, discard
 from shardema.files import (
     WHOLE,
     Entry,
     NewFile,
+    close_quietly,
     layout,
     open_existing,
     reporting,
     write_all,
     write_file,
 )
+from shardema.folder import new_folder
 from shardema.gather import BUCKET_BYTES, Holdings, Item, Plan, raw_bytes, stream
 from shardema.shard import Box, Dims, runs, split_box
 
@@ -161,7 +162,7 @@ def write_box(
 
 
 def export(
-    folder: str,
+    folder: str | os.PathLike[str],
     plan: Plan,
     chosen: Sequence[int],
     holdings: Holdings,
@@ -190,7 +191,6 @@ def export(
     chosen = [index for index in chosen if plan.items[index].stem]
     tensors = [(i.stem, i.file_name, out_dtype(i), i.shape) for i in _items(plan, chosen)]
     targets, indices = plan_targets(tensors, max_shard_size)
-    temporary = begin(folder, "export", ranks)
     total = sum(entry.nbytes for target in targets for entry in target.entries.values())
     bar = tqdm(
         total=total,
@@ -201,34 +201,33 @@ def export(
         leave=False,
         disable=not (progress and ranks.leader),
     )
-    writer = Writer(temporary, targets, bar.update)
-    try:
-        direct = _choose_mode(temporary, mode, ranks) == "direct"
+    with (
+        new_folder(folder, "export", ranks) as new,
+        Writer(new.path, targets, bar.update) as writer,
+    ):
+        direct = _choose_mode(new.path, mode, ranks) == "direct"
         by_hand, streamed = _divide(plan, chosen, direct, out_dtype)
         ranks.agree(
-            "export (reserving)", lambda: reserve(temporary, targets) if ranks.leader else None
+            "export (reserving)", lambda: reserve(new.path, targets) if ranks.leader else None
         )
         with bar:
             ranks.agree(
                 "export (writing)",
                 lambda: _write_own(plan, by_hand, holdings, ranks, writer),
-                nbytes=total,
+                nbytes=max(plan.loads(ranks.size, by_hand, out_dtype)),
             )
             if streamed:
                 _write_streamed(plan, streamed, holdings, ranks, writer, out_dtype)
 
         def finish(_: list[None]) -> None:
-            with reporting(temporary, "export to"):
+            with reporting(new.path, "export to"):
                 for name, index in indices.items():
-                    write_file(os.path.join(temporary, name), index)
-                extra(temporary)
-            commit(folder, temporary, "export")
+                    write_file(os.path.join(new.path, name), index)
+                extra(new.path)
+            new.commit()
 
+        # one rank's sync writes what all wrote to the file
         ranks.agree("export (finishing)", writer.sync, finish, nbytes=total)
-    except BaseException:
-        writer.close()
-        discard(temporary, ranks)
-        raise
 
 
 def _items(plan: Plan, chosen: Sequence[int]) -> Iterator[Item]:
@@ -237,7 +236,8 @@ def _items(plan: Plan, chosen: Sequence[int]) -> Iterator[Item]:
 
 def _choose_mode(temporary: str, mode: Mode, ranks: Ranks) -> str:
     def facts() -> list[Any]:
-        return [host_id(), is_local(temporary)]
+        with reporting(temporary, "export to"):
+            return [host_id(), is_local(temporary)]
 
     def choose(found: list[list[Any]]) -> str:
         hosts = {host for host, _ in found}
@@ -309,7 +309,7 @@ def reserve(temporary: str, targets: Sequence[Target]) -> None:
 
 
 class Writer:
-    """The files of an export, opened when first written to."""
+    """The files of an export, opened when first written to and closed at the end of a ``with``."""
 
     def __init__(
         self, folder: str, targets: Sequence[Target], done: Callable[[int], object]
@@ -330,15 +330,22 @@ class Writer:
 
     def sync(self) -> None:
         """Syncs and closes what this rank wrote to."""
-        for name, fd in self._fds.items():
-            with reporting(os.path.join(self._folder, name), "writing"):
-                os.fsync(fd)
-        self.close()
-
-    def close(self) -> None:
-        """Closes what this rank wrote to."""
         while self._fds:
-            os.close(self._fds.popitem()[1])
+            name, fd = self._fds.popitem()
+            with reporting(os.path.join(self._folder, name), "writing"):
+                try:
+                    os.fsync(fd)
+                except BaseException:
+                    close_quietly(fd)
+                    raise
+                os.close(fd)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._fds:  # after an error, which is told
+            close_quietly(self._fds.popitem()[1])
 
 
 def _write_own(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardema.backends.tree import walk, wrapped_child
 from shardema.gather import Item, Plan
@@ -244,6 +245,8 @@ def read(
             values[key] = value
         elif value.device.type == "meta" or hasattr(value, "device_mesh"):
             computed.append(key)
+        elif is_traceable_wrapper_subclass(value):  # which cannot be taken apart
+            values[key] = value
         else:
             tensors[key] = value
     if computed:
