@@ -67,6 +67,8 @@ _CHANGING = frozenset(  # the averages, under an `iter_full` that is open
     ("update", "before_replay", "swap", "reset", "load", "load_full", "load_state_dict")
 )
 
+_WRITTEN = ("save", "export")  # calls that need the names which files have
+
 _T = TypeVar("_T")
 _WRITERS = ("load", "load_full")  # what the average is afterwards does not hang on the steps before
 _EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
@@ -1493,6 +1495,7 @@ class ShardedEMA:
                 self._flush(op)
             known, self._own = self._own.facts(), self._read_own()
             same = known == self._own.facts() and self._planned == self._weights.stamp()
+            same = same and not (self._outward.pending and op in _WRITTEN)
             return bool(self._plans) and same
 
         if not self._ranks.agree(op, ready, all):
@@ -1541,7 +1544,9 @@ class ShardedEMA:
         weights = self._weights
 
         def mine() -> dict[str, Any]:
-            form = pretrained.form_of(weights.models, weights.shards, weights.averaged)
+            form = pretrained.form_of(
+                weights.models, weights.shards, weights.averaged, written=op in _WRITTEN
+            )
             packed = own_state.packed(weights.models)
             return own_state.payload(self._own, weights.ignored, packed, form)
 

@@ -68,6 +68,7 @@ class Outward:
         stem: of the files of an export.
         files: of an adapter, by fqn the stem and the name of what is exported; None, everything.
         refusal: why it cannot be exported.
+        pending: that is not known yet.
     """
 
     keys: Mapping[str, tuple[str, ...]]
@@ -78,6 +79,7 @@ class Outward:
     stem: str
     files: Mapping[str, tuple[str, str]] | None
     refusal: str
+    pending: bool
 
     @classmethod
     def of(cls, merged: Mapping[str, Any]) -> Outward:
@@ -85,13 +87,13 @@ class Outward:
         keys = {fqn: tuple(names) for fqn, names in merged["keys"].items()}
         ignored, packed = (frozenset(merged[word]) for word in ("ignored", "packed"))
         files = merged["files"] and {fqn: tuple(place) for fqn, place in merged["files"].items()}
-        form = merged["stem"], files, merged["refusal"]
+        form = merged["stem"], files, merged["refusal"], merged["pending"]
         return cls(keys, merged["owners"], merged["holders"], ignored, packed, *form)
 
     @classmethod
     def none(cls) -> Outward:
         """Of ranks that have told nothing yet."""
-        return cls({}, {}, {}, frozenset(), frozenset(), "", None, "")
+        return cls({}, {}, {}, frozenset(), frozenset(), "", None, "", False)
 
     def names(self, item: Item) -> tuple[str, ...]:
         """The keys that a tensor has in the unwrapped model's state dict."""
@@ -157,6 +159,7 @@ def payload(
         "stem": form.stem,
         "files": form.files,
         "refusal": form.refusal,
+        "pending": form.pending,
         "keys": {fqn: list(names) for fqn, names in state.keys.items()},
         "tensors": list(state.tensors),
         "values": list(state.values),
@@ -182,7 +185,7 @@ def merge(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ignored.update(word["ignored"])
         packed.update(word["packed"])
     return {
-        **{word: told[0][word] for word in ("stem", "files", "refusal")},
+        **{word: told[0][word] for word in ("stem", "files", "refusal", "pending")},
         "keys": keys,
         "owners": owners,
         "holders": holders,

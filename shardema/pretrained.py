@@ -57,19 +57,31 @@ class Form:
         files: of an adapter, by fqn the stem and the name of each tensor that belongs to it; None
             where everything is written under its keys.
         refusal: why it cannot be exported.
+        pending: ``files`` are not known yet.
     """
 
     stem: str = MODEL
     files: Mapping[str, tuple[str, str]] | None = field(default=None)
     refusal: str = ""
+    pending: bool = False
 
 
 def form_of(
-    models: Sequence[nn.Module], shards: Sequence[Shard], averaged: Collection[str]
+    models: Sequence[nn.Module],
+    shards: Sequence[Shard],
+    averaged: Collection[str],
+    *,
+    written: bool,
 ) -> Form:
-    """How this rank's model is exported. Local."""
+    """How this rank's model is exported. Local.
+
+    Args:
+        written: it is about to be. PEFT may ask the Hub about the base model then.
+    """
     module = unwrap(models[0])
     if len(models) == 1 and _adapters(module):
+        if not written:
+            return Form(ADAPTER, {}, pending=True)
         return _adapter_form(module, models, shards, averaged)
     return Form(DIFFUSERS if _of_diffusers(module) else MODEL)
 
@@ -197,7 +209,10 @@ def _adapter_form(
     prefix = "" if _is_a(module, "peft.peft_model", "PeftModel") else "base_model.model."
     files: dict[str, tuple[str, str]] = {}
     for adapter in _adapters(module):
-        kept = get_peft_model_state_dict(skeleton, state_dict=own, adapter_name=adapter)
+        try:
+            kept = get_peft_model_state_dict(skeleton, state_dict=own, adapter_name=adapter)
+        except (NotImplementedError, RuntimeError) as error:  # of a stand-in without values
+            return Form(ADAPTER, {}, _refused(adapter, f"them ({error})", True, False))
         for name, value in kept.items():
             shard = made.shard_of(value)
             place = _stem(adapter), f"{prefix}{name}"
