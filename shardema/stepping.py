@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+_TABLES = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _LAYERS = 64  # functions around a step that are looked through
 
 
@@ -39,6 +40,10 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
             f"attach: got {kind}, expected a torch.optim.Optimizer or "
             "accelerate's wrapper of one; else call ema.update() after each step"
         )
+    for inner in vars(optimizer).values():
+        # Lightning Fabric: a twin that shares its hooks and steps the one inside
+        if isinstance(inner, Optimizer) and _shares_hooks(inner, optimizer) and _runs_hooks(inner):
+            return inner
     if not _runs_hooks(optimizer):
         raise TypeError(
             f"attach: got {type(optimizer).__name__}, whose step runs no step hooks of torch: its "
@@ -48,13 +53,16 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
+def _shares_hooks(one: Optimizer, other: Optimizer) -> bool:
+    return all(getattr(one, t, one) is getattr(other, t, other) for t in _TABLES)
+
+
 def _runs_hooks(optimizer: Optimizer) -> bool:
     """Whether ``optimizer.step()`` comes to torch's wrapper that runs the hooks.
 
     ``step.hooked`` says nothing: functools.wraps copies it.
     """
-    tables = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    return all(hasattr(optimizer, name) for name in tables) and any(
+    return all(hasattr(optimizer, table) for table in _TABLES) and any(
         getattr(function, "__code__", None) is _hooked_code()
         for function in _layers(optimizer.step)
     )
