@@ -14,7 +14,6 @@ from shardema import ShardedEMA
 from tests import world
 from tests.contract import assert_same
 
-
 CPU = torch.device("cpu")
 
 
