@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 _TABLES = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_LIGHTNINGS = {"_FabricOptimizer", "LightningOptimizer"}  # wrappers with a class of the inner's
 _LAYERS = 64  # functions around a step that are looked through
 
 
@@ -35,15 +36,13 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
         )
     if hasattr(optimizer, "step_was_skipped") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer  # accelerate: the inner one steps only when it really does
+    if _LIGHTNINGS & {base.__name__ for base in type(optimizer).__mro__}:
+        optimizer = optimizer.optimizer  # a copy of its attributes, which steps the inner one
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"attach: got {kind}, expected a torch.optim.Optimizer or "
             "accelerate's wrapper of one; else call ema.update() after each step"
         )
-    for inner in vars(optimizer).values():
-        # Lightning Fabric: a twin that shares its hooks and steps the one inside
-        if isinstance(inner, Optimizer) and _shares_hooks(inner, optimizer) and _runs_hooks(inner):
-            return inner
     if not _runs_hooks(optimizer):
         raise TypeError(
             f"attach: got {type(optimizer).__name__}, whose step runs no step hooks of torch: its "
@@ -51,10 +50,6 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
             f"ema.update() after each step{_inner(optimizer)}"
         )
     return optimizer
-
-
-def _shares_hooks(one: Optimizer, other: Optimizer) -> bool:
-    return all(getattr(one, t, one) is getattr(other, t, other) for t in _TABLES)
 
 
 def _runs_hooks(optimizer: Optimizer) -> bool:

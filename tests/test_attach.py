@@ -714,20 +714,6 @@ def test_an_ema_that_is_dropped_is_watched_no_longer_and_breaks_no_step() -> Non
     assert again.num_updates == 0
 
 
-def test_an_optimizer_that_shares_its_hooks_with_the_one_inside_is_followed() -> None:
-    from lightning.fabric import Fabric
-
-    fabric = Fabric(accelerator="cpu", devices=1)
-    model = nn.Linear(3, 2)
-    wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.1))
-    ema = ShardedEMA(model, 0.5)
-    ema.attach(optimizer)
-    for _ in range(3):
-        fabric.backward(wrapped(torch.ones(1, 3)).sum())
-        optimizer.step()
-    assert ema.num_updates == 3
-
-
 def test_an_optimizer_that_is_dropped_is_not_kept_by_the_ema() -> None:
     _, ema, optimizer = setup()
     ema.attach(optimizer)
