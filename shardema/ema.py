@@ -468,8 +468,8 @@ class ShardedEMA:
         if engine is not None and optimizers == models:
             self._source = Engine(engine.hook(before=guard, after=update))
         else:
-            holds = self._weights.held_by
-            self._source = Rounds(optimizers, models, holds, update, guard, self._ranks.leader)
+            holds, leader = self._weights.stepped_by, self._ranks.leader
+            self._source = Rounds(optimizers, models, holds, update, guard, leader)
         self._seen()
         return Attached(self._source, self._detached)
 
