@@ -242,6 +242,5 @@ class Block(contextlib.ContextDecorator):
         return super().__call__(function)
 
     def __del__(self) -> None:
-        # an error on the way to the with statement is told already
-        if not self._used and not sys.is_finalizing() and sys.exc_info()[0] is None:
+        if not self._used and not sys.is_finalizing():
             self._dropped()
