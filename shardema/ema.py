@@ -28,6 +28,8 @@ from shardema import (
     kernels,
     layout,
     manifest,
+    own_state,
+    pretrained,
 )
 from shardema import export as exporter
 from shardema.agree import Ranks
@@ -38,16 +40,18 @@ from shardema.arguments import (
     check_dtype,
     increment,
     odd_decay,
+    progress,
     refuse_positional,
 )
 from shardema.attach import Attached, Engine, Rounds, Source
 from shardema.average import Average
-from shardema.backends.tree import unwrap, walk
+from shardema.backends.tree import unwrap
 from shardema.dcp import BoxedTensor, refuse_pickle
 from shardema.errors import CheckpointError, SwapError
 from shardema.gather import Holdings, Item, Plan
 from shardema.layout import Buffers, Select
 from shardema.metrics import not_finite, sums, total
+from shardema.own_state import Outward, OwnState
 from shardema.patterns import Pattern, text_of
 from shardema.schedules import Schedule, by_pattern, describe
 from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
@@ -59,7 +63,20 @@ from shardema.weights import Weights
 
 log = logging.getLogger(__name__)
 
+_CHANGING = frozenset(  # the averages, under an `iter_full` that is open
+    ("update", "before_replay", "swap", "reset", "load", "load_full", "load_state_dict")
+)
+
+_WRITTEN = ("save", "export")  # calls that need the names which files have
+
 _T = TypeVar("_T")
+# what takes state_dict() of all that it is given (accelerate's register_for_checkpointing, Fabric's
+# save), and lets the first rank pickle it
+_PICKLING = {
+    "accelerate.checkpointing",
+    "lightning.fabric.strategies.strategy",
+    "lightning_fabric.strategies.strategy",
+}
 _WRITERS = ("load", "load_full")  # what the average is afterwards does not hang on the steps before
 _EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
 
@@ -171,12 +188,19 @@ class ShardedEMA:
             self._updater = self._bound()
         self._plans: dict[bool, Plan] = {}  # of whole shards, and of the replicas' slices
         self._planned: tuple[Any, ...] = ()  # `Weights.stamp` when the plans were made
+        self._outward = Outward.none()  # what all ranks know beside the plans
+        self._own = OwnState()
+        self._beside: list[Shard] = []  # what the model's modules add to its state, of this rank
         self._inside: str | None = None  # the average that the model holds, in a swap
         self._due: Callable[[], None] | None = None  # the end of a swap that was left, to be made
         self._torn: str | None = None  # why there is nothing to go on with
         self._failed: RuntimeError | None = None  # of an update in the background
         self._moved = False  # the weights' storage, since the update was bound
         self._captured = False  # by a CUDA graph, which the tables must outlive
+        self._averages_buffers = "average" in (
+            buffers.values() if isinstance(buffers, Mapping) else (buffers,)
+        )
+        self._iterations: set[gather.Iteration] = set()  # `iter_full` that go on
         self._source: Source | None = None  # what makes the updates, while attached
         self._writes = Writes()  # of the weights, since an update, while attached
         self._loaded: set[str] = set()  # averages that are not the weights they began with
@@ -492,7 +516,7 @@ class ShardedEMA:
         if self._source is not None:
             others = self._source.others
             stepped = others is not None and others.count > 0
-            if stepped or self._writes.many(self._weights.shards):
+            if stepped or self._writes.many():
                 self._warn_once(
                     "missed",
                     "%s: the weights moved and no update came%s. Was the optimizer replaced that "
@@ -527,7 +551,10 @@ class ShardedEMA:
         Raises:
             RuntimeError: inside another swap; or, on leaving, someone wrote the model's weights
                 inside (they are restored, the write has gone into the average, or with an engine
-                is lost).
+                is lost); or the exchange failed, and no call goes on from there.
+            SwapError: what the block left has no place for some weights, or one of less precision:
+                a cast, a parameter that was taken away. They are in the error's ``weights``; the
+                average is as before, and the EMA goes on once the model fits it again.
             ValueError: no average of this name.
         """
         dropped = functools.partial(
@@ -766,9 +793,10 @@ class ShardedEMA:
     ) -> dict[str, Any]:
         """The averaged model as the unwrapped model's ``load_state_dict(strict=True)`` takes it.
 
-        Averages, frozen parameters, persistent buffers, tied names. Collective over the ranks
-        that share the model. Rank 0 needs memory for its result and one bucket of 256 MiB, the
-        others for one bucket.
+        Averages, frozen parameters, persistent buffers, tied names, and what the model's own code
+        makes of its state: extra state, overrides and hooks of ``state_dict``. Collective over the
+        ranks that share the model. Rank 0 needs memory for its result and one bucket of 256 MiB,
+        the others for one bucket.
 
         Args:
             name: which average.
@@ -777,45 +805,50 @@ class ShardedEMA:
             all_ranks: give it to every rank.
 
         Returns:
-            ``{fqn: full CPU tensor [*shape]}`` on the first rank, ``{}`` on the others.
+            ``{fqn: full CPU tensor [*shape]}`` on the first rank, ``{}`` on the others. Extra
+            state may be no tensor; it is the first rank's.
 
         Raises:
-            RuntimeError: inside ``swap()``, or supposed replicas differ.
+            RuntimeError: inside ``swap()``, or supposed replicas differ; a module computes state
+                from weights that are averaged or sharded, or has extra state that is no tensor on
+                another rank only.
             ValueError: no average of this name, another dtype, ranks that hold different models.
             RankError: a rank did not come within the timeout.
         """
-        result: dict[str, Any] = dict(
-            self._iter("full_state_dict", name, dtype, all_ranks=all_ranks)
-        )
-        if all_ranks or self._ranks.leader:
-            for model in self._weights.models:
-                for prefix, module in walk(model):
-                    if type(module).get_extra_state is not nn.Module.get_extra_state:
-                        result[f"{prefix}{_EXTRA}"] = module.get_extra_state()
-        return result
+        return dict(self._iter("full_state_dict", name, dtype, all_ranks=all_ranks))
 
     def iter_full(
         self, name: str | None = None, *, dtype: torch.dtype | Literal["model"] | None = None
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[str, Any]]:
         """Like `full_state_dict`, one ``(fqn, tensor)`` at a time. Collective: loop on every rank.
 
         The first rank needs memory for one bucket and the tensor at hand, the others for one
         bucket; their loops run without a turn.
+
+        A loop may be left early: what the others still send is then received and thrown away.
+        What changes an average (`update`, `swap`, `reset`, a load), and on several ranks any
+        other call that is collective, ends an iteration that is open; its next item raises.
+
+        Raises:
+            RuntimeError: another call has ended it; else as for `full_state_dict`.
         """
         return self._iter("iter_full", name, dtype, all_ranks=False)
 
     def _iter(
         self, op: str, name: str | None, dtype: Any, *, all_ranks: bool
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[str, Any]]:
         plan, average, out_dtype = self._begin(op, name, dtype)
+        outward, values = self._outward, self._own.values
+        outward.check_values(op, self._ranks.size if all_ranks else 1)
         holdings = self._holdings(plan, average)
+        chosen = outward.chosen(plan)
         apart = gather.apart(op, plan, self._ranks.size, all_ranks)
-        chosen = [index for index in range(len(plan.items)) if index not in apart]
+        gathered = [index for index in chosen if index not in apart]
         with writable():
             self._check_replicas(average, op)
             arriving = gather.stream(
                 plan,
-                chosen,
+                gathered,
                 holdings,
                 out_dtype,
                 self._ranks,
@@ -827,18 +860,28 @@ class ShardedEMA:
                     raise AssertionError("only receivers get pieces")
                 return
             own = {shard.fqn: shard.own for shard in self._weights.shards if shard.opaque}
-            full = gather.with_apart(plan, gather.assemble(plan, chosen, arriving), own)
+            joined = gather.assemble(plan, gathered, arriving, out_dtype)
+            full = gather.with_apart(plan, chosen, joined, own)
+        iteration = gather.Iteration(arriving)
+        self._iterations.add(iteration)
         try:
             while True:
+                if iteration.ended_by:
+                    raise RuntimeError(
+                        f"rank {self._ranks.rank}: {op}: {iteration.ended_by} was called before "
+                        "its last tensor, which ended it; call that behind the loop"
+                    )
                 with writable():
                     item, tensor = next(full, (None, None))
                 if item is None or tensor is None:
-                    return
-                for fqn in (item.fqn, *item.aliases):
+                    break
+                for fqn in outward.names(item):
                     yield fqn, tensor
+            yield from values.items()
         finally:
+            self._iterations.discard(iteration)
             with writable():
-                arriving.close()
+                iteration.end("close")
 
     def export(
         self,
@@ -853,9 +896,11 @@ class ShardedEMA:
         """Writes the averaged model as one safetensors file, in the HF layout. Collective.
 
         ``path/model.safetensors``, or ``model-00001-of-0000N.safetensors`` and their index where
-        it is larger than ``max_shard_size``; beside it the config of a model that has
-        ``config.save_pretrained``, so that ``from_pretrained(path)`` loads it. Tied names are
-        written once. No rank holds more than a bucket; the folder appears when it is complete.
+        it is larger than ``max_shard_size``; beside it the config of a transformers model. For a
+        diffusers model the files are called as diffusers calls them, for a model of PEFT they are
+        its adapters alone, as PEFT saves them: ``from_pretrained(path)`` of the same library
+        loads it. Tied names are written once. No rank holds more than a bucket; the folder
+        appears when it is complete.
 
         Args:
             path: the folder; must not exist.
@@ -868,17 +913,20 @@ class ShardedEMA:
 
         Raises:
             CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
-            ValueError, RuntimeError, RankError: as for `full_state_dict`; a path that is no local
-                one is a ValueError.
+            RuntimeError: as for `full_state_dict`; a module has extra state that is no tensor; an
+                adapter that PEFT does not keep as tensors of the model.
+            ValueError, RankError: as for `full_state_dict`; a path that is no local one is a
+                ValueError.
         """
         limit = exporter.parse_size(max_shard_size)
         if mode not in ("auto", "direct", "stream"):
             raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
         plan, average, out_dtype = self._begin("export", name, dtype)
+        self._outward.check_export()
         gather.refuse_opaque(
             "export",
             plan,
-            range(len(plan.items)),
+            [index for index, item in enumerate(plan.items) if item.stem],
             "take ema.full_state_dict(), which hands it out as it is, or ema.save(folder) and the "
             "averages alone with `shardema export --partial`",
         )
@@ -897,7 +945,7 @@ class ShardedEMA:
                 max_shard_size=limit,
                 mode=mode,
                 progress=progress,
-                extra=lambda folder: exporter.write_config(module, folder, exported_dtype),
+                extra=lambda folder: pretrained.write_config(module, folder, exported_dtype),
             )
 
     def metrics(self, name: str | None = None) -> dict[str, float]:
@@ -970,9 +1018,14 @@ class ShardedEMA:
             CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left, and
                 what was there before still is.
             ValueError: the path is no local one, or the ranks give different ones.
-            RuntimeError: inside ``swap()``, or supposed replicas differ.
+            RuntimeError: inside ``swap()``, or supposed replicas differ; with ``include_frozen``,
+                a module has extra state that is no tensor.
         """
         self._begin("save", self.names[0], None)
+        if include_frozen:
+            self._outward.check_tensors(
+                "save(include_frozen=True)", "save without include_frozen, which a load needs not"
+            )
         plan = self._plans[False]
         averaged = [i for i, item in enumerate(plan.items) if item.averaged]
         rest = [
@@ -988,8 +1041,10 @@ class ShardedEMA:
             'such a buffer out: buffers={name: "ignore"}',
         )
         kept = {*averaged, *rest}
-        left_out = [item.fqn for i, item in enumerate(plan.items) if i not in kept]
-        own = Holdings(plan, self._weights.shards, {})
+        left_out = [item.fqn for i, item in enumerate(plan.items) if i not in kept and item.stem]
+        left_out += sorted(self._outward.holders)
+        stored = self._outward.stored(plan)
+        own = Holdings(plan, [*self._weights.shards, *self._beside], {})
         module = unwrap(self._weights.models[0])
         with writable():
             sources = []
@@ -999,14 +1054,14 @@ class ShardedEMA:
                 holdings = self._holdings(theirs, a)
                 dtype = self._travels_as(a)
                 sources.append(checkpoint.Source(a.name, theirs, averaged, holdings, dtype))
-            sources.append(checkpoint.Source(None, plan, rest, own, lambda item: item.dtype))
+            sources.append(checkpoint.Source(None, stored, rest, own, lambda item: item.dtype))
             checkpoint.save(
                 folder,
                 sources,
                 {a.name: a.stored() for a in self._averages.values()},
                 left_out,
                 self._ranks,
-                extra=lambda place: exporter.write_config(module, place, None),
+                extra=lambda place: pretrained.write_config(module, place, None),
                 overwrite=overwrite,
             )
 
@@ -1099,33 +1154,53 @@ class ShardedEMA:
         self,
         source: str | os.PathLike[str] | Mapping[str, Tensor],
         name: str | None = None,
+        *,
+        t: float | None = None,
+        num_updates: int | None = None,
     ) -> None:
         """Seeds an average from full tensors; each rank reads its own slices. Collective.
+
+        With the progress of what is loaded, the average goes on as if it had been kept here from
+        the beginning: ``presets.diffusers(model).load_full(folder, num_updates=12_000)`` follows
+        diffusers' sequence from its call 12,001 on.
 
         Args:
             source: a ``.safetensors`` file, a folder in the HF layout (a snapshot of the Hub too),
                 or ``{fqn: full tensor}`` on every rank. Frozen parameters and buffers in it are
                 not used.
-            name: which average. Its ``t`` stays as it is.
+            name: which average.
+            t: its progress in the schedule's unit. None: where the unit is ``"step"``,
+                ``num_updates``; else as it is.
+            num_updates: how many updates it has seen. None: where the unit is ``"step"`` and
+                ``t`` whole, ``t``; else as it is. If neither is given, a folder of diffusers'
+                ``EMAModel.save_pretrained`` gives its own ``optimization_step``.
 
         Raises:
             CheckpointError: no such file, or a broken one.
-            ValueError: names that are missing or unknown, or another shape, or a path that is no
-                local one: the average is unchanged.
+            ValueError: names that are missing or unknown, or another shape; a path that is no
+                local one; no progress is known and the schedule would forget all of what was
+                loaded when it next moves; a progress that is negative or that the schedule does
+                not take.
             RuntimeError: inside ``swap()``.
+
+        After an error the average and its clock are as before.
         """
         plan, average, _ = self._begin("load_full", name, None)
         label = "load_full" if isinstance(source, Mapping) else f"load_full from {source}"
-        staged: list[Shadows] = []
+        staged: list[tuple[Shadows, tuple[float, int]]] = []
 
         def read() -> None:
+            given = progress(t, num_updates, self.unit)
+            if given is None and not isinstance(source, Mapping) and self.unit == "step":
+                given = progress(None, consolidated.steps_of(source), self.unit)
+            clock = average.check_seed(label, given)
             stored = source if isinstance(source, Mapping) else consolidated.tensors_of(source)
             shapes = {
                 fqn: tuple(v.entry.shape if isinstance(v, consolidated.Place) else v.shape)
                 for fqn, v in stored.items()
-                if not fqn.endswith(_EXTRA)
+                if not fqn.endswith(_EXTRA) and isinstance(v, consolidated.Place | Tensor)
             }
-            names = consolidated.match(label, plan, shapes)
+            names = consolidated.match(label, plan, shapes, self._outward.ignored)
             held = self._held(average)
             staging = allocate(held, average.policy, pin=False)
             for shard in held:
@@ -1135,11 +1210,18 @@ class ShardedEMA:
                         consolidated.read_into(target, value, box)
                     else:
                         target.copy_(box.view(value))
-            staged.append(staging)
+            staged.append((staging, clock))
 
         with writable():
             self._ranks.agree("load_full (reading)", read)
-            self._whole("load_full", lambda: average.shadows.copy_all(staged[0]))
+
+            def take_over() -> None:
+                shadows, (now, updates) = staged[0]
+                average.shadows.copy_all(shadows)
+                if (now, updates) != (average.t, average.num_updates):
+                    average.restart(now, updates)
+
+            self._whole("load_full", take_over)
         self._loaded.add(average.name)
         self._clear_round()
 
@@ -1149,21 +1231,31 @@ class ShardedEMA:
         The tensors share memory with the averages: ``dcp.load`` fills them in place, and
         ``dcp.async_save`` copies them before it returns. Pickling the result raises.
 
+        Of an averaged buffer that differs between ranks (BatchNorm's statistics) the first rank's
+        average is saved, as by `save`, and ``dcp.load`` gives it to all. With averaged buffers on
+        several ranks the first call is therefore collective, if no other call was before it.
+
         Raises:
             RuntimeError: inside ``swap()``.
         """
-        if sys._getframe(1).f_globals.get("__name__") == "accelerate.checkpointing":
-            # registered for checkpointing: refused here, since only the main process pickles
+        if sys._getframe(1).f_globals.get("__name__") in _PICKLING:
+            # refused here, on every rank, since only the main process will pickle
             refuse_pickle("ShardedEMA")
         self._not_inside("state_dict")
+        if self._averages_buffers and self._ranks.size > 1 and not self._plans:
+            self._begin("state_dict", self.names[0], None)
         self._close_round()
+        elsewhere = self._saved_elsewhere()
         with writable():
             self._refresh()
             self._flush("state_dict")
             return {
                 "averages": {
                     a.name: {
-                        s.fqn: BoxedTensor.of(s, a.shadows.views[s.fqn]) for s in self._held(a)
+                        s.fqn: BoxedTensor.of(
+                            s, a.shadows.views[s.fqn], saved=s.fqn not in elsewhere
+                        )
+                        for s in self._held(a)
                     }
                     for a in self._averages.values()
                 },
@@ -1253,6 +1345,12 @@ class ShardedEMA:
 
     # ---- inside -------------------------------------------------------------------------------
 
+    def _saved_elsewhere(self) -> set[str]:
+        """Averaged buffers of which another rank's value is saved: the first one's that has it."""
+        items = self._plans[False].items if self._plans else ()
+        first = {i.fqn: i.holders[0][1][0] for i in items if i.role == "buffer" and i.holders}
+        return {fqn for fqn, index in first.items() if index != self._ranks.index}
+
     def _held(self, average: Average) -> list[Shard]:
         """What this rank averages."""
         return self._weights.cut(average.policy)
@@ -1340,6 +1438,13 @@ class ShardedEMA:
             if names and self._ranks.leader:
                 log.warning("%s: %s", few(names), what)
 
+    def _end_iterations(self, op: str) -> None:
+        """Ends what `iter_full` has begun and ``op`` would change or wait for."""
+        if self._iterations and (op in _CHANGING or self._ranks.size > 1):
+            with writable():
+                for iteration in list(self._iterations):
+                    iteration.end(op)
+
     def _not_inside(self, op: str) -> None:
         if self._torn is not None:
             raise RuntimeError(
@@ -1349,6 +1454,7 @@ class ShardedEMA:
             )
         if self._due is not None:
             self._end_swap(op)
+        self._end_iterations(op)
         if self._inside is not None:
             raise RuntimeError(
                 f"rank {self._ranks.rank}: {op} inside swap(): the model holds average "
@@ -1377,6 +1483,9 @@ class ShardedEMA:
         self, op: str, name: str | None, dtype: Any
     ) -> tuple[Plan, Average, Callable[[Item], torch.dtype]]:
         """The start of every collective call: all ranks are ready, and know the plan."""
+        if self._ranks.size > 1:
+            with writable():
+                gather.end_iterations(op)
 
         def ready() -> bool:
             self._not_inside(op)
@@ -1394,7 +1503,10 @@ class ShardedEMA:
             self._tell_what_froze()
             if op != "load":  # which fills all averages anew
                 self._flush(op)
-            return bool(self._plans) and self._planned == self._weights.stamp()
+            known, self._own = self._own.facts(), self._read_own()
+            same = known == self._own.facts() and self._planned == self._weights.stamp()
+            same = same and not (self._outward.pending and op in _WRITTEN)
+            return bool(self._plans) and same
 
         if not self._ranks.agree(op, ready, all):
             missed = dict(self._weights.missed)
@@ -1403,13 +1515,19 @@ class ShardedEMA:
                 average.name: describe(average.schedule) for average in self._averages.values()
             }
             self._ranks.agree(f"{op} (schedules)", lambda: rules, layout.same_rules)
-            dropped = exporter.dropped_names(self._weights.models)
+            dropped = pretrained.dropped_names(self._weights.models)
+            self._agree_on_state(op)
             cuts = {average.policy.shard_replicas for average in self._averages.values()}
             for cut in sorted(cuts | {False}):
-                shards = self._weights.all_cut(ShadowPolicy(shard_replicas=cut))
+                shards = [
+                    *self._weights.all_cut(ShadowPolicy(shard_replicas=cut)),
+                    *self._read_beside(),
+                ]
                 averaged = self._weights.averaged
-                self._plans[cut] = gather.make_plan(shards, averaged, self._ranks, dropped)
+                made = gather.make_plan(shards, averaged, self._ranks, dropped)
+                self._plans[cut] = self._outward.applied(made, dropped)
             self._planned = self._weights.stamp()
+        self._beside = self._read_beside()
         average = self._named(name)
         own = self._travels_as(average)
 
@@ -1417,16 +1535,41 @@ class ShardedEMA:
             if dtype is None:
                 return own(item)
             given = item.role != "buffer" and item.dtype.is_floating_point
+            given = given and item.fqn not in self._outward.packed
             return dtype if given and isinstance(dtype, torch.dtype) else item.dtype
 
         return self._plans[average.policy.shard_replicas], average, out_dtype
+
+    def _read_own(self) -> OwnState:
+        weights = self._weights
+        return own_state.read(weights.models, weights.shards, weights.averaged, weights.ignored)
+
+    def _read_beside(self) -> list[Shard]:
+        """What the model's modules add to its state, and this rank gives to all, as it is now."""
+        owners = self._outward.owners
+        return self._own.shards({key for key in owners if owners[key] == self._ranks.index})
+
+    def _agree_on_state(self, op: str) -> None:
+        """Tells all ranks what each one's modules make of their state, and how it is exported."""
+        weights = self._weights
+
+        def mine() -> dict[str, Any]:
+            form = pretrained.form_of(
+                weights.models, weights.shards, weights.averaged, written=op in _WRITTEN
+            )
+            packed = own_state.packed(weights.models)
+            return own_state.payload(self._own, weights.ignored, packed, form)
+
+        merged = self._ranks.agree(f"{op} (own state)", mine, own_state.merge)
+        self._outward = Outward.of(merged)
 
     def _travels_as(self, average: Average) -> Callable[[Item], torch.dtype]:
         """The dtype of an item where this average stands for the model."""
         return lambda i: average.policy.dtype_for(i.dtype) if i.averaged else i.dtype
 
     def _holdings(self, plan: Plan, average: Average) -> Holdings:
-        return Holdings(plan, self._weights.all_cut(average.policy), average.shadows.views)
+        shards = [*self._weights.all_cut(average.policy), *self._beside]
+        return Holdings(plan, shards, average.shadows.views)
 
     def _check_replicas(self, average: Average, op: str) -> None:
         """Compares the average on supposed replicas; of slices, the weights that they are of."""
