@@ -152,6 +152,8 @@ def test_peft_reads_an_export_and_the_offline_one(tmp_path: Path, case: str) -> 
         assert told[0] == told[1]
         read = peft.PeftModel.from_pretrained(gpt(), folder).eval()
         assert torch.equal(logits(read), expected)
+        merged = read.merge_and_unload()
+        torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
 
 
 def test_each_adapter_has_its_folder_as_peft_has_it(tmp_path: Path) -> None:
