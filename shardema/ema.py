@@ -70,6 +70,13 @@ _CHANGING = frozenset(  # the averages, under an `iter_full` that is open
 _WRITTEN = ("save", "export")  # calls that need the names which files have
 
 _T = TypeVar("_T")
+# what takes state_dict() of all that it is given (accelerate's register_for_checkpointing, Fabric's
+# save), and lets the first rank pickle it
+_PICKLING = {
+    "accelerate.checkpointing",
+    "lightning.fabric.strategies.strategy",
+    "lightning_fabric.strategies.strategy",
+}
 _WRITERS = ("load", "load_full")  # what the average is afterwards does not hang on the steps before
 _EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
 
@@ -509,7 +516,7 @@ class ShardedEMA:
         if self._source is not None:
             others = self._source.others
             stepped = others is not None and others.count > 0
-            if stepped or self._writes.many(self._weights.shards):
+            if stepped or self._writes.many():
                 self._warn_once(
                     "missed",
                     "%s: the weights moved and no update came%s. Was the optimizer replaced that "
@@ -544,7 +551,10 @@ class ShardedEMA:
         Raises:
             RuntimeError: inside another swap; or, on leaving, someone wrote the model's weights
                 inside (they are restored, the write has gone into the average, or with an engine
-                is lost).
+                is lost); or the exchange failed, and no call goes on from there.
+            SwapError: what the block left has no place for some weights, or one of less precision:
+                a cast, a parameter that was taken away. They are in the error's ``weights``; the
+                average is as before, and the EMA goes on once the model fits it again.
             ValueError: no average of this name.
         """
         dropped = functools.partial(
@@ -1228,8 +1238,8 @@ class ShardedEMA:
         Raises:
             RuntimeError: inside ``swap()``.
         """
-        if sys._getframe(1).f_globals.get("__name__") == "accelerate.checkpointing":
-            # registered for checkpointing: refused here, since only the main process pickles
+        if sys._getframe(1).f_globals.get("__name__") in _PICKLING:
+            # refused here, on every rank, since only the main process will pickle
             refuse_pickle("ShardedEMA")
         self._not_inside("state_dict")
         if self._averages_buffers and self._ranks.size > 1 and not self._plans:
