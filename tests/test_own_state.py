@@ -366,7 +366,8 @@ def sharded_models_have_every_key(how: str) -> None:
         for mode in ("direct", "stream"):
             ema.export(f"{folder}/{mode}", mode=mode, progress=False)
             written = safetensors.torch.load_file(f"{folder}/{mode}/model.safetensors")
-            assert set(written) == set(expected) - {"3.weight"}
+            # tied, unless fully_shard of one of the two layers parted them
+            assert set(written) | {"3.weight"} == set(expected)
         ema.save(f"{folder}/ck", include_frozen=True)
         ema.load(f"{folder}/ck")
         ema.load_full(f"{folder}/direct")
