@@ -111,7 +111,7 @@ class Ranks:
         """Whether ``value`` is true on any rank. Collective: one reduction."""
         if self.size == 1:
             return value
-        flag = torch.tensor([float(value)], device=self.transport("cpu"))
+        flag = torch.tensor([value], dtype=torch.int32, device=self.transport("cpu"))
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group())
         return bool(flag.item())
 

@@ -250,6 +250,17 @@ def sync_path(path: str) -> None:
         close_quietly(fd)
 
 
+def sync_tree(path: str) -> None:
+    """`sync_path` of a folder and of all that is in it."""
+    for name in os.listdir(path):
+        inside = os.path.join(path, name)
+        if stat.S_ISDIR(os.lstat(inside).st_mode):
+            sync_tree(inside)
+        else:
+            sync_path(inside)
+    sync_path(path)
+
+
 def make_folders(path: str, made: list[str]) -> None:
     """Makes a folder and those above it that are missing, each durably.
 
@@ -365,6 +376,15 @@ def _entries(header: Any, begin: int, size: int) -> dict[str, Entry]:
     if begin + at != size:
         raise ValueError(f"the file has {size} bytes, expected {begin + at}")
     return entries
+
+
+# Stems of the safetensors files of a model, as transformers, diffusers and PEFT call them; PEFT
+# keeps a further adapter in a folder of its name.
+MODEL = "model"
+DIFFUSERS = "diffusion_pytorch_model"
+ADAPTER = "adapter_model"
+WHOLE = (MODEL, DIFFUSERS)
+STEM = re.compile(rf"{MODEL}|{DIFFUSERS}|(?:[A-Za-z0-9][A-Za-z0-9._-]*/)?{ADAPTER}")
 
 
 def _check_metadata(metadata: Any) -> None:

@@ -28,6 +28,7 @@ from shardema.files import (
     read_whole,
     reporting,
     sync_path,
+    sync_tree,
     write_file,
 )
 from shardema.manifest import MAX_MANIFEST, NAME, PLACE, Manifest
@@ -110,9 +111,7 @@ class NewFolder:
             CheckpointError: it could not; what was there before is there.
         """
         with reporting(self._folder, f"{self._op} to"):
-            for name in os.listdir(self.path):  # the model's config was written by its own code
-                sync_path(os.path.join(self.path, name))
-            sync_path(self.path)
+            sync_tree(self.path)  # the model's config was written by its own code
             if self.place:
                 self._replace()
             else:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from shardema.agree import Ranks
-from shardema.shard import Box, Dims, Role, Shard, check_covered, split_box
+from shardema.shard import Box, Dims, Role, Shard, check_covered, few, split_box, whole
 
 BUCKET_BYTES = 256 << 20
 _ALIGN = 16  # bytes; a part of a bucket starts where any dtype may start
@@ -39,7 +40,9 @@ class Item:
         device: type of the device that it lies on, or its average does.
         averaged: whether there are averages of it.
         file_name: of its names the one that an export writes it under.
+        opaque: the class of a tensor that has no values to gather; see `Shard`. Else empty.
         holders: each distinct box with the indices of the ranks that hold it, ascending.
+        stem: of the file that an export writes it to, ``<stem>.safetensors``; empty, to none.
     """
 
     fqn: str
@@ -50,7 +53,9 @@ class Item:
     averaged: bool
     aliases: tuple[str, ...]
     file_name: str
+    opaque: str
     holders: tuple[tuple[Box, tuple[int, ...]], ...]
+    stem: str = "model"
 
 
 @dataclass(frozen=True)
@@ -165,13 +170,14 @@ def facts_of(shard: Shard, averaged: Container[str], dropped: Container[str]) ->
         is_averaged,
         shard.aliases,
         file_name,
+        shard.opaque,
     )
 
 
 def _disagreement(
     fqn: str, entry: dict[str, Any], facts: tuple[Any, ...], index: int, ranks: Ranks
 ) -> str:
-    words = ("shape", "dtype", "device", "role", "averaged", "tied names", "file name")
+    words = ("shape", "dtype", "device", "role", "averaged", "tied names", "file name", "class")
     pairs = zip(words, facts, entry["facts"], strict=True)
     word, got, expected = next(pair for pair in pairs if pair[1] != pair[2])
     if word == "averaged" and facts[3] == "buffer":
@@ -244,9 +250,47 @@ def check_replicas(plan: Plan, local: Callable[[int, Box], Tensor], ranks: Ranks
     ranks.agree(f"{op} (comparing replicas)", lambda: detail, name_them)
 
 
+def refuse_opaque(op: str, plan: Plan, chosen: Sequence[int], remedy: str) -> None:
+    """Raises ValueError for an item among the chosen that has no values to gather."""
+    odd = [plan.items[index] for index in chosen if plan.items[index].opaque]
+    if odd:
+        raise ValueError(
+            f"{op}: {few([item.fqn for item in odd])}: {odd[0].opaque} is a tensor subclass that "
+            f"keeps its values in a form of its own, which cannot be taken apart; {remedy}"
+        )
+
+
+def apart(op: str, plan: Plan, size: int, all_ranks: bool) -> list[int]:
+    """The items that are handed out as they are, by the ranks that hold them whole.
+
+    Args:
+        size: number of ranks.
+        all_ranks: all of them hand them out, not the leader only.
+
+    Raises:
+        ValueError: such a rank holds a part only, or nothing.
+    """
+    opaque = [index for index, item in enumerate(plan.items) if item.opaque]
+    taking = range(size) if all_ranks else range(1)
+    cut = [
+        index
+        for index in opaque
+        if [box for box, who in plan.items[index].holders if set(taking) <= set(who)]
+        != list(whole(plan.items[index].shape))
+    ]
+    refuse_opaque(
+        op,
+        plan,
+        cut,
+        "and the ranks hold parts of it; save the averages with ema.save(folder), and take them "
+        "out of it with `shardema export --partial`",
+    )
+    return opaque
+
+
 def _replicated(plan: Plan) -> Iterator[tuple[int, Item, Box, tuple[int, ...]]]:
     for index, item in enumerate(plan.items):
-        if item.role != "buffer":
+        if item.role != "buffer" and not item.opaque:
             for box, holders in item.holders:
                 if len(holders) > 1:
                     yield index, item, box, holders
@@ -319,8 +363,8 @@ def stream(
 ) -> Generator[tuple[Piece, Tensor]]:
     """Brings the chosen items to the leader, bucket by bucket. Collective over ``ranks``.
 
-    Every rank must run it to the end or close it: a consumer that stops early, or fails, still
-    takes part in the transfers that the others wait in.
+    Every rank must run it to the end or close it: a consumer that stops early, fails, or never
+    asks for a piece still takes part in the transfers that the others wait in.
 
     Args:
         chosen: indices of the items, in the order wanted.
@@ -333,18 +377,57 @@ def stream(
         A piece and its values ``[*piece.box.sizes]`` on the CPU, valid until the next one; only
         on ranks that receive.
     """
-    all_groups = list(buckets(plan, chosen, out_dtype, limit))
+    groups = list(buckets(plan, chosen, out_dtype, limit))
     transfer = _Transfer(plan, local, out_dtype, ranks, all_ranks)
-    transfer.reserve(all_groups)
-    groups = iter(all_groups)
-    for bucket in groups:
-        parts = transfer.move(bucket)
+    transfer.reserve(groups)
+    pieces = _pieces(transfer, iter(groups))
+    next(pieces)  # closing a generator that never ran would not move what is left
+    return pieces
+
+
+def _pieces(transfer: _Transfer, groups: Iterator[list[Piece]]) -> Generator[tuple[Piece, Tensor]]:
+    """What arrives, behind a first item that is none."""
+    parts: Sequence[tuple[Piece, Tensor]] = [(Piece(-1, Box((), ()), -1), torch.empty(0))]
+    while True:
         try:
-            yield from zip(bucket, parts, strict=True) if transfer.receives else ()
+            yield from parts
         except BaseException:  # the consumer stopped: let the other ranks finish, then stop
             for rest in groups:
                 transfer.move(rest)
             raise
+        bucket = next(groups, None)
+        if bucket is None:
+            return
+        arrived = transfer.move(bucket)
+        parts = list(zip(bucket, arrived, strict=True)) if transfer.receives else []
+
+
+class Iteration:
+    """Full tensors that a caller takes one by one, while the other ranks have sent theirs.
+
+    Attributes:
+        ended_by: the call that ended it before its last tensor.
+    """
+
+    def __init__(self, arriving: Generator[tuple[Piece, Tensor]]) -> None:
+        self.ended_by = ""
+        self._arriving = arriving
+        _iterations.add(self)
+
+    def end(self, op: str) -> None:
+        """Receives what is still on its way."""
+        _iterations.discard(self)
+        self.ended_by = self.ended_by or op
+        self._arriving.close()
+
+
+_iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()  # of all averages of the process
+
+
+def end_iterations(op: str) -> None:
+    """Ends all that are open: the other ranks may wait in their transfers."""
+    for iteration in list(_iterations):
+        iteration.end(op)
 
 
 class _Transfer:
@@ -364,7 +447,9 @@ class _Transfer:
         self._ranks = ranks
         self._all_ranks = all_ranks
         self._buffers: dict[torch.device, Tensor] = {}
-        self._host = torch.empty(0, dtype=torch.uint8)  # where what came by a device arrives
+        self._host = torch.empty(
+            0, dtype=torch.uint8, device="cpu"
+        )  # where what came by a device arrives
         self.receives = all_ranks or ranks.leader
 
     def reserve(self, groups: Sequence[list[Piece]]) -> None:
@@ -379,7 +464,7 @@ class _Transfer:
             self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
         away = [size for device, size in sizes.items() if device.type != "cpu"]
         if self.receives and away:
-            self._host = torch.empty(max(away), dtype=torch.uint8)
+            self._host = torch.empty(max(away), dtype=torch.uint8, device="cpu")
 
     def move(self, bucket: list[Piece]) -> list[Tensor]:
         """The pieces of the bucket, in order, on ranks that receive; else nothing."""
@@ -459,7 +544,7 @@ class Holdings:
     """
 
     def __init__(self, plan: Plan, shards: Sequence[Shard], shadows: Mapping[str, Tensor]) -> None:
-        by_fqn = {s.fqn: list(s.pieces(shadows.get(s.fqn, s.own))) for s in shards}
+        by_fqn = {s.fqn: list(s.pieces(shadows.get(s.fqn, s.own))) for s in shards if not s.opaque}
         self._pieces = [by_fqn.get(item.fqn, []) for item in plan.items]
 
     def __call__(self, index: int, box: Box) -> Tensor:
@@ -471,7 +556,10 @@ class Holdings:
 
 
 def assemble(
-    plan: Plan, chosen: Sequence[int], arriving: Iterator[tuple[Piece, Tensor]]
+    plan: Plan,
+    chosen: Sequence[int],
+    arriving: Iterator[tuple[Piece, Tensor]],
+    out_dtype: Callable[[Item], torch.dtype],
 ) -> Iterator[tuple[Item, Tensor]]:
     """Full tensors ``[*shape]`` on the CPU, one at a time, from the pieces of `stream`."""
     pieces = iter(arriving)
@@ -483,7 +571,28 @@ def assemble(
             piece, values = next(pieces)
             assert piece.item == index, (piece, item.fqn)
             if full is None:
-                full = torch.empty(item.shape, dtype=values.dtype)
+                full = torch.empty(item.shape, dtype=values.dtype, device="cpu")
             piece.box.view(full).copy_(values)
             missing -= piece.box.numel
-        yield item, torch.empty(item.shape, dtype=item.dtype) if full is None else full
+        if full is None:
+            full = torch.empty(item.shape, dtype=out_dtype(item), device="cpu")
+        yield item, full
+
+
+def with_apart(
+    plan: Plan,
+    chosen: Sequence[int],
+    full: Iterator[tuple[Item, Tensor]],
+    own: Mapping[str, Tensor],
+) -> Iterator[tuple[Item, Tensor]]:
+    """``full`` with the items of `apart` at their places: copies of the model's ``own`` tensors."""
+    for item in (plan.items[index] for index in chosen):
+        yield (item, _copied(own[item.fqn])) if item.opaque else next(full)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy in host memory; the tensor itself where its class has no such thing."""
+    try:
+        return tensor.to("cpu", copy=True)
+    except Exception:  # of somebody else's class: NotImplementedError, KeyError, AssertionError
+        return tensor

@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -259,7 +260,7 @@ class Shard:
         fqn: clean, fully qualified name.
         local: the live storage on this rank: what the optimizer steps. With one box it has the
             box's sizes (any dense stride) or is flat; with several boxes it is a contiguous 1-D
-            tensor that holds them one after the other. Empty if ``boxes`` is.
+            tensor that holds them one after the other, or has ``corners``. Empty if ``boxes`` is.
         shape: the full shape.
         boxes: where the elements of ``local`` sit in the full tensor, in order.
         role: ``"parameter"`` (trainable), ``"frozen"`` or ``"buffer"``.
@@ -275,6 +276,10 @@ class Shard:
             stand-in of the same size without values. See `present`.
         replicas: the groups of ranks that are declared to hold the same ``local``: DDP's group,
             the replicated axes of a mesh.
+        corners: where each box begins inside ``local``, which has the dims of the full tensor
+            then; empty where the boxes lie one after the other.
+        opaque: the class of a tensor that keeps its values in a form of its own (quantised
+            weights); ``local`` is that tensor itself, of which nothing is read. Empty elsewhere.
     """
 
     fqn: str
@@ -289,6 +294,8 @@ class Shard:
     reads_weights: bool = False
     away: tuple[Loan, int] | None = field(default=None, repr=False)
     replicas: tuple[dist.ProcessGroup, ...] = field(default=(), repr=False)
+    corners: tuple[Dims, ...] = ()
+    opaque: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -311,6 +318,10 @@ class Shard:
         ``local`` may be any tensor laid out like this shard's (its shadow, a staging buffer).
         """
         local = self.local if local is None else local
+        if self.corners:
+            for box, corner in zip(self.boxes, self.corners, strict=True):
+                yield box, Box(corner, box.sizes).view(local)
+            return
         if len(self.boxes) == 1 and tuple(local.shape) == self.boxes[0].sizes and not self.order:
             yield self.boxes[0], local
             return
@@ -372,14 +383,50 @@ def memory_order(shape: Sequence[int], stride: Sequence[int]) -> Dims:
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether two elements of ``tensor`` share memory (an expanded tensor, for one)."""
+    """Whether two elements of ``tensor`` share memory (an expanded tensor, for one). Exact."""
+    dims = sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda dim: dim[1])
     reach = 1
-    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda x: x[1]):
-        if size > 1:
-            if stride < reach:
-                return True
-            reach = stride * (size - 1) + reach
+    for size, stride in dims:
+        if size > 1 and stride < reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    # The dims reach into one another, which may still leave each element alone. Two elements whose
+    # first difference is in dim d are, moved along, one at index 0 of it and one further on.
+    for d in range(tensor.dim()):
+        rest = tensor[(0,) * d]
+        if rest.shape[0] > 1 and share_memory(rest[:1], rest[1:]):
+            return True
     return False
+
+
+class _Layout:
+    """A tensor's memory as numpy takes it, which only looks at addresses."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        size = tensor.element_size()
+        start = tensor.storage_offset() * size + _ALIGNED
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (start, False),
+            "typestr": f"|V{size}",
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+        }
+
+
+_ALIGNED = 1 << 12  # an address that is not null
+_MOST_WORK = 1 << 20  # candidates that numpy looks at before it gives up
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common; True where that is too hard."""
+    try:
+        first, second = np.asarray(_Layout(a)), np.asarray(_Layout(b))
+        return bool(np.shares_memory(first, second, _MOST_WORK))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
 
 
 def dense_like(tensor: Tensor) -> Dims:

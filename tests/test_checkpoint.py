@@ -215,6 +215,8 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
     "an average that is unknown": (put(["tensors", 0, "average"], "x"), "unknown average 'x'"),
     "a role that is unknown": (put(["tensors", 0, "role"], "x"), "unknown role 'x'"),
     "another file name": (put(["tensors", 0, "file_name"], "x"), "has the file name 'x'"),
+    "a file to export to outside": (put(["tensors", 0, "stem"], "../x"), r"the file '\.\./x'"),
+    "a file to export to that is no text": (put(["tensors", 0, "stem"], 3), "has the file 3"),
     "a name that is no text": (put(["tensors", 0, "fqn"], 3), "expected a text, got 3"),
     "half a character": (put(["left_out"], ["\ud800"]), "surrogates not allowed"),
     "a tensor listed twice": (

@@ -677,6 +677,14 @@ def test_a_snapshot_of_the_hub_is_read_through_its_links(tmp_path: Path) -> None
         link.unlink()
 
 
+def test_a_config_may_hold_infinity_as_transformers_writes_it(tmp_path: Path) -> None:
+    make(2.0).export(tmp_path / "one", progress=False)
+    (tmp_path / "one/config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
+    other = make()
+    other.load_full(tmp_path / "one")
+    assert held(other) == held(make(2.0))
+
+
 def test_an_index_that_leads_astray_is_refused(tmp_path: Path) -> None:
     make(2.0).export(tmp_path / "parts", max_shard_size="20B", progress=False)
     index = tmp_path / "parts/model.safetensors.index.json"
