@@ -582,9 +582,10 @@ class ShardedEMA:
                 self._weights.await_copies()
                 exchange.swap_in()
             self._weights.announce_write()
-            versions = self._weights.versions(mine)
+            tensors = self._weights.counted(mine)
+            versions = {fqn: tensor._version for fqn, tensor in tensors.items()}
             yield
-            now = self._weights.versions(mine)
+            written = [fqn for fqn, t in tensors.items() if t._version != versions[fqn]]
         finally:
             self._due = put_back  # before anything that a signal's handler could interrupt
             interrupt: BaseException | None = None
@@ -597,7 +598,6 @@ class ShardedEMA:
                 hook.remove()
             if interrupt is not None:
                 raise interrupt
-        written = [name for name, version in now.items() if version != versions.get(name)]
         if written:
             raise RuntimeError(
                 f"rank {self._ranks.rank}: {few(written)}: written inside swap(), so "

@@ -258,11 +258,15 @@ class Weights:
                 if self.engine is not None:
                     self.engine.publish()
 
-    def versions(self, shards: Sequence[Shard]) -> dict[str, int]:
-        """Counters that every in-place write moves, by fqn; of an engine, its parameters'."""
+    def counted(self, shards: Sequence[Shard]) -> dict[str, Tensor]:
+        """Tensors whose ``_version`` every in-place write moves; of an engine, its parameters."""
         if self.engine is not None:
-            return {fqn: p._version for fqn, p in self.engine.parameters().items()}
-        return {s.fqn: s.local._version for s in shards if s.role != "buffer"}
+            return dict(self.engine.parameters())
+        return {s.fqn: s.local for s in shards if s.role != "buffer"}
+
+    def versions(self, shards: Sequence[Shard]) -> dict[str, int]:
+        """The present counters of `counted`."""
+        return {fqn: tensor._version for fqn, tensor in self.counted(shards).items()}
 
     def give_back(self, held: Sequence[Shard]) -> dict[str, Tensor]:
         """Takes the values of ``held`` along to where the model keeps these tensors now.
