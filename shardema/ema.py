@@ -460,7 +460,7 @@ class ShardedEMA:
 
         def take_out() -> None:
             with writable():
-                self._weights.ensure_sharded()
+                self._weights.ensure_sharded(force=True)
                 self._weights.await_copies()
                 exchange.swap_out()
 
