@@ -111,7 +111,7 @@ class Ranks:
         """Whether ``value`` is true on any rank. Collective: one reduction."""
         if self.size == 1:
             return value
-        flag = torch.tensor([float(value)], device=self.transport("cpu"))
+        flag = torch.tensor([value], dtype=torch.int32, device=self.transport("cpu"))
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group())
         return bool(flag.item())
 
@@ -129,7 +129,8 @@ class Ranks:
             op: what the ranks are about to do; they must all say the same.
             work: done on every rank; what it returns must be JSON.
             reply: given what all ranks' ``work`` returned, on the leader; returns JSON.
-            nbytes: bytes that ``work`` moves on all ranks together, which lengthens the timeout.
+            nbytes: bytes that ``work`` moves on the rank that moves most; where they take longer
+                than the timeout, at 20 MB/s, that is how long the ranks wait.
 
         Returns:
             What ``reply`` returned, on every rank; None without it.
@@ -150,7 +151,7 @@ class Ranks:
         except BaseException as error:  # also an interrupt: the others must hear of it
             raised = error
             word["error"] = _packed(error, self.rank)
-        answer = self._exchange(op, word, reply, self.timeout + nbytes / _SLOWEST)
+        answer = self._exchange(op, word, reply, max(self.timeout, nbytes / _SLOWEST))
         if raised is not None and not isinstance(raised, Exception):
             raise raised
         if "error" in answer:

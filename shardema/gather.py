@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,7 @@ class Item:
         file_name: of its names the one that an export writes it under.
         opaque: the class of a tensor that has no values to gather; see `Shard`. Else empty.
         holders: each distinct box with the indices of the ranks that hold it, ascending.
+        stem: of the file that an export writes it to, ``<stem>.safetensors``; empty, to none.
     """
 
     fqn: str
@@ -53,6 +55,7 @@ class Item:
     file_name: str
     opaque: str
     holders: tuple[tuple[Box, tuple[int, ...]], ...]
+    stem: str = "model"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,18 @@ class Plan:
     def readers(self, index: int) -> list[int]:
         """For each box of item ``index`` the rank that sends it: the leader, where it holds it."""
         return [holders[0] for _, holders in self.items[index].holders]
+
+    def loads(
+        self, size: int, chosen: Sequence[int], dtype: Callable[[Item], torch.dtype]
+    ) -> list[int]:
+        """Bytes of the chosen items that each of ``size`` ranks writes."""
+        loads = [0] * size
+        for index in chosen:
+            itemsize = dtype(self.items[index]).itemsize
+            boxes = (box for box, _ in self.items[index].holders)
+            for box, writer in zip(boxes, self.writers[index], strict=True):
+                loads[writer] += box.numel * itemsize
+        return loads
 
 
 def make_plan(
@@ -348,8 +363,8 @@ def stream(
 ) -> Generator[tuple[Piece, Tensor]]:
     """Brings the chosen items to the leader, bucket by bucket. Collective over ``ranks``.
 
-    Every rank must run it to the end or close it: a consumer that stops early, or fails, still
-    takes part in the transfers that the others wait in.
+    Every rank must run it to the end or close it: a consumer that stops early, fails, or never
+    asks for a piece still takes part in the transfers that the others wait in.
 
     Args:
         chosen: indices of the items, in the order wanted.
@@ -362,18 +377,57 @@ def stream(
         A piece and its values ``[*piece.box.sizes]`` on the CPU, valid until the next one; only
         on ranks that receive.
     """
-    all_groups = list(buckets(plan, chosen, out_dtype, limit))
+    groups = list(buckets(plan, chosen, out_dtype, limit))
     transfer = _Transfer(plan, local, out_dtype, ranks, all_ranks)
-    transfer.reserve(all_groups)
-    groups = iter(all_groups)
-    for bucket in groups:
-        parts = transfer.move(bucket)
+    transfer.reserve(groups)
+    pieces = _pieces(transfer, iter(groups))
+    next(pieces)  # closing a generator that never ran would not move what is left
+    return pieces
+
+
+def _pieces(transfer: _Transfer, groups: Iterator[list[Piece]]) -> Generator[tuple[Piece, Tensor]]:
+    """What arrives, behind a first item that is none."""
+    parts: Sequence[tuple[Piece, Tensor]] = [(Piece(-1, Box((), ()), -1), torch.empty(0))]
+    while True:
         try:
-            yield from zip(bucket, parts, strict=True) if transfer.receives else ()
+            yield from parts
         except BaseException:  # the consumer stopped: let the other ranks finish, then stop
             for rest in groups:
                 transfer.move(rest)
             raise
+        bucket = next(groups, None)
+        if bucket is None:
+            return
+        arrived = transfer.move(bucket)
+        parts = list(zip(bucket, arrived, strict=True)) if transfer.receives else []
+
+
+class Iteration:
+    """Full tensors that a caller takes one by one, while the other ranks have sent theirs.
+
+    Attributes:
+        ended_by: the call that ended it before its last tensor.
+    """
+
+    def __init__(self, arriving: Generator[tuple[Piece, Tensor]]) -> None:
+        self.ended_by = ""
+        self._arriving = arriving
+        _iterations.add(self)
+
+    def end(self, op: str) -> None:
+        """Receives what is still on its way."""
+        _iterations.discard(self)
+        self.ended_by = self.ended_by or op
+        self._arriving.close()
+
+
+_iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()  # of all averages of the process
+
+
+def end_iterations(op: str) -> None:
+    """Ends all that are open: the other ranks may wait in their transfers."""
+    for iteration in list(_iterations):
+        iteration.end(op)
 
 
 class _Transfer:
@@ -393,7 +447,9 @@ class _Transfer:
         self._ranks = ranks
         self._all_ranks = all_ranks
         self._buffers: dict[torch.device, Tensor] = {}
-        self._host = torch.empty(0, dtype=torch.uint8)  # where what came by a device arrives
+        self._host = torch.empty(
+            0, dtype=torch.uint8, device="cpu"
+        )  # where what came by a device arrives
         self.receives = all_ranks or ranks.leader
 
     def reserve(self, groups: Sequence[list[Piece]]) -> None:
@@ -408,7 +464,7 @@ class _Transfer:
             self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
         away = [size for device, size in sizes.items() if device.type != "cpu"]
         if self.receives and away:
-            self._host = torch.empty(max(away), dtype=torch.uint8)
+            self._host = torch.empty(max(away), dtype=torch.uint8, device="cpu")
 
     def move(self, bucket: list[Piece]) -> list[Tensor]:
         """The pieces of the bucket, in order, on ranks that receive; else nothing."""
@@ -500,7 +556,10 @@ class Holdings:
 
 
 def assemble(
-    plan: Plan, chosen: Sequence[int], arriving: Iterator[tuple[Piece, Tensor]]
+    plan: Plan,
+    chosen: Sequence[int],
+    arriving: Iterator[tuple[Piece, Tensor]],
+    out_dtype: Callable[[Item], torch.dtype],
 ) -> Iterator[tuple[Item, Tensor]]:
     """Full tensors ``[*shape]`` on the CPU, one at a time, from the pieces of `stream`."""
     pieces = iter(arriving)
@@ -512,17 +571,22 @@ def assemble(
             piece, values = next(pieces)
             assert piece.item == index, (piece, item.fqn)
             if full is None:
-                full = torch.empty(item.shape, dtype=values.dtype)
+                full = torch.empty(item.shape, dtype=values.dtype, device="cpu")
             piece.box.view(full).copy_(values)
             missing -= piece.box.numel
-        yield item, torch.empty(item.shape, dtype=item.dtype) if full is None else full
+        if full is None:
+            full = torch.empty(item.shape, dtype=out_dtype(item), device="cpu")
+        yield item, full
 
 
 def with_apart(
-    plan: Plan, full: Iterator[tuple[Item, Tensor]], own: Mapping[str, Tensor]
+    plan: Plan,
+    chosen: Sequence[int],
+    full: Iterator[tuple[Item, Tensor]],
+    own: Mapping[str, Tensor],
 ) -> Iterator[tuple[Item, Tensor]]:
     """``full`` with the items of `apart` at their places: copies of the model's ``own`` tensors."""
-    for item in plan.items:
+    for item in (plan.items[index] for index in chosen):
         yield (item, _copied(own[item.fqn])) if item.opaque else next(full)
 
 

@@ -152,8 +152,12 @@ def runs(shape: Dims, box: Box) -> tuple[int, list[int]]:
     return numel, starts
 
 
+Span = tuple[int, int]  # of one dim: first and last-plus-one
+_MAX_CUT = 8  # dims that boxes are cut in, after those that they run through were joined
+
+
 def check_covered(fqn: str, shape: Dims, boxes: Sequence[Box]) -> None:
-    """Raises ValueError unless ``boxes`` (sorted) hold each element of the tensor exactly once."""
+    """Raises ValueError unless ``boxes`` hold each element of the tensor exactly once."""
     numel = math.prod(shape)
     held = sum(box.numel for box in boxes)
     if held != numel:
@@ -161,20 +165,79 @@ def check_covered(fqn: str, shape: Dims, boxes: Sequence[Box]) -> None:
             f"{fqn}: the ranks together hold {held} elements, expected {numel} for shape "
             f"{tuple(shape)}; pass group= with the ranks that share the model, all of them"
         )
-    # The volume is right, so a hole needs an overlap. Boxes sorted by offsets that overlap are
-    # close in the order of their first dim: compare those whose first rows meet.
-    open_boxes: list[Box] = []
-    for box in boxes:
-        if box.offsets:
-            start = box.offsets[0]
-            open_boxes = [b for b in open_boxes if b.offsets[0] + b.sizes[0] > start]
-        clash = next((b for b in open_boxes if b.intersect(box) is not None), None)
-        if clash is not None or (not box.offsets and open_boxes):
-            raise ValueError(
-                f"{fqn}: {clash} and {box} are held by different ranks and overlap; pass group= "
-                "with the ranks that share the model"
-            )
-        open_boxes.append(box)
+    full, spans = _joined(shape, boxes)
+    if len(full) > _MAX_CUT:
+        raise ValueError(
+            f"{fqn}: boxes that are cut in {len(full)} dims, expected {_MAX_CUT} or less"
+        )
+    place = _first_clash(full, spans) if numel else None
+    if place is None and all(_inside(box, shape) for box in boxes):
+        return
+    clash = [
+        box
+        for box, span in zip(boxes, spans, strict=True)
+        if place and all(a <= at < b for at, (a, b) in zip(place, span, strict=True))
+    ]
+    if len(clash) > 1:
+        raise ValueError(
+            f"{fqn}: {clash[0]} and {clash[1]} are held by different ranks and overlap; pass "
+            "group= with the ranks that share the model"
+        )
+    raise ValueError(
+        f"{fqn}: the ranks hold boxes that leave out a part of shape {tuple(shape)}, or reach "
+        "beyond it; pass group= with the ranks that share the model, all of them"
+    )
+
+
+def _inside(box: Box, shape: Dims) -> bool:
+    return all(o + n <= size for o, n, size in zip(box.offsets, box.sizes, shape, strict=True))
+
+
+def _joined(shape: Dims, boxes: Sequence[Box]) -> tuple[list[int], list[list[Span]]]:
+    """The sizes of the tensor and the spans of the boxes, in as few dims as tell all.
+
+    A dim that all boxes fill tells nothing. One that each box fills, or is a single row in the dim
+    before, is joined with that: flat ranges become spans of one dim.
+    """
+    full: list[int] = []
+    spans: list[list[Span]] = [[] for _ in boxes]
+    for dim, size in enumerate(shape):
+        parts = [(box.offsets[dim], box.offsets[dim] + box.sizes[dim]) for box in boxes]
+        if all(part == (0, size) for part in parts):
+            continue
+        pairs = list(zip(spans, parts, strict=True))
+        if full and all(part == (0, size) or _rows(span[-1]) == 1 for span, part in pairs):
+            full[-1] *= size
+            for span, (start, stop) in pairs:
+                first, last = span[-1][0], span[-1][1] - 1
+                span[-1] = (first * size + start, last * size + stop)
+        else:
+            full.append(size)
+            for span, part in pairs:
+                span.append(part)
+    return full, spans
+
+
+def _rows(span: Span) -> int:
+    return span[1] - span[0]
+
+
+def _first_clash(full: Sequence[int], spans: Sequence[Sequence[Span]]) -> Dims | None:
+    """The first place that is not held exactly once; None if there is none.
+
+    A box is told by its corners, a plus where it begins and a minus where it ends in each dim, as
+    a stretch is by its two ends. The corners of boxes that fill the tensor once add up to those
+    of the tensor, and no others do.
+    """
+    corners: dict[Dims, int] = {}
+    for weight, box in [(-1, [(0, size) for size in full]), *((1, span) for span in spans)]:
+        found: list[tuple[Dims, int]] = [((), weight)]
+        for start, stop in box:
+            begins = [((*corner, start), sign) for corner, sign in found]
+            found = begins + [((*corner, stop), -sign) for corner, sign in found]
+        for corner, sign in found:
+            corners[corner] = corners.get(corner, 0) + sign
+    return min((corner for corner, count in corners.items() if count), default=None)
 
 
 @dataclass(frozen=True, eq=False)

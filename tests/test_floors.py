@@ -15,6 +15,8 @@ FLOORS = {
     "schedules": 0,
     "kernels": 0,
     "errors": 0,
+    "callers": 0,
+    "modes": 0,
     "backends": 1,
     "shadows": 1,
     "replicas": 1,
@@ -23,6 +25,8 @@ FLOORS = {
     "swap": 1,
     "agree": 1,
     "files": 1,
+    "stepping": 1,
+    "watch": 1,
     "attach": 1,
     "layout": 1,
     "profiles": 1,
@@ -30,6 +34,7 @@ FLOORS = {
     "arguments": 2,
     "manifest": 2,
     "gather": 2,
+    "folder": 2,
     "checkpoint": 2,
     "export": 2,
     "consolidated": 2,
@@ -39,6 +44,8 @@ FLOORS = {
     "metrics": 2,
     "updater": 2,
     "weights": 2,
+    "own_state": 2,
+    "pretrained": 2,
     "average": 2,
     "ema": 3,
     "batchnorm": 4,
@@ -57,6 +64,7 @@ OPTIONAL = {
     "lightning": "integrations/lightning.py",
     "matplotlib": "plot.py",
     "triton": "kernels/fused_gpu.py",
+    "peft": "pretrained.py",
 }
 
 
