@@ -641,7 +641,7 @@ class ShardedEMA:
         def take_out() -> None:
             with writable():
                 try:
-                    self._weights.ensure_sharded()
+                    self._weights.ensure_sharded(force=True)
                 except Exception as error:  # a forward that was left half way: not the shards'
                     failed.append(error)
                 self._weights.await_copies()

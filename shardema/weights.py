@@ -61,6 +61,7 @@ class Weights:
         partly: bool,
     ) -> None:
         self.models = models
+        backends.refuse_unknown(models)
         self.name, self._backend = backends.find(models, backend)
         self._reads_weights = reads_weights
         self._rules = buffers
@@ -85,9 +86,13 @@ class Weights:
         """The ranks that share the model, None for all."""
         return self._backend.ranks(self.models)
 
-    def ensure_sharded(self) -> None:
-        """Frees what a forward has left gathered."""
-        self._backend.ensure_sharded(self.models)
+    def ensure_sharded(self, *, force: bool = False) -> None:
+        """Frees what a forward has left gathered.
+
+        Raises:
+            RuntimeError: somebody needs it, and ``force`` is not given.
+        """
+        self._backend.ensure_sharded(self.models, force=force)
 
     def applied(self) -> int | None:
         """The engine's last step, if it moved the weights."""
