@@ -305,6 +305,10 @@ def _pool(
 
 def _sum(values: Tensor, ranks: Ranks) -> Tensor:
     total = values.clone()
-    if ranks.size > 1:
+
+    def move() -> None:
         dist.all_reduce(total, group=ranks.group())
+
+    if ranks.size > 1:
+        ranks.transfer("update_bn", move, total.device)
     return total

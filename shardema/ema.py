@@ -41,6 +41,7 @@ from shardema.gather import Holdings, Item, Plan
 from shardema.layout import Buffers, Select
 from shardema.metrics import not_finite, sums, total
 from shardema.patterns import Pattern, text_of
+from shardema.replicas import Spread
 from shardema.schedules import Schedule, by_pattern, describe
 from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
 from shardema.shard import Shard, few, present
@@ -336,14 +337,18 @@ class ShardedEMA:
             for group in present(self._weights.mine)
             for shard in not_finite([s for s in group if s.source.numel()])
         ]
-        if not self._ranks.any(bool(names)):
+        updates = self.num_updates
+        found, most, least = self._ranks.max([float(bool(names)), updates, -updates])
+        if most != -least:  # told without another exchange; this one says by how much
+            self._ranks.agree("update", same=self._clocks())
+        if not found:
             return False
 
         def report(told: list[list[str]]) -> str:
             return few(sorted({name for names in told for name in names}))
 
-        found = self._ranks.agree("update (naming what is not finite)", lambda: names, report)
-        text = f"rank {self._ranks.rank}: {found}: not finite, so the average is not updated"
+        told = self._ranks.agree("update (naming what is not finite)", lambda: names, report)
+        text = f"rank {self._ranks.rank}: {told}: not finite, so the average is not updated"
         if self._on_nonfinite == "raise":
             raise RuntimeError(f"{text}; find the step that broke the weights, and go on before it")
         if self._ranks.leader:
@@ -406,18 +411,14 @@ class ShardedEMA:
                 is lost).
             ValueError: no average of this name.
         """
-        average, mine, exchange = self._together("swap", lambda: self._ready_to_swap(name))
-        same = self._weights.replicated(average.policy)
-        if average.policy.shard_replicas:  # the slices make replicas equal, so they must be
-            self._begin("swap", name, None)
-            self._check_replicas(average, "swap")
+        average, mine, exchange, carrier = self._together("swap", name, self._ready_to_swap)
         guards = []
         if self._weights.engine is not None:
             guard = functools.partial(self._not_inside, "an optimizer step")
             guards.append(self._weights.engine.hook(before=guard))
         try:
             self._inside = average.name
-            with writable(), self._weights.spread(same):
+            with writable(), self._weights.spread("swap", carrier, self._ranks):
                 self._weights.await_copies()
                 exchange.swap_in()
             self._weights.announce_write()
@@ -426,7 +427,7 @@ class ShardedEMA:
             now = self._weights.versions(mine)
         finally:
             try:
-                self._put_back(exchange, mine, same)
+                self._put_back(exchange, mine, carrier)
             finally:
                 for hook in guards:
                     hook.remove()
@@ -438,24 +439,49 @@ class ShardedEMA:
                 "weights outside of it, and call ema.reset() or ema.load() to mend the average"
             )
 
-    def _ready_to_swap(self, name: str | None) -> tuple[Average, list[Shard], Exchange]:
-        self._not_inside("swap")
-        average = self._named(name)
-        with writable():
-            self._refresh()
-            self._flush("swap")
-            return average, self._weights.mine, Exchange(self._held(average), average.shadows.views)
+    def _ready_to_swap(
+        self, average: Average
+    ) -> tuple[Average, list[Shard], Exchange, Spread | None]:
+        self._refresh()
+        self._flush("swap")
+        exchange = Exchange(self._held(average), average.shadows.views)
+        return average, self._weights.mine, exchange, self._carrier(average)
 
-    def _together(self, op: str, work: Callable[[], _T]) -> _T:
-        """``work()``; where an engine or replicas make the call collective, on all or on none."""
+    def _carrier(self, average: Average, *, masters: bool = False) -> Spread | None:
+        """What brings an average's slices to the other replicas, where it is kept in slices."""
+        if not average.policy.shard_replicas:
+            return None
+        return self._weights.carrier(average.policy, self._ranks, masters=masters)
+
+    def _together(
+        self,
+        op: str,
+        name: str | None,
+        work: Callable[[Average], _T],
+        given: Mapping[str, Any] | None = None,
+    ) -> _T:
+        """``work(average)``; where an engine or replicas make the call collective, on all or none.
+
+        Of slices the replicas are compared: they are put together, so they must be equal.
+        """
         sliced = any(average.policy.shard_replicas for average in self._averages.values())
         if self._weights.engine is None and not sliced:
-            return work()
+            self._not_inside(op)
+            average = self._named(name)
+            with writable():
+                return work(average)
         done: list[_T] = []
-        self._ranks.agree(op, lambda: done.append(work()))
+        self._begin(
+            op,
+            name,
+            given=lambda: dict(given or {}),
+            planned=sliced,
+            compared=lambda average: [average] if average.policy.shard_replicas else [],
+            prepare=lambda _, average, __: done.append(work(average)),
+        )
         return done[0]
 
-    def _put_back(self, exchange: Exchange, mine: Sequence[Shard], same: Sequence[Shard]) -> None:
+    def _put_back(self, exchange: Exchange, mine: Sequence[Shard], carrier: Spread | None) -> None:
         """The end of a swap: the weights come back first, whatever interrupts it."""
 
         def take_out() -> None:
@@ -474,7 +500,7 @@ class ShardedEMA:
         try:
             try:
                 # once on every rank, however often this one is interrupted
-                with self._weights.spread(same):
+                with self._weights.spread("swap", carrier, self._ranks):
                     interrupts.append(to_the_end(take_out))
             except (KeyboardInterrupt, SystemExit) as error:  # it was held back until here
                 interrupts.append(error)
@@ -518,25 +544,24 @@ class ShardedEMA:
             RuntimeError: inside ``swap()``.
             ValueError: ``every`` is no whole number above 0.
         """
-        if every is not None:
-            if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-                raise ValueError(f"copy_to_model: got every={every!r}, expected a whole number > 0")
-            updates = self._named(name).num_updates
+        good = every is None or (
+            isinstance(every, int) and not isinstance(every, bool) and every >= 1
+        )
+        if every is not None and good and name in (None, *self.names):
+            updates = self._averages[self.names[0] if name is None else name].num_updates
             if updates == 0 or updates % every:
                 return
 
-        def ready() -> Average:
-            self._not_inside("copy_to_model")
-            average = self._named(name)
-            with writable():
-                self._refresh()
+        def ready(average: Average) -> tuple[Average, Spread | None]:
+            if not good:
+                raise ValueError(f"copy_to_model: got every={every!r}, expected a whole number > 0")
+            self._refresh()
             self._flush("copy_to_model")
-            return average
+            return average, self._carrier(average, masters=True)
 
-        average = self._together("copy_to_model", ready)
-        same = self._weights.replicated(average.policy)
+        average, carrier = self._together("copy_to_model", name, ready, {"every": every})
         try:
-            with writable(), self._weights.spread(same, masters=True):
+            with writable(), self._weights.spread("copy_to_model", carrier, self._ranks):
                 self._weights.await_copies()
                 for group in present(self._held(average), write=True):
                     for shard in group:
@@ -620,29 +645,44 @@ class ShardedEMA:
     def _iter(
         self, op: str, name: str | None, dtype: Any, *, all_ranks: bool
     ) -> Iterator[tuple[str, Tensor]]:
-        plan, average, out_dtype = self._begin(op, name, dtype)
-        holdings = self._holdings(plan, average)
-        chosen = range(len(plan.items))
-        with writable():
-            self._check_replicas(average, op)
-            arriving = gather.stream(
-                plan,
-                chosen,
-                holdings,
-                out_dtype,
-                self._ranks,
-                limit=gather.BUCKET_BYTES,
-                all_ranks=all_ranks,
+        ready: list[gather.Prepared] = []
+
+        def prepare(plan: Plan, average: Average, out_dtype: Callable[[Item], torch.dtype]) -> None:
+            ready.append(
+                gather.prepare(
+                    plan,
+                    range(len(plan.items)),
+                    self._holdings(plan, average),
+                    out_dtype,
+                    self._ranks,
+                    limit=gather.BUCKET_BYTES,
+                    all_ranks=all_ranks,
+                )
             )
+
+        plan, _, _ = self._begin(
+            op,
+            name,
+            dtype,
+            given=lambda: {"all_ranks": bool(all_ranks)},
+            compared=lambda average: [average],
+            prepare=prepare,
+        )
+        arriving = gather.stream(ready[0], op)
+        with writable():
             if not (all_ranks or self._ranks.leader):
                 for _ in arriving:
                     raise AssertionError("only receivers get pieces")
                 return
-            full = gather.assemble(plan, chosen, arriving)
+        full = gather.assemble(plan, range(len(plan.items)), arriving)
         try:
             while True:
                 with writable():
-                    item, tensor = next(full, (None, None))
+                    try:
+                        item, tensor = next(full, (None, None))
+                    except BaseException as error:
+                        arriving.throw(error)  # which tells the others
+                        raise
                 if item is None or tensor is None:
                     return
                 for fqn in (item.fqn, *item.aliases):
@@ -681,23 +721,29 @@ class ShardedEMA:
             CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
             ValueError, RuntimeError, RankError: as for `full_state_dict`.
         """
-        limit = exporter.parse_size(max_shard_size)
-        if mode not in ("auto", "direct", "stream"):
-            raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
-        plan, average, out_dtype = self._begin("export", name, dtype)
-        holdings = self._holdings(plan, average)
-        module = unwrap(self._weights.models[0])
-        exported_dtype = next((out_dtype(i) for i in plan.items if i.averaged), None)
-        with writable():
-            self._check_replicas(average, "export")
+        path = os.path.abspath(path)
+
+        def given() -> dict[str, Any]:
+            if mode not in ("auto", "direct", "stream"):
+                raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
+            size = exporter.parse_size(max_shard_size)
+            return {"path": path, "max_shard_size": size, "mode": mode}
+
+        plan, average, out_dtype = self._begin(
+            "export", name, dtype, given=given, compared=lambda average: [average]
+        )
+        with writable(), self._ranks.together("export"):
+            holdings = self._holdings(plan, average)
+            module = unwrap(self._weights.models[0])
+            exported_dtype = next((out_dtype(i) for i in plan.items if i.averaged), None)
             exporter.export(
-                os.fspath(path),
+                path,
                 plan,
                 range(len(plan.items)),
                 holdings,
                 self._ranks,
                 out_dtype=out_dtype,
-                max_shard_size=limit,
+                max_shard_size=exporter.parse_size(max_shard_size),
                 mode=mode,
                 progress=progress,
                 extra=lambda folder: exporter.write_config(module, folder, exported_dtype),
@@ -724,7 +770,7 @@ class ShardedEMA:
             RuntimeError: inside ``swap()``.
             ValueError: no average of this name, or several and no name.
         """
-        plan, average, _ = self._begin("metrics", name, None)
+        plan, average, _ = self._begin("metrics", name)
         decays = average.decays or average.next_decays()
         weights = {shard.fqn: 1 - decays[average.index(shard)] for shard in self._weights.mine}
         held, views = self._held(average), average.shadows.views
@@ -765,29 +811,34 @@ class ShardedEMA:
             CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
             RuntimeError: inside ``swap()``, or supposed replicas differ.
         """
-        self._begin("save", self.names[0], None)
-        plan = self._plans[False]
-        averaged = [i for i, item in enumerate(plan.items) if item.averaged]
-        rest = [
-            i
-            for i, item in enumerate(plan.items)
-            if not item.averaged and (item.role == "buffer" or include_frozen)
-        ]
-        kept = {*averaged, *rest}
-        left_out = [item.fqn for i, item in enumerate(plan.items) if i not in kept]
-        own = Holdings(plan, self._weights.shards, {})
-        module = unwrap(self._weights.models[0])
-        with writable():
+        folder = os.path.abspath(folder)
+        self._begin(
+            "save",
+            self.names[0],
+            given=lambda: {"path": folder, "include_frozen": bool(include_frozen)},
+            compared=lambda _: list(self._averages.values()),
+        )
+        with writable(), self._ranks.together("save"):
+            plan = self._plans[False]
+            averaged = [i for i, item in enumerate(plan.items) if item.averaged]
+            rest = [
+                i
+                for i, item in enumerate(plan.items)
+                if not item.averaged and (item.role == "buffer" or include_frozen)
+            ]
+            kept = {*averaged, *rest}
+            left_out = [item.fqn for i, item in enumerate(plan.items) if i not in kept]
+            own = Holdings(plan, self._weights.shards, {})
+            module = unwrap(self._weights.models[0])
             sources = []
             for a in self._averages.values():
-                self._check_replicas(a, "save")
                 theirs = self._plans[a.policy.shard_replicas]
                 holdings = self._holdings(theirs, a)
                 dtype = self._travels_as(a)
                 sources.append(checkpoint.Source(a.name, theirs, averaged, holdings, dtype))
             sources.append(checkpoint.Source(None, plan, rest, own, lambda item: item.dtype))
             checkpoint.save(
-                os.fspath(folder),
+                folder,
                 sources,
                 {a.name: a.stored() for a in self._averages.values()},
                 left_out,
@@ -824,7 +875,16 @@ class ShardedEMA:
         After an error the averages are as before, to the bit.
         """
         folder = os.fspath(folder)
-        plan, _, _ = self._begin("load", self.names[0], None)
+        plan, _, _ = self._begin(
+            "load",
+            self.names[0],
+            given=lambda: {
+                "new_schedule": bool(new_schedule),
+                "add": sorted(_names(add)),
+                "drop": sorted(_names(drop)),
+            },
+            clocks=False,  # all of them are set: a load brings ranks into step again
+        )
         found: list[manifest.Manifest] = []
 
         def look() -> str:
@@ -885,7 +945,7 @@ class ShardedEMA:
                 unchanged.
             RuntimeError: inside ``swap()``.
         """
-        plan, average, _ = self._begin("load_full", name, None)
+        plan, average, _ = self._begin("load_full", name)
         label = "load_full" if isinstance(source, Mapping) else f"load_full from {source}"
         staged: list[Shadows] = []
 
@@ -1072,36 +1132,104 @@ class ShardedEMA:
         return self._averages[key]
 
     def _begin(
-        self, op: str, name: str | None, dtype: Any
+        self,
+        op: str,
+        name: str | None,
+        dtype: Any = None,
+        *,
+        given: Callable[[], dict[str, Any]] = dict,
+        clocks: bool = True,
+        planned: bool = True,
+        compared: Callable[[Average], Sequence[Average]] = lambda _: (),
+        prepare: Callable[[Plan, Average, Callable[[Item], torch.dtype]], None] | None = None,
     ) -> tuple[Plan, Average, Callable[[Item], torch.dtype]]:
-        """The start of every collective call: all ranks are ready, and know the plan."""
+        """The start of every collective call: all ranks are ready, in step, and know the plan.
 
-        def ready() -> bool:
+        Args:
+            given: the arguments that must be equal on all ranks; may refuse them.
+            clocks: compare the clocks too.
+            planned: whether a plan is needed.
+            compared: averages that supposed replicas are to hold alike.
+            prepare: what may fail on this rank, before the others wait for it.
+        """
+        same: dict[str, Any] = {}
+
+        def ready() -> list[dict[str, str]] | None:
             self._not_inside(op)
-            self._named(name)
+            average = self._named(name)
             check_dtype(op, dtype)
+            same.update(name=average.name, dtype=str(dtype), **given())
+            if clocks:
+                same.update(self._clocks())
             with writable():
-                self._weights.ensure_sharded()
-                self._follow(self._weights.read_again(self._ranks.rank))
+                if planned:
+                    self._weights.ensure_sharded()
+                    self._follow(self._weights.read_again(self._ranks.rank))
+                else:
+                    self._refresh()
             self._tell_what_froze()
             if op != "load":  # which fills all averages anew
                 self._flush(op)
-            return bool(self._plans)
+            return prepared() if self._plans or not planned else None
 
-        if not self._ranks.agree(op, ready, all):
-            missed = dict(self._weights.missed)
-            self._ranks.agree(f"{op} (patterns)", lambda: missed, layout.missed_by_all)
-            rules = {
-                average.name: describe(average.schedule) for average in self._averages.values()
-            }
-            self._ranks.agree(f"{op} (schedules)", lambda: rules, layout.same_rules)
+        def prepared() -> list[dict[str, str]]:
+            average = self._named(name)
+            with writable():
+                digests = [
+                    gather.replica_digests(self._plans[False], self._compared(a), self._ranks)
+                    for a in compared(average)
+                ]
+                if prepare is not None:
+                    prepare(self._plan_of(average), average, self._out_dtype(average, dtype))
+            return digests
+
+        def suspects(told: list[list[dict[str, str]] | None]) -> list[list[str]] | None:
+            columns = [theirs for theirs in told if theirs is not None]
+            if len(columns) < len(told):
+                return None  # a plan first
+            return [gather.differing(words) for words in zip(*columns, strict=True)]
+
+        found = self._ranks.agree(op, ready, suspects, same=same)
+        if found is None:
+            self._make_plans(op)
+            found = self._ranks.agree(f"{op} (preparing)", prepared, suspects)
+        average = self._named(name)
+        for suspicious, sets in zip(compared(average), found, strict=True):
+            if sets:
+                held = self._compared(suspicious)
+                gather.refuse_replicas(self._plans[False], held, self._ranks, op, sets)
+        return self._plan_of(average), average, self._out_dtype(average, dtype)
+
+    def _clocks(self) -> dict[str, Any]:
+        return {
+            f"clock of {a.name!r} (t, num_updates, moved_at)": [a.t, a.num_updates, a.moved_at]
+            for a in self._averages.values()
+        }
+
+    def _make_plans(self, op: str) -> None:
+        """Exchanges who holds what. Collective, in the first call that needs it."""
+        missed = dict(self._weights.missed)
+        rules = {average.name: describe(average.schedule) for average in self._averages.values()}
+
+        def alike(told: list[list[Any]]) -> None:
+            layout.missed_by_all([theirs for theirs, _ in told])
+            layout.same_rules([theirs for _, theirs in told])
+
+        self._ranks.agree(f"{op} (schedules)", lambda: [missed, rules], alike)
+        plans = {}
+        with self._ranks.together(f"{op} (planning)"):
             dropped = exporter.dropped_names(self._weights.models)
             cuts = {average.policy.shard_replicas for average in self._averages.values()}
             for cut in sorted(cuts | {False}):
                 shards = self._weights.all_cut(ShadowPolicy(shard_replicas=cut))
                 averaged = self._weights.averaged
-                self._plans[cut] = gather.make_plan(shards, averaged, self._ranks, dropped)
-        average = self._named(name)
+                plans[cut] = gather.make_plan(shards, averaged, self._ranks, dropped)
+        self._plans = plans
+
+    def _plan_of(self, average: Average) -> Plan:
+        return self._plans.get(average.policy.shard_replicas, Plan((), ()))
+
+    def _out_dtype(self, average: Average, dtype: Any) -> Callable[[Item], torch.dtype]:
         own = self._travels_as(average)
 
         def out_dtype(item: Item) -> torch.dtype:
@@ -1110,7 +1238,7 @@ class ShardedEMA:
             given = item.role != "buffer" and item.dtype.is_floating_point
             return dtype if given and isinstance(dtype, torch.dtype) else item.dtype
 
-        return self._plans[average.policy.shard_replicas], average, out_dtype
+        return out_dtype
 
     def _travels_as(self, average: Average) -> Callable[[Item], torch.dtype]:
         """The dtype of an item where this average stands for the model."""
@@ -1119,12 +1247,12 @@ class ShardedEMA:
     def _holdings(self, plan: Plan, average: Average) -> Holdings:
         return Holdings(plan, self._weights.all_cut(average.policy), average.shadows.views)
 
-    def _check_replicas(self, average: Average, op: str) -> None:
-        """Compares the average on supposed replicas; of slices, the weights that they are of."""
+    def _compared(self, average: Average) -> Holdings:
+        """What supposed replicas hold alike: the average, or the weights that slices are of."""
         cut = average.policy.shard_replicas
         sources = {shard.fqn: shard.source for shard in self._weights.mine} if cut else {}
-        held = Holdings(self._plans[False], self._weights.shards, sources or average.shadows.views)
-        gather.check_replicas(self._plans[False], held, self._ranks, op)
+        views = sources or average.shadows.views
+        return Holdings(self._plans[False], self._weights.shards, views)
 
     def _check_names(
         self, folder: str, stored: set[str], add: tuple[str, ...], drop: tuple[str, ...]

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from shardema import backends, layout, replicas
+from shardema.agree import Ranks
 from shardema.layout import Buffers, Select
 from shardema.patterns import Pattern
 from shardema.shadows import ShadowPolicy, writable
@@ -172,31 +173,58 @@ class Weights:
         """Those of `mine` of which `cut` gives a slice only."""
         return [s for s in self.mine if policy.shard_replicas and replicas.sliced(s)]
 
-    @contextlib.contextmanager
-    def spread(self, same: Sequence[Shard], *, masters: bool = False) -> Iterator[None]:
-        """The block writes the model's own tensors; what it wrote reaches all ranks when it ends.
-
-        Local, but for an engine and for slices.
+    def carrier(
+        self, policy: ShadowPolicy, ranks: Ranks, *, masters: bool = False
+    ) -> replicas.Spread:
+        """What `spread` brings slices to the other replicas with. Local, and allocates.
 
         Args:
-            same: of which it writes this replica's slice only.
-            masters: it writes what the optimizer steps, too.
+            masters: what the optimizer steps is written, too.
         """
-        if self.engine is None and not same:
+        same = self.replicated(policy)
+        whole = [(s.own, s.replicas) for s in same]
+        if masters:
+            whole += [(s.local, s.replicas) for s in same if s.weights is not None]
+        return replicas.Spread(whole, ranks)
+
+    @contextlib.contextmanager
+    def spread(self, op: str, carrier: replicas.Spread | None, ranks: Ranks) -> Iterator[None]:
+        """The block writes the model's own tensors; what it wrote reaches all ranks when it ends.
+
+        Local, but for an engine and for slices. With slices, what the block raises on one rank is
+        raised on all, when they are together again.
+
+        Args:
+            carrier: of those tensors of which the block writes this replica's slice only.
+        """
+        if self.engine is None and carrier is None:
             yield
             return
+        failed: BaseException | None = None
+
+        def finish() -> None:
+            if failed is not None:
+                raise failed
+
         with uninterrupted(), writable():
             if self.engine is not None:
                 self.engine.release()
             try:
                 yield
-            finally:  # the other ranks gather too, whatever happened here
-                whole = [(s.own, s.replicas) for s in same]
-                if masters:
-                    whole += [(s.local, s.replicas) for s in same if s.weights is not None]
-                replicas.spread(whole)
-                if self.engine is not None:
-                    self.engine.publish()
+            except BaseException as error:
+                failed = error
+            # the other ranks gather too, whatever happened here
+            if carrier is not None:
+                carrier(op)
+            if self.engine is not None:
+                ranks.transfer(op, self.engine.publish, ranks.transport(self._device()))
+            if carrier is not None:
+                ranks.agree(f"{op} (finishing)", finish)
+            elif failed is not None:
+                raise failed
+
+    def _device(self) -> str:
+        return next((shard.own.device.type for shard in self.shards), "cpu")
 
     def versions(self, shards: Sequence[Shard]) -> dict[str, int]:
         """Counters that every in-place write moves, by fqn; of an engine, its parameters'."""
