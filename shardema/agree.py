@@ -311,10 +311,10 @@ class Ranks:
         reply: Callable[[list[Any]], Any] | None,
         timeout: float,
     ) -> dict[str, Any]:
+        word["who"] = [self._who, self._calls]
         if self.size == 1:
             return self._answer([word], reply)
         rounds = self._rounds()
-        word["who"] = [self._who, self._calls]
         if self._last:
             word["last"] = self._last
         self._calls += 1
@@ -413,8 +413,8 @@ class Ranks:
             return {"error": joined(errors)}
         if text := different(came):
             return {"error": gave_up(self.rank, everywhere(text, op))}
-        if text := unequal(op, came):
-            return {"error": {**gave_up(self.rank, text), "type": "ValueError"}}
+        if odd := unequal(op, came):
+            return {"error": odd}
         answer: dict[str, Any] = {}
         if rounds is not None and any(word["who"][0] is None for _, word in came):
             answer["who"] = rounds.number

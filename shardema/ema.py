@@ -458,7 +458,7 @@ class ShardedEMA:
         op: str,
         name: str | None,
         work: Callable[[Average], _T],
-        given: Mapping[str, Any] | None = None,
+        given: Callable[[], dict[str, Any]] = dict,
     ) -> _T:
         """``work(average)``; where an engine or replicas make the call collective, on all or none.
 
@@ -468,13 +468,14 @@ class ShardedEMA:
         if self._weights.engine is None and not sliced:
             self._not_inside(op)
             average = self._named(name)
+            given()
             with writable():
                 return work(average)
         done: list[_T] = []
         self._begin(
             op,
             name,
-            given=lambda: dict(given or {}),
+            given=given,
             planned=sliced,
             compared=lambda average: [average] if average.policy.shard_replicas else [],
             prepare=lambda _, average, __: done.append(work(average)),
@@ -552,14 +553,17 @@ class ShardedEMA:
             if updates == 0 or updates % every:
                 return
 
-        def ready(average: Average) -> tuple[Average, Spread | None]:
+        def given() -> dict[str, Any]:
             if not good:
                 raise ValueError(f"copy_to_model: got every={every!r}, expected a whole number > 0")
+            return {"every": every}
+
+        def ready(average: Average) -> tuple[Average, Spread | None]:
             self._refresh()
             self._flush("copy_to_model")
             return average, self._carrier(average, masters=True)
 
-        average, carrier = self._together("copy_to_model", name, ready, {"every": every})
+        average, carrier = self._together("copy_to_model", name, ready, given)
         try:
             with writable(), self._weights.spread("copy_to_model", carrier, self._ranks):
                 self._weights.await_copies()

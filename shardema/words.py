@@ -45,12 +45,10 @@ def different(came: Sequence[tuple[int, dict[str, Any]]]) -> str:
     return ""
 
 
-def unequal(op: str, came: Sequence[tuple[int, dict[str, Any]]]) -> str:
-    """Where an argument or a clock is not equal on all ranks; else nothing."""
-    first = came[0][1]["same"]
-    if all(word["same"] == first for _, word in came):
-        return ""
-    for name in first or {}:
+def unequal(op: str, came: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Any] | None:
+    """The error where an argument or a clock is not equal on all ranks."""
+    leader, first = came[0]
+    for name in first["same"] or {}:
         values: dict[str, list[int]] = {}
         for rank, word in came:
             value = (word["same"] or {}).get(name)
@@ -59,18 +57,17 @@ def unequal(op: str, came: Sequence[tuple[int, dict[str, Any]]]) -> str:
             continue
         each = [f"{_ranks(ranks)}: {value}" for value, ranks in values.items()]
         listed = "; ".join(each[:8]) + (f"; and {len(each) - 8} more" if len(each) > 8 else "")
+        listed += _missed(came)
         if name.startswith("clock"):
-            return (
-                f"{op}: the ranks are out of step: {name} is {listed}{_missed(came)}; every rank "
-                "must update as often (not under `if rank == 0`; uneven inputs under Join, and "
-                "local SGD, step some ranks more often): load a checkpoint or call reset() on all "
-                "ranks"
+            return gave_up(
+                next(rank for rank, word in came if word["same"] != first["same"]),
+                f"{op}: the ranks are out of step: {name} is {listed}; every rank must update as "
+                "often (not under `if rank == 0`; uneven inputs under Join, and local SGD, step "
+                "some ranks more often): load a checkpoint or call reset() on all ranks",
             )
-        return (
-            f"{op}: the ranks give different arguments: {name} is {listed}{_missed(came)}; give "
-            f"the same {name} on every rank"
-        )
-    return f"{op}: the ranks keep different averages{_missed(came)}; build the EMA alike on all"
+        text = f"{op}: the ranks give different arguments: {name} is {listed}; give the same "
+        return {**gave_up(leader, f"{text}{name} on every rank"), "type": "ValueError"}
+    return None
 
 
 def _missed(came: Sequence[tuple[int, dict[str, Any]]]) -> str:
