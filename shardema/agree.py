@@ -156,6 +156,8 @@ class Ranks:
         Raises:
             RankError: a rank ended, froze, failed or is elsewhere, or has done so before.
         """
+        if self.size == 1:
+            return move()
         rounds = self._rounds()
         if rounds.broken:
             raise self._of_broken(op)
@@ -198,7 +200,7 @@ class Ranks:
                 f"rank {self.rank}: {op}: the process group is broken, since a transfer was left "
                 f"half done in it: {self._rounds().broken}; start the run anew from its last "
                 "checkpoint",
-                rank=self.rank,
+                rank=self._rounds().culprit,
             )
         )
 
@@ -215,8 +217,8 @@ class Ranks:
                 raise error
             marks = self._ask(rounds, lambda: rounds.call_roll(mark))
         except _StoreGone as gone:
-            rounds.broken = str(gone)
-            return told(RankError(f"rank {self.rank}: {op}: {gone}", rank=self._world[0]))
+            rounds.broken, rounds.culprit = str(gone), self._world[0]
+            return told(RankError(f"rank {self.rank}: {op}: {gone}", rank=rounds.culprit))
         missing = [rank for rank, said in zip(self.ranks, marks, strict=True) if said is None]
         said = {rank: m for rank, m in zip(self.ranks, marks, strict=True) if m is not None}
         parts = []
@@ -227,13 +229,13 @@ class Ranks:
         parts += [e["text"][:LONG] for e in errors[:OTHERS]]
         if not parts:
             parts.append(f"{op} did not end within {self.timeout:g} s although all ranks are in it")
-        rounds.broken = "; ".join(parts)
         first = missing[0] if missing else errors[0]["rank"] if errors else self.rank
+        rounds.broken, rounds.culprit = "; ".join(parts), first
         return told(
             RankError(
                 f"{rounds.broken}; the transfer is left half done, so the process group is broken: "
                 "start the run anew from its last checkpoint",
-                rank=first,
+                rank=rounds.culprit,
             )
         )
 

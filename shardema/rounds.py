@@ -55,6 +55,7 @@ class Rounds:
 
     Attributes:
         broken: why the process group may not be used again, if so.
+        culprit: the rank that it broke at.
         alive: when the store answered last.
         missed: what the last round was that went on without this rank.
     """
@@ -64,6 +65,7 @@ class Rounds:
         self.ranks = tuple(ranks)
         self.index = index
         self.broken = ""
+        self.culprit = -1
         self.missed = ""
         self.alive = time.monotonic()
         self._name = f"shardema/{self.ranks[0]}-{self.ranks[-1]}-{hash(self.ranks)}"
@@ -178,7 +180,7 @@ class Rounds:
         if not mine:
             self.missed = reply.get("error", {}).get("text", "")
         if "broken" in reply:
-            self.broken = reply["broken"]
+            self.broken, self.culprit = reply["broken"], self.ranks[self.index]
         with contextlib.suppress(RuntimeError):  # it is read: the store may end
             self.store.delete_key(self._key(self.index, number))
             if counted and self.store.add(self._key("read", number), 1) == reply["readers"]:
