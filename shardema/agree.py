@@ -257,7 +257,8 @@ class Ranks:
             work: done on every rank; what it returns must be JSON.
             reply: given what all ranks' ``work`` returned, on the leader; returns JSON.
             same: what must be equal on all ranks, by name; ``work`` may still add to it.
-            nbytes: bytes that ``work`` moves on all ranks together, which lengthens the timeout.
+            nbytes: bytes that ``work`` moves on the rank that moves most; where they take longer
+                than the timeout, at 20 MB/s, that is how long the ranks wait.
 
         Returns:
             What ``reply`` returned, on every rank; None without it.
@@ -281,7 +282,7 @@ class Ranks:
             raised = error
             word["error"] = packed(error, self.rank)
         word["same"] = same
-        answer = self._exchange(op, word, reply, self.timeout + nbytes / _SLOWEST)
+        answer = self._exchange(op, word, reply, max(self.timeout, nbytes / _SLOWEST))
         if raised is not None and not isinstance(raised, Exception):
             raise told(raised)
         if "error" in answer:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardema.schedules import Schedule, as_schedule, by_pattern
+from shardema.schedules import Schedule, as_schedule, by_pattern, constant, custom, half_life
 from shardema.shadows import ShadowPolicy
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of an average, and of its folder
@@ -73,6 +73,17 @@ def as_policies(shadow: Any, schedules: Mapping[str, Rule]) -> dict[str, ShadowP
     return dict.fromkeys(schedules, shadow)
 
 
+def refuse_positional(op: str, given: tuple[Any, ...]) -> None:
+    """Raises TypeError for what other libraries' updates take."""
+    if given:
+        kinds = ", ".join(type(one).__name__ for one in given)
+        raise TypeError(
+            f"{op}: got {kinds} without a keyword, expected {op}() or {op}(dt=<progress since the "
+            "last update>): the EMA knows its model and counts its steps, so leave out the model "
+            "and the step that timm's update takes, and the parameters that diffusers' step takes"
+        )
+
+
 def increment(dt: Any, unit: str) -> float:
     """``dt`` as a Python number; a missing one is one step. Raises ValueError."""
     if dt is None:
@@ -89,6 +100,26 @@ def increment(dt: Any, unit: str) -> float:
             "0 or more (of a tensor its .item(), which waits for the device)"
         )
     return int(dt) if isinstance(dt, numbers.Integral) else float(dt)
+
+
+def odd_decay(schedule: Rule, decay: float | None, num_updates: int) -> float | None:
+    """A decay of 1 or below 0.5, as by a slip (1 - decay); None where it may well be meant.
+
+    Told of decays that do not change: others begin with 0, or wait with 1. A callable is past such
+    a beginning at its 100th update. What a pattern is given is meant so.
+
+    Args:
+        schedule: of an average.
+        decay: of its last update.
+    """
+    if isinstance(schedule, constant | half_life):
+        if schedule.unit == "step":
+            decay = schedule.retention(0, 1)
+        elif num_updates != 1:
+            return None
+    elif not isinstance(schedule, custom) or num_updates != 100:
+        return None
+    return decay if decay is not None and (decay == 1 or decay < 0.5) else None
 
 
 def check_dtype(op: str, dtype: Any) -> None:

@@ -25,6 +25,7 @@ from shardema.backends.tree import unwrap, walk, wrapped_child
 from shardema.ema import ShardedEMA
 from shardema.shadows import writable
 from shardema.shard import few
+from shardema.swap import to_the_end, uninterrupted
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,10 @@ class _Moments:
     """Count, mean and squared deviations of what went into a layer, by channel, in float64."""
 
     count: float = 0
-    mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    squares: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64, device="cpu"))
+    squares: Tensor = field(
+        default_factory=lambda: torch.zeros((), dtype=torch.float64, device="cpu")
+    )
 
     def add(self, inputs: Tensor) -> None:
         """Joins a batch [n, channels, ...]: Chan, Golub and LeVeque 1983, equations 2.1."""
@@ -201,13 +204,20 @@ def _same_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
             for name, tensor in module._buffers.items()
             if tensor is not None
         ]
+
+    def restore() -> None:
+        for module, name, tensor, value in buffers:
+            tensor.copy_(value)
+            module._buffers[name] = tensor
+
+    interrupt = None
     try:
         yield
     finally:
-        with writable():
-            for module, name, tensor, value in buffers:
-                tensor.copy_(value)
-                module._buffers[name] = tensor
+        with uninterrupted(), writable():
+            interrupt = to_the_end(restore)
+    if interrupt is not None:
+        raise interrupt
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,12 +11,24 @@ import torch
 from torch import Tensor
 
 from shardema.errors import CheckpointError
-from shardema.files import Entry, open_existing, read_at, read_header, read_whole
+from shardema.files import (
+    BROKEN,
+    Entry,
+    local_path,
+    opened,
+    parse_json,
+    read_at,
+    read_header,
+    read_whole,
+    reporting,
+)
 from shardema.gather import Plan
 from shardema.shard import Box, Dims, few, runs, split_box
 
 _CHUNK = 16 << 20  # bytes read at a time
 _MAX_INDEX = 100_000_000  # bytes
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,51 +39,61 @@ class Place:
     entry: Entry
 
 
-def tensors_of(source: str) -> dict[str, Place]:
+def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
     """Every tensor of a ``.safetensors`` file, or of a folder in the HF layout.
+
+    Both may be symlinks, and so may the files in a folder, as those of a Hub snapshot are.
 
     Raises:
         CheckpointError: there is none, or a header is broken.
+        ValueError: the path is no local one.
     """
-    if not os.path.isdir(source):
-        return _tensors_in(source)
-    single = os.path.join(source, "model.safetensors")
-    index = os.path.join(source, "model.safetensors.index.json")
-    if os.path.exists(single):
-        return _tensors_in(single)
-    if not os.path.exists(index):
+    source = local_path("load_full", source)
+    with reporting(source, "reading"):
+        if not stat.S_ISDIR(os.stat(source).st_mode):
+            return _tensors_in(source)
+        inside = set(os.listdir(source))
+    if _SINGLE in inside:
+        return _tensors_in(os.path.join(source, _SINGLE))
+    if _INDEX not in inside:
         raise CheckpointError(
             f"reading {source}: neither model.safetensors nor its index is in it; give a "
             ".safetensors file or a folder that export or save_pretrained wrote",
             path=source,
         )
+    index = os.path.join(source, _INDEX)
     try:
-        names = set(json.loads(read_whole(index, _MAX_INDEX))["weight_map"].values())
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"reading {index}: it is broken ({error})", path=index) from error
+        weight_map = parse_json(read_whole(index, _MAX_INDEX, follow=True))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except BROKEN as error:
+        raise CheckpointError(
+            f"reading {index}: it is broken ({error!r:.300})", path=index
+        ) from error
     found: dict[str, Place] = {}
-    for name in sorted(str(name) for name in names):
-        if os.path.basename(name) != name:
-            raise CheckpointError(f"reading {index}: it names {name!r}, outside it", path=index)
-        found.update(_tensors_in(os.path.join(source, name)))
+    for name in names:
+        if not isinstance(name, str) or os.path.basename(name) != name:
+            raise CheckpointError(
+                f"reading {index}: it names {name!r:.300}, outside it", path=index
+            )
+        there = _tensors_in(os.path.join(source, name))
+        twice = sorted(there.keys() & found.keys())
+        if twice:
+            raise CheckpointError(
+                f"reading {source}: {few(twice)} is in {name} and in another file", path=source
+            )
+        found.update(there)
     return found
 
 
 def _tensors_in(path: str) -> dict[str, Place]:
-    fd = open_existing(path)
-    try:
+    with opened(path, follow=True) as fd:
         return {name: Place(path, entry) for name, entry in read_header(fd, path).items()}
-    finally:
-        os.close(fd)
 
 
 def read_into(target: Tensor, place: Place, box: Box) -> None:
     """Sets ``target [*box.sizes]`` to a box of a stored tensor, reading little more than that."""
-    fd = open_existing(place.path)
-    try:
+    with opened(place.path, follow=True) as fd:
         _read(fd, place, box, target)
-    finally:
-        os.close(fd)
 
 
 def _read(fd: int, place: Place, box: Box, target: Tensor) -> None:

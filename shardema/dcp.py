@@ -38,12 +38,13 @@ class BoxedTensor(torch.Tensor):
     Attributes:
         local: what this rank holds; shares memory with the average.
         places: ``(offsets, sizes)`` of each box in ``local``.
-        order: as in `Shard`.
+        order, corners: as in `Shard`.
     """
 
     local: Tensor
     places: tuple[tuple[Dims, Dims], ...]
     order: Dims
+    corners: tuple[Dims, ...]
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype) -> BoxedTensor:
@@ -56,7 +57,7 @@ class BoxedTensor(torch.Tensor):
         made = cls(shard.shape, local.dtype)
         made.local = local
         made.places = tuple((box.offsets, box.sizes) for box in shard.boxes)
-        made.order = shard.order
+        made.order, made.corners = shard.order, shard.corners
         return made
 
     @classmethod
@@ -85,7 +86,8 @@ class BoxedTensor(torch.Tensor):
 
     def _shard(self) -> Shard:
         boxes = tuple(Box(tuple(o), tuple(s)) for o, s in self.places)
-        return Shard("", self.local, tuple(self.shape), boxes, order=tuple(self.order))
+        order, corners = tuple(self.order), tuple(map(tuple, self.corners))
+        return Shard("", self.local, tuple(self.shape), boxes, order=order, corners=corners)
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         items = []

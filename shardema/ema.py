@@ -31,12 +31,21 @@ from shardema import (
 )
 from shardema import export as exporter
 from shardema.agree import Ranks
-from shardema.arguments import as_models, as_policies, as_schedules, check_dtype, increment
-from shardema.attach import Attached
+from shardema.arguments import (
+    as_models,
+    as_policies,
+    as_schedules,
+    check_dtype,
+    increment,
+    odd_decay,
+    refuse_positional,
+)
+from shardema.attach import Attached, Engine, Rounds, Source
 from shardema.average import Average
 from shardema.backends.tree import unwrap, walk
 from shardema.dcp import BoxedTensor, refuse_pickle
-from shardema.errors import CheckpointError
+from shardema.errors import CheckpointError, SwapError
+from shardema.folder import absolute
 from shardema.gather import Holdings, Item, Plan
 from shardema.layout import Buffers, Select
 from shardema.metrics import not_finite, sums, total
@@ -45,13 +54,15 @@ from shardema.replicas import Spread
 from shardema.schedules import Schedule, by_pattern, describe
 from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
 from shardema.shard import Shard, few, present
-from shardema.swap import Exchange, to_the_end, uninterrupted
+from shardema.swap import Block, Exchange, to_the_end, uninterrupted
 from shardema.updater import Updater, slotted
+from shardema.watch import Writes
 from shardema.weights import Weights
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+_WRITERS = ("load", "load_full")  # what the average is afterwards does not hang on the steps before
 _EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
 
 
@@ -161,10 +172,19 @@ class ShardedEMA:
                 self._averages[name] = Average(name, rule, policies[name], shadows)
             self._updater = self._bound()
         self._plans: dict[bool, Plan] = {}  # of whole shards, and of the replicas' slices
+        self._planned: tuple[Any, ...] = ()  # `Weights.stamp` when the plans were made
         self._inside: str | None = None  # the average that the model holds, in a swap
+        self._due: Callable[[], None] | None = None  # the end of a swap that was left, to be made
+        self._torn: str | None = None  # why there is nothing to go on with
         self._failed: RuntimeError | None = None  # of an update in the background
         self._moved = False  # the weights' storage, since the update was bound
         self._captured = False  # by a CUDA graph, which the tables must outlive
+        self._source: Source | None = None  # what makes the updates, while attached
+        self._writes = Writes()  # of the weights, since an update, while attached
+        self._loaded: set[str] = set()  # averages that are not the weights they began with
+        self._told: set[str] = set()  # warnings that were given
+        for average in self._averages.values():
+            self._tell_odd_decay(average)
 
     # ---- what it is ---------------------------------------------------------------------------
 
@@ -176,11 +196,13 @@ class ShardedEMA:
     @property
     def t(self) -> float:
         """Progress in the schedule's unit, the sum of every ``dt``."""
+        self._close_round()
         return max(average.t for average in self._averages.values())
 
     @property
     def num_updates(self) -> int:
         """Updates so far."""
+        self._close_round()
         return max(average.num_updates for average in self._averages.values())
 
     @property
@@ -192,12 +214,13 @@ class ShardedEMA:
         held = max(sum(s.local.numel() for s in self._held(a)) for a in self._averages.values())
         size = sum(f.nbytes for a in self._averages.values() for f in a.shadows.flats)
         rules = ", ".join(f"{a.name}={a.schedule}" for a in self._averages.values())
+        progress = max(average.t for average in self._averages.values())  # closes no round
         return (
             f"ShardedEMA({rules}; backend={self._weights.name}, "
             f"{len(self._weights.averaged)} tensors, "
             f"rank {self._ranks.rank} of {self._ranks.size}: {held:,} elements in "
-            f"{size / 2**20:.1f} MiB of shadows; kernel={'+'.join(self._updater.runs)}; t={self.t} "
-            f"{self.unit}s)"
+            f"{size / 2**20:.1f} MiB of shadows; kernel={'+'.join(self._updater.runs)}; "
+            f"t={progress} {self.unit}s)"
         )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -205,7 +228,7 @@ class ShardedEMA:
 
     # ---- the update ---------------------------------------------------------------------------
 
-    def update(self, dt: float | None = None) -> None:
+    def update(self, *misplaced: Any, dt: float | None = None) -> None:
         """Moves the averages towards the present weights.
 
         Local: no collective, no host sync, unless ``on_nonfinite`` asks for them.
@@ -218,17 +241,29 @@ class ShardedEMA:
             dt: progress since the last update, in the schedule's unit; None is one step.
 
         Raises:
-            RuntimeError: inside ``swap()``; or the model is no longer the one that the EMA was
-                built for (wrapped since, a parameter of another shape or dtype).
+            RuntimeError: inside ``swap()``; while an optimizer is attached; or the model is no
+                longer the one that the EMA was built for (wrapped since, a parameter of another
+                shape or dtype).
             ValueError: ``dt`` is negative, or missing where the clock does not count steps.
+            TypeError: an argument without a keyword: other libraries' updates take a model, a
+                step or parameters.
         """
+        refuse_positional("update", misplaced)
+        self._not_inside("update")
+        if self._source is not None:
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: update: {self._source.what} is attached and updates "
+                "this EMA after each of its steps, so this one would count twice; leave update() "
+                "out, or end that first: handle = ema.attach(...), handle.remove()"
+            )
         self._advance(dt)
         self._copied()
 
-    def _advance(self, dt: float | None) -> None:
+    def _advance(self, dt: float | Callable[[], float] | None) -> None:
         """`update`, which offloaded averages may still read the weights for."""
         self._not_inside("update")
-        step = increment(dt, self.unit)
+        if not callable(dt):
+            increment(dt, self.unit)
         if _capturing():
             self._capture()
             return
@@ -240,6 +275,8 @@ class ShardedEMA:
             if self._on_nonfinite != "ignore" and self._broken():
                 self._counted = applied
                 return
+            # a callable is asked only now: what it tells would be lost with a skipped update
+            step = increment(dt() if callable(dt) else dt, self.unit)
             weights, flat = self._decide(step)
             with self._naming("update"):
                 self._updater.await_thread()  # here, where it can be interrupted
@@ -249,7 +286,8 @@ class ShardedEMA:
                 for group in present(self._weights.lent):
                     self._lerp_lent(group, flat)
                 self._note(weights, step)
-        self._counted = applied
+                self._counted = applied
+        self._seen()
 
     def _capture(self) -> None:
         if self._weights.engine is not None or self._on_nonfinite != "ignore":
@@ -261,7 +299,7 @@ class ShardedEMA:
             self._updater.launch()
         self._captured = True
 
-    def before_replay(self, dt: float | None = None) -> None:
+    def before_replay(self, *misplaced: Any, dt: float | None = None) -> None:
         """Makes ready for the replay of a CUDA graph that has captured `update`. Local.
 
         Moves the clock, and gives the replay its weights on the current stream: a schedule goes
@@ -273,8 +311,9 @@ class ShardedEMA:
         Raises:
             RuntimeError: no `update` was captured; inside ``swap()``; the model's storage was
                 replaced since.
-            ValueError: as for `update`.
+            ValueError, TypeError: as for `update`.
         """
+        refuse_positional("before_replay", misplaced)
         self._not_inside("before_replay")
         step = increment(dt, self.unit)
         if not self._captured:
@@ -300,6 +339,8 @@ class ShardedEMA:
         """Moves the clocks."""
         for average, those in zip(self._averages.values(), weights, strict=True):
             average.moved(those, step)
+            if average.num_updates in (1, 100):
+                self._tell_odd_decay(average)
 
     def _raise_moved(self) -> NoReturn:
         raise RuntimeError(
@@ -323,6 +364,7 @@ class ShardedEMA:
             RuntimeError: an update failed in the background; the averages may be half updated, so
                 load a checkpoint or call `reset`.
         """
+        self._close_round()
         self._flush("flush")
         self._copied()
 
@@ -358,29 +400,45 @@ class ShardedEMA:
     def attach(
         self, *optimizers: Any, dt: float | Callable[[], float] | None = None
     ) -> backends.Handle:
-        """Updates by itself, once after the last of the optimizers really stepped. Local.
+        """Updates by itself, once after each round of steps of the optimizers. Local.
+
+        A round ends when each of them has really stepped; or before: when one of them is about to
+        step again, at the next forward of the model, when something reads the average, and at
+        ``handle.remove()``. A load or `reset` forgets a round that is open. No update is made in
+        the middle of a backward: optimizers that step there are followed one of these later.
 
         Steps that a GradScaler skipped do not count, nor do accelerate's accumulation steps.
         Offloaded averages read the weights until the next step, which waits for them; `update`
-        waits itself.
+        waits itself. An optimizer that steps none of the averaged tensors is not followed where
+        another one does.
 
         Args:
             optimizers: torch optimizers, or accelerate's wrappers of them; for a DeepSpeed engine
                 the engine itself, whose ``step`` is then followed.
-            dt: as for `update`; a callable is asked at every update.
+            dt: as for `update`; a callable is asked at every update, and only then.
 
         Returns:
-            A handle; ``handle.remove()`` ends it.
+            A handle; ``handle.remove()`` ends it. Until then ``update()`` by hand and another
+            ``attach`` raise.
 
         Raises:
-            TypeError: something that is no torch optimizer, such as one inside an engine.
-            ValueError: no optimizer, or ``dt`` missing where the clock does not count steps.
+            TypeError: something that is no torch optimizer, such as one inside an engine, or whose
+                ``step`` does not run torch's step hooks.
+            ValueError: no optimizer, none that steps an averaged tensor, or ``dt`` missing where
+                the clock does not count steps.
+            RuntimeError: an optimizer is attached already.
         """
         if not callable(dt):
             increment(dt, self.unit)
+        if self._source is not None:
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: attach: {self._source.what} is attached already, and "
+                "each step would count twice; end that first: handle = ema.attach(...), "
+                "handle.remove()"
+            )
 
         def update() -> None:
-            self._advance(dt() if callable(dt) else dt)
+            self._advance(dt)
             if self._weights.forward_writes:
                 self._copied()  # the next forward may come before the next step
 
@@ -388,14 +446,81 @@ class ShardedEMA:
             self._not_inside("an optimizer step")
             self._copied()
 
-        if self._weights.engine is not None and optimizers == self._weights.models:
-            return self._weights.engine.hook(before=guard, after=update)
-        return Attached(optimizers, update, guard)
+        engine, models = self._weights.engine, self._weights.models
+        if engine is not None and optimizers == models:
+            self._source = Engine(engine.hook(before=guard, after=update))
+        else:
+            holds = self._weights.held_by
+            self._source = Rounds(optimizers, models, holds, update, guard, self._ranks.leader)
+        self._seen()
+        return Attached(self._source, self._detached)
+
+    def _detached(self) -> None:
+        self._source = None
+
+    def _close_round(self) -> None:
+        """Makes the update of the open round, before something reads the average."""
+        if self._source is not None and self._inside is None:
+            self._source.close()
+
+    def _clear_round(self) -> None:
+        """Forgets the open round: average and weights are others now."""
+        if self._source is not None:
+            self._source.clear()
+        self._seen()
+
+    def _seen(self) -> None:
+        """The average has what was written into the weights up to here."""
+        if self._source is not None and self._weights.engine is None:
+            self._writes.note(self._weights.shards)
+
+    # ---- warnings -----------------------------------------------------------------------------
+
+    def _warn_once(self, key: str, text: str, *values: Any) -> None:
+        if key not in self._told and self._ranks.leader:
+            self._told.add(key)
+            log.warning(text, *values)
+
+    def _tell_odd_decay(self, average: Average) -> None:
+        decay = average.decays[0] if average.decays else None
+        odd = odd_decay(average.schedule, decay, average.num_updates)
+        if odd is not None:
+            self._warn_once(
+                "decay",
+                "average %r: a decay of %g %s",
+                average.name,
+                odd,
+                "never moves" if odd == 1 else f"forgets nearly all; was {1 - odd:g} meant?",
+            )
+
+    def _tell_what_was_missed(self, op: str, average: Average | None = None) -> None:
+        """Warns of a read that finds what no update has brought."""
+        if self._source is not None:
+            others = self._source.others
+            stepped = others is not None and others.count > 0
+            if stepped or self._writes.many(self._weights.shards):
+                self._warn_once(
+                    "missed",
+                    "%s: the weights moved and no update came%s. Was the optimizer replaced that "
+                    "is attached (%s), or is its step() never called? handle.remove(), and attach "
+                    "the one that steps; else call ema.update() after each step. After weights "
+                    "were loaded call ema.reset()",
+                    op,
+                    f": {others.name} stepped them" if stepped and others is not None else "",
+                    self._source.what,
+                )
+        if average is not None and not average.num_updates and average.name not in self._loaded:
+            self._warn_once(
+                "never",
+                "%s: average %r was never updated: it is the weights that it began with; call "
+                "ema.update() after each step, or ema.attach(optimizer) once",
+                op,
+                average.name,
+            )
 
     # ---- evaluating ---------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def swap(self, name: str | None = None) -> Iterator[None]:
+    def swap(self, name: str | None = None) -> contextlib.AbstractContextManager[None]:
         """Inside, the model computes with the average; afterwards all is as before, to the bit.
 
         Parameters and shadows of the same dtype trade places through a chunk of scratch; other
@@ -411,12 +536,22 @@ class ShardedEMA:
                 is lost).
             ValueError: no average of this name.
         """
+        dropped = functools.partial(
+            self._warn_once,
+            "dropped",
+            "ema.swap() without with does nothing: write `with ema.swap():` around the evaluation",
+        )
+        return Block(functools.partial(self._swap, name), dropped)
+
+    @contextlib.contextmanager
+    def _swap(self, name: str | None) -> Iterator[None]:
         average, mine, exchange, carrier = self._together("swap", name, self._ready_to_swap)
+        put_back = functools.partial(self._put_back, exchange, mine, carrier)
         guards = []
-        if self._weights.engine is not None:
-            guard = functools.partial(self._not_inside, "an optimizer step")
-            guards.append(self._weights.engine.hook(before=guard))
         try:
+            if self._weights.engine is not None:
+                guard = functools.partial(self._not_inside, "an optimizer step")
+                guards.append(self._weights.engine.hook(before=guard))
             self._inside = average.name
             with writable(), self._weights.spread("swap", carrier, self._ranks):
                 self._weights.await_copies()
@@ -426,12 +561,18 @@ class ShardedEMA:
             yield
             now = self._weights.versions(mine)
         finally:
-            try:
-                self._put_back(exchange, mine, carrier)
-            finally:
-                for hook in guards:
-                    hook.remove()
-        written = [name for name, version in now.items() if version != versions[name]]
+            self._due = put_back  # before anything that a signal's handler could interrupt
+            interrupt: BaseException | None = None
+            while self._due is not None:
+                try:
+                    put_back()
+                except BaseException as error:
+                    interrupt = error
+            for hook in guards:
+                hook.remove()
+            if interrupt is not None:
+                raise interrupt
+        written = [name for name, version in now.items() if version != versions.get(name)]
         if written:
             raise RuntimeError(
                 f"rank {self._ranks.rank}: {few(written)}: written inside swap(), so "
@@ -442,6 +583,7 @@ class ShardedEMA:
     def _ready_to_swap(
         self, average: Average
     ) -> tuple[Average, list[Shard], Exchange, Spread | None]:
+        self._tell_what_was_missed("swap", average)
         self._refresh()
         self._flush("swap")
         exchange = Exchange(self._held(average), average.shadows.views)
@@ -452,6 +594,13 @@ class ShardedEMA:
         if not average.policy.shard_replicas:
             return None
         return self._weights.carrier(average.policy, self._ranks, masters=masters)
+
+    def _is_collective(self) -> bool:
+        """Whether writing the model takes all ranks: an engine's, or slices of replicas."""
+        return self._weights.engine is not None or self._sliced()
+
+    def _sliced(self) -> bool:
+        return any(average.policy.shard_replicas for average in self._averages.values())
 
     def _together(
         self,
@@ -464,51 +613,78 @@ class ShardedEMA:
 
         Of slices the replicas are compared: they are put together, so they must be equal.
         """
-        sliced = any(average.policy.shard_replicas for average in self._averages.values())
-        if self._weights.engine is None and not sliced:
+        if not self._is_collective():
             self._not_inside(op)
             average = self._named(name)
             given()
+            self._close_round()
             with writable():
                 return work(average)
         done: list[_T] = []
+
+        def prepare(_: Plan, average: Average, __: Any) -> None:
+            done[:] = [work(average)]
+
         self._begin(
             op,
             name,
             given=given,
-            planned=sliced,
+            planned=self._sliced(),
             compared=lambda average: [average] if average.policy.shard_replicas else [],
-            prepare=lambda _, average, __: done.append(work(average)),
+            prepare=prepare,
         )
         return done[0]
 
     def _put_back(self, exchange: Exchange, mine: Sequence[Shard], carrier: Spread | None) -> None:
-        """The end of a swap: the weights come back first, whatever interrupts it."""
+        """The end of a swap: the weights come back, and the EMA can be used again.
+
+        Raises:
+            SwapError: some weights have no place in what the model is now.
+            RuntimeError: the exchange failed: no call goes on from here.
+        """
+        lost: dict[str, Tensor] = {}
+        failed: list[BaseException | None] = []
 
         def take_out() -> None:
             with writable():
-                self._weights.ensure_sharded()
+                try:
+                    self._weights.ensure_sharded()
+                except Exception as error:  # a forward that was left half way: not the shards'
+                    failed.append(error)
                 self._weights.await_copies()
                 exchange.swap_out()
 
         def arrive() -> None:
             with writable():
-                self._follow(self._weights.follow(mine, self._ranks.rank))
+                lost.update(self._weights.give_back(mine))
             self._weights.announce_write()
-            self._inside = None
+            self._seen()
 
-        interrupts: list[BaseException | None] = []
         try:
-            try:
-                # once on every rank, however often this one is interrupted
-                with self._weights.spread("swap", carrier, self._ranks):
-                    interrupts.append(to_the_end(take_out))
-            except (KeyboardInterrupt, SystemExit) as error:  # it was held back until here
-                interrupts.append(error)
+            with uninterrupted():
+                try:
+                    # once on every rank, however often this one is interrupted
+                    with self._weights.spread("swap", carrier, self._ranks):
+                        failed.append(to_the_end(take_out))
+                    failed.append(to_the_end(arrive))
+                except Exception as error:
+                    self._torn = f"{type(error).__name__}: {error}"
+                    raise
+                finally:
+                    self._inside = self._due = None
+                with contextlib.suppress(RuntimeError), writable():  # the next call says so
+                    self._follow(self._weights.refresh(self._ranks.rank))
         finally:
-            interrupts.append(to_the_end(arrive))
-        for interrupt in filter(None, interrupts):
-            raise interrupt
+            if lost:
+                raise SwapError(
+                    f"rank {self._ranks.rank}: {few(sorted(lost))}: the swap has left a model that "
+                    "has no tensor of this name, shape and precision to take the weights back; "
+                    "they are in error.weights, this rank's part of each: put them where they "
+                    "belong; the average is as before",
+                    weights=lost,
+                )
+        for cause in filter(None, failed):
+            raise cause
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the model with the average: ``ema(x)``. Collective where `swap` and the forward are.
@@ -549,6 +725,7 @@ class ShardedEMA:
             isinstance(every, int) and not isinstance(every, bool) and every >= 1
         )
         if every is not None and good and name in (None, *self.names):
+            self._close_round()
             updates = self._averages[self.names[0] if name is None else name].num_updates
             if updates == 0 or updates % every:
                 return
@@ -559,21 +736,30 @@ class ShardedEMA:
             return {"every": every}
 
         def ready(average: Average) -> tuple[Average, Spread | None]:
+            self._tell_what_was_missed("copy_to_model")
             self._refresh()
             self._flush("copy_to_model")
             return average, self._carrier(average, masters=True)
 
         average, carrier = self._together("copy_to_model", name, ready, given)
-        try:
-            with writable(), self._weights.spread("copy_to_model", carrier, self._ranks):
-                self._weights.await_copies()
-                for group in present(self._held(average), write=True):
-                    for shard in group:
-                        shard.local.copy_(average.shadows.views[shard.fqn])
-                        if shard.weights is not None:
-                            shard.weights.copy_(shard.local)
-        finally:
-            self._weights.announce_write()
+
+        def write() -> None:
+            self._weights.await_copies()
+            for group in present(self._held(average), write=True):
+                for shard in group:
+                    shard.local.copy_(average.shadows.views[shard.fqn])
+                    if shard.weights is not None:
+                        shard.weights.copy_(shard.local)
+
+        with uninterrupted():
+            try:
+                with writable(), self._weights.spread("copy_to_model", carrier, self._ranks):
+                    interrupt = to_the_end(write)
+            finally:
+                self._weights.announce_write()
+                self._seen()
+        if interrupt is not None:
+            raise interrupt
 
     def reset(self, name: str | None = None) -> None:
         """The model's weights become the average, and its ``t`` starts again. Local.
@@ -588,14 +774,21 @@ class ShardedEMA:
         """
         self._not_inside("reset")
         chosen = list(self._averages.values()) if name is None else [self._named(name)]
+        if len(chosen) < len(self._averages):
+            self._close_round()  # the others go on
         with writable():
             self._refresh()
             if len(chosen) < len(self._averages):
                 self._flush("reset")  # the others must be whole
             self._forget_errors()
-            for average in chosen:
-                average.shadows.copy_from(self._held(average))
-                average.restart()
+
+            def begin_anew() -> None:
+                for average in chosen:
+                    average.shadows.copy_from(self._held(average))
+                    average.restart()
+
+            self._whole("reset", begin_anew)
+        self._clear_round()
 
     # ---- gathering ----------------------------------------------------------------------------
 
@@ -650,19 +843,22 @@ class ShardedEMA:
         self, op: str, name: str | None, dtype: Any, *, all_ranks: bool
     ) -> Iterator[tuple[str, Tensor]]:
         ready: list[gather.Prepared] = []
+        chosen: list[int] = []
 
         def prepare(plan: Plan, average: Average, out_dtype: Callable[[Item], torch.dtype]) -> None:
-            ready.append(
+            apart = gather.apart(op, plan, self._ranks.size, all_ranks)
+            chosen[:] = [index for index in range(len(plan.items)) if index not in apart]
+            ready[:] = [
                 gather.prepare(
                     plan,
-                    range(len(plan.items)),
+                    chosen,
                     self._holdings(plan, average),
                     out_dtype,
                     self._ranks,
                     limit=gather.BUCKET_BYTES,
                     all_ranks=all_ranks,
                 )
-            )
+            ]
 
         plan, _, _ = self._begin(
             op,
@@ -678,7 +874,8 @@ class ShardedEMA:
                 for _ in arriving:
                     raise AssertionError("only receivers get pieces")
                 return
-        full = gather.assemble(plan, range(len(plan.items)), arriving)
+        own = {shard.fqn: shard.own for shard in self._weights.shards if shard.opaque}
+        full = gather.with_apart(plan, gather.assemble(plan, chosen, arriving), own)
         try:
             while True:
                 with writable():
@@ -723,20 +920,27 @@ class ShardedEMA:
 
         Raises:
             CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
-            ValueError, RuntimeError, RankError: as for `full_state_dict`.
+            ValueError, RuntimeError, RankError: as for `full_state_dict`; a path that is no local
+                one is a ValueError.
         """
-        path = os.path.abspath(path)
 
         def given() -> dict[str, Any]:
             if mode not in ("auto", "direct", "stream"):
                 raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
             size = exporter.parse_size(max_shard_size)
-            return {"path": path, "max_shard_size": size, "mode": mode}
+            return {"path": absolute(path, "export"), "max_shard_size": size, "mode": mode}
 
         plan, average, out_dtype = self._begin(
             "export", name, dtype, given=given, compared=lambda average: [average]
         )
         with writable(), self._ranks.together("export"):
+            gather.refuse_opaque(
+                "export",
+                plan,
+                range(len(plan.items)),
+                "take ema.full_state_dict(), which hands it out as it is, or ema.save(folder) and "
+                "the averages alone with `shardema export --partial`",
+            )
             holdings = self._holdings(plan, average)
             module = unwrap(self._weights.models[0])
             exported_dtype = next((out_dtype(i) for i in plan.items if i.averaged), None)
@@ -800,7 +1004,13 @@ class ShardedEMA:
 
     # ---- checkpoints --------------------------------------------------------------------------
 
-    def save(self, folder: str | os.PathLike[str], *, include_frozen: bool = False) -> None:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        include_frozen: bool = False,
+        overwrite: bool = False,
+    ) -> None:
         """Writes every average, its progress and its schedule to a new folder. Collective.
 
         Every rank writes what it holds, replicas share the work. Pickle-free and checksummed; it
@@ -810,16 +1020,23 @@ class ShardedEMA:
             folder: where; must not exist.
             include_frozen: also write the parameters that are not averaged, which an offline
                 export needs and a load does not.
+            overwrite: the folder may be a complete checkpoint of `save`, which is replaced at
+                once when the new one is whole; there is never none. Nothing else is replaced.
 
         Raises:
-            CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
+            CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left, and
+                what was there before still is.
+            ValueError: the path is no local one, or the ranks give different ones.
             RuntimeError: inside ``swap()``, or supposed replicas differ.
         """
-        folder = os.path.abspath(folder)
         self._begin(
             "save",
             self.names[0],
-            given=lambda: {"path": folder, "include_frozen": bool(include_frozen)},
+            given=lambda: {
+                "path": absolute(folder, "save"),
+                "include_frozen": bool(include_frozen),
+                "overwrite": bool(overwrite),
+            },
             compared=lambda _: list(self._averages.values()),
         )
         with writable(), self._ranks.together("save"):
@@ -830,6 +1047,13 @@ class ShardedEMA:
                 for i, item in enumerate(plan.items)
                 if not item.averaged and (item.role == "buffer" or include_frozen)
             ]
+            gather.refuse_opaque(
+                "save",
+                plan,
+                rest,
+                "leave include_frozen off and keep the model's own state dict beside it, or leave "
+                'such a buffer out: buffers={name: "ignore"}',
+            )
             kept = {*averaged, *rest}
             left_out = [item.fqn for i, item in enumerate(plan.items) if i not in kept]
             own = Holdings(plan, self._weights.shards, {})
@@ -848,6 +1072,7 @@ class ShardedEMA:
                 left_out,
                 self._ranks,
                 extra=lambda place: exporter.write_config(module, place, None),
+                overwrite=overwrite,
             )
 
     def load(
@@ -873,12 +1098,11 @@ class ShardedEMA:
         Raises:
             CheckpointError: no checkpoint, or a damaged one: on all ranks.
             ValueError: a checkpoint of another model, other averages or other schedules; ``add``
-                or ``drop`` of what is not so.
+                or ``drop`` of what is not so; a path that is no local one.
             RuntimeError: inside ``swap()``.
 
         After an error the averages are as before, to the bit.
         """
-        folder = os.fspath(folder)
         plan, _, _ = self._begin(
             "load",
             self.names[0],
@@ -890,46 +1114,60 @@ class ShardedEMA:
             clocks=False,  # all of them are set: a load brings ranks into step again
         )
         found: list[manifest.Manifest] = []
+        readings: dict[str, list[manifest.Reading]] = {}
 
-        def look() -> str:
+        def look() -> tuple[str, int]:
             stored = manifest.read(folder)
-            self._check_names(folder, set(stored.averages), _names(add), _names(drop))
-            self._check_stored(folder, stored, plan, new_schedule)
+            self._check_names(str(folder), set(stored.averages), _names(add), _names(drop))
+            self._check_stored(str(folder), stored, plan, new_schedule)
             found.append(stored)
-            return stored.save_id
+            for average in self._averages.values():
+                if average.name in stored.averages:
+                    held = self._held(average)
+                    readings[average.name] = checkpoint.readings(stored, average.name, held)
+            blocks = sum(len(part.blocks) for parts in readings.values() for part in parts)
+            return stored.save_id, blocks * manifest.BLOCK
 
-        def same(ids: list[str]) -> None:
-            if len(set(ids)) > 1:
+        def same(told: list[tuple[str, int]]) -> int:
+            if len({save_id for save_id, _ in told}) > 1:
                 raise CheckpointError(
                     f"load from {folder}: the ranks see different checkpoints there; give a path "
                     "on a file system that all ranks share",
-                    path=folder,
+                    path=str(folder),
                 )
+            return max(nbytes for _, nbytes in told)
 
-        self._ranks.agree("load (looking)", look, same)
+        nbytes = self._ranks.agree("load (looking)", look, same)
         staged: dict[str, Shadows] = {}
 
         def read() -> None:
             for average in self._averages.values():
                 held = self._held(average)
                 staging = staged[average.name] = allocate(held, average.policy, pin=False)
-                if average.name in found[0].averages:
-                    checkpoint.read_average(folder, found[0], average.name, held, staging.views)
+                if average.name in readings:
+                    checkpoint.read_average(
+                        found[0], average.name, readings[average.name], held, staging.views
+                    )
                 else:
                     staging.copy_from(held)
 
         with writable():
-            nbytes = sum(file.size for file in found[0].files)
-            self._ranks.agree("load (reading)", read, nbytes=nbytes * self._ranks.size)
+            self._ranks.agree("load (reading)", read, nbytes=nbytes)
             self._forget_errors()
-            for average in self._averages.values():
-                average.shadows.copy_all(staged[average.name])
-                kept = found[0].averages.get(average.name)
-                if kept is None:
-                    average.restart()
-                else:
-                    average.restart(kept.t, kept.num_updates, kept.moved_at)
-        self._counted = self._weights.applied()
+
+            def take_over() -> None:
+                for average in self._averages.values():
+                    average.shadows.copy_all(staged[average.name])
+                    kept = found[0].averages.get(average.name)
+                    if kept is None:
+                        average.restart()
+                    else:
+                        average.restart(kept.t, kept.num_updates, kept.moved_at)
+                self._counted = self._weights.applied()
+
+            self._whole("load", take_over)
+        self._loaded |= set(found[0].averages)
+        self._clear_round()
 
     def load_full(
         self,
@@ -939,14 +1177,15 @@ class ShardedEMA:
         """Seeds an average from full tensors; each rank reads its own slices. Collective.
 
         Args:
-            source: a ``.safetensors`` file, a folder in the HF layout, or ``{fqn: full tensor}``
-                on every rank. Frozen parameters and buffers in it are not used.
+            source: a ``.safetensors`` file, a folder in the HF layout (a snapshot of the Hub too),
+                or ``{fqn: full tensor}`` on every rank. Frozen parameters and buffers in it are
+                not used.
             name: which average. Its ``t`` stays as it is.
 
         Raises:
             CheckpointError: no such file, or a broken one.
-            ValueError: names that are missing or unknown, or another shape: the average is
-                unchanged.
+            ValueError: names that are missing or unknown, or another shape, or a path that is no
+                local one: the average is unchanged.
             RuntimeError: inside ``swap()``.
         """
         plan, average, _ = self._begin("load_full", name)
@@ -954,7 +1193,7 @@ class ShardedEMA:
         staged: list[Shadows] = []
 
         def read() -> None:
-            stored = source if isinstance(source, Mapping) else consolidated.tensors_of(str(source))
+            stored = source if isinstance(source, Mapping) else consolidated.tensors_of(source)
             shapes = {
                 fqn: tuple(v.entry.shape if isinstance(v, consolidated.Place) else v.shape)
                 for fqn, v in stored.items()
@@ -974,7 +1213,9 @@ class ShardedEMA:
 
         with writable():
             self._ranks.agree("load_full (reading)", read)
-            average.shadows.copy_all(staged[0])
+            self._whole("load_full", lambda: average.shadows.copy_all(staged[0]))
+        self._loaded.add(average.name)
+        self._clear_round()
 
     def state_dict(self) -> dict[str, Any]:
         """For torch.distributed.checkpoint: ``dcp.save({"model": ..., "ema": ema})``. Local.
@@ -989,6 +1230,7 @@ class ShardedEMA:
             # registered for checkpointing: refused here, since only the main process pickles
             refuse_pickle("ShardedEMA")
         self._not_inside("state_dict")
+        self._close_round()
         with writable():
             self._refresh()
             self._flush("state_dict")
@@ -1040,14 +1282,48 @@ class ShardedEMA:
                         "ema.state_dict() gives; take ema.load_full for full tensors"
                     )
             self._check_schedule(op, average, dict(state_dict["schedules"][average.name]))
-        with writable():
+
+        def take_over() -> None:
             for average in self._averages.values():
                 for fqn, value in state_dict["averages"][average.name].items():
                     if value.local.data_ptr() != average.shadows.views[fqn].data_ptr():
                         average.shadows.views[fqn].copy_(value.local)
                 progress = state_dict["progress"][average.name]
                 average.restart(progress["t"], progress["num_updates"], progress.get("moved_at"))
-        self._counted = self._weights.applied()
+            self._counted = self._weights.applied()
+
+        with writable():
+            self._whole(op, take_over)
+        self._loaded |= set(self._averages)
+        self._clear_round()
+
+    # ---- for integrations ---------------------------------------------------------------------
+
+    def _whole_everywhere(self) -> bool:
+        """Whether each rank holds all of every tensor and average: then one can save alone."""
+        plain = self._weights.name == "plain" and self._weights.engine is None
+        return plain and not self._sliced()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, this rank counts as the only one. Where it holds everything."""
+        ranks, plans = self._ranks, self._plans
+        self._ranks, self._plans = Ranks([ranks.rank], timeout=ranks.timeout), {}
+        try:
+            yield
+        finally:
+            self._ranks, self._plans = ranks, plans
+
+    def _check_loadable(self, folder: str) -> None:
+        """Raises as `load` does, but for damage inside of the files. Collective."""
+        plan, _, _ = self._begin("load", self.names[0], clocks=False)
+
+        def look() -> None:
+            stored = manifest.read(folder)
+            self._check_names(folder, set(stored.averages), (), ())
+            self._check_stored(folder, stored, plan, False)
+
+        self._ranks.agree("load (looking)", look)
 
     # ---- inside -------------------------------------------------------------------------------
 
@@ -1064,10 +1340,28 @@ class ShardedEMA:
         )
 
     def _forget_errors(self) -> None:
-        """Lets an update that failed in the background be followed by others."""
+        """Lets an update that failed in the background, or a load, be followed by others."""
         if self._updater.behind:
             self._rebind()
-            self._failed = None
+        self._failed = None
+
+    def _whole(self, op: str, work: Callable[[], None]) -> None:
+        """Does ``work`` on the averages, which may be done twice; an interrupt comes after it.
+
+        Raises:
+            RuntimeError: it failed half way; so does every call until an average is loaded.
+        """
+        with uninterrupted():
+            try:
+                interrupt = to_the_end(work)
+            except Exception as error:
+                self._failed = RuntimeError(
+                    f"{op} failed: {type(error).__name__}: {error}; the averages may be half "
+                    "new: ema.load() a checkpoint, or ema.reset() them to the weights"
+                )
+                raise self._failed from error
+        if interrupt is not None:
+            raise interrupt
 
     def _rebind(self) -> None:
         """Binds the update to where the tensors are now."""
@@ -1121,11 +1415,29 @@ class ShardedEMA:
                 log.warning("%s: %s", few(names), what)
 
     def _not_inside(self, op: str) -> None:
+        if self._torn is not None:
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: {op}: the end of a swap() failed ({self._torn}), so "
+                "model and average may each hold a part of the other: load a checkpoint into the "
+                "model, build a new EMA and load its checkpoint"
+            )
+        if self._due is not None:
+            self._end_swap(op)
         if self._inside is not None:
             raise RuntimeError(
                 f"rank {self._ranks.rank}: {op} inside swap(): the model holds average "
                 f"{self._inside!r} and the average holds the weights; leave the with block first"
             )
+
+    def _end_swap(self, op: str) -> None:
+        """Makes the end of a swap that two interrupts have kept from being made."""
+        if self._is_collective():
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: {op}: the end of a swap() was interrupted before it "
+                "began, and the other ranks wait for it: start the run again from a checkpoint"
+            )
+        assert self._due is not None
+        self._due()
 
     def _named(self, name: str | None) -> Average:
         if name is None and len(self._averages) > 1:
@@ -1154,7 +1466,7 @@ class ShardedEMA:
             clocks: compare the clocks too.
             planned: whether a plan is needed.
             compared: averages that supposed replicas are to hold alike.
-            prepare: what may fail on this rank, before the others wait for it.
+            prepare: what may fail on this rank, before the others wait for it; may be called twice.
         """
         same: dict[str, Any] = {}
 
@@ -1162,6 +1474,12 @@ class ShardedEMA:
             self._not_inside(op)
             average = self._named(name)
             check_dtype(op, dtype)
+            if op not in _WRITERS:
+                self._close_round()
+                if op not in ("swap", "copy_to_model"):  # which tell themselves
+                    self._tell_what_was_missed(op, average if op in ("save", "export") else None)
+            elif len(self._averages) > 1 and op != "load":
+                self._close_round()  # of the others
             same.update(name=average.name, dtype=str(dtype), **given())
             if clocks:
                 same.update(self._clocks())
@@ -1174,7 +1492,8 @@ class ShardedEMA:
             self._tell_what_froze()
             if op != "load":  # which fills all averages anew
                 self._flush(op)
-            return prepared() if self._plans or not planned else None
+            known = bool(self._plans) and self._planned == self._weights.stamp()
+            return prepared() if known or not planned else None
 
         def prepared() -> list[dict[str, str]]:
             average = self._named(name)
@@ -1228,7 +1547,7 @@ class ShardedEMA:
                 shards = self._weights.all_cut(ShadowPolicy(shard_replicas=cut))
                 averaged = self._weights.averaged
                 plans[cut] = gather.make_plan(shards, averaged, self._ranks, dropped)
-        self._plans = plans
+        self._plans, self._planned = plans, self._weights.stamp()
 
     def _plan_of(self, average: Average) -> Plan:
         return self._plans.get(average.policy.shard_replicas, Plan((), ()))

@@ -28,16 +28,17 @@ from tqdm import tqdm
 
 from shardema.agree import Ranks
 from shardema.backends.tree import unwrap
-from shardema.checkpoint import begin, commit, discard
 from shardema.files import (
     Entry,
     NewFile,
+    close_quietly,
     layout,
     open_existing,
     reporting,
     write_all,
     write_file,
 )
+from shardema.folder import new_folder
 from shardema.gather import (
     BUCKET_BYTES,
     Holdings,
@@ -143,7 +144,7 @@ def write_box(
 
 
 def export(
-    folder: str,
+    folder: str | os.PathLike[str],
     plan: Plan,
     chosen: Sequence[int],
     holdings: Holdings,
@@ -171,7 +172,6 @@ def export(
     """
     tensors = [(item.file_name, out_dtype(item), item.shape) for item in _items(plan, chosen)]
     targets, index = plan_targets(tensors, max_shard_size)
-    temporary = begin(folder, "export", ranks)
     total = sum(entry.nbytes for target in targets for entry in target.entries.values())
     bar = tqdm(
         total=total,
@@ -182,15 +182,17 @@ def export(
         leave=False,
         disable=not (progress and ranks.leader),
     )
-    writer = Writer(temporary, targets, bar.update)
-    try:
-        direct = _choose_mode(temporary, mode, ranks) == "direct"
+    with (
+        new_folder(folder, "export", ranks) as new,
+        Writer(new.path, targets, bar.update) as writer,
+    ):
+        direct = _choose_mode(new.path, mode, ranks) == "direct"
         by_hand, streamed = _divide(plan, chosen, direct, out_dtype)
         prepared: list[Prepared] = []
 
         def make_room() -> None:
             if ranks.leader:
-                reserve(temporary, targets)
+                reserve(new.path, targets)
             if streamed:
                 limit = BUCKET_BYTES
                 prepared.append(prepare(plan, streamed, holdings, out_dtype, ranks, limit=limit))
@@ -200,7 +202,7 @@ def export(
             ranks.agree(
                 "export (writing)",
                 lambda: _write_own(plan, by_hand, holdings, ranks, writer),
-                nbytes=total,
+                nbytes=max(plan.loads(ranks.size, by_hand, out_dtype)),
             )
             failed = _write_streamed(plan, prepared[0], writer) if streamed else None
 
@@ -210,17 +212,14 @@ def export(
             writer.sync()
 
         def finish(_: list[None]) -> None:
-            with reporting(temporary, "export to"):
+            with reporting(new.path, "export to"):
                 if index is not None:
-                    write_file(os.path.join(temporary, "model.safetensors.index.json"), index)
-                extra(temporary)
-            commit(folder, temporary, "export")
+                    write_file(os.path.join(new.path, "model.safetensors.index.json"), index)
+                extra(new.path)
+            new.commit()
 
+        # one rank's sync writes what all wrote to the file
         ranks.agree("export (finishing)", sync, finish, nbytes=total)
-    except BaseException:
-        writer.close()
-        discard(temporary, ranks)
-        raise
 
 
 def _items(plan: Plan, chosen: Sequence[int]) -> Iterator[Item]:
@@ -229,7 +228,8 @@ def _items(plan: Plan, chosen: Sequence[int]) -> Iterator[Item]:
 
 def _choose_mode(temporary: str, mode: Mode, ranks: Ranks) -> str:
     def facts() -> list[Any]:
-        return [host_id(), is_local(temporary)]
+        with reporting(temporary, "export to"):
+            return [host_id(), is_local(temporary)]
 
     def choose(found: list[list[Any]]) -> str:
         hosts = {host for host, _ in found}
@@ -299,7 +299,7 @@ def reserve(temporary: str, targets: Sequence[Target]) -> None:
 
 
 class Writer:
-    """The files of an export, opened when first written to."""
+    """The files of an export, opened when first written to and closed at the end of a ``with``."""
 
     def __init__(
         self, folder: str, targets: Sequence[Target], done: Callable[[int], object]
@@ -319,15 +319,22 @@ class Writer:
 
     def sync(self) -> None:
         """Syncs and closes what this rank wrote to."""
-        for name, fd in self._fds.items():
-            with reporting(os.path.join(self._folder, name), "writing"):
-                os.fsync(fd)
-        self.close()
-
-    def close(self) -> None:
-        """Closes what this rank wrote to."""
         while self._fds:
-            os.close(self._fds.popitem()[1])
+            name, fd = self._fds.popitem()
+            with reporting(os.path.join(self._folder, name), "writing"):
+                try:
+                    os.fsync(fd)
+                except BaseException:
+                    close_quietly(fd)
+                    raise
+                os.close(fd)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._fds:  # after an error, which is told
+            close_quietly(self._fds.popitem()[1])
 
 
 def _write_own(

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from shardema.agree import Ranks
-from shardema.shard import Box, Dims, Role, Shard, check_covered, split_box
+from shardema.shard import Box, Dims, Role, Shard, check_covered, few, split_box, whole
 from shardema.words import is_told
 
 BUCKET_BYTES = 256 << 20
@@ -41,6 +41,7 @@ class Item:
         device: type of the device that it lies on, or its average does.
         averaged: whether there are averages of it.
         file_name: of its names the one that an export writes it under.
+        opaque: the class of a tensor that has no values to gather; see `Shard`. Else empty.
         holders: each distinct box with the indices of the ranks that hold it, ascending.
     """
 
@@ -52,6 +53,7 @@ class Item:
     averaged: bool
     aliases: tuple[str, ...]
     file_name: str
+    opaque: str
     holders: tuple[tuple[Box, tuple[int, ...]], ...]
 
 
@@ -70,6 +72,18 @@ class Plan:
     def readers(self, index: int) -> list[int]:
         """For each box of item ``index`` the rank that sends it: the leader, where it holds it."""
         return [holders[0] for _, holders in self.items[index].holders]
+
+    def loads(
+        self, size: int, chosen: Sequence[int], dtype: Callable[[Item], torch.dtype]
+    ) -> list[int]:
+        """Bytes of the chosen items that each of ``size`` ranks writes."""
+        loads = [0] * size
+        for index in chosen:
+            itemsize = dtype(self.items[index]).itemsize
+            boxes = (box for box, _ in self.items[index].holders)
+            for box, writer in zip(boxes, self.writers[index], strict=True):
+                loads[writer] += box.numel * itemsize
+        return loads
 
 
 def make_plan(
@@ -155,13 +169,14 @@ def facts_of(shard: Shard, averaged: Container[str], dropped: Container[str]) ->
         is_averaged,
         shard.aliases,
         file_name,
+        shard.opaque,
     )
 
 
 def _disagreement(
     fqn: str, entry: dict[str, Any], facts: tuple[Any, ...], index: int, ranks: Ranks
 ) -> str:
-    words = ("shape", "dtype", "device", "role", "averaged", "tied names", "file name")
+    words = ("shape", "dtype", "device", "role", "averaged", "tied names", "file name", "class")
     pairs = zip(words, facts, entry["facts"], strict=True)
     word, got, expected = next(pair for pair in pairs if pair[1] != pair[2])
     if word == "averaged" and facts[3] == "buffer":
@@ -263,9 +278,47 @@ def _set_of(holders: tuple[int, ...]) -> str:
     return xxhash.xxh3_64_hexdigest(",".join(map(str, holders)).encode())
 
 
+def refuse_opaque(op: str, plan: Plan, chosen: Sequence[int], remedy: str) -> None:
+    """Raises ValueError for an item among the chosen that has no values to gather."""
+    odd = [plan.items[index] for index in chosen if plan.items[index].opaque]
+    if odd:
+        raise ValueError(
+            f"{op}: {few([item.fqn for item in odd])}: {odd[0].opaque} is a tensor subclass that "
+            f"keeps its values in a form of its own, which cannot be taken apart; {remedy}"
+        )
+
+
+def apart(op: str, plan: Plan, size: int, all_ranks: bool) -> list[int]:
+    """The items that are handed out as they are, by the ranks that hold them whole.
+
+    Args:
+        size: number of ranks.
+        all_ranks: all of them hand them out, not the leader only.
+
+    Raises:
+        ValueError: such a rank holds a part only, or nothing.
+    """
+    opaque = [index for index, item in enumerate(plan.items) if item.opaque]
+    taking = range(size) if all_ranks else range(1)
+    cut = [
+        index
+        for index in opaque
+        if [box for box, who in plan.items[index].holders if set(taking) <= set(who)]
+        != list(whole(plan.items[index].shape))
+    ]
+    refuse_opaque(
+        op,
+        plan,
+        cut,
+        "and the ranks hold parts of it; save the averages with ema.save(folder), and take them "
+        "out of it with `shardema export --partial`",
+    )
+    return opaque
+
+
 def _replicated(plan: Plan) -> Iterator[tuple[int, Item, Box, tuple[int, ...]]]:
     for index, item in enumerate(plan.items):
-        if item.role != "buffer":
+        if item.role != "buffer" and not item.opaque:
             for box, holders in item.holders:
                 if len(holders) > 1:
                     yield index, item, box, holders
@@ -414,7 +467,9 @@ class _Transfer:
         self._all_ranks = all_ranks
         self._beat_at = time.monotonic() + ranks.timeout / 4
         self._buffers: dict[torch.device, Tensor] = {}
-        self._host = torch.empty(0, dtype=torch.uint8)  # where what came by a device arrives
+        self._host = torch.empty(
+            0, dtype=torch.uint8, device="cpu"
+        )  # where what came by a device arrives
         self.receives = all_ranks or ranks.leader
 
     def reserve(self, groups: Sequence[list[Piece]]) -> None:
@@ -429,7 +484,7 @@ class _Transfer:
             self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
         away = [size for device, size in sizes.items() if device.type != "cpu"]
         if self.receives and away:
-            self._host = torch.empty(max(away), dtype=torch.uint8)
+            self._host = torch.empty(max(away), dtype=torch.uint8, device="cpu")
 
     def go_on(self) -> None:
         """Says that this rank goes on, where what it does between two transfers takes long."""
@@ -534,7 +589,7 @@ class Holdings:
     """
 
     def __init__(self, plan: Plan, shards: Sequence[Shard], shadows: Mapping[str, Tensor]) -> None:
-        by_fqn = {s.fqn: list(s.pieces(shadows.get(s.fqn, s.own))) for s in shards}
+        by_fqn = {s.fqn: list(s.pieces(shadows.get(s.fqn, s.own))) for s in shards if not s.opaque}
         self._pieces = [by_fqn.get(item.fqn, []) for item in plan.items]
 
     def __call__(self, index: int, box: Box) -> Tensor:
@@ -558,7 +613,25 @@ def assemble(
             piece, values = next(pieces)
             assert piece.item == index, (piece, item.fqn)
             if full is None:
-                full = torch.empty(item.shape, dtype=values.dtype)
+                full = torch.empty(item.shape, dtype=values.dtype, device="cpu")
             piece.box.view(full).copy_(values)
             missing -= piece.box.numel
-        yield item, torch.empty(item.shape, dtype=item.dtype) if full is None else full
+        if full is None:
+            full = torch.empty(item.shape, dtype=item.dtype, device="cpu")
+        yield item, full
+
+
+def with_apart(
+    plan: Plan, full: Iterator[tuple[Item, Tensor]], own: Mapping[str, Tensor]
+) -> Iterator[tuple[Item, Tensor]]:
+    """``full`` with the items of `apart` at their places: copies of the model's ``own`` tensors."""
+    for item in plan.items:
+        yield (item, _copied(own[item.fqn])) if item.opaque else next(full)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy in host memory; the tensor itself where its class has no such thing."""
+    try:
+        return tensor.to("cpu", copy=True)
+    except Exception:  # of somebody else's class: NotImplementedError, KeyError, AssertionError
+        return tensor

@@ -11,10 +11,10 @@ from torch import distributed as dist
 
 from shardema import manifest as manifests
 from shardema.agree import Ranks
-from shardema.checkpoint import begin, commit, discard
 from shardema.errors import CheckpointError
 from shardema.export import Writer, parse_size, plan_targets, reserve
 from shardema.files import read_whole, reporting, write_file
+from shardema.folder import new_folder
 from shardema.manifest import Manifest, Stored
 from shardema.shard import few, whole
 
@@ -23,8 +23,8 @@ _MAX_CONFIG = 10_000_000  # bytes
 
 
 def export_checkpoint(
-    folder: str,
-    out: str,
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     average: str | None = None,
     dtype: torch.dtype | None = None,
@@ -48,7 +48,7 @@ def export_checkpoint(
         ValueError: no average of this name, or parameters that the checkpoint lacks.
     """
     limit = parse_size(max_shard_size)
-    stored = manifests.read(folder)
+    stored = manifests.read(folder, "export")
     name = _choose(stored, average)
     if stored.left_out and not partial:
         raise ValueError(
@@ -67,22 +67,19 @@ def export_checkpoint(
     written = next((out_dtype(t) for t in averaged), None)
     targets, index = plan_targets(tensors, limit)
     alone = Ranks((dist.get_rank() if dist.is_initialized() else 0,))
-    temporary = begin(out, "export", alone)
-    writer = Writer(temporary, targets, done)
-    try:
-        reserve(temporary, targets)
-        for number, box, values in manifests.parts(folder, stored, wanted):
+    with (
+        new_folder(out, "export", alone) as new,
+        Writer(new.path, targets, done) as writer,
+    ):
+        reserve(new.path, targets)
+        for number, box, values in manifests.parts(stored, manifests.readings(stored, wanted)):
             writer.write(stored.tensors[number].file_name, box, values)
         writer.sync()
-        with reporting(temporary, "export to"):
+        with reporting(new.path, "export to"):
             if index is not None:
-                write_file(os.path.join(temporary, "model.safetensors.index.json"), index)
-            _copy_configs(folder, temporary, written)
-        commit(out, temporary, "export")
-    except BaseException:
-        writer.close()
-        discard(temporary, alone)
-        raise
+                write_file(os.path.join(new.path, "model.safetensors.index.json"), index)
+            _copy_configs(stored.home, new.path, written)
+        new.commit()
     return stored
 
 
@@ -109,7 +106,9 @@ def _with_dtype(data: bytes, path: str, dtype: torch.dtype | None) -> bytes:
     try:
         config = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"reading {path}: it is no JSON ({error})", path=path) from error
+        raise CheckpointError(
+            f"reading {path}: it is no JSON ({error!r:.300})", path=path
+        ) from error
     stated = [key for key in ("dtype", "torch_dtype") if isinstance(config, dict) and key in config]
     if dtype is None or not stated:
         return data

@@ -32,7 +32,8 @@ def sliced(shard: Shard) -> bool:
     Buffers may differ between replicas.
     """
     dense = shard.local.stride() == dense_like(shard.local)  # else a slice is no stretch of memory
-    replicas = shard.replicas if dense and shard.role != "buffer" else ()
+    cut = dense and shard.role != "buffer" and not shard.corners and not shard.opaque
+    replicas = shard.replicas if cut else ()
     return any(dist.get_world_size(group) > 1 for group in replicas)
 
 

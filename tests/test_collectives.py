@@ -234,7 +234,8 @@ def verdict(case: Case) -> str:
             wrong.append(f"rank {rank}: {kind} of rank {named}: {text}")
         elif str(case.victim) not in text:
             wrong.append(f"rank {rank}: {text} does not name the rank")
-        if later not in ("RankError", "CheckpointError"):
+        torn = case.call == "swap" and later == "RuntimeError"  # the EMA says so itself
+        if later not in ("RankError", "CheckpointError") and not torn:
             wrong.append(f"rank {rank}, the call after it: {later}: {then}")
     return "\n".join(wrong)
 

@@ -384,8 +384,9 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def verdicts(request: pytest.FixtureRequest) -> dict[int, world.Verdicts]:
-    engines.build_kernels()
+def verdicts(
+    request: pytest.FixtureRequest, deepspeed_operators: None
+) -> dict[int, world.Verdicts]:
     full = request.config.getoption("--full")
     return {
         ranks: world.judge(
@@ -401,7 +402,7 @@ def verdicts(request: pytest.FixtureRequest) -> dict[int, world.Verdicts]:
     }
 
 
-@pytest.mark.timeout(900)  # all of them run in the fixture, and DeepSpeed compiles kernels
+@pytest.mark.timeout(900)  # all of them run in the fixture
 @pytest.mark.parametrize(
     ("ranks", "fact", "name"),
     [pytest.param(*case, marks=() if in_the_gate(*case) else pytest.mark.full) for case in CASES],

@@ -25,6 +25,8 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 from shardema.backends.tree import named_tensors, tie_shared_storage, walk, whole_shard
 from shardema.shard import REPLACED, Box, Dims, Shard, flat_boxes, memory_order
 
+FLAT = "_flat_param"  # where FSDP registers what the optimizer steps with use_orig_params=False
+
 
 def matches(models: Sequence[nn.Module]) -> bool:
     """Some module is wrapped in FullyShardedDataParallel."""
@@ -51,8 +53,8 @@ def read(models: Sequence[nn.Module]) -> list[Shard]:
     skip: set[tuple[int, str]] = set()
     shards: list[Shard] = []
     for owner, handle in _handles(models):
-        skip.add((id(handle._fully_sharded_module), "_flat_param"))
-        skip.add((id(owner), "_flat_param"))
+        skip.add((id(handle._fully_sharded_module), FLAT))
+        skip.add((id(owner), FLAT))
         same = _replicas(owner, handle)
         flat_shards = _flat_shards(handle, prefixes, skip)
         shards += [replace(shard, replicas=same) for shard in flat_shards]
@@ -76,7 +78,7 @@ def _flat_shards(
     local = _local(flat)
     aliases: dict[tuple[int, str], list[str]] = {}
     for shared in flat._shared_param_infos:
-        names = [f"{prefix}{shared.param_name}" for prefix in prefixes[id(shared.module)]]
+        names = [f"{prefix}{shared.param_name}" for prefix in prefixes.get(id(shared.module), ())]
         aliases.setdefault((id(shared.prim_module), shared.prim_param_name), []).extend(names)
         skip.add((id(shared.module), shared.param_name))
     shards = []
@@ -84,7 +86,11 @@ def _flat_shards(
     for index, (info, part) in enumerate(
         zip(flat._param_infos, flat._shard_param_infos, strict=True)
     ):
-        first, *more = [f"{prefix}{info.param_name}" for prefix in prefixes[id(info.module)]]
+        named = [f"{prefix}{info.param_name}" for prefix in prefixes.get(id(info.module), ())]
+        named += aliases.get((id(info.module), info.param_name), [])
+        if not named:
+            continue  # of a module that the model no longer has; what has its name now is read too
+        first, *more = named
         skip.add((id(info.module), info.param_name))
         if extensions[index] is not None:
             raise ValueError(
@@ -95,7 +101,6 @@ def _flat_shards(
         order = memory_order(shape, flat._strides[index])
         start, numel = part.intra_param_start_idx or 0, part.numel_in_shard or 0
         begin = part.offset_in_shard or 0
-        names = aliases.get((id(info.module), info.param_name), [])
         shards.append(
             Shard(
                 first,
@@ -103,7 +108,7 @@ def _flat_shards(
                 shape,
                 _ordered_boxes(shape, order, start, numel),
                 "parameter" if flat.requires_grad and _trains(flat, index) else "frozen",
-                tuple([*more, *names]),
+                tuple(more),
                 order,
                 _address(handle, flat, begin * local.element_size() if numel else None),
             )

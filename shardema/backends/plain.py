@@ -9,7 +9,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shardema.backends.tree import named_tensors, tie_shared_storage, whole_shard
+from shardema.backends.tree import mark_wrapped, named_tensors, tie_shared_storage, whole_shard
 from shardema.shard import Shard
 
 
@@ -45,7 +45,8 @@ def ensure_sharded(models: Sequence[nn.Module]) -> None:
 
 
 def mark_written(models: Sequence[nn.Module]) -> None:
-    """Nothing to do: autograd saw the in-place writes."""
+    """Tells tensor subclasses, whose insides were written; autograd saw the other writes."""
+    mark_wrapped(param for model in models for param in model.parameters())
 
 
 def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:
