@@ -244,6 +244,7 @@ class ShardedEMA:
             RuntimeError: inside ``swap()``; while an optimizer is attached; or the model is no
                 longer the one that the EMA was built for (wrapped since, a parameter of another
                 shape or dtype).
+            RankError: with ``on_nonfinite``: a rank did not come, or is out of step.
             ValueError: ``dt`` is negative, or missing where the clock does not count steps.
             TypeError: an argument without a keyword: other libraries' updates take a model, a
                 step or parameters.
@@ -535,6 +536,7 @@ class ShardedEMA:
                 inside (they are restored, the write has gone into the average, or with an engine
                 is lost).
             ValueError: no average of this name.
+            RankError: where it is collective: as for `full_state_dict`.
         """
         dropped = functools.partial(
             self._warn_once,
@@ -720,6 +722,7 @@ class ShardedEMA:
         Raises:
             RuntimeError: inside ``swap()``.
             ValueError: ``every`` is no whole number above 0.
+            RankError: where it is collective: as for `full_state_dict`.
         """
         good = every is None or (
             isinstance(every, int) and not isinstance(every, bool) and every >= 1
@@ -817,7 +820,8 @@ class ShardedEMA:
         Raises:
             RuntimeError: inside ``swap()``, or supposed replicas differ.
             ValueError: no average of this name, another dtype, ranks that hold different models.
-            RankError: a rank did not come within the timeout.
+            RankError: a rank did not come within the timeout, ended or froze in the call, or is out
+                of step: it was updated more or less often.
         """
         result: dict[str, Any] = dict(
             self._iter("full_state_dict", name, dtype, all_ranks=all_ranks)
