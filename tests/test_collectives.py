@@ -247,12 +247,10 @@ def _class(name: str) -> type:
 GATE = (
     Case("full_state_dict", "moving", "killed", 1),
     Case("all_ranks", "moving", "frozen", 2, size=4),
-    Case("first", "moving", "killed", 1),
     Case("swap", "moving", "killed", 1),
     Case("save", "word", "killed", 0, store="rank0"),
     Case("save", "word", "frozen", 0, store="rank0"),
     Case("update", "moving", "frozen", 1),
-    Case("stream", "end", "killed", 3, size=4),
 )
 
 
