@@ -32,7 +32,7 @@ from torch import distributed as dist
 
 from shardema.deadline import Task
 from shardema.errors import RankError
-from shardema.rounds import Cancelled, Rounds, rounds_of
+from shardema.rounds import Cancelled, Rounds, call_of, rounds_of
 from shardema.swap import uninterrupted
 from shardema.words import (
     LONG,
@@ -362,6 +362,9 @@ class Ranks:
             if rounds.missed:
                 gone += f"; before, this rank has missed a call: {rounds.missed}"
             return {"error": gave_up((absent or self.ranks)[0], everywhere(gone, op))}
+        if "late" in answer:
+            text = f"{rounds.missed}; rank {self.rank} called it later, alone"
+            return {"error": gave_up(self.rank, text)}
         if "roll" in answer:
             return {"error": packed(self._roll_call(op, None), self.rank)}
         return answer
@@ -378,9 +381,16 @@ class Ranks:
         nobody: list[Any] = [word, *[None] * (self.size - 1)]
         words = nobody
         try:
-            words = self._ask(rounds, lambda: self._collect(rounds, word, timeout, cancel))
-            if None in words and self._ask(rounds, rounds.called):
-                return {"error": packed(self._roll_call(op, None), self.rank)}
+            end = time.monotonic() + timeout
+            while True:
+                left = max(0.0, end - time.monotonic())
+                words = self._ask(rounds, lambda: self._collect(rounds, word, left, cancel))  # noqa: B023
+                if None in words and self._ask(rounds, rounds.called):
+                    return {"error": packed(self._roll_call(op, None), self.rank)}
+                late = [i for i, w in enumerate(words) if w is not None and _is_late(w, word)]
+                if not late or None in words:
+                    break
+                self._ask(rounds, lambda: rounds.answer({"late": late}, words))  # noqa: B023
             answer = self._answer(words, reply, rounds, timeout)
         except BaseException as error:
             cancel.set()
@@ -449,6 +459,11 @@ class Ranks:
                 f"the store of the process group cannot be reached: the process that keeps it, "
                 f"rank {self._world[0]}'s or the launcher's, has ended ({first_line(error)})"
             ) from error
+
+
+def _is_late(word: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether a rank comes with a call that the others gave up, and are no longer in."""
+    return bool(word.get("late")) and call_of(word) != call_of(own)
 
 
 class _StoreGone(RuntimeError):

@@ -15,6 +15,10 @@ until the missing ones come by: they read that it was not theirs, and take the n
 that missed a call, or gave one up, are in step again with their next one. Ranks meet because they
 wait at the same time; what they wait for is in their words, and compared (agree.py).
 
+Where a rank comes to a round that was over, with the very call that it was about, its word says
+that it is late. If the others are in another call by now, that rank alone raises: the leader
+answers that round to it only, and the others post their words again in the next one.
+
 A word that was withdrawn (its rank gave up, or was interrupted) says so, and counts as none. A
 reply names how often a rank had withdrawn before the word that it answers, so it is never taken
 for the reply to another one.
@@ -111,7 +115,14 @@ class Rounds:
         again = {i: w["again"] for i, w in enumerate(words) if w is not None and "again" in w}
         readers = len(words) - 1 - len(missing)
         parting = readers > 0 and _may_be_here(self.store)
-        extra = {"missing": missing, "again": again, "readers": readers, "parting": parting}
+        extra: dict[str, Any] = {
+            "missing": missing,
+            "again": again,
+            "readers": readers,
+            "parting": parting,
+        }
+        if missing and words[0] is not None:
+            extra["call"] = call_of(words[0])
         self.store.set(self._key("reply"), json.dumps({**answer, **extra}))
         self._go_on()
         if missing:
@@ -152,6 +163,8 @@ class Rounds:
                 reply: dict[str, Any] = json.loads(self.store.get(self._key("reply")))
                 if self._passed(reply):
                     return reply
+                if reply.get("call") == call_of(word):
+                    word = {**word, "late": True}
             elif self.called():
                 return {"roll": True}
             else:
@@ -176,9 +189,10 @@ class Rounds:
         number, withdrawn = self._next, self._withdrawn
         counted = self.index not in reply["missing"]
         mine = counted and reply["again"].get(str(self.index), 0) == withdrawn
+        mine = mine and self.index in reply.get("late", [self.index])
         self._go_on()
-        if not mine:
-            self.missed = reply.get("error", {}).get("text", "")
+        if not mine and "error" in reply:
+            self.missed = reply["error"]["text"]
         if "broken" in reply:
             self.broken, self.culprit = reply["broken"], self.ranks[self.index]
         with contextlib.suppress(RuntimeError):  # it is read: the store may end
@@ -276,6 +290,11 @@ class Rounds:
                 look = now + LOOK
             time.sleep(min(pause, end - now))
             pause = min(1.5 * pause, last)
+
+
+def call_of(word: dict[str, Any]) -> str:
+    """What a word calls, and with what."""
+    return json.dumps([word["op"], word["same"]], sort_keys=True)
 
 
 def _may_be_here(store: Any) -> bool:

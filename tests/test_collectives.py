@@ -444,6 +444,26 @@ def a_call_that_others_left_is_no_trap() -> None:
     works(ema)
 
 
+def a_rank_that_comes_late_raises_alone() -> None:
+    """The others are in their next call, and wait in it for the late one's next."""
+    ema = sharded(timeout=15.0)
+    ema.metrics()
+    if is_last():
+        dist.barrier()
+        kind, _, text = told(ema.metrics)
+        assert kind == "RankError"
+        assert "did not call metrics within 0.3 s" in text
+        assert f"rank {last_rank()} called it later, alone" in text
+    else:
+        ema._ranks.timeout = 0.3
+        kind, _, text = told(ema.metrics)
+        assert kind == "RankError"
+        ema._ranks.timeout = 15.0
+        dist.barrier()
+    assert len(ema.full_state_dict(all_ranks=True)) == 4
+    works(ema)
+
+
 def arguments_that_differ_are_named() -> None:
     """Nothing is done; the error says which argument, and each rank's value."""
     torch.manual_seed(0)
@@ -649,6 +669,7 @@ FACTS = [
     the_leader_has_no_room_for_the_result,
     ranks_that_missed_a_call_are_in_step_again,
     a_call_that_others_left_is_no_trap,
+    a_rank_that_comes_late_raises_alone,
     arguments_that_differ_are_named,
     what_one_rank_refuses_all_refuse,
     ranks_out_of_step_are_told_their_counts,
