@@ -102,6 +102,37 @@ def increment(dt: Any, unit: str) -> float:
     return int(dt) if isinstance(dt, numbers.Integral) else float(dt)
 
 
+def progress(t: Any, num_updates: Any, unit: str) -> tuple[float | None, int | None] | None:
+    """Progress and number of updates of what is loaded; None where neither was given.
+
+    With a clock of steps one follows from the other. Raises ValueError.
+    """
+    if t is None and num_updates is None:
+        return None
+    if t is not None:
+        real = isinstance(t, numbers.Real) and not isinstance(t, bool)
+        if not 0 <= (float(t) if real else math.nan) < math.inf:
+            raise ValueError(f"load_full: got t={t!r}, expected {unit}s, a number of 0 or more")
+        t = int(t) if isinstance(t, numbers.Integral) else float(t)
+    if num_updates is not None:
+        whole = isinstance(num_updates, numbers.Integral) and not isinstance(num_updates, bool)
+        if not whole or num_updates < 0:
+            raise ValueError(
+                f"load_full: got num_updates={num_updates!r}, expected a whole number of 0 or more"
+            )
+        num_updates = int(num_updates)
+    if unit == "step":
+        t = num_updates if t is None else t
+        if num_updates is None and t == int(t):
+            num_updates = int(t)
+    elif t is None:
+        raise ValueError(
+            f"load_full: got num_updates={num_updates} and no t; the schedule counts {unit}s, so "
+            f"give the progress too: load_full(source, t=<{unit}s>, num_updates={num_updates})"
+        )
+    return t, num_updates
+
+
 def odd_decay(schedule: Rule, decay: float | None, num_updates: int) -> float | None:
     """A decay of 1 or below 0.5, as by a slip (1 - decay); None where it may well be meant.
 

@@ -182,6 +182,7 @@ def _tensors(sources: Sequence[Source]) -> tuple[Stored, ...]:
                     item.shape,
                     dtype,
                     item.aliases,
+                    item.stem,
                 )
             )
     return tuple(tensors)

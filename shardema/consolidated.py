@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor
 from shardema.errors import CheckpointError
 from shardema.files import (
     BROKEN,
+    DIFFUSERS,
+    WHOLE,
     Entry,
+    checked_int,
     local_path,
     opened,
     parse_json,
@@ -27,8 +30,9 @@ from shardema.shard import Box, Dims, few, runs, split_box
 
 _CHUNK = 16 << 20  # bytes read at a time
 _MAX_INDEX = 100_000_000  # bytes
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_MAX_CONFIG = 10_000_000  # bytes
+# what it adds to the model's config
+_EMA_MODEL = {"optimization_step", "decay", "min_decay", "update_after_step", "use_ema_warmup"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +57,20 @@ def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
         if not stat.S_ISDIR(os.stat(source).st_mode):
             return _tensors_in(source)
         inside = set(os.listdir(source))
-    if _SINGLE in inside:
-        return _tensors_in(os.path.join(source, _SINGLE))
-    if _INDEX not in inside:
+    singles = [f"{stem}.safetensors" for stem in WHOLE]
+    single = next((name for name in singles if name in inside), None)
+    if single is not None:
+        return _tensors_in(os.path.join(source, single))
+    indices = (f"{name}.index.json" for name in singles)
+    found_index = next((name for name in indices if name in inside), None)
+    if found_index is None:
         raise CheckpointError(
-            f"reading {source}: neither model.safetensors nor its index is in it; give a "
-            ".safetensors file or a folder that export or save_pretrained wrote",
+            f"reading {source}: neither model.safetensors nor its index is in it, nor "
+            f"{DIFFUSERS}.safetensors or its index; give a .safetensors file or a folder that "
+            "export or save_pretrained wrote",
             path=source,
         )
-    index = os.path.join(source, _INDEX)
+    index = os.path.join(source, found_index)
     try:
         weight_map = parse_json(read_whole(index, _MAX_INDEX, follow=True))["weight_map"]
         names = sorted(set(weight_map.values()))
@@ -83,6 +92,26 @@ def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
             )
         found.update(there)
     return found
+
+
+def steps_of(source: str | os.PathLike[str]) -> int | None:
+    """The steps that diffusers' ``EMAModel`` had made when it wrote the folder; None elsewhere.
+
+    Raises:
+        CheckpointError: the count is no whole number of 0 or more, or the config is broken.
+    """
+    path = os.path.join(local_path("load_full", source), "config.json")
+    if not os.path.isfile(path):
+        return None
+    try:
+        config = parse_json(read_whole(path, _MAX_CONFIG, follow=True))
+        if not isinstance(config, dict) or not config.keys() >= _EMA_MODEL:
+            return None
+        return checked_int(config["optimization_step"])
+    except BROKEN as error:
+        raise CheckpointError(
+            f"reading {path}: it is broken ({error!r:.300})", path=path
+        ) from error
 
 
 def _tensors_in(path: str) -> dict[str, Place]:
@@ -111,14 +140,19 @@ def _read(fd: int, place: Place, box: Box, target: Tensor) -> None:
         _read(fd, place, part, part.relative_to(box.offsets).view(target))
 
 
-def match(label: str, plan: Plan, shapes: Mapping[str, Dims]) -> dict[str, str]:
+def match(
+    label: str, plan: Plan, shapes: Mapping[str, Dims], beside: Collection[str] = ()
+) -> dict[str, str]:
     """For each averaged fqn the name that the source has it under.
+
+    Args:
+        beside: names that the source may have and that are not used.
 
     Raises:
         ValueError: names that are missing or unknown, or another shape.
     """
     found: dict[str, str] = {}
-    known: set[str] = set()
+    known = set(beside)
     missing = []
     for item in plan.items:
         names = (item.fqn, *item.aliases)

@@ -28,6 +28,8 @@ from shardema import (
     kernels,
     layout,
     manifest,
+    own_state,
+    pretrained,
 )
 from shardema import export as exporter
 from shardema.agree import Ranks
@@ -38,17 +40,19 @@ from shardema.arguments import (
     check_dtype,
     increment,
     odd_decay,
+    progress,
     refuse_positional,
 )
 from shardema.attach import Attached, Engine, Rounds, Source
 from shardema.average import Average
-from shardema.backends.tree import unwrap, walk
+from shardema.backends.tree import unwrap
 from shardema.dcp import BoxedTensor, refuse_pickle
 from shardema.errors import CheckpointError, SwapError
 from shardema.folder import absolute
 from shardema.gather import Holdings, Item, Plan
 from shardema.layout import Buffers, Select
 from shardema.metrics import not_finite, sums, total
+from shardema.own_state import Outward, OwnState
 from shardema.patterns import Pattern, text_of
 from shardema.replicas import Spread
 from shardema.schedules import Schedule, by_pattern, describe
@@ -61,7 +65,20 @@ from shardema.weights import Weights
 
 log = logging.getLogger(__name__)
 
+_CHANGING = frozenset(  # the averages, under an `iter_full` that is open
+    ("update", "before_replay", "swap", "reset", "load", "load_full", "load_state_dict")
+)
+
+_WRITTEN = ("save", "export")  # calls that need the names which files have
+
 _T = TypeVar("_T")
+# what takes state_dict() of all that it is given (accelerate's register_for_checkpointing, Fabric's
+# save), and lets the first rank pickle it
+_PICKLING = {
+    "accelerate.checkpointing",
+    "lightning.fabric.strategies.strategy",
+    "lightning_fabric.strategies.strategy",
+}
 _WRITERS = ("load", "load_full")  # what the average is afterwards does not hang on the steps before
 _EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
 
@@ -173,12 +190,19 @@ class ShardedEMA:
             self._updater = self._bound()
         self._plans: dict[bool, Plan] = {}  # of whole shards, and of the replicas' slices
         self._planned: tuple[Any, ...] = ()  # `Weights.stamp` when the plans were made
+        self._outward = Outward.none()  # what all ranks know beside the plans
+        self._own = OwnState()
+        self._beside: list[Shard] = []  # what the model's modules add to its state, of this rank
         self._inside: str | None = None  # the average that the model holds, in a swap
         self._due: Callable[[], None] | None = None  # the end of a swap that was left, to be made
         self._torn: str | None = None  # why there is nothing to go on with
         self._failed: RuntimeError | None = None  # of an update in the background
         self._moved = False  # the weights' storage, since the update was bound
         self._captured = False  # by a CUDA graph, which the tables must outlive
+        self._averages_buffers = "average" in (
+            buffers.values() if isinstance(buffers, Mapping) else (buffers,)
+        )
+        self._iterations: set[gather.Iteration] = set()  # `iter_full` that go on
         self._source: Source | None = None  # what makes the updates, while attached
         self._writes = Writes()  # of the weights, since an update, while attached
         self._loaded: set[str] = set()  # averages that are not the weights they began with
@@ -499,7 +523,7 @@ class ShardedEMA:
         if self._source is not None:
             others = self._source.others
             stepped = others is not None and others.count > 0
-            if stepped or self._writes.many(self._weights.shards):
+            if stepped or self._writes.many():
                 self._warn_once(
                     "missed",
                     "%s: the weights moved and no update came%s. Was the optimizer replaced that "
@@ -534,7 +558,10 @@ class ShardedEMA:
         Raises:
             RuntimeError: inside another swap; or, on leaving, someone wrote the model's weights
                 inside (they are restored, the write has gone into the average, or with an engine
-                is lost).
+                is lost); or the exchange failed, and no call goes on from there.
+            SwapError: what the block left has no place for some weights, or one of less precision:
+                a cast, a parameter that was taken away. They are in the error's ``weights``; the
+                average is as before, and the EMA goes on once the model fits it again.
             ValueError: no average of this name.
             RankError: where it is collective: as for `full_state_dict`.
         """
@@ -804,9 +831,10 @@ class ShardedEMA:
     ) -> dict[str, Any]:
         """The averaged model as the unwrapped model's ``load_state_dict(strict=True)`` takes it.
 
-        Averages, frozen parameters, persistent buffers, tied names. Collective over the ranks
-        that share the model. Rank 0 needs memory for its result and one bucket of 256 MiB, the
-        others for one bucket.
+        Averages, frozen parameters, persistent buffers, tied names, and what the model's own code
+        makes of its state: extra state, overrides and hooks of ``state_dict``. Collective over the
+        ranks that share the model. Rank 0 needs memory for its result and one bucket of 256 MiB,
+        the others for one bucket.
 
         Args:
             name: which average.
@@ -815,47 +843,52 @@ class ShardedEMA:
             all_ranks: give it to every rank.
 
         Returns:
-            ``{fqn: full CPU tensor [*shape]}`` on the first rank, ``{}`` on the others.
+            ``{fqn: full CPU tensor [*shape]}`` on the first rank, ``{}`` on the others. Extra
+            state may be no tensor; it is the first rank's.
 
         Raises:
-            RuntimeError: inside ``swap()``, or supposed replicas differ.
+            RuntimeError: inside ``swap()``, or supposed replicas differ; a module computes state
+                from weights that are averaged or sharded, or has extra state that is no tensor on
+                another rank only.
             ValueError: no average of this name, another dtype, ranks that hold different models.
             RankError: a rank did not come within the timeout, ended or froze in the call, or is out
                 of step: it was updated more or less often.
         """
-        result: dict[str, Any] = dict(
-            self._iter("full_state_dict", name, dtype, all_ranks=all_ranks)
-        )
-        if all_ranks or self._ranks.leader:
-            for model in self._weights.models:
-                for prefix, module in walk(model):
-                    if type(module).get_extra_state is not nn.Module.get_extra_state:
-                        result[f"{prefix}{_EXTRA}"] = module.get_extra_state()
-        return result
+        return dict(self._iter("full_state_dict", name, dtype, all_ranks=all_ranks))
 
     def iter_full(
         self, name: str | None = None, *, dtype: torch.dtype | Literal["model"] | None = None
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[str, Any]]:
         """Like `full_state_dict`, one ``(fqn, tensor)`` at a time. Collective: loop on every rank.
 
         The first rank needs memory for one bucket and the tensor at hand, the others for one
         bucket; their loops run without a turn.
+
+        A loop may be left early: what the others still send is then received and thrown away.
+        What changes an average (`update`, `swap`, `reset`, a load), and on several ranks any
+        other call that is collective, ends an iteration that is open; its next item raises.
+
+        Raises:
+            RuntimeError: another call has ended it; else as for `full_state_dict`.
         """
         return self._iter("iter_full", name, dtype, all_ranks=False)
 
     def _iter(
         self, op: str, name: str | None, dtype: Any, *, all_ranks: bool
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[str, Any]]:
         ready: list[gather.Prepared] = []
         chosen: list[int] = []
+        gathered: list[int] = []
 
         def prepare(plan: Plan, average: Average, out_dtype: Callable[[Item], torch.dtype]) -> None:
+            self._outward.check_values(op, self._ranks.size if all_ranks else 1)
+            chosen[:] = self._outward.chosen(plan)
             apart = gather.apart(op, plan, self._ranks.size, all_ranks)
-            chosen[:] = [index for index in range(len(plan.items)) if index not in apart]
+            gathered[:] = [index for index in chosen if index not in apart]
             ready[:] = [
                 gather.prepare(
                     plan,
-                    chosen,
+                    gathered,
                     self._holdings(plan, average),
                     out_dtype,
                     self._ranks,
@@ -864,7 +897,7 @@ class ShardedEMA:
                 )
             ]
 
-        plan, _, _ = self._begin(
+        plan, _, out_dtype = self._begin(
             op,
             name,
             dtype,
@@ -872,16 +905,25 @@ class ShardedEMA:
             compared=lambda average: [average],
             prepare=prepare,
         )
-        arriving = gather.stream(ready[0], op)
+        outward, values = self._outward, self._own.values
         with writable():
+            arriving = gather.stream(ready.pop(), op)
             if not (all_ranks or self._ranks.leader):
                 for _ in arriving:
                     raise AssertionError("only receivers get pieces")
                 return
-        own = {shard.fqn: shard.own for shard in self._weights.shards if shard.opaque}
-        full = gather.with_apart(plan, gather.assemble(plan, chosen, arriving), own)
+            own = {shard.fqn: shard.own for shard in self._weights.shards if shard.opaque}
+            joined = gather.assemble(plan, gathered, arriving, out_dtype)
+            full = gather.with_apart(plan, chosen, joined, own)
+        iteration = gather.Iteration(arriving)
+        self._iterations.add(iteration)
         try:
             while True:
+                if iteration.ended_by:
+                    raise RuntimeError(
+                        f"rank {self._ranks.rank}: {op}: {iteration.ended_by} was called before "
+                        "its last tensor, which ended it; call that behind the loop"
+                    )
                 with writable():
                     try:
                         item, tensor = next(full, (None, None))
@@ -889,12 +931,14 @@ class ShardedEMA:
                         arriving.throw(error)  # which tells the others
                         raise
                 if item is None or tensor is None:
-                    return
-                for fqn in (item.fqn, *item.aliases):
+                    break
+                for fqn in outward.names(item):
                     yield fqn, tensor
+            yield from values.items()
         finally:
+            self._iterations.discard(iteration)
             with writable():
-                arriving.close()
+                iteration.end("close")
 
     def export(
         self,
@@ -909,9 +953,11 @@ class ShardedEMA:
         """Writes the averaged model as one safetensors file, in the HF layout. Collective.
 
         ``path/model.safetensors``, or ``model-00001-of-0000N.safetensors`` and their index where
-        it is larger than ``max_shard_size``; beside it the config of a model that has
-        ``config.save_pretrained``, so that ``from_pretrained(path)`` loads it. Tied names are
-        written once. No rank holds more than a bucket; the folder appears when it is complete.
+        it is larger than ``max_shard_size``; beside it the config of a transformers model. For a
+        diffusers model the files are called as diffusers calls them, for a model of PEFT they are
+        its adapters alone, as PEFT saves them: ``from_pretrained(path)`` of the same library
+        loads it. Tied names are written once. No rank holds more than a bucket; the folder
+        appears when it is complete.
 
         Args:
             path: the folder; must not exist.
@@ -924,8 +970,10 @@ class ShardedEMA:
 
         Raises:
             CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
-            ValueError, RuntimeError, RankError: as for `full_state_dict`; a path that is no local
-                one is a ValueError.
+            RuntimeError: as for `full_state_dict`; a module has extra state that is no tensor; an
+                adapter that PEFT does not keep as tensors of the model.
+            ValueError, RankError: as for `full_state_dict`; a path that is no local one is a
+                ValueError.
         """
 
         def given() -> dict[str, Any]:
@@ -938,10 +986,11 @@ class ShardedEMA:
             "export", name, dtype, given=given, compared=lambda average: [average]
         )
         with writable(), self._ranks.together("export"):
+            self._outward.check_export()
             gather.refuse_opaque(
                 "export",
                 plan,
-                range(len(plan.items)),
+                [index for index, item in enumerate(plan.items) if item.stem],
                 "take ema.full_state_dict(), which hands it out as it is, or ema.save(folder) and "
                 "the averages alone with `shardema export --partial`",
             )
@@ -958,7 +1007,7 @@ class ShardedEMA:
                 max_shard_size=exporter.parse_size(max_shard_size),
                 mode=mode,
                 progress=progress,
-                extra=lambda folder: exporter.write_config(module, folder, exported_dtype),
+                extra=lambda folder: pretrained.write_config(module, folder, exported_dtype),
             )
 
     def metrics(self, name: str | None = None) -> dict[str, float]:
@@ -1031,8 +1080,18 @@ class ShardedEMA:
             CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left, and
                 what was there before still is.
             ValueError: the path is no local one, or the ranks give different ones.
-            RuntimeError: inside ``swap()``, or supposed replicas differ.
+            RuntimeError: inside ``swap()``, or supposed replicas differ; with ``include_frozen``,
+                a module has extra state that is no tensor.
         """
+
+        def given() -> dict[str, Any]:
+            place = absolute(folder, "save")
+            return {
+                "path": place,
+                "include_frozen": bool(include_frozen),
+                "overwrite": bool(overwrite),
+            }
+
         self._begin(
             "save",
             self.names[0],
@@ -1044,6 +1103,11 @@ class ShardedEMA:
             compared=lambda _: list(self._averages.values()),
         )
         with writable(), self._ranks.together("save"):
+            if include_frozen:
+                self._outward.check_tensors(
+                    "save(include_frozen=True)",
+                    "save without include_frozen, which a load needs not",
+                )
             plan = self._plans[False]
             averaged = [i for i, item in enumerate(plan.items) if item.averaged]
             rest = [
@@ -1059,8 +1123,11 @@ class ShardedEMA:
                 'such a buffer out: buffers={name: "ignore"}',
             )
             kept = {*averaged, *rest}
-            left_out = [item.fqn for i, item in enumerate(plan.items) if i not in kept]
-            own = Holdings(plan, self._weights.shards, {})
+            items = enumerate(plan.items)
+            left_out = [item.fqn for i, item in items if i not in kept and item.stem]
+            left_out += sorted(self._outward.holders)
+            stored = self._outward.stored(plan)
+            own = Holdings(plan, [*self._weights.shards, *self._beside], {})
             module = unwrap(self._weights.models[0])
             sources = []
             for a in self._averages.values():
@@ -1068,14 +1135,14 @@ class ShardedEMA:
                 holdings = self._holdings(theirs, a)
                 dtype = self._travels_as(a)
                 sources.append(checkpoint.Source(a.name, theirs, averaged, holdings, dtype))
-            sources.append(checkpoint.Source(None, plan, rest, own, lambda item: item.dtype))
+            sources.append(checkpoint.Source(None, stored, rest, own, lambda item: item.dtype))
             checkpoint.save(
                 folder,
                 sources,
                 {a.name: a.stored() for a in self._averages.values()},
                 left_out,
                 self._ranks,
-                extra=lambda place: exporter.write_config(module, place, None),
+                extra=lambda place: pretrained.write_config(module, place, None),
                 overwrite=overwrite,
             )
 
@@ -1177,33 +1244,58 @@ class ShardedEMA:
         self,
         source: str | os.PathLike[str] | Mapping[str, Tensor],
         name: str | None = None,
+        *,
+        t: float | None = None,
+        num_updates: int | None = None,
     ) -> None:
         """Seeds an average from full tensors; each rank reads its own slices. Collective.
+
+        With the progress of what is loaded, the average goes on as if it had been kept here from
+        the beginning: ``presets.diffusers(model).load_full(folder, num_updates=12_000)`` follows
+        diffusers' sequence from its call 12,001 on.
 
         Args:
             source: a ``.safetensors`` file, a folder in the HF layout (a snapshot of the Hub too),
                 or ``{fqn: full tensor}`` on every rank. Frozen parameters and buffers in it are
                 not used.
-            name: which average. Its ``t`` stays as it is.
+            name: which average.
+            t: its progress in the schedule's unit. None: where the unit is ``"step"``,
+                ``num_updates``; else as it is.
+            num_updates: how many updates it has seen. None: where the unit is ``"step"`` and
+                ``t`` whole, ``t``; else as it is. If neither is given, a folder of diffusers'
+                ``EMAModel.save_pretrained`` gives its own ``optimization_step``.
 
         Raises:
             CheckpointError: no such file, or a broken one.
-            ValueError: names that are missing or unknown, or another shape, or a path that is no
-                local one: the average is unchanged.
+            ValueError: names that are missing or unknown, or another shape; a path that is no
+                local one; no progress is known and the schedule would forget all of what was
+                loaded when it next moves; a progress that is negative or that the schedule does
+                not take.
             RuntimeError: inside ``swap()``.
+
+        After an error the average and its clock are as before.
         """
-        plan, average, _ = self._begin("load_full", name)
+        plan, average, _ = self._begin(
+            "load_full",
+            name,
+            given=lambda: {"t": str(t), "num_updates": str(num_updates)},
+            clocks=t is None and num_updates is None,  # else it sets them
+        )
         label = "load_full" if isinstance(source, Mapping) else f"load_full from {source}"
-        staged: list[Shadows] = []
+        staged: list[tuple[Shadows, tuple[float, int]]] = []
 
         def read() -> None:
+            given = progress(t, num_updates, self.unit)
+            if given is None and not isinstance(source, Mapping) and self.unit == "step":
+                given = progress(None, consolidated.steps_of(source), self.unit)
+            clock = average.check_seed(label, given)
             stored = source if isinstance(source, Mapping) else consolidated.tensors_of(source)
             shapes = {
                 fqn: tuple(v.entry.shape if isinstance(v, consolidated.Place) else v.shape)
                 for fqn, v in stored.items()
-                if not fqn.endswith(_EXTRA)
+                if not fqn.endswith(_EXTRA) and isinstance(v, consolidated.Place | Tensor)
             }
-            names = consolidated.match(label, plan, shapes)
+            names = consolidated.match(label, plan, shapes, self._outward.ignored)
             held = self._held(average)
             staging = allocate(held, average.policy, pin=False)
             for shard in held:
@@ -1213,11 +1305,18 @@ class ShardedEMA:
                         consolidated.read_into(target, value, box)
                     else:
                         target.copy_(box.view(value))
-            staged.append(staging)
+            staged.append((staging, clock))
 
         with writable():
             self._ranks.agree("load_full (reading)", read)
-            self._whole("load_full", lambda: average.shadows.copy_all(staged[0]))
+
+            def take_over() -> None:
+                shadows, (now, updates) = staged[0]
+                average.shadows.copy_all(shadows)
+                if (now, updates) != (average.t, average.num_updates):
+                    average.restart(now, updates)
+
+            self._whole("load_full", take_over)
         self._loaded.add(average.name)
         self._clear_round()
 
@@ -1227,21 +1326,31 @@ class ShardedEMA:
         The tensors share memory with the averages: ``dcp.load`` fills them in place, and
         ``dcp.async_save`` copies them before it returns. Pickling the result raises.
 
+        Of an averaged buffer that differs between ranks (BatchNorm's statistics) the first rank's
+        average is saved, as by `save`, and ``dcp.load`` gives it to all. With averaged buffers on
+        several ranks the first call is therefore collective, if no other call was before it.
+
         Raises:
             RuntimeError: inside ``swap()``.
         """
-        if sys._getframe(1).f_globals.get("__name__") == "accelerate.checkpointing":
-            # registered for checkpointing: refused here, since only the main process pickles
+        if sys._getframe(1).f_globals.get("__name__") in _PICKLING:
+            # refused here, on every rank, since only the main process will pickle
             refuse_pickle("ShardedEMA")
         self._not_inside("state_dict")
+        if self._averages_buffers and self._ranks.size > 1 and not self._plans:
+            self._begin("state_dict", self.names[0], None)
         self._close_round()
+        elsewhere = self._saved_elsewhere()
         with writable():
             self._refresh()
             self._flush("state_dict")
             return {
                 "averages": {
                     a.name: {
-                        s.fqn: BoxedTensor.of(s, a.shadows.views[s.fqn]) for s in self._held(a)
+                        s.fqn: BoxedTensor.of(
+                            s, a.shadows.views[s.fqn], saved=s.fqn not in elsewhere
+                        )
+                        for s in self._held(a)
                     }
                     for a in self._averages.values()
                 },
@@ -1331,6 +1440,12 @@ class ShardedEMA:
 
     # ---- inside -------------------------------------------------------------------------------
 
+    def _saved_elsewhere(self) -> set[str]:
+        """Averaged buffers of which another rank's value is saved: the first one's that has it."""
+        items = self._plans[False].items if self._plans else ()
+        first = {i.fqn: i.holders[0][1][0] for i in items if i.role == "buffer" and i.holders}
+        return {fqn for fqn, index in first.items() if index != self._ranks.index}
+
     def _held(self, average: Average) -> list[Shard]:
         """What this rank averages."""
         return self._weights.cut(average.policy)
@@ -1418,6 +1533,13 @@ class ShardedEMA:
             if names and self._ranks.leader:
                 log.warning("%s: %s", few(names), what)
 
+    def _end_iterations(self, op: str) -> None:
+        """Ends what `iter_full` has begun and ``op`` would change or wait for."""
+        if self._iterations and (op in _CHANGING or self._ranks.size > 1):
+            with writable():
+                for iteration in list(self._iterations):
+                    iteration.end(op)
+
     def _not_inside(self, op: str) -> None:
         if self._torn is not None:
             raise RuntimeError(
@@ -1427,6 +1549,7 @@ class ShardedEMA:
             )
         if self._due is not None:
             self._end_swap(op)
+        self._end_iterations(op)
         if self._inside is not None:
             raise RuntimeError(
                 f"rank {self._ranks.rank}: {op} inside swap(): the model holds average "
@@ -1472,6 +1595,9 @@ class ShardedEMA:
             compared: averages that supposed replicas are to hold alike.
             prepare: what may fail on this rank, before the others wait for it; may be called twice.
         """
+        if self._ranks.size > 1:
+            with writable():
+                gather.end_iterations(op)
         same: dict[str, Any] = {}
 
         def ready() -> list[dict[str, str]] | None:
@@ -1496,11 +1622,17 @@ class ShardedEMA:
             self._tell_what_froze()
             if op != "load":  # which fills all averages anew
                 self._flush(op)
-            known = bool(self._plans) and self._planned == self._weights.stamp()
-            return prepared() if known or not planned else None
+            if not planned:
+                return prepared()
+            known, self._own = self._own.facts(), self._read_own()
+            same_state = known == self._own.facts() and self._planned == self._weights.stamp()
+            named = not (self._outward.pending and op in _WRITTEN)
+            return prepared() if self._plans and same_state and named else None
 
         def prepared() -> list[dict[str, str]]:
             average = self._named(name)
+            if planned:
+                self._beside = self._read_beside()
             with writable():
                 digests = [
                     gather.replica_digests(self._plans[False], self._compared(a), self._ranks)
@@ -1543,14 +1675,19 @@ class ShardedEMA:
             layout.same_rules([theirs for _, theirs in told])
 
         self._ranks.agree(f"{op} (schedules)", lambda: [missed, rules], alike)
+        self._agree_on_state(op)
         plans = {}
         with self._ranks.together(f"{op} (planning)"):
-            dropped = exporter.dropped_names(self._weights.models)
+            dropped = pretrained.dropped_names(self._weights.models)
             cuts = {average.policy.shard_replicas for average in self._averages.values()}
             for cut in sorted(cuts | {False}):
-                shards = self._weights.all_cut(ShadowPolicy(shard_replicas=cut))
+                shards = [
+                    *self._weights.all_cut(ShadowPolicy(shard_replicas=cut)),
+                    *self._read_beside(),
+                ]
                 averaged = self._weights.averaged
-                plans[cut] = gather.make_plan(shards, averaged, self._ranks, dropped)
+                made = gather.make_plan(shards, averaged, self._ranks, dropped)
+                plans[cut] = self._outward.applied(made, dropped)
         self._plans, self._planned = plans, self._weights.stamp()
 
     def _plan_of(self, average: Average) -> Plan:
@@ -1563,16 +1700,41 @@ class ShardedEMA:
             if dtype is None:
                 return own(item)
             given = item.role != "buffer" and item.dtype.is_floating_point
+            given = given and item.fqn not in self._outward.packed
             return dtype if given and isinstance(dtype, torch.dtype) else item.dtype
 
         return out_dtype
+
+    def _read_own(self) -> OwnState:
+        weights = self._weights
+        return own_state.read(weights.models, weights.shards, weights.averaged, weights.ignored)
+
+    def _read_beside(self) -> list[Shard]:
+        """What the model's modules add to its state, and this rank gives to all, as it is now."""
+        owners = self._outward.owners
+        return self._own.shards({key for key in owners if owners[key] == self._ranks.index})
+
+    def _agree_on_state(self, op: str) -> None:
+        """Tells all ranks what each one's modules make of their state, and how it is exported."""
+        weights = self._weights
+
+        def mine() -> dict[str, Any]:
+            form = pretrained.form_of(
+                weights.models, weights.shards, weights.averaged, written=op in _WRITTEN
+            )
+            packed = own_state.packed(weights.models)
+            return own_state.payload(self._own, weights.ignored, packed, form)
+
+        merged = self._ranks.agree(f"{op} (own state)", mine, own_state.merge)
+        self._outward = Outward.of(merged)
 
     def _travels_as(self, average: Average) -> Callable[[Item], torch.dtype]:
         """The dtype of an item where this average stands for the model."""
         return lambda i: average.policy.dtype_for(i.dtype) if i.averaged else i.dtype
 
     def _holdings(self, plan: Plan, average: Average) -> Holdings:
-        return Holdings(plan, self._weights.all_cut(average.policy), average.shadows.views)
+        shards = [*self._weights.all_cut(average.policy), *self._beside]
+        return Holdings(plan, shards, average.shadows.views)
 
     def _compared(self, average: Average) -> Holdings:
         """What supposed replicas hold alike: the average, or the weights that slices are of."""

@@ -12,8 +12,6 @@ clobber the neighbours. Elsewhere the same bytes are streamed through the leader
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
 import os
 import re
@@ -23,12 +21,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from shardema.agree import Ranks
-from shardema.backends.tree import unwrap
 from shardema.files import (
+    WHOLE,
     Entry,
     NewFile,
     close_quietly,
@@ -63,8 +61,13 @@ _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 @dataclass(frozen=True)
 class Target:
-    """One safetensors file of an export: its head and where each tensor goes."""
+    """One safetensors file of an export: its head and where each tensor goes.
 
+    Attributes:
+        stem: of its name, which may have a folder; the files of one stem make one set.
+    """
+
+    stem: str
     name: str
     head: bytes
     entries: Mapping[str, Entry]
@@ -94,9 +97,33 @@ def parse_size(size: int | str) -> int:
 
 
 def plan_targets(
-    tensors: Sequence[tuple[str, torch.dtype, Dims]], max_shard_size: int
+    tensors: Sequence[tuple[str, str, torch.dtype, Dims]], max_shard_size: int
+) -> tuple[list[Target], dict[str, bytes]]:
+    """The files of an export, and by name their indices where one file is not enough.
+
+    Args:
+        tensors: stem, name, dtype and shape of each; without a stem it is not written.
+    """
+    by_stem: dict[str, list[tuple[str, torch.dtype, Dims]]] = {}
+    for stem, name, dtype, shape in tensors:
+        if stem:
+            by_stem.setdefault(stem, []).append((name, dtype, shape))
+    targets: list[Target] = []
+    indices: dict[str, bytes] = {}
+    for stem, group in by_stem.items():
+        # what reads adapters reads one file
+        limit = max_shard_size if stem in WHOLE else None
+        made, index = _targets(stem, group, limit)
+        targets += made
+        if index is not None:
+            indices[f"{stem}.safetensors.index.json"] = index
+    return targets, indices
+
+
+def _targets(
+    stem: str, tensors: Sequence[tuple[str, torch.dtype, Dims]], max_shard_size: int | None
 ) -> tuple[list[Target], bytes | None]:
-    """The files of an export and the bytes of their index; None where one file is enough.
+    """The files of one stem and the bytes of their index.
 
     As transformers does it: tensors fill a file in order until the next would pass the limit; a
     tensor larger than the limit has a file of its own.
@@ -105,7 +132,7 @@ def plan_targets(
     used = total = 0
     for name, dtype, shape in tensors:
         nbytes = Box(shape, shape).numel * dtype.itemsize
-        if groups[-1] and used + nbytes > max_shard_size:
+        if max_shard_size is not None and groups[-1] and used + nbytes > max_shard_size:
             groups.append([])
             used = 0
         groups[-1].append((name, dtype, shape))
@@ -113,9 +140,9 @@ def plan_targets(
         total += nbytes
     metadata = {"format": "pt"}
     if len(groups) == 1:
-        return [Target("model.safetensors", *layout(groups[0], metadata))], None
+        return [Target(stem, f"{stem}.safetensors", *layout(groups[0], metadata))], None
     targets = [
-        Target(f"model-{i:05d}-of-{len(groups):05d}.safetensors", *layout(group, metadata))
+        Target(stem, f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", *layout(group, metadata))
         for i, group in enumerate(groups, start=1)
     ]
     places = {name: target.name for target in targets for name in target.entries}
@@ -170,8 +197,9 @@ def export(
         ValueError: ``mode="direct"`` on several hosts or a file system that is not local.
         CheckpointError: on all ranks, if any could not write; nothing is left behind.
     """
-    tensors = [(item.file_name, out_dtype(item), item.shape) for item in _items(plan, chosen)]
-    targets, index = plan_targets(tensors, max_shard_size)
+    chosen = [index for index in chosen if plan.items[index].stem]
+    tensors = [(i.stem, i.file_name, out_dtype(i), i.shape) for i in _items(plan, chosen)]
+    targets, indices = plan_targets(tensors, max_shard_size)
     total = sum(entry.nbytes for target in targets for entry in target.entries.values())
     bar = tqdm(
         total=total,
@@ -213,8 +241,8 @@ def export(
 
         def finish(_: list[None]) -> None:
             with reporting(new.path, "export to"):
-                if index is not None:
-                    write_file(os.path.join(new.path, "model.safetensors.index.json"), index)
+                for name, index in indices.items():
+                    write_file(os.path.join(new.path, name), index)
                 extra(new.path)
             new.commit()
 
@@ -294,6 +322,8 @@ def reserve(temporary: str, targets: Sequence[Target]) -> None:
     """
     for target in targets:
         path = os.path.join(temporary, target.name)
+        with reporting(path, "writing"):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
         with reporting(path, "writing"), NewFile(path, target.size) as file:
             file.write_at(0, target.head)
 
@@ -305,12 +335,13 @@ class Writer:
         self, folder: str, targets: Sequence[Target], done: Callable[[int], object]
     ) -> None:
         self._folder = folder
-        self._places = {name: target for target in targets for name in target.entries}
+        self._places = {(t.stem, name): t for t in targets for name in t.entries}
         self._fds: dict[str, int] = {}
         self._done = done
 
-    def write(self, name: str, box: Box, values: Tensor) -> None:
-        target = self._places[name]
+    def write(self, stem: str, name: str, box: Box, values: Tensor) -> None:
+        """Writes a box of the tensor that has this name in the files of this stem."""
+        target = self._places[stem, name]
         path = os.path.join(self._folder, target.name)
         if target.name not in self._fds:
             self._fds[target.name] = open_existing(path, write=True)
@@ -348,7 +379,7 @@ def _write_own(
         item = plan.items[index]
         for (box, _), owner in zip(item.holders, plan.writers[index], strict=True):
             if owner == ranks.index:
-                writer.write(item.file_name, box, holdings(index, box))
+                writer.write(item.stem, item.file_name, box, holdings(index, box))
 
 
 def _write_streamed(plan: Plan, prepared: Prepared, writer: Writer) -> Exception | None:
@@ -357,42 +388,8 @@ def _write_streamed(plan: Plan, prepared: Prepared, writer: Writer) -> Exception
     for piece, values in stream(prepared, "export"):
         if failed is None:  # after a failure go on receiving, so that no sender waits for ever
             try:
-                writer.write(plan.items[piece.item].file_name, piece.box, values)
+                item = plan.items[piece.item]
+                writer.write(item.stem, item.file_name, piece.box, values)
             except Exception as error:
                 failed = error
     return failed
-
-
-def write_config(module: nn.Module, folder: str, dtype: torch.dtype | None) -> None:
-    """Writes what ``from_pretrained`` needs beside the weights, if the model knows how.
-
-    Args:
-        module: the unwrapped model; nothing happens unless it has ``config.save_pretrained``.
-        dtype: of the written weights, noted in the config.
-    """
-    config: Any = getattr(module, "config", None)
-    if not hasattr(config, "save_pretrained"):
-        return
-    config = copy.deepcopy(config)
-    if getattr(config, "architectures", False) is None:
-        config.architectures = [_original_class(module).__name__]
-    if dtype is not None and hasattr(config, "dtype"):
-        config.dtype = dtype
-    config.save_pretrained(folder)
-    generation: Any = getattr(module, "generation_config", None)
-    if hasattr(generation, "save_pretrained"):
-        generation.save_pretrained(folder)
-
-
-def _original_class(module: nn.Module) -> type:
-    """The class as it was before ``fully_shard`` put its own in front."""
-    from torch.distributed.fsdp import FSDPModule
-
-    classes = itertools.dropwhile(lambda c: issubclass(c, FSDPModule), type(module).__mro__)
-    return next(classes)
-
-
-def dropped_names(models: Sequence[nn.Module]) -> set[str]:
-    """Names of tied weights that transformers drops from its files, if it has another for them."""
-    keys = (getattr(unwrap(model), "_tied_weights_keys", None) or () for model in models)
-    return {name for names in keys for name in names}

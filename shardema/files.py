@@ -367,6 +367,15 @@ def _entries(header: Any, begin: int, size: int) -> dict[str, Entry]:
     return entries
 
 
+# Stems of the safetensors files of a model, as transformers, diffusers and PEFT call them; PEFT
+# keeps a further adapter in a folder of its name.
+MODEL = "model"
+DIFFUSERS = "diffusion_pytorch_model"
+ADAPTER = "adapter_model"
+WHOLE = (MODEL, DIFFUSERS)
+STEM = re.compile(rf"{MODEL}|{DIFFUSERS}|(?:[A-Za-z0-9][A-Za-z0-9._-]*/)?{ADAPTER}")
+
+
 def _check_metadata(metadata: Any) -> None:
     if metadata is None:
         return

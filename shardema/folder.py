@@ -109,9 +109,10 @@ class NewFolder:
             CheckpointError: it could not; what was there before is there.
         """
         with reporting(self._folder, f"{self._op} to"):
-            for name in os.listdir(self.path):  # the model's config was written by its own code
-                sync_path(os.path.join(self.path, name))
-            sync_path(self.path)
+            for place, _, names in os.walk(self.path):  # the model's config: by its own code
+                for name in names:
+                    sync_path(os.path.join(place, name))
+                sync_path(place)
             if self.place:
                 self._replace()
             else:

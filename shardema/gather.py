@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
+import weakref
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,7 @@ class Item:
         file_name: of its names the one that an export writes it under.
         opaque: the class of a tensor that has no values to gather; see `Shard`. Else empty.
         holders: each distinct box with the indices of the ranks that hold it, ascending.
+        stem: of the file that an export writes it to, ``<stem>.safetensors``; empty, to none.
     """
 
     fqn: str
@@ -55,6 +57,7 @@ class Item:
     file_name: str
     opaque: str
     holders: tuple[tuple[Box, tuple[int, ...]], ...]
+    stem: str = "model"
 
 
 @dataclass(frozen=True)
@@ -419,6 +422,13 @@ def stream(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
         A piece and its values ``[*piece.box.sizes]`` on the CPU, valid until the next one; only
         on ranks that receive.
     """
+    pieces = _pieces(prepared, op)
+    next(pieces)  # closing a generator that never ran would not move what is left
+    return pieces
+
+
+def _pieces(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
+    """What arrives, behind a first item that is none."""
     transfer, ranks = prepared.transfer, prepared.transfer.ranks
     failed: BaseException | None = None
 
@@ -426,6 +436,10 @@ def stream(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
         if failed is not None and not isinstance(failed, GeneratorExit):
             raise failed
 
+    try:
+        yield Piece(-1, Box((), ()), -1), torch.empty(0)
+    except BaseException as error:  # the consumer stopped: the others go on to the end
+        failed = error
     for number, bucket in enumerate(prepared.groups, 1):
         parts: list[Tensor] = []
         try:
@@ -441,12 +455,40 @@ def stream(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
                 for piece, part in zip(bucket, parts, strict=True):
                     transfer.go_on()
                     yield piece, part
-            except BaseException as error:  # the consumer stopped: the others go on to the end
+            except BaseException as error:
                 failed = error
     if not prepared.groups:
         ranks.agree(f"{op} (finishing)")
     if failed is not None:
         raise failed
+
+
+class Iteration:
+    """Full tensors that a caller takes one by one, while the other ranks have sent theirs.
+
+    Attributes:
+        ended_by: the call that ended it before its last tensor.
+    """
+
+    def __init__(self, arriving: Generator[tuple[Piece, Tensor]]) -> None:
+        self.ended_by = ""
+        self._arriving = arriving
+        _iterations.add(self)
+
+    def end(self, op: str) -> None:
+        """Receives what is still on its way."""
+        _iterations.discard(self)
+        self.ended_by = self.ended_by or op
+        self._arriving.close()
+
+
+_iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()  # of all averages of the process
+
+
+def end_iterations(op: str) -> None:
+    """Ends all that are open: the other ranks may wait in their transfers."""
+    for iteration in list(_iterations):
+        iteration.end(op)
 
 
 class _Transfer:
@@ -601,7 +643,10 @@ class Holdings:
 
 
 def assemble(
-    plan: Plan, chosen: Sequence[int], arriving: Iterator[tuple[Piece, Tensor]]
+    plan: Plan,
+    chosen: Sequence[int],
+    arriving: Iterator[tuple[Piece, Tensor]],
+    out_dtype: Callable[[Item], torch.dtype],
 ) -> Iterator[tuple[Item, Tensor]]:
     """Full tensors ``[*shape]`` on the CPU, one at a time, from the pieces of `stream`."""
     pieces = iter(arriving)
@@ -617,15 +662,18 @@ def assemble(
             piece.box.view(full).copy_(values)
             missing -= piece.box.numel
         if full is None:
-            full = torch.empty(item.shape, dtype=item.dtype, device="cpu")
+            full = torch.empty(item.shape, dtype=out_dtype(item), device="cpu")
         yield item, full
 
 
 def with_apart(
-    plan: Plan, full: Iterator[tuple[Item, Tensor]], own: Mapping[str, Tensor]
+    plan: Plan,
+    chosen: Sequence[int],
+    full: Iterator[tuple[Item, Tensor]],
+    own: Mapping[str, Tensor],
 ) -> Iterator[tuple[Item, Tensor]]:
     """``full`` with the items of `apart` at their places: copies of the model's ``own`` tensors."""
-    for item in plan.items:
+    for item in (plan.items[index] for index in chosen):
         yield (item, _copied(own[item.fqn])) if item.opaque else next(full)
 
 

@@ -3,10 +3,10 @@
 ::
 
     {"checksum": "<xxh3_128 of the body's bytes>", "body": {
-        "format": "shardema", "version": [1, 0], "save_id": ..., "world_size": ...,
+        "format": "shardema", "version": [1, 1], "save_id": ..., "world_size": ...,
         "averages": {name: {"schedule": ..., "t": ..., "num_updates": ..., "dtype": ...}},
         "tensors":  [{"average": name or null, "fqn", "file_name", "role", "shape",
-                      "dtype", "aliases"}, ...],
+                      "dtype", "aliases", "stem"}, ...],
         "left_out": [fqn, ...],
         "place":    "",  or the folder in the folder that the files are in
         "files":    [{"name", "size", "head", "blocks": [xxh3_128 of 4 MiB, ...],
@@ -36,7 +36,9 @@ from shardema.errors import CheckpointError
 from shardema.files import (
     BROKEN,
     DTYPES,
+    MODEL,
     NAMES,
+    STEM,
     checked_int,
     checked_shape,
     checked_text,
@@ -50,7 +52,7 @@ from shardema.files import (
 from shardema.shard import Box, Dims, Role, check_covered, flat_boxes
 
 NAME = "shardema.json"
-VERSION = (1, 0)
+VERSION = (1, 1)  # 1.1: "stem" of a tensor, where its export has another name than "model"
 BLOCK = 4 << 20  # bytes that one checksum covers
 MAX_MANIFEST = 1 << 30  # bytes
 _START = b'{"checksum":"'
@@ -67,6 +69,7 @@ class Stored:
     Attributes:
         average: None for buffers and frozen parameters.
         file_name: the name that an export writes it under; one of the fqn and its aliases.
+        stem: of the file that an export writes it to; empty, to none.
     """
 
     average: str | None
@@ -76,6 +79,7 @@ class Stored:
     shape: Dims
     dtype: torch.dtype
     aliases: tuple[str, ...]
+    stem: str = MODEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +159,7 @@ def pack(manifest: Manifest) -> bytes:
                 "shape": t.shape,
                 "dtype": NAMES[t.dtype],
                 "aliases": t.aliases,
+                **({} if t.stem == MODEL else {"stem": t.stem}),
             }
             for t in manifest.tensors
         ],
@@ -302,14 +307,21 @@ def _tensor(value: Any, averages: dict[str, StoredAverage]) -> Stored:
     fqn, file_name = checked_text(value["fqn"]), checked_text(value["file_name"])
     if file_name not in (fqn, *aliases):
         raise ValueError(f"{fqn} has the file name {file_name!r}")
+    stem = value.get("stem", MODEL)
+    if not isinstance(stem, str) or (stem and not STEM.fullmatch(stem)):
+        raise ValueError(f"{fqn} has the file {reprlib.repr(stem)}")
     shape = checked_shape(value["shape"])
-    return Stored(average, fqn, file_name, role, shape, DTYPES[value["dtype"]], aliases)
+    return Stored(average, fqn, file_name, role, shape, DTYPES[value["dtype"]], aliases, stem)
 
 
 def _check_names(tensors: tuple[Stored, ...], averages: dict[str, StoredAverage]) -> None:
     """What an average is exported as has no name twice: its own tensors, and those of none."""
     for attribute in ("fqn", "file_name"):
-        names = [(t.average, getattr(t, attribute)) for t in tensors]
+        names = [
+            (t.average, getattr(t, attribute) if attribute == "fqn" else (t.stem, t.file_name))
+            for t in tensors
+            if t.stem or attribute == "fqn"
+        ]
         common = {name for average, name in names if average is None}
         own = {(average, name) for average, name in names if name not in common}
         if len(common) + len(own) != len(names):

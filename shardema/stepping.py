@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+_LIGHTNINGS = {"_FabricOptimizer", "LightningOptimizer"}  # wrappers with a class of the inner's
 _LAYERS = 64  # functions around a step that are looked through
 
 
@@ -34,6 +35,8 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
         )
     if hasattr(optimizer, "step_was_skipped") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer  # accelerate: the inner one steps only when it really does
+    if _LIGHTNINGS & {base.__name__ for base in type(optimizer).__mro__}:
+        optimizer = optimizer.optimizer  # a copy of its attributes, which steps the inner one
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"attach: got {kind}, expected a torch.optim.Optimizer or "

@@ -25,7 +25,7 @@ import functools
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -202,13 +202,13 @@ class Block(contextlib.ContextDecorator):
     """A context manager that says so when it is dropped without ``with``.
 
     Args:
-        enter: makes the context manager that it stands for.
+        enter: makes the context manager that it stands for, of a generator.
         dropped: called if it was never entered.
     """
 
     def __init__(
         self,
-        enter: Callable[[], contextlib.AbstractContextManager[None]],
+        enter: Callable[[], Any],
         dropped: Callable[[], None],
     ) -> None:
         self._enter, self._dropped = enter, dropped
@@ -216,11 +216,22 @@ class Block(contextlib.ContextDecorator):
 
     def __enter__(self) -> None:
         self._used = True
-        self._inner = self._enter()
-        return self._inner.__enter__()
+        self._inner: Any = self._enter()
+        with self._closing():
+            self._inner.__enter__()
 
     def __exit__(self, *raised: Any) -> bool | None:
-        return self._inner.__exit__(*raised)
+        with self._closing():
+            return bool(self._inner.__exit__(*raised))
+
+    @contextlib.contextmanager
+    def _closing(self) -> Iterator[None]:
+        """Ends the block where an interrupt kept its own end from beginning."""
+        try:
+            yield
+        except BaseException:
+            self._inner.gen.close()
+            raise
 
     def _recreate_cm(self) -> Block:  # of a decorator: every call is a block of its own
         self._used = True
@@ -231,6 +242,5 @@ class Block(contextlib.ContextDecorator):
         return super().__call__(function)
 
     def __del__(self) -> None:
-        # an error on the way to the with statement is told already
-        if not self._used and not sys.is_finalizing() and sys.exc_info()[0] is None:
+        if not self._used and not sys.is_finalizing():
             self._dropped()

@@ -110,10 +110,8 @@ class Writes:
             self._tensors = trained[:: max(1, -(-len(trained) // _SAMPLE))]
         self._versions = [tensor._version for tensor in self._tensors]
 
-    def many(self, shards: Sequence[Shard]) -> bool:
+    def many(self) -> bool:
         """Whether most tensors were written more often since than a load or a projection does."""
-        if shards is not self._shards or not self._tensors:
-            return False
         pairs = zip(self._tensors, self._versions, strict=True)
         writes = sorted(tensor._version - before for tensor, before in pairs)
-        return writes[len(writes) // 2] > _WRITES
+        return bool(writes) and writes[len(writes) // 2] > _WRITES

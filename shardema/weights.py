@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardema import backends, layout, replicas
+from shardema import backends, layout, own_state, replicas
 from shardema.agree import Ranks
 from shardema.backends.fsdp1 import FLAT
 from shardema.backends.tree import Form, named_tensors
@@ -44,6 +44,7 @@ class Weights:
         shards: of every tensor that is gathered.
         averaged: fqns of those that are averaged.
         missed: patterns that found nothing here.
+        ignored: names of buffers that are left out of `shards`.
         lent: those of `mine` whose masters are away until they are asked for.
 
     Raises:
@@ -73,7 +74,9 @@ class Weights:
         self.engine = self._backend.engine(models)
         averaged_buffers = {fqn for fqn, word in self._buffers.items() if word == "average"}
         self._cuts: dict[str, tuple[Any, ...]] = {}  # what the slices were at first
-        self.averaged = layout.choose(self.shards, select, self.missed) | averaged_buffers
+        packed = own_state.packed(models)
+        numbers = [shard for shard in self.shards if shard.fqn not in packed]
+        self.averaged = layout.choose(numbers, select, self.missed) | averaged_buffers
         self._frozen = self._frozen_now()
         self._watch()
 
@@ -128,7 +131,10 @@ class Weights:
         return self._slices[shard.fqn]
 
     def _read(self) -> list[Shard]:
-        shards = [s for s in self._backend.read(self.models) if not self._ignored(s)]
+        shards = self._backend.read(self.models)
+        left_out = [shard for shard in shards if self._ignored(shard)]
+        self.ignored = frozenset(name for shard in left_out for name in shard.names)
+        shards = [shard for shard in shards if shard.fqn not in self.ignored]
         if not self._reads_weights:
             return shards
         return [replace(shard, reads_weights=True) for shard in shards]

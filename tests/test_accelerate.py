@@ -403,6 +403,7 @@ def names_of_its_own(folder: str) -> None:
     for _ in range(3):
         run.epoch()
         run.accelerator.save_state()
+    dist.barrier()
     found = sorted(path.parent.name for path in Path(folder).glob("checkpoints/*/ema"))
     assert found == ["checkpoint_1", "checkpoint_2"]
     ema.reset()

@@ -47,6 +47,8 @@ FLOORS = {
     "metrics": 2,
     "updater": 2,
     "weights": 2,
+    "own_state": 2,
+    "pretrained": 2,
     "average": 2,
     "ema": 3,
     "batchnorm": 4,
@@ -65,6 +67,7 @@ OPTIONAL = {
     "lightning": "integrations/lightning.py",
     "matplotlib": "plot.py",
     "triton": "kernels/fused_gpu.py",
+    "peft": "pretrained.py",
 }
 
 

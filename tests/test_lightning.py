@@ -961,7 +961,8 @@ def fabric_trains_with_an_average(strategy: str, ranks: int, root: Path) -> None
     fabric.barrier()
     other = ShardedEMA(net if strategy == "fsdp2" else Net(), DECAY)
     other.load(root / "ema")
-    assert_equal(other.full_state_dict(all_ranks=True), state)
+    trained = {name: value for name, value in state.items() if name != "up.bias"}
+    assert_equal(other.full_state_dict(all_ranks=True), trained)
     assert_equal(load_file(root / "export/model.safetensors"), state)
     with pytest.raises(TypeError, match="pickle"):
         fabric.save(root / "state.ckpt", {"ema": ema})

@@ -576,6 +576,18 @@ def test_while_weights_are_loaded_there_is_no_average_of_others(tmp_path: Path) 
         trainer._load_best_model()
     assert callback.ema is None
     assert seen == [None] * 4
+    trainer.fails = False
+    trainer.train()
+    assert callback.ema is not None
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))  # by hand
+    assert callback.ema is None
+    trainer.model_init = KINDS["llama"]
+    trainer.train()
+    assert callback.ema is not None
+    trainer.fails = True
+    with pytest.raises(RuntimeError, match="no"):
+        trainer.train()  # the model is a new one by then
+    assert callback.ema is None
 
 
 def test_a_best_checkpoint_without_an_average_is_refused_before_it_is_loaded(

@@ -90,6 +90,8 @@ def _boxes_of(fqn: str, param: DTensor, sizes: Dims) -> tuple[tuple[Dims, ...], 
             f"{fqn}: placements {param.placements} hold partial sums, which have no place in "
             "the full tensor; redistribute it to Shard or Replicate first"
         )
+    if param.numel() == 0:  # FSDP2 keeps [0, 0] of [4, 0]
+        return (), ()
     chunks = _declared(param)
     if chunks is not None:  # by who made it, as torch.distributed.checkpoint takes it
         if len(chunks) == 1 and chunks[0].sizes == sizes:

@@ -157,7 +157,9 @@ class Form:
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         modules = dict.fromkeys(module for model in models for _, module in walk(model))
-        self._tables = [module._modules for module in modules]
+        tables = [module._modules for module in modules]
+        # TorchScript's are no dicts, and cannot be exchanged
+        self._tables = [table for table in tables if isinstance(table, dict)]
         self._then = [dict(table) for table in self._tables]
 
     def holds(self) -> bool:
