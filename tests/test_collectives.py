@@ -215,15 +215,17 @@ def verdict(case: Case) -> str:
             process.start()
         said: dict[int, Any] = {}
         end = time.monotonic() + HANG + 3 * TIMEOUT
-        while len(said) < case.size - 1 and time.monotonic() < end:
-            if words.empty():
-                time.sleep(0.02)
-                continue
-            rank, *both = words.get()
-            said[rank] = both
-        for process in processes:
-            process.kill()
-            process.join()
+        try:
+            while len(said) < case.size - 1 and time.monotonic() < end:
+                if words.empty():
+                    time.sleep(0.02)
+                    continue
+                rank, *both = words.get()
+                said[rank] = both
+        finally:
+            for process in processes:  # frozen ones too
+                process.kill()
+                process.join()
     wrong = []
     for rank in (r for r in range(case.size) if r != case.victim):
         if rank not in said:
@@ -404,7 +406,7 @@ def the_leader_has_no_room_for_the_result() -> None:
         works(ema)
 
 
-def no_room(plan: Any, chosen: Any, arriving: Any) -> Iterator[Any]:
+def no_room(plan: Any, chosen: Any, arriving: Any, *rest: Any) -> Iterator[Any]:
     next(iter(arriving))
     raise torch.OutOfMemoryError("no room for the result")
     yield
