@@ -69,7 +69,7 @@ _CHANGING = frozenset(  # the averages, under an `iter_full` that is open
     ("update", "before_replay", "swap", "reset", "load", "load_full", "load_state_dict")
 )
 
-_WRITTEN = ("save", "export")  # calls that need the names which files have
+_WRITTEN = ("save", "export", "load_full")  # calls that need the names which files have
 
 _T = TypeVar("_T")
 # what takes state_dict() of all that it is given (accelerate's register_for_checkpointing, Fabric's
@@ -475,8 +475,8 @@ class ShardedEMA:
         if engine is not None and optimizers == models:
             self._source = Engine(engine.hook(before=guard, after=update))
         else:
-            holds = self._weights.held_by
-            self._source = Rounds(optimizers, models, holds, update, guard, self._ranks.leader)
+            holds, leader = self._weights.stepped_by, self._ranks.leader
+            self._source = Rounds(optimizers, models, holds, update, guard, leader)
         self._seen()
         return Attached(self._source, self._detached)
 
@@ -1282,7 +1282,7 @@ class ShardedEMA:
             clocks=t is None and num_updates is None,  # else it sets them
         )
         label = "load_full" if isinstance(source, Mapping) else f"load_full from {source}"
-        staged: list[tuple[Shadows, tuple[float, int]]] = []
+        staged: list[tuple[Shadows, tuple[float, int] | None]] = []
 
         def read() -> None:
             given = progress(t, num_updates, self.unit)
@@ -1311,10 +1311,11 @@ class ShardedEMA:
             self._ranks.agree("load_full (reading)", read)
 
             def take_over() -> None:
-                shadows, (now, updates) = staged[0]
+                shadows, clock = staged[0]
                 average.shadows.copy_all(shadows)
-                if (now, updates) != (average.t, average.num_updates):
-                    average.restart(now, updates)
+                if clock is not None:
+                    average.restart(*clock)
+                    self._counted = self._weights.applied()
 
             self._whole("load_full", take_over)
         self._loaded.add(average.name)

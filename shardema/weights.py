@@ -96,13 +96,18 @@ class Weights:
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer steps a tensor that is averaged."""
+        return self.stepped_by([optimizer])[0]
+
+    def stepped_by(self, optimizers: Sequence[torch.optim.Optimizer]) -> list[bool]:
+        """Of each optimizer, whether it steps a tensor that is averaged."""
         self.ensure_sharded()
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return any(
-            id(named.tensor) in stepped
-            and (named.key == FLAT or not self.averaged.isdisjoint((named.fqn, *named.aliases)))
+        averaged = {
+            id(named.tensor)
             for named in named_tensors(self.models, set())
-        )
+            if named.key == FLAT or not self.averaged.isdisjoint((named.fqn, *named.aliases))
+        }
+        held = ([id(p) for g in one.param_groups for p in g["params"]] for one in optimizers)
+        return [not averaged.isdisjoint(ids) for ids in held]
 
     @property
     def forward_writes(self) -> bool:
