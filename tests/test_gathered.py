@@ -611,6 +611,7 @@ def neighbours_of_other_schedules_are_averaged_once() -> None:
             self.w = nn.Parameter(torch.zeros(8, 8))
             self.scale = nn.Parameter(torch.zeros(1))
             self.v = nn.Parameter(torch.zeros(8, 8))
+            self.u = nn.Parameter(torch.zeros(16, 16))  # the other rank's
 
     rule = schedules.by_pattern({"*scale": 0.75}, default=0.5)
     for use_orig_params in (True, False):
@@ -622,7 +623,7 @@ def neighbours_of_other_schedules_are_averaged_once() -> None:
         ema.update()
         full = ema.full_state_dict(all_ranks=True)
         assert {fqn: set(value.flatten().tolist()) for fqn, value in full.items()} == {
-            **{"w": {0.5}, "scale": {0.25}, "v": {0.5}}
+            **{"w": {0.5}, "scale": {0.25}, "v": {0.5}, "u": {0.5}}
         }
 
 
