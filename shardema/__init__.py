@@ -5,7 +5,7 @@ from __future__ import annotations
 from shardema import presets, schedules
 from shardema.batchnorm import update_bn
 from shardema.ema import ShardedEMA
-from shardema.errors import CheckpointError, RankError
+from shardema.errors import CheckpointError, RankError, SwapError
 from shardema.shadows import ShadowPolicy
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "RankError",
     "ShadowPolicy",
     "ShardedEMA",
+    "SwapError",
     "presets",
     "schedules",
     "update_bn",

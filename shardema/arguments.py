@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardema.schedules import Schedule, as_schedule, by_pattern
+from shardema.schedules import Schedule, as_schedule, by_pattern, constant, custom, half_life
 from shardema.shadows import ShadowPolicy
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of an average, and of its folder
@@ -73,6 +73,17 @@ def as_policies(shadow: Any, schedules: Mapping[str, Rule]) -> dict[str, ShadowP
     return dict.fromkeys(schedules, shadow)
 
 
+def refuse_positional(op: str, given: tuple[Any, ...]) -> None:
+    """Raises TypeError for what other libraries' updates take."""
+    if given:
+        kinds = ", ".join(type(one).__name__ for one in given)
+        raise TypeError(
+            f"{op}: got {kinds} without a keyword, expected {op}() or {op}(dt=<progress since the "
+            "last update>): the EMA knows its model and counts its steps, so leave out the model "
+            "and the step that timm's update takes, and the parameters that diffusers' step takes"
+        )
+
+
 def increment(dt: Any, unit: str) -> float:
     """``dt`` as a Python number; a missing one is one step. Raises ValueError."""
     if dt is None:
@@ -89,6 +100,57 @@ def increment(dt: Any, unit: str) -> float:
             "0 or more (of a tensor its .item(), which waits for the device)"
         )
     return int(dt) if isinstance(dt, numbers.Integral) else float(dt)
+
+
+def progress(t: Any, num_updates: Any, unit: str) -> tuple[float | None, int | None] | None:
+    """Progress and number of updates of what is loaded; None where neither was given.
+
+    With a clock of steps one follows from the other. Raises ValueError.
+    """
+    if t is None and num_updates is None:
+        return None
+    if t is not None:
+        real = isinstance(t, numbers.Real) and not isinstance(t, bool)
+        if not 0 <= (float(t) if real else math.nan) < math.inf:
+            raise ValueError(f"load_full: got t={t!r}, expected {unit}s, a number of 0 or more")
+        t = int(t) if isinstance(t, numbers.Integral) else float(t)
+    if num_updates is not None:
+        whole = isinstance(num_updates, numbers.Integral) and not isinstance(num_updates, bool)
+        if not whole or num_updates < 0:
+            raise ValueError(
+                f"load_full: got num_updates={num_updates!r}, expected a whole number of 0 or more"
+            )
+        num_updates = int(num_updates)
+    if unit == "step":
+        t = num_updates if t is None else t
+        if num_updates is None and t == int(t):
+            num_updates = int(t)
+    elif t is None:
+        raise ValueError(
+            f"load_full: got num_updates={num_updates} and no t; the schedule counts {unit}s, so "
+            f"give the progress too: load_full(source, t=<{unit}s>, num_updates={num_updates})"
+        )
+    return t, num_updates
+
+
+def odd_decay(schedule: Rule, decay: float | None, num_updates: int) -> float | None:
+    """A decay of 1 or below 0.5, as by a slip (1 - decay); None where it may well be meant.
+
+    Told of decays that do not change: others begin with 0, or wait with 1. A callable is past such
+    a beginning at its 100th update. What a pattern is given is meant so.
+
+    Args:
+        schedule: of an average.
+        decay: of its last update.
+    """
+    if isinstance(schedule, constant | half_life):
+        if schedule.unit == "step":
+            decay = schedule.retention(0, 1)
+        elif num_updates != 1:
+            return None
+    elif not isinstance(schedule, custom) or num_updates != 100:
+        return None
+    return decay if decay is not None and (decay == 1 or decay < 0.5) else None
 
 
 def check_dtype(op: str, dtype: Any) -> None:

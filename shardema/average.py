@@ -12,6 +12,8 @@ from shardema.schedules import Schedule, by_pattern, describe
 from shardema.shadows import ShadowPolicy, Shadows
 from shardema.shard import Shard
 
+_LOOKAHEAD = 1 << 20  # moves in which a schedule must have begun to forget, to be looked at
+
 
 @dataclass
 class Average:
@@ -82,6 +84,49 @@ class Average:
     def next_decays(self) -> tuple[float, ...]:
         """Decays of one step from now."""
         return tuple(rule.retention(self.t, self.t + 1) for rule in self.schedules)
+
+    def check_seed(
+        self, op: str, given: tuple[float | None, int | None] | None
+    ) -> tuple[float, int] | None:
+        """``(t, num_updates)`` of values that are put in the place of these.
+
+        Args:
+            given: what is known of them; None, nothing, so that the clock stays as it is, and
+                None is returned.
+
+        Raises:
+            ValueError: nothing is known, and the next move would leave nothing of them; or a
+                progress that a schedule does not take.
+        """
+        if given is not None:
+            t, count = given
+            t = self.t if t is None else t
+            for schedule in self.schedules:
+                schedule.retention(t, t + 1)  # a rule of whole steps raises at a part of one
+            return t, self.num_updates if count is None else count
+        erasing = self._erasing()
+        if erasing is not None:
+            raise ValueError(
+                f"{op}: average {self.name!r} is at t={self.t}, from where its schedule {erasing} "
+                "forgets everything at the next move, all of what is loaded; give the progress "
+                f"of what is loaded: load_full(source, t=<{erasing.unit}s>), or a schedule that "
+                "does not begin with a copy"
+            )
+        return None
+
+    def _erasing(self) -> Schedule | None:
+        """One of `schedules` whose next move copies the weights, if each update is one unit."""
+        every = self.policy.update_every
+        for schedule in self.schedules:
+            since, now = self.moved_at, self.t + every - self.num_updates % every
+            for _ in range(_LOOKAHEAD):
+                weight = 1.0 - schedule.retention(since, now)
+                if weight:
+                    break
+                since, now = now, now + every
+            if weight == 1:
+                return schedule
+        return None
 
     def _moves(self) -> bool:
         """Whether the next update moves the average."""

@@ -25,6 +25,7 @@ from shardema.backends.tree import unwrap, walk, wrapped_child
 from shardema.ema import ShardedEMA
 from shardema.shadows import writable
 from shardema.shard import few
+from shardema.swap import to_the_end, uninterrupted
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,10 @@ class _Moments:
     """Count, mean and squared deviations of what went into a layer, by channel, in float64."""
 
     count: float = 0
-    mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    squares: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64, device="cpu"))
+    squares: Tensor = field(
+        default_factory=lambda: torch.zeros((), dtype=torch.float64, device="cpu")
+    )
 
     def add(self, inputs: Tensor) -> None:
         """Joins a batch [n, channels, ...]: Chan, Golub and LeVeque 1983, equations 2.1."""
@@ -143,10 +146,11 @@ def update_bn(
     """
     ranks = ema._ranks
     layers: dict[str, _BatchNorm] = {}
+    same: dict[str, Any] = {}
 
     def look() -> list[tuple[str, int]]:
         ema._not_inside("update_bn")
-        ema._named(name)
+        same.update(name=ema._named(name).name, **ema._clocks())
         if not any(unwrap(model) is unwrap(known) for known in ema._weights.models):
             raise ValueError("update_bn: got a model that the EMA was not built for")
         layers.update(_layers(model))
@@ -161,7 +165,7 @@ def update_bn(
             )
         return [(fqn, layer.num_features) for fqn, layer in layers.items()]
 
-    ranks.agree("update_bn", look, _same)
+    ranks.agree("update_bn", look, _same, same=same)
     if not layers:
         log.info("update_bn: no BatchNorm layer keeps running statistics: nothing to measure")
         return Statistics(())
@@ -201,13 +205,20 @@ def _same_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
             for name, tensor in module._buffers.items()
             if tensor is not None
         ]
+
+    def restore() -> None:
+        for module, name, tensor, value in buffers:
+            tensor.copy_(value)
+            module._buffers[name] = tensor
+
+    interrupt = None
     try:
         yield
     finally:
-        with writable():
-            for module, name, tensor, value in buffers:
-                tensor.copy_(value)
-                module._buffers[name] = tensor
+        with uninterrupted(), writable():
+            interrupt = to_the_end(restore)
+    if interrupt is not None:
+        raise interrupt
 
 
 @contextlib.contextmanager
@@ -305,6 +316,10 @@ def _pool(
 
 def _sum(values: Tensor, ranks: Ranks) -> Tensor:
     total = values.clone()
-    if ranks.size > 1:
+
+    def move() -> None:
         dist.all_reduce(total, group=ranks.group())
+
+    if ranks.size > 1:
+        ranks.transfer("update_bn", move, total.device)
     return total

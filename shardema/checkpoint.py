@@ -8,17 +8,15 @@
         rank-00001-of-00002.safetensors
         config.json                          of a transformers model, for a later export
 
-A save goes into a sibling folder with a random name, which is synced and then renamed, so under
+A save goes into a folder of its own, which is synced before it counts (see folder.py), so under
 the final name there is a whole checkpoint or nothing. A load reads and verifies into staging of
 the shadows' size; only when every rank has all of its own is anything copied.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +27,18 @@ from torch import Tensor
 
 from shardema import manifest as manifests
 from shardema.agree import Ranks
-from shardema.errors import CheckpointError
-from shardema.files import NewFile, layout, reporting, sync_path, write_file
+from shardema.files import NewFile, layout, reporting, write_file
+from shardema.folder import new_folder
 from shardema.gather import Holdings, Item, Plan, raw_bytes
-from shardema.manifest import BLOCK, Manifest, Stored, StoredAverage, StoredFile, StoredPiece
+from shardema.manifest import (
+    BLOCK,
+    Manifest,
+    Reading,
+    Stored,
+    StoredAverage,
+    StoredFile,
+    StoredPiece,
+)
 from shardema.shard import Box, Shard, few, split_box
 
 _CHUNK = BLOCK  # bytes that travel from a device at a time
@@ -56,110 +62,49 @@ class Source:
 
 
 def save(
-    folder: str,
+    folder: str | os.PathLike[str],
     sources: Sequence[Source],
     averages: Mapping[str, StoredAverage],
     left_out: Sequence[str],
     ranks: Ranks,
     *,
     extra: Callable[[str], None],
+    overwrite: bool,
 ) -> None:
     """Writes a checkpoint. Collective over ``ranks``.
 
     Args:
         folder: where; must not exist. Its parent is made.
         extra: called on the leader with the temporary folder, to write what else belongs in it.
+        overwrite: a complete checkpoint may be there, and is replaced.
 
     Raises:
         CheckpointError: on all ranks, if any could not write; nothing is left behind.
     """
-    temporary = begin(folder, "save", ranks)
     tensors = _tensors(sources)
-    nbytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
+    with new_folder(folder, "save", ranks, overwrite=overwrite) as new:
 
-    def finish(entries: list[dict[str, Any] | None]) -> None:
-        files = tuple(_stored_file(entry, tensors) for entry in entries if entry is not None)
-        manifest = Manifest(
-            secrets.token_hex(16), ranks.size, dict(averages), tensors, tuple(left_out), files
-        )
-        with reporting(temporary, "save to"):
-            extra(temporary)
-            write_file(os.path.join(temporary, manifests.NAME), manifests.pack(manifest))
-        commit(folder, temporary, "save")
-
-    def write() -> dict[str, Any] | None:
-        return _write_rank(temporary, sources, ranks)
-
-    try:
-        ranks.agree("save (writing)", write, finish, nbytes=nbytes)
-    except BaseException:
-        discard(temporary, ranks)
-        raise
-
-
-def discard(temporary: str, ranks: Ranks) -> None:
-    """Removes a temporary folder after a failure. The leader does it."""
-    if ranks.leader:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def begin(folder: str, op: str, ranks: Ranks) -> str:
-    """Makes a temporary folder beside ``folder`` and returns its path. Collective.
-
-    Raises:
-        CheckpointError: ``folder`` exists, or the temporary one cannot be made or seen by a rank.
-        ValueError: the ranks name different folders.
-    """
-    folder = os.path.abspath(folder)
-    parent, name = os.path.split(folder)
-    temporary = os.path.join(parent, f".{name}.{secrets.token_hex(4)}.tmp")
-
-    def propose() -> list[str]:
-        if os.path.lexists(folder):
-            raise CheckpointError(
-                f"{op} to {folder}: it exists already; {op} never writes into what is there: give "
-                "a new path, such as one with the step in its name, or remove it first",
-                path=folder,
+        def finish(entries: list[dict[str, Any] | None]) -> None:
+            files = tuple(_stored_file(entry, tensors) for entry in entries if entry is not None)
+            save_id = secrets.token_hex(16)
+            manifest = Manifest(
+                save_id, ranks.size, dict(averages), tensors, tuple(left_out), files, new.place
             )
-        return [folder, temporary]
+            with reporting(new.path, "save to"):
+                extra(new.path)
+                write_file(os.path.join(new.path, manifests.NAME), manifests.pack(manifest))
+            new.commit()
 
-    def choose(proposals: list[list[str]]) -> str:
-        for rank, proposal in zip(ranks.ranks, proposals, strict=True):
-            if proposal[0] != folder:
-                raise ValueError(
-                    f"{op}: rank {rank} names {proposal[0]}, rank {ranks.ranks[0]} names {folder}; "
-                    "give the same path on every rank"
-                )
-        with reporting(temporary, "making"):
-            os.makedirs(parent, exist_ok=True)
-            os.mkdir(temporary)
-        return temporary
+        def write() -> dict[str, Any] | None:
+            return _write_rank(new.path, sources, ranks)
 
-    chosen = str(ranks.agree(op, propose, choose))
-
-    def look() -> None:
-        if not os.path.isdir(chosen):
-            raise CheckpointError(
-                f"{op} to {folder}: rank {ranks.rank} does not see the folder that rank "
-                f"{ranks.ranks[0]} made; give a path on a file system that all ranks share",
-                path=folder,
-            )
-
-    ranks.agree(f"{op} (looking)", look)
-    return chosen
+        ranks.agree("save (writing)", write, finish, nbytes=_busiest(sources, ranks.size))
 
 
-def commit(folder: str, temporary: str, op: str) -> None:
-    """Gives the temporary folder its final name, durably. On the leader only."""
-    folder = os.path.abspath(folder)
-    with reporting(folder, op):
-        for name in os.listdir(temporary):  # the model's config was written by its own code
-            sync_path(os.path.join(temporary, name))
-        sync_path(temporary)
-        if os.path.lexists(folder):
-            raise CheckpointError(f"{op} to {folder}: it appeared meanwhile", path=folder)
-        os.rename(temporary, folder)
-        sync_path(os.path.dirname(folder))
+def _busiest(sources: Sequence[Source], size: int) -> int:
+    """Bytes that the rank which writes most of all writes."""
+    loads = (source.plan.loads(size, source.items, source.dtype) for source in sources)
+    return max(map(sum, zip(*loads, strict=True)))
 
 
 def _write_rank(temporary: str, sources: Sequence[Source], ranks: Ranks) -> dict[str, Any] | None:
@@ -237,6 +182,7 @@ def _tensors(sources: Sequence[Source]) -> tuple[Stored, ...]:
                     item.shape,
                     dtype,
                     item.aliases,
+                    item.stem,
                 )
             )
     return tuple(tensors)
@@ -253,10 +199,16 @@ def _stored_file(entry: dict[str, Any], tensors: Sequence[Stored]) -> StoredFile
     return StoredFile(entry["name"], entry["size"], entry["head"], blocks, tuple(pieces))
 
 
+def readings(manifest: Manifest, average: str, shards: Sequence[Shard]) -> list[Reading]:
+    """What this rank is to read of an average."""
+    numbers = _numbers(manifest, average)
+    return manifests.readings(manifest, {numbers[s.fqn]: list(s.boxes) for s in shards})
+
+
 def read_average(
-    folder: str,
     manifest: Manifest,
     average: str,
+    found: list[Reading],
     shards: Sequence[Shard],
     targets: Mapping[str, Tensor],
 ) -> None:
@@ -265,15 +217,18 @@ def read_average(
     Raises:
         CheckpointError: a file is missing, cut short or damaged.
     """
-    numbers = {t.fqn: n for n, t in enumerate(manifest.tensors) if t.average == average}
+    numbers = _numbers(manifest, average)
     places = {numbers[s.fqn]: list(s.pieces(targets[s.fqn])) for s in shards}
-    wanted = {number: [box for box, _ in held] for number, held in places.items()}
-    for number, box, values in manifests.parts(folder, manifest, wanted):
+    for number, box, values in manifests.parts(manifest, found):
         for held, target in places[number]:
             common = held.intersect(box)
             if common is not None:
                 part = common.relative_to(box.offsets).view(values)
                 common.relative_to(held.offsets).view(target).copy_(part)
+
+
+def _numbers(manifest: Manifest, average: str) -> dict[str, int]:
+    return {t.fqn: n for n, t in enumerate(manifest.tensors) if t.average == average}
 
 
 def check_same_tensors(

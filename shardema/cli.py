@@ -16,6 +16,7 @@ import click
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from shardema import logs, texts
@@ -44,9 +45,11 @@ def inspect(checkpoint: str, tensors: bool, as_json: bool) -> None:
     Reads the manifest only, however large the checkpoint is.
     """
     try:
-        stored = manifests.read(checkpoint)
+        stored = manifests.read(checkpoint, "inspect")
     except CheckpointError as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(_shown(error)) from error
+    except ValueError as error:
+        raise click.UsageError(_shown(error)) from error
     facts = _facts(stored)
     if as_json:
         if tensors:
@@ -60,6 +63,16 @@ def inspect(checkpoint: str, tensors: bool, as_json: bool) -> None:
     _show(console, checkpoint, stored, facts)
     if tensors:
         console.print(_tensor_table(stored))
+
+
+def _shown(text: object) -> str:
+    """``text`` without what a terminal acts on, or cannot show: names may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def _row(table: Table, *cells: object) -> None:
+    """Adds cells as they are: brackets in them are no markup."""
+    table.add_row(*(Text(_shown(cell)) for cell in cells))
 
 
 def _facts(stored: Manifest) -> dict[str, Any]:
@@ -89,26 +102,26 @@ def _nbytes(tensor: Stored) -> int:
 
 
 def _show(console: Console, checkpoint: str, stored: Manifest, facts: dict[str, Any]) -> None:
-    console.print(
+    line = (
         f"{checkpoint}: saved by {stored.world_size} rank(s) in {len(stored.files)} file(s), "
-        f"{_size(facts['bytes'])}",
-        highlight=False,
-        soft_wrap=True,
+        f"{_size(facts['bytes'])}"
     )
+    console.print(Text(_shown(line)), soft_wrap=True)
     table = Table()
     for column in ("average", "t", "updates", "schedule", "tensors", "elements", "size"):
         right = column not in ("average", "schedule")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     for name, a in facts["averages"].items():
         rule = a["schedule"]
-        given = rule.get("params", {})
+        given = rule["params"]
         params = ", ".join(f"{k}={v}" for k, v in given.items() if k not in ("unit", "samples"))
-        table.add_row(
+        _row(
+            table,
             name,
             f"{a['t']} {given.get('unit', 'step')}s",
-            str(a["num_updates"]),
+            a["num_updates"],
             f"{rule['name']}({params})",
-            str(a["tensors"]),
+            a["tensors"],
             f"{a['elements']:,}",
             _size(a["bytes"]),
         )
@@ -128,7 +141,7 @@ def _tensor_table(stored: Manifest) -> Table:
         table.add_column(column, overflow="fold")
     for t in stored.tensors:
         shape = " x ".join(map(str, t.shape)) or "scalar"
-        table.add_row(t.fqn, t.average or f"({t.role})", shape, str(t.dtype)[6:], _size(_nbytes(t)))
+        _row(table, t.fqn, t.average or f"({t.role})", shape, str(t.dtype)[6:], _size(_nbytes(t)))
     return table
 
 
@@ -174,12 +187,12 @@ def export(
                 done=bar.update,
             )
     except CheckpointError as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(_shown(error)) from error
     except ValueError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(_shown(error)) from error
     if not quiet:
         name = average or next(iter(stored.averages))
-        click.echo(f"{out}: average {name!r} at t={stored.averages[name].t}")
+        click.echo(_shown(f"{out}: average {name!r} at t={stored.averages[name].t}"))
 
 
 @main.group()

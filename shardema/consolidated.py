@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shardema.errors import CheckpointError
-from shardema.files import Entry, open_existing, read_at, read_header, read_whole
+from shardema.files import (
+    ADAPTER,
+    BROKEN,
+    DIFFUSERS,
+    WHOLE,
+    Entry,
+    checked_int,
+    local_path,
+    opened,
+    parse_json,
+    read_at,
+    read_header,
+    read_whole,
+    reporting,
+)
 from shardema.gather import Plan
 from shardema.shard import Box, Dims, few, runs, split_box
 
 _CHUNK = 16 << 20  # bytes read at a time
 _MAX_INDEX = 100_000_000  # bytes
+_MAX_CONFIG = 10_000_000  # bytes
+# what it adds to the model's config
+_EMA_MODEL = {"optimization_step", "decay", "min_decay", "update_after_step", "use_ema_warmup"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,51 +45,87 @@ class Place:
     entry: Entry
 
 
-def tensors_of(source: str) -> dict[str, Place]:
+def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
     """Every tensor of a ``.safetensors`` file, or of a folder in the HF layout.
+
+    Both may be symlinks, and so may the files in a folder, as those of a Hub snapshot are.
 
     Raises:
         CheckpointError: there is none, or a header is broken.
+        ValueError: the path is no local one.
     """
-    if not os.path.isdir(source):
-        return _tensors_in(source)
-    single = os.path.join(source, "model.safetensors")
-    index = os.path.join(source, "model.safetensors.index.json")
-    if os.path.exists(single):
-        return _tensors_in(single)
-    if not os.path.exists(index):
+    source = local_path("load_full", source)
+    with reporting(source, "reading"):
+        if not stat.S_ISDIR(os.stat(source).st_mode):
+            return _tensors_in(source)
+        inside = set(os.listdir(source))
+    singles = [f"{stem}.safetensors" for stem in (*WHOLE, ADAPTER)]
+    single = next((name for name in singles if name in inside), None)
+    if single is not None:
+        return _tensors_in(os.path.join(source, single))
+    indices = (f"{name}.index.json" for name in singles)
+    found_index = next((name for name in indices if name in inside), None)
+    if found_index is None:
         raise CheckpointError(
-            f"reading {source}: neither model.safetensors nor its index is in it; give a "
-            ".safetensors file or a folder that export or save_pretrained wrote",
+            f"reading {source}: neither model.safetensors nor its index is in it, nor "
+            f"{DIFFUSERS} or {ADAPTER} files; give a .safetensors file or a folder that export or "
+            "save_pretrained wrote",
             path=source,
         )
+    index = os.path.join(source, found_index)
     try:
-        names = set(json.loads(read_whole(index, _MAX_INDEX))["weight_map"].values())
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"reading {index}: it is broken ({error})", path=index) from error
+        weight_map = parse_json(read_whole(index, _MAX_INDEX, follow=True))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except BROKEN as error:
+        raise CheckpointError(
+            f"reading {index}: it is broken ({error!r:.300})", path=index
+        ) from error
     found: dict[str, Place] = {}
-    for name in sorted(str(name) for name in names):
-        if os.path.basename(name) != name:
-            raise CheckpointError(f"reading {index}: it names {name!r}, outside it", path=index)
-        found.update(_tensors_in(os.path.join(source, name)))
+    for name in names:
+        if not isinstance(name, str) or os.path.basename(name) != name:
+            raise CheckpointError(
+                f"reading {index}: it names {name!r:.300}, outside it", path=index
+            )
+        there = _tensors_in(os.path.join(source, name))
+        twice = sorted(there.keys() & found.keys())
+        if twice:
+            raise CheckpointError(
+                f"reading {source}: {few(twice)} is in {name} and in another file", path=source
+            )
+        found.update(there)
     return found
 
 
-def _tensors_in(path: str) -> dict[str, Place]:
-    fd = open_existing(path)
+def steps_of(source: str | os.PathLike[str]) -> int | None:
+    """The steps that diffusers' ``EMAModel`` had made when it wrote the folder; None elsewhere.
+
+    Raises:
+        CheckpointError: the count is no whole number of 0 or more, or the config is broken.
+    """
+    path = os.path.join(local_path("load_full", source), "config.json")
+    if not os.path.isfile(path):
+        return None
     try:
+        # not as strict as `parse_json`: transformers writes Infinity into some configs
+        config = json.loads(read_whole(path, _MAX_CONFIG, follow=True))
+        if not isinstance(config, dict) or not config.keys() >= _EMA_MODEL:
+            return None
+        return checked_int(config["optimization_step"])
+    except BROKEN as error:
+        raise CheckpointError(
+            f"reading {path}: it is broken ({error!r:.300})", path=path
+        ) from error
+
+
+def _tensors_in(path: str) -> dict[str, Place]:
+    with opened(path, follow=True) as fd:
         return {name: Place(path, entry) for name, entry in read_header(fd, path).items()}
-    finally:
-        os.close(fd)
 
 
 def read_into(target: Tensor, place: Place, box: Box) -> None:
     """Sets ``target [*box.sizes]`` to a box of a stored tensor, reading little more than that."""
-    fd = open_existing(place.path)
-    try:
+    with opened(place.path, follow=True) as fd:
         _read(fd, place, box, target)
-    finally:
-        os.close(fd)
 
 
 def _read(fd: int, place: Place, box: Box, target: Tensor) -> None:
@@ -89,14 +143,19 @@ def _read(fd: int, place: Place, box: Box, target: Tensor) -> None:
         _read(fd, place, part, part.relative_to(box.offsets).view(target))
 
 
-def match(label: str, plan: Plan, shapes: Mapping[str, Dims]) -> dict[str, str]:
+def match(
+    label: str, plan: Plan, shapes: Mapping[str, Dims], beside: Collection[str] = ()
+) -> dict[str, str]:
     """For each averaged fqn the name that the source has it under.
+
+    Args:
+        beside: names that the source may have and that are not used.
 
     Raises:
         ValueError: names that are missing or unknown, or another shape.
     """
     found: dict[str, str] = {}
-    known: set[str] = set()
+    known = set(beside)
     missing = []
     for item in plan.items:
         names = (item.fqn, *item.aliases)
@@ -110,6 +169,11 @@ def match(label: str, plan: Plan, shapes: Mapping[str, Dims]) -> dict[str, str]:
             raise ValueError(
                 f"{label}: {there} has shape {shapes[there]}, expected {item.shape}; it is of "
                 "another model"
+            )
+        elif there in found.values():
+            raise ValueError(
+                f"{label}: {there} is the name of two tensors of the model, as of two adapters; "
+                "give {fqn: tensor} with the names of model.state_dict()"
             )
         else:
             found[item.fqn] = there

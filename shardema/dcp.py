@@ -7,7 +7,7 @@ write, which to read, where a chunk is in memory).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -38,12 +38,16 @@ class BoxedTensor(torch.Tensor):
     Attributes:
         local: what this rank holds; shares memory with the average.
         places: ``(offsets, sizes)`` of each box in ``local``.
-        order: as in `Shard`.
+        order, corners: as in `Shard`.
+        saved: whether this rank has it saved. Of a tensor that ranks hold different values of (a
+            buffer) DCP would keep any rank's, so one rank alone offers it.
     """
 
     local: Tensor
     places: tuple[tuple[Dims, Dims], ...]
     order: Dims
+    corners: tuple[Dims, ...]
+    saved: bool
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype) -> BoxedTensor:
@@ -51,12 +55,13 @@ class BoxedTensor(torch.Tensor):
         return made
 
     @classmethod
-    def of(cls, shard: Shard, local: Tensor) -> BoxedTensor:
+    def of(cls, shard: Shard, local: Tensor, *, saved: bool = True) -> BoxedTensor:
         """``local``, laid out like ``shard``, as part of the full tensor."""
         made = cls(shard.shape, local.dtype)
+        made.saved = saved
         made.local = local
         made.places = tuple((box.offsets, box.sizes) for box in shard.boxes)
-        made.order = shard.order
+        made.order, made.corners = shard.order, shard.corners
         return made
 
     @classmethod
@@ -85,11 +90,25 @@ class BoxedTensor(torch.Tensor):
 
     def _shard(self) -> Shard:
         boxes = tuple(Box(tuple(o), tuple(s)) for o, s in self.places)
-        return Shard("", self.local, tuple(self.shape), boxes, order=tuple(self.order))
+        order, corners = tuple(self.order), tuple(map(tuple, self.corners))
+        return Shard("", self.local, tuple(self.shape), boxes, order=order, corners=corners)
+
+    def _pieces(self) -> Iterator[tuple[Box, Tensor]]:
+        """The boxes of `local` with their values; of an empty tensor the one box of no element.
+
+        DCP knows a tensor by its chunks, so one without any would be missing in the checkpoint.
+        """
+        if self.numel() == 0:
+            shape = tuple(self.shape)
+            yield Box((0,) * len(shape), shape), self.local.new_empty(shape)
+            return
+        yield from self._shard().pieces()
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
-        items = []
-        for box, values in self._shard().pieces():
+        items: list[WriteItem] = []
+        if not self.saved:
+            return items
+        for box, values in self._pieces():
             offsets = torch.Size(box.offsets)
             data = TensorWriteData(
                 chunk=ChunkStorageMetadata(offsets, torch.Size(box.sizes)),
@@ -104,7 +123,7 @@ class BoxedTensor(torch.Tensor):
         return [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in self.places]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        for box, values in self._shard().pieces():
+        for box, values in self._pieces():
             if torch.Size(box.offsets) == index.offset:
                 return values
         raise KeyError(f"{index.fqn}: no chunk at {index.offset} on this rank")

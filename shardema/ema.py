@@ -28,29 +28,58 @@ from shardema import (
     kernels,
     layout,
     manifest,
+    own_state,
+    pretrained,
 )
 from shardema import export as exporter
 from shardema.agree import Ranks
-from shardema.arguments import as_models, as_policies, as_schedules, check_dtype, increment
-from shardema.attach import Attached
+from shardema.arguments import (
+    as_models,
+    as_policies,
+    as_schedules,
+    check_dtype,
+    increment,
+    odd_decay,
+    progress,
+    refuse_positional,
+)
+from shardema.attach import Attached, Engine, Rounds, Source
 from shardema.average import Average
-from shardema.backends.tree import unwrap, walk
+from shardema.backends.tree import unwrap
 from shardema.dcp import BoxedTensor, refuse_pickle
-from shardema.errors import CheckpointError
+from shardema.errors import CheckpointError, SwapError
+from shardema.folder import absolute
 from shardema.gather import Holdings, Item, Plan
 from shardema.layout import Buffers, Select
 from shardema.metrics import not_finite, sums, total
+from shardema.own_state import Outward, OwnState
 from shardema.patterns import Pattern, text_of
+from shardema.replicas import Spread
 from shardema.schedules import Schedule, by_pattern, describe
 from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
 from shardema.shard import Shard, few, present
-from shardema.swap import Exchange, to_the_end, uninterrupted
+from shardema.swap import Block, Exchange, to_the_end, uninterrupted
 from shardema.updater import Updater, slotted
+from shardema.watch import Writes
 from shardema.weights import Weights
 
 log = logging.getLogger(__name__)
 
+_CHANGING = frozenset(  # the averages, under an `iter_full` that is open
+    ("update", "before_replay", "swap", "reset", "load", "load_full", "load_state_dict")
+)
+
+_WRITTEN = ("save", "export", "load_full")  # calls that need the names which files have
+
 _T = TypeVar("_T")
+# what takes state_dict() of all that it is given (accelerate's register_for_checkpointing, Fabric's
+# save), and lets the first rank pickle it
+_PICKLING = {
+    "accelerate.checkpointing",
+    "lightning.fabric.strategies.strategy",
+    "lightning_fabric.strategies.strategy",
+}
+_WRITERS = ("load", "load_full")  # what the average is afterwards does not hang on the steps before
 _EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
 
 
@@ -160,10 +189,26 @@ class ShardedEMA:
                 self._averages[name] = Average(name, rule, policies[name], shadows)
             self._updater = self._bound()
         self._plans: dict[bool, Plan] = {}  # of whole shards, and of the replicas' slices
+        self._planned: tuple[Any, ...] = ()  # `Weights.stamp` when the plans were made
+        self._outward = Outward.none()  # what all ranks know beside the plans
+        self._own = OwnState()
+        self._beside: list[Shard] = []  # what the model's modules add to its state, of this rank
         self._inside: str | None = None  # the average that the model holds, in a swap
+        self._due: Callable[[], None] | None = None  # the end of a swap that was left, to be made
+        self._torn: str | None = None  # why there is nothing to go on with
         self._failed: RuntimeError | None = None  # of an update in the background
         self._moved = False  # the weights' storage, since the update was bound
         self._captured = False  # by a CUDA graph, which the tables must outlive
+        self._averages_buffers = "average" in (
+            buffers.values() if isinstance(buffers, Mapping) else (buffers,)
+        )
+        self._iterations: set[gather.Iteration] = set()  # `iter_full` that go on
+        self._source: Source | None = None  # what makes the updates, while attached
+        self._writes = Writes()  # of the weights, since an update, while attached
+        self._loaded: set[str] = set()  # averages that are not the weights they began with
+        self._told: set[str] = set()  # warnings that were given
+        for average in self._averages.values():
+            self._tell_odd_decay(average)
 
     # ---- what it is ---------------------------------------------------------------------------
 
@@ -175,11 +220,13 @@ class ShardedEMA:
     @property
     def t(self) -> float:
         """Progress in the schedule's unit, the sum of every ``dt``."""
+        self._close_round()
         return max(average.t for average in self._averages.values())
 
     @property
     def num_updates(self) -> int:
         """Updates so far."""
+        self._close_round()
         return max(average.num_updates for average in self._averages.values())
 
     @property
@@ -191,12 +238,13 @@ class ShardedEMA:
         held = max(sum(s.local.numel() for s in self._held(a)) for a in self._averages.values())
         size = sum(f.nbytes for a in self._averages.values() for f in a.shadows.flats)
         rules = ", ".join(f"{a.name}={a.schedule}" for a in self._averages.values())
+        progress = max(average.t for average in self._averages.values())  # closes no round
         return (
             f"ShardedEMA({rules}; backend={self._weights.name}, "
             f"{len(self._weights.averaged)} tensors, "
             f"rank {self._ranks.rank} of {self._ranks.size}: {held:,} elements in "
-            f"{size / 2**20:.1f} MiB of shadows; kernel={'+'.join(self._updater.runs)}; t={self.t} "
-            f"{self.unit}s)"
+            f"{size / 2**20:.1f} MiB of shadows; kernel={'+'.join(self._updater.runs)}; "
+            f"t={progress} {self.unit}s)"
         )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -204,7 +252,7 @@ class ShardedEMA:
 
     # ---- the update ---------------------------------------------------------------------------
 
-    def update(self, dt: float | None = None) -> None:
+    def update(self, *misplaced: Any, dt: float | None = None) -> None:
         """Moves the averages towards the present weights.
 
         Local: no collective, no host sync, unless ``on_nonfinite`` asks for them.
@@ -217,17 +265,30 @@ class ShardedEMA:
             dt: progress since the last update, in the schedule's unit; None is one step.
 
         Raises:
-            RuntimeError: inside ``swap()``; or the model is no longer the one that the EMA was
-                built for (wrapped since, a parameter of another shape or dtype).
+            RuntimeError: inside ``swap()``; while an optimizer is attached; or the model is no
+                longer the one that the EMA was built for (wrapped since, a parameter of another
+                shape or dtype).
+            RankError: with ``on_nonfinite``: a rank did not come, or is out of step.
             ValueError: ``dt`` is negative, or missing where the clock does not count steps.
+            TypeError: an argument without a keyword: other libraries' updates take a model, a
+                step or parameters.
         """
+        refuse_positional("update", misplaced)
+        self._not_inside("update")
+        if self._source is not None:
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: update: {self._source.what} is attached and updates "
+                "this EMA after each of its steps, so this one would count twice; leave update() "
+                "out, or end that first: handle = ema.attach(...), handle.remove()"
+            )
         self._advance(dt)
         self._copied()
 
-    def _advance(self, dt: float | None) -> None:
+    def _advance(self, dt: float | Callable[[], float] | None) -> None:
         """`update`, which offloaded averages may still read the weights for."""
         self._not_inside("update")
-        step = increment(dt, self.unit)
+        if not callable(dt):
+            increment(dt, self.unit)
         if _capturing():
             self._capture()
             return
@@ -239,6 +300,8 @@ class ShardedEMA:
             if self._on_nonfinite != "ignore" and self._broken():
                 self._counted = applied
                 return
+            # a callable is asked only now: what it tells would be lost with a skipped update
+            step = increment(dt() if callable(dt) else dt, self.unit)
             weights, flat = self._decide(step)
             with self._naming("update"):
                 self._updater.await_thread()  # here, where it can be interrupted
@@ -248,7 +311,8 @@ class ShardedEMA:
                 for group in present(self._weights.lent):
                     self._lerp_lent(group, flat)
                 self._note(weights, step)
-        self._counted = applied
+                self._counted = applied
+        self._seen()
 
     def _capture(self) -> None:
         if self._weights.engine is not None or self._on_nonfinite != "ignore":
@@ -260,7 +324,7 @@ class ShardedEMA:
             self._updater.launch()
         self._captured = True
 
-    def before_replay(self, dt: float | None = None) -> None:
+    def before_replay(self, *misplaced: Any, dt: float | None = None) -> None:
         """Makes ready for the replay of a CUDA graph that has captured `update`. Local.
 
         Moves the clock, and gives the replay its weights on the current stream: a schedule goes
@@ -272,8 +336,9 @@ class ShardedEMA:
         Raises:
             RuntimeError: no `update` was captured; inside ``swap()``; the model's storage was
                 replaced since.
-            ValueError: as for `update`.
+            ValueError, TypeError: as for `update`.
         """
+        refuse_positional("before_replay", misplaced)
         self._not_inside("before_replay")
         step = increment(dt, self.unit)
         if not self._captured:
@@ -299,6 +364,8 @@ class ShardedEMA:
         """Moves the clocks."""
         for average, those in zip(self._averages.values(), weights, strict=True):
             average.moved(those, step)
+            if average.num_updates in (1, 100):
+                self._tell_odd_decay(average)
 
     def _raise_moved(self) -> NoReturn:
         raise RuntimeError(
@@ -322,6 +389,7 @@ class ShardedEMA:
             RuntimeError: an update failed in the background; the averages may be half updated, so
                 load a checkpoint or call `reset`.
         """
+        self._close_round()
         self._flush("flush")
         self._copied()
 
@@ -336,14 +404,18 @@ class ShardedEMA:
             for group in present(self._weights.mine)
             for shard in not_finite([s for s in group if s.source.numel()])
         ]
-        if not self._ranks.any(bool(names)):
+        updates = self.num_updates
+        found, most, least = self._ranks.max([float(bool(names)), updates, -updates])
+        if most != -least:  # told without another exchange; this one says by how much
+            self._ranks.agree("update", same=self._clocks())
+        if not found:
             return False
 
         def report(told: list[list[str]]) -> str:
             return few(sorted({name for names in told for name in names}))
 
-        found = self._ranks.agree("update (naming what is not finite)", lambda: names, report)
-        text = f"rank {self._ranks.rank}: {found}: not finite, so the average is not updated"
+        told = self._ranks.agree("update (naming what is not finite)", lambda: names, report)
+        text = f"rank {self._ranks.rank}: {told}: not finite, so the average is not updated"
         if self._on_nonfinite == "raise":
             raise RuntimeError(f"{text}; find the step that broke the weights, and go on before it")
         if self._ranks.leader:
@@ -353,29 +425,45 @@ class ShardedEMA:
     def attach(
         self, *optimizers: Any, dt: float | Callable[[], float] | None = None
     ) -> backends.Handle:
-        """Updates by itself, once after the last of the optimizers really stepped. Local.
+        """Updates by itself, once after each round of steps of the optimizers. Local.
+
+        A round ends when each of them has really stepped; or before: when one of them is about to
+        step again, at the next forward of the model, when something reads the average, and at
+        ``handle.remove()``. A load or `reset` forgets a round that is open. No update is made in
+        the middle of a backward: optimizers that step there are followed one of these later.
 
         Steps that a GradScaler skipped do not count, nor do accelerate's accumulation steps.
         Offloaded averages read the weights until the next step, which waits for them; `update`
-        waits itself.
+        waits itself. An optimizer that steps none of the averaged tensors is not followed where
+        another one does.
 
         Args:
             optimizers: torch optimizers, or accelerate's wrappers of them; for a DeepSpeed engine
                 the engine itself, whose ``step`` is then followed.
-            dt: as for `update`; a callable is asked at every update.
+            dt: as for `update`; a callable is asked at every update, and only then.
 
         Returns:
-            A handle; ``handle.remove()`` ends it.
+            A handle; ``handle.remove()`` ends it. Until then ``update()`` by hand and another
+            ``attach`` raise.
 
         Raises:
-            TypeError: something that is no torch optimizer, such as one inside an engine.
-            ValueError: no optimizer, or ``dt`` missing where the clock does not count steps.
+            TypeError: something that is no torch optimizer, such as one inside an engine, or whose
+                ``step`` does not run torch's step hooks.
+            ValueError: no optimizer, none that steps an averaged tensor, or ``dt`` missing where
+                the clock does not count steps.
+            RuntimeError: an optimizer is attached already.
         """
         if not callable(dt):
             increment(dt, self.unit)
+        if self._source is not None:
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: attach: {self._source.what} is attached already, and "
+                "each step would count twice; end that first: handle = ema.attach(...), "
+                "handle.remove()"
+            )
 
         def update() -> None:
-            self._advance(dt() if callable(dt) else dt)
+            self._advance(dt)
             if self._weights.forward_writes:
                 self._copied()  # the next forward may come before the next step
 
@@ -383,14 +471,81 @@ class ShardedEMA:
             self._not_inside("an optimizer step")
             self._copied()
 
-        if self._weights.engine is not None and optimizers == self._weights.models:
-            return self._weights.engine.hook(before=guard, after=update)
-        return Attached(optimizers, update, guard)
+        engine, models = self._weights.engine, self._weights.models
+        if engine is not None and optimizers == models:
+            self._source = Engine(engine.hook(before=guard, after=update))
+        else:
+            holds, leader = self._weights.stepped_by, self._ranks.leader
+            self._source = Rounds(optimizers, models, holds, update, guard, leader)
+        self._seen()
+        return Attached(self._source, self._detached)
+
+    def _detached(self) -> None:
+        self._source = None
+
+    def _close_round(self) -> None:
+        """Makes the update of the open round, before something reads the average."""
+        if self._source is not None and self._inside is None:
+            self._source.close()
+
+    def _clear_round(self) -> None:
+        """Forgets the open round: average and weights are others now."""
+        if self._source is not None:
+            self._source.clear()
+        self._seen()
+
+    def _seen(self) -> None:
+        """The average has what was written into the weights up to here."""
+        if self._source is not None and self._weights.engine is None:
+            self._writes.note(self._weights.shards)
+
+    # ---- warnings -----------------------------------------------------------------------------
+
+    def _warn_once(self, key: str, text: str, *values: Any) -> None:
+        if key not in self._told and self._ranks.leader:
+            self._told.add(key)
+            log.warning(text, *values)
+
+    def _tell_odd_decay(self, average: Average) -> None:
+        decay = average.decays[0] if average.decays else None
+        odd = odd_decay(average.schedule, decay, average.num_updates)
+        if odd is not None:
+            self._warn_once(
+                "decay",
+                "average %r: a decay of %g %s",
+                average.name,
+                odd,
+                "never moves" if odd == 1 else f"forgets nearly all; was {1 - odd:g} meant?",
+            )
+
+    def _tell_what_was_missed(self, op: str, average: Average | None = None) -> None:
+        """Warns of a read that finds what no update has brought."""
+        if self._source is not None:
+            others = self._source.others
+            stepped = others is not None and others.count > 0
+            if stepped or self._writes.many():
+                self._warn_once(
+                    "missed",
+                    "%s: the weights moved and no update came%s. Was the optimizer replaced that "
+                    "is attached (%s), or is its step() never called? handle.remove(), and attach "
+                    "the one that steps; else call ema.update() after each step. After weights "
+                    "were loaded call ema.reset()",
+                    op,
+                    f": {others.name} stepped them" if stepped and others is not None else "",
+                    self._source.what,
+                )
+        if average is not None and not average.num_updates and average.name not in self._loaded:
+            self._warn_once(
+                "never",
+                "%s: average %r was never updated: it is the weights that it began with; call "
+                "ema.update() after each step, or ema.attach(optimizer) once",
+                op,
+                average.name,
+            )
 
     # ---- evaluating ---------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def swap(self, name: str | None = None) -> Iterator[None]:
+    def swap(self, name: str | None = None) -> contextlib.AbstractContextManager[None]:
         """Inside, the model computes with the average; afterwards all is as before, to the bit.
 
         Parameters and shadows of the same dtype trade places through a chunk of scratch; other
@@ -403,34 +558,50 @@ class ShardedEMA:
         Raises:
             RuntimeError: inside another swap; or, on leaving, someone wrote the model's weights
                 inside (they are restored, the write has gone into the average, or with an engine
-                is lost).
+                is lost); or the exchange failed, and no call goes on from there.
+            SwapError: what the block left has no place for some weights, or one of less precision:
+                a cast, a parameter that was taken away. They are in the error's ``weights``; the
+                average is as before, and the EMA goes on once the model fits it again.
             ValueError: no average of this name.
+            RankError: where it is collective: as for `full_state_dict`.
         """
-        average, mine, exchange = self._together("swap", lambda: self._ready_to_swap(name))
-        same = self._weights.replicated(average.policy)
-        if average.policy.shard_replicas:  # the slices make replicas equal, so they must be
-            self._begin("swap", name, None)
-            self._check_replicas(average, "swap")
+        dropped = functools.partial(
+            self._warn_once,
+            "dropped",
+            "ema.swap() without with does nothing: write `with ema.swap():` around the evaluation",
+        )
+        return Block(functools.partial(self._swap, name), dropped)
+
+    @contextlib.contextmanager
+    def _swap(self, name: str | None) -> Iterator[None]:
+        average, mine, exchange, carrier = self._together("swap", name, self._ready_to_swap)
+        put_back = functools.partial(self._put_back, exchange, mine, carrier)
         guards = []
-        if self._weights.engine is not None:
-            guard = functools.partial(self._not_inside, "an optimizer step")
-            guards.append(self._weights.engine.hook(before=guard))
         try:
+            if self._weights.engine is not None:
+                guard = functools.partial(self._not_inside, "an optimizer step")
+                guards.append(self._weights.engine.hook(before=guard))
             self._inside = average.name
-            with writable(), self._weights.spread(same):
+            with writable(), self._weights.spread("swap", carrier, self._ranks):
                 self._weights.await_copies()
                 exchange.swap_in()
             self._weights.announce_write()
-            versions = self._weights.versions(mine)
+            tensors = self._weights.counted(mine)
+            versions = {fqn: tensor._version for fqn, tensor in tensors.items()}
             yield
-            now = self._weights.versions(mine)
+            written = [fqn for fqn, t in tensors.items() if t._version != versions[fqn]]
         finally:
-            try:
-                self._put_back(exchange, mine, same)
-            finally:
-                for hook in guards:
-                    hook.remove()
-        written = [name for name, version in now.items() if version != versions[name]]
+            self._due = put_back  # before anything that a signal's handler could interrupt
+            interrupt: BaseException | None = None
+            while self._due is not None:
+                try:
+                    put_back()
+                except BaseException as error:
+                    interrupt = error
+            for hook in guards:
+                hook.remove()
+            if interrupt is not None:
+                raise interrupt
         if written:
             raise RuntimeError(
                 f"rank {self._ranks.rank}: {few(written)}: written inside swap(), so "
@@ -438,50 +609,111 @@ class ShardedEMA:
                 "weights outside of it, and call ema.reset() or ema.load() to mend the average"
             )
 
-    def _ready_to_swap(self, name: str | None) -> tuple[Average, list[Shard], Exchange]:
-        self._not_inside("swap")
-        average = self._named(name)
-        with writable():
-            self._refresh()
-            self._flush("swap")
-            return average, self._weights.mine, Exchange(self._held(average), average.shadows.views)
+    def _ready_to_swap(
+        self, average: Average
+    ) -> tuple[Average, list[Shard], Exchange, Spread | None]:
+        self._tell_what_was_missed("swap", average)
+        self._refresh()
+        self._flush("swap")
+        exchange = Exchange(self._held(average), average.shadows.views)
+        return average, self._weights.mine, exchange, self._carrier(average)
 
-    def _together(self, op: str, work: Callable[[], _T]) -> _T:
-        """``work()``; where an engine or replicas make the call collective, on all or on none."""
-        sliced = any(average.policy.shard_replicas for average in self._averages.values())
-        if self._weights.engine is None and not sliced:
-            return work()
+    def _carrier(self, average: Average, *, masters: bool = False) -> Spread | None:
+        """What brings an average's slices to the other replicas, where it is kept in slices."""
+        if not average.policy.shard_replicas:
+            return None
+        return self._weights.carrier(average.policy, self._ranks, masters=masters)
+
+    def _is_collective(self) -> bool:
+        """Whether writing the model takes all ranks: an engine's, or slices of replicas."""
+        return self._weights.engine is not None or self._sliced()
+
+    def _sliced(self) -> bool:
+        return any(average.policy.shard_replicas for average in self._averages.values())
+
+    def _together(
+        self,
+        op: str,
+        name: str | None,
+        work: Callable[[Average], _T],
+        given: Callable[[], dict[str, Any]] = dict,
+    ) -> _T:
+        """``work(average)``; where an engine or replicas make the call collective, on all or none.
+
+        Of slices the replicas are compared: they are put together, so they must be equal.
+        """
+        if not self._is_collective():
+            self._not_inside(op)
+            average = self._named(name)
+            given()
+            self._close_round()
+            with writable():
+                return work(average)
         done: list[_T] = []
-        self._ranks.agree(op, lambda: done.append(work()))
+
+        def prepare(_: Plan, average: Average, __: Any) -> None:
+            done[:] = [work(average)]
+
+        self._begin(
+            op,
+            name,
+            given=given,
+            planned=self._sliced(),
+            compared=lambda average: [average] if average.policy.shard_replicas else [],
+            prepare=prepare,
+        )
         return done[0]
 
-    def _put_back(self, exchange: Exchange, mine: Sequence[Shard], same: Sequence[Shard]) -> None:
-        """The end of a swap: the weights come back first, whatever interrupts it."""
+    def _put_back(self, exchange: Exchange, mine: Sequence[Shard], carrier: Spread | None) -> None:
+        """The end of a swap: the weights come back, and the EMA can be used again.
+
+        Raises:
+            SwapError: some weights have no place in what the model is now.
+            RuntimeError: the exchange failed: no call goes on from here.
+        """
+        lost: dict[str, Tensor] = {}
+        failed: list[BaseException | None] = []
 
         def take_out() -> None:
             with writable():
-                self._weights.ensure_sharded()
+                try:
+                    self._weights.ensure_sharded(force=True)
+                except Exception as error:  # a forward that was left half way: not the shards'
+                    failed.append(error)
                 self._weights.await_copies()
                 exchange.swap_out()
 
         def arrive() -> None:
             with writable():
-                self._follow(self._weights.follow(mine, self._ranks.rank))
+                lost.update(self._weights.give_back(mine))
             self._weights.announce_write()
-            self._inside = None
+            self._seen()
 
-        interrupts: list[BaseException | None] = []
         try:
-            try:
-                # once on every rank, however often this one is interrupted
-                with self._weights.spread(same):
-                    interrupts.append(to_the_end(take_out))
-            except (KeyboardInterrupt, SystemExit) as error:  # it was held back until here
-                interrupts.append(error)
+            with uninterrupted():
+                try:
+                    # once on every rank, however often this one is interrupted
+                    with self._weights.spread("swap", carrier, self._ranks):
+                        failed.append(to_the_end(take_out))
+                    failed.append(to_the_end(arrive))
+                except Exception as error:
+                    self._torn = f"{type(error).__name__}: {error}"
+                    raise
+                finally:
+                    self._inside = self._due = None
+                with contextlib.suppress(RuntimeError), writable():  # the next call says so
+                    self._follow(self._weights.refresh(self._ranks.rank))
         finally:
-            interrupts.append(to_the_end(arrive))
-        for interrupt in filter(None, interrupts):
-            raise interrupt
+            if lost:
+                raise SwapError(
+                    f"rank {self._ranks.rank}: {few(sorted(lost))}: the swap has left a model that "
+                    "has no tensor of this name, shape and precision to take the weights back; "
+                    "they are in error.weights, this rank's part of each: put them where they "
+                    "belong; the average is as before",
+                    weights=lost,
+                )
+        for cause in filter(None, failed):
+            raise cause
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the model with the average: ``ema(x)``. Collective where `swap` and the forward are.
@@ -517,34 +749,47 @@ class ShardedEMA:
         Raises:
             RuntimeError: inside ``swap()``.
             ValueError: ``every`` is no whole number above 0.
+            RankError: where it is collective: as for `full_state_dict`.
         """
-        if every is not None:
-            if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-                raise ValueError(f"copy_to_model: got every={every!r}, expected a whole number > 0")
-            updates = self._named(name).num_updates
+        good = every is None or (
+            isinstance(every, int) and not isinstance(every, bool) and every >= 1
+        )
+        if every is not None and good and name in (None, *self.names):
+            self._close_round()
+            updates = self._averages[self.names[0] if name is None else name].num_updates
             if updates == 0 or updates % every:
                 return
 
-        def ready() -> Average:
-            self._not_inside("copy_to_model")
-            average = self._named(name)
-            with writable():
-                self._refresh()
-            self._flush("copy_to_model")
-            return average
+        def given() -> dict[str, Any]:
+            if not good:
+                raise ValueError(f"copy_to_model: got every={every!r}, expected a whole number > 0")
+            return {"every": every}
 
-        average = self._together("copy_to_model", ready)
-        same = self._weights.replicated(average.policy)
-        try:
-            with writable(), self._weights.spread(same, masters=True):
-                self._weights.await_copies()
-                for group in present(self._held(average), write=True):
-                    for shard in group:
-                        shard.local.copy_(average.shadows.views[shard.fqn])
-                        if shard.weights is not None:
-                            shard.weights.copy_(shard.local)
-        finally:
-            self._weights.announce_write()
+        def ready(average: Average) -> tuple[Average, Spread | None]:
+            self._tell_what_was_missed("copy_to_model")
+            self._refresh()
+            self._flush("copy_to_model")
+            return average, self._carrier(average, masters=True)
+
+        average, carrier = self._together("copy_to_model", name, ready, given)
+
+        def write() -> None:
+            self._weights.await_copies()
+            for group in present(self._held(average), write=True):
+                for shard in group:
+                    shard.local.copy_(average.shadows.views[shard.fqn])
+                    if shard.weights is not None:
+                        shard.weights.copy_(shard.local)
+
+        with uninterrupted():
+            try:
+                with writable(), self._weights.spread("copy_to_model", carrier, self._ranks):
+                    interrupt = to_the_end(write)
+            finally:
+                self._weights.announce_write()
+                self._seen()
+        if interrupt is not None:
+            raise interrupt
 
     def reset(self, name: str | None = None) -> None:
         """The model's weights become the average, and its ``t`` starts again. Local.
@@ -559,14 +804,21 @@ class ShardedEMA:
         """
         self._not_inside("reset")
         chosen = list(self._averages.values()) if name is None else [self._named(name)]
+        if len(chosen) < len(self._averages):
+            self._close_round()  # the others go on
         with writable():
             self._refresh()
             if len(chosen) < len(self._averages):
                 self._flush("reset")  # the others must be whole
             self._forget_errors()
-            for average in chosen:
-                average.shadows.copy_from(self._held(average))
-                average.restart()
+
+            def begin_anew() -> None:
+                for average in chosen:
+                    average.shadows.copy_from(self._held(average))
+                    average.restart()
+
+            self._whole("reset", begin_anew)
+        self._clear_round()
 
     # ---- gathering ----------------------------------------------------------------------------
 
@@ -579,9 +831,10 @@ class ShardedEMA:
     ) -> dict[str, Any]:
         """The averaged model as the unwrapped model's ``load_state_dict(strict=True)`` takes it.
 
-        Averages, frozen parameters, persistent buffers, tied names. Collective over the ranks
-        that share the model. Rank 0 needs memory for its result and one bucket of 256 MiB, the
-        others for one bucket.
+        Averages, frozen parameters, persistent buffers, tied names, and what the model's own code
+        makes of its state: extra state, overrides and hooks of ``state_dict``. Collective over the
+        ranks that share the model. Rank 0 needs memory for its result and one bucket of 256 MiB,
+        the others for one bucket.
 
         Args:
             name: which average.
@@ -590,66 +843,102 @@ class ShardedEMA:
             all_ranks: give it to every rank.
 
         Returns:
-            ``{fqn: full CPU tensor [*shape]}`` on the first rank, ``{}`` on the others.
+            ``{fqn: full CPU tensor [*shape]}`` on the first rank, ``{}`` on the others. Extra
+            state may be no tensor; it is the first rank's.
 
         Raises:
-            RuntimeError: inside ``swap()``, or supposed replicas differ.
+            RuntimeError: inside ``swap()``, or supposed replicas differ; a module computes state
+                from weights that are averaged or sharded, or has extra state that is no tensor on
+                another rank only.
             ValueError: no average of this name, another dtype, ranks that hold different models.
-            RankError: a rank did not come within the timeout.
+            RankError: a rank did not come within the timeout, ended or froze in the call, or is out
+                of step: it was updated more or less often.
         """
-        result: dict[str, Any] = dict(
-            self._iter("full_state_dict", name, dtype, all_ranks=all_ranks)
-        )
-        if all_ranks or self._ranks.leader:
-            for model in self._weights.models:
-                for prefix, module in walk(model):
-                    if type(module).get_extra_state is not nn.Module.get_extra_state:
-                        result[f"{prefix}{_EXTRA}"] = module.get_extra_state()
-        return result
+        return dict(self._iter("full_state_dict", name, dtype, all_ranks=all_ranks))
 
     def iter_full(
         self, name: str | None = None, *, dtype: torch.dtype | Literal["model"] | None = None
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[str, Any]]:
         """Like `full_state_dict`, one ``(fqn, tensor)`` at a time. Collective: loop on every rank.
 
         The first rank needs memory for one bucket and the tensor at hand, the others for one
         bucket; their loops run without a turn.
+
+        A loop may be left early: what the others still send is then received and thrown away.
+        What changes an average (`update`, `swap`, `reset`, a load), and on several ranks any
+        other call that is collective, ends an iteration that is open; its next item raises.
+
+        Raises:
+            RuntimeError: another call has ended it; else as for `full_state_dict`.
         """
         return self._iter("iter_full", name, dtype, all_ranks=False)
 
     def _iter(
         self, op: str, name: str | None, dtype: Any, *, all_ranks: bool
-    ) -> Iterator[tuple[str, Tensor]]:
-        plan, average, out_dtype = self._begin(op, name, dtype)
-        holdings = self._holdings(plan, average)
-        chosen = range(len(plan.items))
+    ) -> Iterator[tuple[str, Any]]:
+        ready: list[gather.Prepared] = []
+        chosen: list[int] = []
+        gathered: list[int] = []
+
+        def prepare(plan: Plan, average: Average, out_dtype: Callable[[Item], torch.dtype]) -> None:
+            self._outward.check_values(op, self._ranks.size if all_ranks else 1)
+            chosen[:] = self._outward.chosen(plan)
+            apart = gather.apart(op, plan, self._ranks.size, all_ranks)
+            gathered[:] = [index for index in chosen if index not in apart]
+            ready[:] = [
+                gather.prepare(
+                    plan,
+                    gathered,
+                    self._holdings(plan, average),
+                    out_dtype,
+                    self._ranks,
+                    limit=gather.BUCKET_BYTES,
+                    all_ranks=all_ranks,
+                )
+            ]
+
+        plan, _, out_dtype = self._begin(
+            op,
+            name,
+            dtype,
+            given=lambda: {"all_ranks": bool(all_ranks)},
+            compared=lambda average: [average],
+            prepare=prepare,
+        )
+        outward, values = self._outward, self._own.values
         with writable():
-            self._check_replicas(average, op)
-            arriving = gather.stream(
-                plan,
-                chosen,
-                holdings,
-                out_dtype,
-                self._ranks,
-                limit=gather.BUCKET_BYTES,
-                all_ranks=all_ranks,
-            )
+            arriving = gather.stream(ready.pop(), op)
             if not (all_ranks or self._ranks.leader):
                 for _ in arriving:
                     raise AssertionError("only receivers get pieces")
                 return
-            full = gather.assemble(plan, chosen, arriving)
+            own = {shard.fqn: shard.own for shard in self._weights.shards if shard.opaque}
+            joined = gather.assemble(plan, gathered, arriving, out_dtype)
+            full = gather.with_apart(plan, chosen, joined, own)
+        iteration = gather.Iteration(arriving)
+        self._iterations.add(iteration)
         try:
             while True:
+                if iteration.ended_by:
+                    raise RuntimeError(
+                        f"rank {self._ranks.rank}: {op}: {iteration.ended_by} was called before "
+                        "its last tensor, which ended it; call that behind the loop"
+                    )
                 with writable():
-                    item, tensor = next(full, (None, None))
+                    try:
+                        item, tensor = next(full, (None, None))
+                    except BaseException as error:
+                        arriving.throw(error)  # which tells the others
+                        raise
                 if item is None or tensor is None:
-                    return
-                for fqn in (item.fqn, *item.aliases):
+                    break
+                for fqn in outward.names(item):
                     yield fqn, tensor
+            yield from values.items()
         finally:
+            self._iterations.discard(iteration)
             with writable():
-                arriving.close()
+                iteration.end("close")
 
     def export(
         self,
@@ -664,9 +953,11 @@ class ShardedEMA:
         """Writes the averaged model as one safetensors file, in the HF layout. Collective.
 
         ``path/model.safetensors``, or ``model-00001-of-0000N.safetensors`` and their index where
-        it is larger than ``max_shard_size``; beside it the config of a model that has
-        ``config.save_pretrained``, so that ``from_pretrained(path)`` loads it. Tied names are
-        written once. No rank holds more than a bucket; the folder appears when it is complete.
+        it is larger than ``max_shard_size``; beside it the config of a transformers model. For a
+        diffusers model the files are called as diffusers calls them, for a model of PEFT they are
+        its adapters alone, as PEFT saves them: ``from_pretrained(path)`` of the same library
+        loads it. Tied names are written once. No rank holds more than a bucket; the folder
+        appears when it is complete.
 
         Args:
             path: the folder; must not exist.
@@ -679,28 +970,44 @@ class ShardedEMA:
 
         Raises:
             CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
-            ValueError, RuntimeError, RankError: as for `full_state_dict`.
+            RuntimeError: as for `full_state_dict`; a module has extra state that is no tensor; an
+                adapter that PEFT does not keep as tensors of the model.
+            ValueError, RankError: as for `full_state_dict`; a path that is no local one is a
+                ValueError.
         """
-        limit = exporter.parse_size(max_shard_size)
-        if mode not in ("auto", "direct", "stream"):
-            raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
-        plan, average, out_dtype = self._begin("export", name, dtype)
-        holdings = self._holdings(plan, average)
-        module = unwrap(self._weights.models[0])
-        exported_dtype = next((out_dtype(i) for i in plan.items if i.averaged), None)
-        with writable():
-            self._check_replicas(average, "export")
+
+        def given() -> dict[str, Any]:
+            if mode not in ("auto", "direct", "stream"):
+                raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
+            size = exporter.parse_size(max_shard_size)
+            return {"path": absolute(path, "export"), "max_shard_size": size, "mode": mode}
+
+        plan, average, out_dtype = self._begin(
+            "export", name, dtype, given=given, compared=lambda average: [average]
+        )
+        with writable(), self._ranks.together("export"):
+            self._outward.check_export()
+            gather.refuse_opaque(
+                "export",
+                plan,
+                [index for index, item in enumerate(plan.items) if item.stem],
+                "take ema.full_state_dict(), which hands it out as it is, or ema.save(folder) and "
+                "the averages alone with `shardema export --partial`",
+            )
+            holdings = self._holdings(plan, average)
+            module = unwrap(self._weights.models[0])
+            exported_dtype = next((out_dtype(i) for i in plan.items if i.averaged), None)
             exporter.export(
-                os.fspath(path),
+                path,
                 plan,
                 range(len(plan.items)),
                 holdings,
                 self._ranks,
                 out_dtype=out_dtype,
-                max_shard_size=limit,
+                max_shard_size=exporter.parse_size(max_shard_size),
                 mode=mode,
                 progress=progress,
-                extra=lambda folder: exporter.write_config(module, folder, exported_dtype),
+                extra=lambda folder: pretrained.write_config(module, folder, exported_dtype),
             )
 
     def metrics(self, name: str | None = None) -> dict[str, float]:
@@ -724,7 +1031,7 @@ class ShardedEMA:
             RuntimeError: inside ``swap()``.
             ValueError: no average of this name, or several and no name.
         """
-        plan, average, _ = self._begin("metrics", name, None)
+        plan, average, _ = self._begin("metrics", name)
         decays = average.decays or average.next_decays()
         weights = {shard.fqn: 1 - decays[average.index(shard)] for shard in self._weights.mine}
         held, views = self._held(average), average.shadows.views
@@ -750,7 +1057,13 @@ class ShardedEMA:
 
     # ---- checkpoints --------------------------------------------------------------------------
 
-    def save(self, folder: str | os.PathLike[str], *, include_frozen: bool = False) -> None:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        include_frozen: bool = False,
+        overwrite: bool = False,
+    ) -> None:
         """Writes every average, its progress and its schedule to a new folder. Collective.
 
         Every rank writes what it holds, replicas share the work. Pickle-free and checksummed; it
@@ -760,39 +1073,77 @@ class ShardedEMA:
             folder: where; must not exist.
             include_frozen: also write the parameters that are not averaged, which an offline
                 export needs and a load does not.
+            overwrite: the folder may be a complete checkpoint of `save`, which is replaced at
+                once when the new one is whole; there is never none. Nothing else is replaced.
 
         Raises:
-            CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
-            RuntimeError: inside ``swap()``, or supposed replicas differ.
+            CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left, and
+                what was there before still is.
+            ValueError: the path is no local one, or the ranks give different ones.
+            RuntimeError: inside ``swap()``, or supposed replicas differ; with ``include_frozen``,
+                a module has extra state that is no tensor.
         """
-        self._begin("save", self.names[0], None)
-        plan = self._plans[False]
-        averaged = [i for i, item in enumerate(plan.items) if item.averaged]
-        rest = [
-            i
-            for i, item in enumerate(plan.items)
-            if not item.averaged and (item.role == "buffer" or include_frozen)
-        ]
-        kept = {*averaged, *rest}
-        left_out = [item.fqn for i, item in enumerate(plan.items) if i not in kept]
-        own = Holdings(plan, self._weights.shards, {})
-        module = unwrap(self._weights.models[0])
-        with writable():
+
+        def given() -> dict[str, Any]:
+            place = absolute(folder, "save")
+            return {
+                "path": place,
+                "include_frozen": bool(include_frozen),
+                "overwrite": bool(overwrite),
+            }
+
+        self._begin(
+            "save",
+            self.names[0],
+            given=lambda: {
+                "path": absolute(folder, "save"),
+                "include_frozen": bool(include_frozen),
+                "overwrite": bool(overwrite),
+            },
+            compared=lambda _: list(self._averages.values()),
+        )
+        with writable(), self._ranks.together("save"):
+            if include_frozen:
+                self._outward.check_tensors(
+                    "save(include_frozen=True)",
+                    "save without include_frozen, which a load needs not",
+                )
+            plan = self._plans[False]
+            averaged = [i for i, item in enumerate(plan.items) if item.averaged]
+            rest = [
+                i
+                for i, item in enumerate(plan.items)
+                if not item.averaged and (item.role == "buffer" or include_frozen)
+            ]
+            gather.refuse_opaque(
+                "save",
+                plan,
+                rest,
+                "leave include_frozen off and keep the model's own state dict beside it, or leave "
+                'such a buffer out: buffers={name: "ignore"}',
+            )
+            kept = {*averaged, *rest}
+            items = enumerate(plan.items)
+            left_out = [item.fqn for i, item in items if i not in kept and item.stem]
+            left_out += sorted(self._outward.holders)
+            stored = self._outward.stored(plan)
+            own = Holdings(plan, [*self._weights.shards, *self._beside], {})
+            module = unwrap(self._weights.models[0])
             sources = []
             for a in self._averages.values():
-                self._check_replicas(a, "save")
                 theirs = self._plans[a.policy.shard_replicas]
                 holdings = self._holdings(theirs, a)
                 dtype = self._travels_as(a)
                 sources.append(checkpoint.Source(a.name, theirs, averaged, holdings, dtype))
-            sources.append(checkpoint.Source(None, plan, rest, own, lambda item: item.dtype))
+            sources.append(checkpoint.Source(None, stored, rest, own, lambda item: item.dtype))
             checkpoint.save(
-                os.fspath(folder),
+                folder,
                 sources,
                 {a.name: a.stored() for a in self._averages.values()},
                 left_out,
                 self._ranks,
-                extra=lambda place: exporter.write_config(module, place, None),
+                extra=lambda place: pretrained.write_config(module, place, None),
+                overwrite=overwrite,
             )
 
     def load(
@@ -818,85 +1169,133 @@ class ShardedEMA:
         Raises:
             CheckpointError: no checkpoint, or a damaged one: on all ranks.
             ValueError: a checkpoint of another model, other averages or other schedules; ``add``
-                or ``drop`` of what is not so.
+                or ``drop`` of what is not so; a path that is no local one.
             RuntimeError: inside ``swap()``.
 
         After an error the averages are as before, to the bit.
         """
-        folder = os.fspath(folder)
-        plan, _, _ = self._begin("load", self.names[0], None)
+        plan, _, _ = self._begin(
+            "load",
+            self.names[0],
+            given=lambda: {
+                "new_schedule": bool(new_schedule),
+                "add": sorted(_names(add)),
+                "drop": sorted(_names(drop)),
+            },
+            clocks=False,  # all of them are set: a load brings ranks into step again
+        )
         found: list[manifest.Manifest] = []
+        readings: dict[str, list[manifest.Reading]] = {}
 
-        def look() -> str:
+        def look() -> tuple[str, int]:
             stored = manifest.read(folder)
-            self._check_names(folder, set(stored.averages), _names(add), _names(drop))
-            self._check_stored(folder, stored, plan, new_schedule)
+            self._check_names(str(folder), set(stored.averages), _names(add), _names(drop))
+            self._check_stored(str(folder), stored, plan, new_schedule)
             found.append(stored)
-            return stored.save_id
+            for average in self._averages.values():
+                if average.name in stored.averages:
+                    held = self._held(average)
+                    readings[average.name] = checkpoint.readings(stored, average.name, held)
+            blocks = sum(len(part.blocks) for parts in readings.values() for part in parts)
+            return stored.save_id, blocks * manifest.BLOCK
 
-        def same(ids: list[str]) -> None:
-            if len(set(ids)) > 1:
+        def same(told: list[tuple[str, int]]) -> int:
+            if len({save_id for save_id, _ in told}) > 1:
                 raise CheckpointError(
                     f"load from {folder}: the ranks see different checkpoints there; give a path "
                     "on a file system that all ranks share",
-                    path=folder,
+                    path=str(folder),
                 )
+            return max(nbytes for _, nbytes in told)
 
-        self._ranks.agree("load (looking)", look, same)
+        nbytes = self._ranks.agree("load (looking)", look, same)
         staged: dict[str, Shadows] = {}
 
         def read() -> None:
             for average in self._averages.values():
                 held = self._held(average)
                 staging = staged[average.name] = allocate(held, average.policy, pin=False)
-                if average.name in found[0].averages:
-                    checkpoint.read_average(folder, found[0], average.name, held, staging.views)
+                if average.name in readings:
+                    checkpoint.read_average(
+                        found[0], average.name, readings[average.name], held, staging.views
+                    )
                 else:
                     staging.copy_from(held)
 
         with writable():
-            nbytes = sum(file.size for file in found[0].files)
-            self._ranks.agree("load (reading)", read, nbytes=nbytes * self._ranks.size)
+            self._ranks.agree("load (reading)", read, nbytes=nbytes)
             self._forget_errors()
-            for average in self._averages.values():
-                average.shadows.copy_all(staged[average.name])
-                kept = found[0].averages.get(average.name)
-                if kept is None:
-                    average.restart()
-                else:
-                    average.restart(kept.t, kept.num_updates, kept.moved_at)
-        self._counted = self._weights.applied()
+
+            def take_over() -> None:
+                for average in self._averages.values():
+                    average.shadows.copy_all(staged[average.name])
+                    kept = found[0].averages.get(average.name)
+                    if kept is None:
+                        average.restart()
+                    else:
+                        average.restart(kept.t, kept.num_updates, kept.moved_at)
+                self._counted = self._weights.applied()
+
+            self._whole("load", take_over)
+        self._loaded |= set(found[0].averages)
+        self._clear_round()
 
     def load_full(
         self,
         source: str | os.PathLike[str] | Mapping[str, Tensor],
         name: str | None = None,
+        *,
+        t: float | None = None,
+        num_updates: int | None = None,
     ) -> None:
         """Seeds an average from full tensors; each rank reads its own slices. Collective.
 
+        With the progress of what is loaded, the average goes on as if it had been kept here from
+        the beginning: ``presets.diffusers(model).load_full(folder, num_updates=12_000)`` follows
+        diffusers' sequence from its call 12,001 on.
+
         Args:
-            source: a ``.safetensors`` file, a folder in the HF layout, or ``{fqn: full tensor}``
-                on every rank. Frozen parameters and buffers in it are not used.
-            name: which average. Its ``t`` stays as it is.
+            source: a ``.safetensors`` file, a folder in the HF layout (a snapshot of the Hub too),
+                or ``{fqn: full tensor}`` on every rank. Frozen parameters and buffers in it are
+                not used.
+            name: which average.
+            t: its progress in the schedule's unit. None: where the unit is ``"step"``,
+                ``num_updates``; else as it is.
+            num_updates: how many updates it has seen. None: where the unit is ``"step"`` and
+                ``t`` whole, ``t``; else as it is. If neither is given, a folder of diffusers'
+                ``EMAModel.save_pretrained`` gives its own ``optimization_step``.
 
         Raises:
             CheckpointError: no such file, or a broken one.
-            ValueError: names that are missing or unknown, or another shape: the average is
-                unchanged.
+            ValueError: names that are missing or unknown, or another shape; a path that is no
+                local one; no progress is known and the schedule would forget all of what was
+                loaded when it next moves; a progress that is negative or that the schedule does
+                not take.
             RuntimeError: inside ``swap()``.
+
+        After an error the average and its clock are as before.
         """
-        plan, average, _ = self._begin("load_full", name, None)
+        plan, average, _ = self._begin(
+            "load_full",
+            name,
+            given=lambda: {"t": str(t), "num_updates": str(num_updates)},
+            clocks=t is None and num_updates is None,  # else it sets them
+        )
         label = "load_full" if isinstance(source, Mapping) else f"load_full from {source}"
-        staged: list[Shadows] = []
+        staged: list[tuple[Shadows, tuple[float, int] | None]] = []
 
         def read() -> None:
-            stored = source if isinstance(source, Mapping) else consolidated.tensors_of(str(source))
+            given = progress(t, num_updates, self.unit)
+            if given is None and not isinstance(source, Mapping) and self.unit == "step":
+                given = progress(None, consolidated.steps_of(source), self.unit)
+            clock = average.check_seed(label, given)
+            stored = source if isinstance(source, Mapping) else consolidated.tensors_of(source)
             shapes = {
                 fqn: tuple(v.entry.shape if isinstance(v, consolidated.Place) else v.shape)
                 for fqn, v in stored.items()
-                if not fqn.endswith(_EXTRA)
+                if not fqn.endswith(_EXTRA) and isinstance(v, consolidated.Place | Tensor)
             }
-            names = consolidated.match(label, plan, shapes)
+            names = consolidated.match(label, plan, shapes, self._outward.ignored)
             held = self._held(average)
             staging = allocate(held, average.policy, pin=False)
             for shard in held:
@@ -906,11 +1305,21 @@ class ShardedEMA:
                         consolidated.read_into(target, value, box)
                     else:
                         target.copy_(box.view(value))
-            staged.append(staging)
+            staged.append((staging, clock))
 
         with writable():
             self._ranks.agree("load_full (reading)", read)
-            average.shadows.copy_all(staged[0])
+
+            def take_over() -> None:
+                shadows, clock = staged[0]
+                average.shadows.copy_all(shadows)
+                if clock is not None:
+                    average.restart(*clock)
+                    self._counted = self._weights.applied()
+
+            self._whole("load_full", take_over)
+        self._loaded.add(average.name)
+        self._clear_round()
 
     def state_dict(self) -> dict[str, Any]:
         """For torch.distributed.checkpoint: ``dcp.save({"model": ..., "ema": ema})``. Local.
@@ -918,20 +1327,31 @@ class ShardedEMA:
         The tensors share memory with the averages: ``dcp.load`` fills them in place, and
         ``dcp.async_save`` copies them before it returns. Pickling the result raises.
 
+        Of an averaged buffer that differs between ranks (BatchNorm's statistics) the first rank's
+        average is saved, as by `save`, and ``dcp.load`` gives it to all. With averaged buffers on
+        several ranks the first call is therefore collective, if no other call was before it.
+
         Raises:
             RuntimeError: inside ``swap()``.
         """
-        if sys._getframe(1).f_globals.get("__name__") == "accelerate.checkpointing":
-            # registered for checkpointing: refused here, since only the main process pickles
+        if sys._getframe(1).f_globals.get("__name__") in _PICKLING:
+            # refused here, on every rank, since only the main process will pickle
             refuse_pickle("ShardedEMA")
         self._not_inside("state_dict")
+        if self._averages_buffers and self._ranks.size > 1 and not self._plans:
+            self._begin("state_dict", self.names[0], None)
+        self._close_round()
+        elsewhere = self._saved_elsewhere()
         with writable():
             self._refresh()
             self._flush("state_dict")
             return {
                 "averages": {
                     a.name: {
-                        s.fqn: BoxedTensor.of(s, a.shadows.views[s.fqn]) for s in self._held(a)
+                        s.fqn: BoxedTensor.of(
+                            s, a.shadows.views[s.fqn], saved=s.fqn not in elsewhere
+                        )
+                        for s in self._held(a)
                     }
                     for a in self._averages.values()
                 },
@@ -976,16 +1396,56 @@ class ShardedEMA:
                         "ema.state_dict() gives; take ema.load_full for full tensors"
                     )
             self._check_schedule(op, average, dict(state_dict["schedules"][average.name]))
-        with writable():
+
+        def take_over() -> None:
             for average in self._averages.values():
                 for fqn, value in state_dict["averages"][average.name].items():
                     if value.local.data_ptr() != average.shadows.views[fqn].data_ptr():
                         average.shadows.views[fqn].copy_(value.local)
                 progress = state_dict["progress"][average.name]
                 average.restart(progress["t"], progress["num_updates"], progress.get("moved_at"))
-        self._counted = self._weights.applied()
+            self._counted = self._weights.applied()
+
+        with writable():
+            self._whole(op, take_over)
+        self._loaded |= set(self._averages)
+        self._clear_round()
+
+    # ---- for integrations ---------------------------------------------------------------------
+
+    def _whole_everywhere(self) -> bool:
+        """Whether each rank holds all of every tensor and average: then one can save alone."""
+        plain = self._weights.name == "plain" and self._weights.engine is None
+        return plain and not self._sliced()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, this rank counts as the only one. Where it holds everything."""
+        ranks, plans = self._ranks, self._plans
+        self._ranks, self._plans = Ranks([ranks.rank], timeout=ranks.timeout), {}
+        try:
+            yield
+        finally:
+            self._ranks, self._plans = ranks, plans
+
+    def _check_loadable(self, folder: str) -> None:
+        """Raises as `load` does, but for damage inside of the files. Collective."""
+        plan, _, _ = self._begin("load", self.names[0], clocks=False)
+
+        def look() -> None:
+            stored = manifest.read(folder)
+            self._check_names(folder, set(stored.averages), (), ())
+            self._check_stored(folder, stored, plan, False)
+
+        self._ranks.agree("load (looking)", look)
 
     # ---- inside -------------------------------------------------------------------------------
+
+    def _saved_elsewhere(self) -> set[str]:
+        """Averaged buffers of which another rank's value is saved: the first one's that has it."""
+        items = self._plans[False].items if self._plans else ()
+        first = {i.fqn: i.holders[0][1][0] for i in items if i.role == "buffer" and i.holders}
+        return {fqn for fqn, index in first.items() if index != self._ranks.index}
 
     def _held(self, average: Average) -> list[Shard]:
         """What this rank averages."""
@@ -1000,10 +1460,28 @@ class ShardedEMA:
         )
 
     def _forget_errors(self) -> None:
-        """Lets an update that failed in the background be followed by others."""
+        """Lets an update that failed in the background, or a load, be followed by others."""
         if self._updater.behind:
             self._rebind()
-            self._failed = None
+        self._failed = None
+
+    def _whole(self, op: str, work: Callable[[], None]) -> None:
+        """Does ``work`` on the averages, which may be done twice; an interrupt comes after it.
+
+        Raises:
+            RuntimeError: it failed half way; so does every call until an average is loaded.
+        """
+        with uninterrupted():
+            try:
+                interrupt = to_the_end(work)
+            except Exception as error:
+                self._failed = RuntimeError(
+                    f"{op} failed: {type(error).__name__}: {error}; the averages may be half "
+                    "new: ema.load() a checkpoint, or ema.reset() them to the weights"
+                )
+                raise self._failed from error
+        if interrupt is not None:
+            raise interrupt
 
     def _rebind(self) -> None:
         """Binds the update to where the tensors are now."""
@@ -1056,12 +1534,38 @@ class ShardedEMA:
             if names and self._ranks.leader:
                 log.warning("%s: %s", few(names), what)
 
+    def _end_iterations(self, op: str) -> None:
+        """Ends what `iter_full` has begun and ``op`` would change or wait for."""
+        if self._iterations and (op in _CHANGING or self._ranks.size > 1):
+            with writable():
+                for iteration in list(self._iterations):
+                    iteration.end(op)
+
     def _not_inside(self, op: str) -> None:
+        if self._torn is not None:
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: {op}: the end of a swap() failed ({self._torn}), so "
+                "model and average may each hold a part of the other: load a checkpoint into the "
+                "model, build a new EMA and load its checkpoint"
+            )
+        if self._due is not None:
+            self._end_swap(op)
+        self._end_iterations(op)
         if self._inside is not None:
             raise RuntimeError(
                 f"rank {self._ranks.rank}: {op} inside swap(): the model holds average "
                 f"{self._inside!r} and the average holds the weights; leave the with block first"
             )
+
+    def _end_swap(self, op: str) -> None:
+        """Makes the end of a swap that two interrupts have kept from being made."""
+        if self._is_collective():
+            raise RuntimeError(
+                f"rank {self._ranks.rank}: {op}: the end of a swap() was interrupted before it "
+                "began, and the other ranks wait for it: start the run again from a checkpoint"
+            )
+        assert self._due is not None
+        self._due()
 
     def _named(self, name: str | None) -> Average:
         if name is None and len(self._averages) > 1:
@@ -1072,59 +1576,173 @@ class ShardedEMA:
         return self._averages[key]
 
     def _begin(
-        self, op: str, name: str | None, dtype: Any
+        self,
+        op: str,
+        name: str | None,
+        dtype: Any = None,
+        *,
+        given: Callable[[], dict[str, Any]] = dict,
+        clocks: bool = True,
+        planned: bool = True,
+        compared: Callable[[Average], Sequence[Average]] = lambda _: (),
+        prepare: Callable[[Plan, Average, Callable[[Item], torch.dtype]], None] | None = None,
     ) -> tuple[Plan, Average, Callable[[Item], torch.dtype]]:
-        """The start of every collective call: all ranks are ready, and know the plan."""
+        """The start of every collective call: all ranks are ready, in step, and know the plan.
 
-        def ready() -> bool:
-            self._not_inside(op)
-            self._named(name)
-            check_dtype(op, dtype)
+        Args:
+            given: the arguments that must be equal on all ranks; may refuse them.
+            clocks: compare the clocks too.
+            planned: whether a plan is needed.
+            compared: averages that supposed replicas are to hold alike.
+            prepare: what may fail on this rank, before the others wait for it; may be called twice.
+        """
+        if self._ranks.size > 1:
             with writable():
-                self._weights.ensure_sharded()
-                self._follow(self._weights.read_again(self._ranks.rank))
+                gather.end_iterations(op)
+        same: dict[str, Any] = {}
+
+        def ready() -> list[dict[str, str]] | None:
+            self._not_inside(op)
+            average = self._named(name)
+            check_dtype(op, dtype)
+            if op not in _WRITERS:
+                self._close_round()
+                if op not in ("swap", "copy_to_model"):  # which tell themselves
+                    self._tell_what_was_missed(op, average if op in ("save", "export") else None)
+            elif len(self._averages) > 1 and op != "load":
+                self._close_round()  # of the others
+            same.update(name=average.name, dtype=str(dtype), **given())
+            if clocks:
+                same.update(self._clocks())
+            with writable():
+                if planned:
+                    self._weights.ensure_sharded()
+                    self._follow(self._weights.read_again(self._ranks.rank))
+                else:
+                    self._refresh()
             self._tell_what_froze()
             if op != "load":  # which fills all averages anew
                 self._flush(op)
-            return bool(self._plans)
+            if not planned:
+                return prepared()
+            known, self._own = self._own.facts(), self._read_own()
+            same_state = known == self._own.facts() and self._planned == self._weights.stamp()
+            named = not (self._outward.pending and op in _WRITTEN)
+            return prepared() if self._plans and same_state and named else None
 
-        if not self._ranks.agree(op, ready, all):
-            missed = dict(self._weights.missed)
-            self._ranks.agree(f"{op} (patterns)", lambda: missed, layout.missed_by_all)
-            rules = {
-                average.name: describe(average.schedule) for average in self._averages.values()
-            }
-            self._ranks.agree(f"{op} (schedules)", lambda: rules, layout.same_rules)
-            dropped = exporter.dropped_names(self._weights.models)
+        def prepared() -> list[dict[str, str]]:
+            average = self._named(name)
+            if planned:
+                self._beside = self._read_beside()
+            with writable():
+                digests = [
+                    gather.replica_digests(self._plans[False], self._compared(a), self._ranks)
+                    for a in compared(average)
+                ]
+                if prepare is not None:
+                    prepare(self._plan_of(average), average, self._out_dtype(average, dtype))
+            return digests
+
+        def suspects(told: list[list[dict[str, str]] | None]) -> list[list[str]] | None:
+            columns = [theirs for theirs in told if theirs is not None]
+            if len(columns) < len(told):
+                return None  # a plan first
+            return [gather.differing(words) for words in zip(*columns, strict=True)]
+
+        found = self._ranks.agree(op, ready, suspects, same=same)
+        if found is None:
+            self._make_plans(op)
+            found = self._ranks.agree(f"{op} (preparing)", prepared, suspects)
+        average = self._named(name)
+        for suspicious, sets in zip(compared(average), found, strict=True):
+            if sets:
+                held = self._compared(suspicious)
+                gather.refuse_replicas(self._plans[False], held, self._ranks, op, sets)
+        return self._plan_of(average), average, self._out_dtype(average, dtype)
+
+    def _clocks(self) -> dict[str, Any]:
+        return {
+            f"clock of {a.name!r} (t, num_updates, moved_at)": [a.t, a.num_updates, a.moved_at]
+            for a in self._averages.values()
+        }
+
+    def _make_plans(self, op: str) -> None:
+        """Exchanges who holds what. Collective, in the first call that needs it."""
+        missed = dict(self._weights.missed)
+        rules = {average.name: describe(average.schedule) for average in self._averages.values()}
+
+        def alike(told: list[list[Any]]) -> None:
+            layout.missed_by_all([theirs for theirs, _ in told])
+            layout.same_rules([theirs for _, theirs in told])
+
+        self._ranks.agree(f"{op} (schedules)", lambda: [missed, rules], alike)
+        self._agree_on_state(op)
+        plans = {}
+        with self._ranks.together(f"{op} (planning)"):
+            dropped = pretrained.dropped_names(self._weights.models)
             cuts = {average.policy.shard_replicas for average in self._averages.values()}
             for cut in sorted(cuts | {False}):
-                shards = self._weights.all_cut(ShadowPolicy(shard_replicas=cut))
+                shards = [
+                    *self._weights.all_cut(ShadowPolicy(shard_replicas=cut)),
+                    *self._read_beside(),
+                ]
                 averaged = self._weights.averaged
-                self._plans[cut] = gather.make_plan(shards, averaged, self._ranks, dropped)
-        average = self._named(name)
+                made = gather.make_plan(shards, averaged, self._ranks, dropped)
+                plans[cut] = self._outward.applied(made, dropped)
+        self._plans, self._planned = plans, self._weights.stamp()
+
+    def _plan_of(self, average: Average) -> Plan:
+        return self._plans.get(average.policy.shard_replicas, Plan((), ()))
+
+    def _out_dtype(self, average: Average, dtype: Any) -> Callable[[Item], torch.dtype]:
         own = self._travels_as(average)
 
         def out_dtype(item: Item) -> torch.dtype:
             if dtype is None:
                 return own(item)
             given = item.role != "buffer" and item.dtype.is_floating_point
+            given = given and item.fqn not in self._outward.packed
             return dtype if given and isinstance(dtype, torch.dtype) else item.dtype
 
-        return self._plans[average.policy.shard_replicas], average, out_dtype
+        return out_dtype
+
+    def _read_own(self) -> OwnState:
+        weights = self._weights
+        return own_state.read(weights.models, weights.shards, weights.averaged, weights.ignored)
+
+    def _read_beside(self) -> list[Shard]:
+        """What the model's modules add to its state, and this rank gives to all, as it is now."""
+        owners = self._outward.owners
+        return self._own.shards({key for key in owners if owners[key] == self._ranks.index})
+
+    def _agree_on_state(self, op: str) -> None:
+        """Tells all ranks what each one's modules make of their state, and how it is exported."""
+        weights = self._weights
+
+        def mine() -> dict[str, Any]:
+            form = pretrained.form_of(
+                weights.models, weights.shards, weights.averaged, written=op in _WRITTEN
+            )
+            packed = own_state.packed(weights.models)
+            return own_state.payload(self._own, weights.ignored, packed, form)
+
+        merged = self._ranks.agree(f"{op} (own state)", mine, own_state.merge)
+        self._outward = Outward.of(merged)
 
     def _travels_as(self, average: Average) -> Callable[[Item], torch.dtype]:
         """The dtype of an item where this average stands for the model."""
         return lambda i: average.policy.dtype_for(i.dtype) if i.averaged else i.dtype
 
     def _holdings(self, plan: Plan, average: Average) -> Holdings:
-        return Holdings(plan, self._weights.all_cut(average.policy), average.shadows.views)
+        shards = [*self._weights.all_cut(average.policy), *self._beside]
+        return Holdings(plan, shards, average.shadows.views)
 
-    def _check_replicas(self, average: Average, op: str) -> None:
-        """Compares the average on supposed replicas; of slices, the weights that they are of."""
+    def _compared(self, average: Average) -> Holdings:
+        """What supposed replicas hold alike: the average, or the weights that slices are of."""
         cut = average.policy.shard_replicas
         sources = {shard.fqn: shard.source for shard in self._weights.mine} if cut else {}
-        held = Holdings(self._plans[False], self._weights.shards, sources or average.shadows.views)
-        gather.check_replicas(self._plans[False], held, self._ranks, op)
+        views = sources or average.shadows.views
+        return Holdings(self._plans[False], self._weights.shards, views)
 
     def _check_names(
         self, folder: str, stored: set[str], add: tuple[str, ...], drop: tuple[str, ...]

@@ -7,6 +7,10 @@ same class on every rank that is alive.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 
 class RankError(RuntimeError):
     """A collective call failed on some rank.
@@ -26,3 +30,15 @@ class RankError(RuntimeError):
 
 class CheckpointError(RankError):
     """A checkpoint or an export could not be written or read; what was there before still is."""
+
+
+class SwapError(RuntimeError):
+    """The model that a swap leaves behind has no place for some weights; they are in the error.
+
+    Attributes:
+        weights: ``{fqn: tensor}``, this rank's part of each of them, as it was before the swap.
+    """
+
+    def __init__(self, message: str, *, weights: Mapping[str, Tensor]):
+        super().__init__(message)
+        self.weights = dict(weights)

@@ -12,8 +12,6 @@ clobber the neighbours. Elsewhere the same bytes are streamed through the leader
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
 import os
 import re
@@ -23,22 +21,33 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from shardema.agree import Ranks
-from shardema.backends.tree import unwrap
-from shardema.checkpoint import begin, commit, discard
 from shardema.files import (
+    WHOLE,
     Entry,
     NewFile,
+    close_quietly,
     layout,
+    make_folders,
     open_existing,
     reporting,
     write_all,
     write_file,
 )
-from shardema.gather import BUCKET_BYTES, Holdings, Item, Plan, raw_bytes, stream
+from shardema.folder import new_folder
+from shardema.gather import (
+    BUCKET_BYTES,
+    Holdings,
+    Item,
+    Plan,
+    Prepared,
+    prepare,
+    raw_bytes,
+    stream,
+)
 from shardema.shard import Box, Dims, runs, split_box
 
 Mode = Literal["auto", "direct", "stream"]
@@ -53,8 +62,13 @@ _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 @dataclass(frozen=True)
 class Target:
-    """One safetensors file of an export: its head and where each tensor goes."""
+    """One safetensors file of an export: its head and where each tensor goes.
 
+    Attributes:
+        stem: of its name, which may have a folder; the files of one stem make one set.
+    """
+
+    stem: str
     name: str
     head: bytes
     entries: Mapping[str, Entry]
@@ -84,9 +98,33 @@ def parse_size(size: int | str) -> int:
 
 
 def plan_targets(
-    tensors: Sequence[tuple[str, torch.dtype, Dims]], max_shard_size: int
+    tensors: Sequence[tuple[str, str, torch.dtype, Dims]], max_shard_size: int
+) -> tuple[list[Target], dict[str, bytes]]:
+    """The files of an export, and by name their indices where one file is not enough.
+
+    Args:
+        tensors: stem, name, dtype and shape of each; without a stem it is not written.
+    """
+    by_stem: dict[str, list[tuple[str, torch.dtype, Dims]]] = {}
+    for stem, name, dtype, shape in tensors:
+        if stem:
+            by_stem.setdefault(stem, []).append((name, dtype, shape))
+    targets: list[Target] = []
+    indices: dict[str, bytes] = {}
+    for stem, group in by_stem.items():
+        # what reads adapters reads one file
+        limit = max_shard_size if stem in WHOLE else None
+        made, index = _targets(stem, group, limit)
+        targets += made
+        if index is not None:
+            indices[f"{stem}.safetensors.index.json"] = index
+    return targets, indices
+
+
+def _targets(
+    stem: str, tensors: Sequence[tuple[str, torch.dtype, Dims]], max_shard_size: int | None
 ) -> tuple[list[Target], bytes | None]:
-    """The files of an export and the bytes of their index; None where one file is enough.
+    """The files of one stem and the bytes of their index.
 
     As transformers does it: tensors fill a file in order until the next would pass the limit; a
     tensor larger than the limit has a file of its own.
@@ -95,7 +133,7 @@ def plan_targets(
     used = total = 0
     for name, dtype, shape in tensors:
         nbytes = Box(shape, shape).numel * dtype.itemsize
-        if groups[-1] and used + nbytes > max_shard_size:
+        if max_shard_size is not None and groups[-1] and used + nbytes > max_shard_size:
             groups.append([])
             used = 0
         groups[-1].append((name, dtype, shape))
@@ -103,9 +141,9 @@ def plan_targets(
         total += nbytes
     metadata = {"format": "pt"}
     if len(groups) == 1:
-        return [Target("model.safetensors", *layout(groups[0], metadata))], None
+        return [Target(stem, f"{stem}.safetensors", *layout(groups[0], metadata))], None
     targets = [
-        Target(f"model-{i:05d}-of-{len(groups):05d}.safetensors", *layout(group, metadata))
+        Target(stem, f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", *layout(group, metadata))
         for i, group in enumerate(groups, start=1)
     ]
     places = {name: target.name for target in targets for name in target.entries}
@@ -134,7 +172,7 @@ def write_box(
 
 
 def export(
-    folder: str,
+    folder: str | os.PathLike[str],
     plan: Plan,
     chosen: Sequence[int],
     holdings: Holdings,
@@ -160,9 +198,9 @@ def export(
         ValueError: ``mode="direct"`` on several hosts or a file system that is not local.
         CheckpointError: on all ranks, if any could not write; nothing is left behind.
     """
-    tensors = [(item.file_name, out_dtype(item), item.shape) for item in _items(plan, chosen)]
-    targets, index = plan_targets(tensors, max_shard_size)
-    temporary = begin(folder, "export", ranks)
+    chosen = [index for index in chosen if plan.items[index].stem]
+    tensors = [(i.stem, i.file_name, out_dtype(i), i.shape) for i in _items(plan, chosen)]
+    targets, indices = plan_targets(tensors, max_shard_size)
     total = sum(entry.nbytes for target in targets for entry in target.entries.values())
     bar = tqdm(
         total=total,
@@ -173,34 +211,44 @@ def export(
         leave=False,
         disable=not (progress and ranks.leader),
     )
-    writer = Writer(temporary, targets, bar.update)
-    try:
-        direct = _choose_mode(temporary, mode, ranks) == "direct"
+    with (
+        new_folder(folder, "export", ranks) as new,
+        Writer(new.path, targets, bar.update) as writer,
+    ):
+        direct = _choose_mode(new.path, mode, ranks) == "direct"
         by_hand, streamed = _divide(plan, chosen, direct, out_dtype)
-        ranks.agree(
-            "export (reserving)", lambda: reserve(temporary, targets) if ranks.leader else None
-        )
+        prepared: list[Prepared] = []
+
+        def make_room() -> None:
+            if ranks.leader:
+                reserve(new.path, targets)
+            if streamed:
+                limit = BUCKET_BYTES
+                prepared.append(prepare(plan, streamed, holdings, out_dtype, ranks, limit=limit))
+
+        ranks.agree("export (reserving)", make_room)
         with bar:
             ranks.agree(
                 "export (writing)",
                 lambda: _write_own(plan, by_hand, holdings, ranks, writer),
-                nbytes=total,
+                nbytes=max(plan.loads(ranks.size, by_hand, out_dtype)),
             )
-            if streamed:
-                _write_streamed(plan, streamed, holdings, ranks, writer, out_dtype)
+            failed = _write_streamed(plan, prepared[0], writer) if streamed else None
+
+        def sync() -> None:
+            if failed is not None:
+                raise failed
+            writer.sync()
 
         def finish(_: list[None]) -> None:
-            with reporting(temporary, "export to"):
-                if index is not None:
-                    write_file(os.path.join(temporary, "model.safetensors.index.json"), index)
-                extra(temporary)
-            commit(folder, temporary, "export")
+            with reporting(new.path, "export to"):
+                for name, index in indices.items():
+                    write_file(os.path.join(new.path, name), index)
+                extra(new.path)
+            new.commit()
 
-        ranks.agree("export (finishing)", writer.sync, finish, nbytes=total)
-    except BaseException:
-        writer.close()
-        discard(temporary, ranks)
-        raise
+        # one rank's sync writes what all wrote to the file
+        ranks.agree("export (finishing)", sync, finish, nbytes=total)
 
 
 def _items(plan: Plan, chosen: Sequence[int]) -> Iterator[Item]:
@@ -209,7 +257,8 @@ def _items(plan: Plan, chosen: Sequence[int]) -> Iterator[Item]:
 
 def _choose_mode(temporary: str, mode: Mode, ranks: Ranks) -> str:
     def facts() -> list[Any]:
-        return [host_id(), is_local(temporary)]
+        with reporting(temporary, "export to"):
+            return [host_id(), is_local(temporary)]
 
     def choose(found: list[list[Any]]) -> str:
         hosts = {host for host, _ in found}
@@ -274,23 +323,26 @@ def reserve(temporary: str, targets: Sequence[Target]) -> None:
     """
     for target in targets:
         path = os.path.join(temporary, target.name)
+        with reporting(path, "writing"):
+            make_folders(os.path.dirname(path), [])
         with reporting(path, "writing"), NewFile(path, target.size) as file:
             file.write_at(0, target.head)
 
 
 class Writer:
-    """The files of an export, opened when first written to."""
+    """The files of an export, opened when first written to and closed at the end of a ``with``."""
 
     def __init__(
         self, folder: str, targets: Sequence[Target], done: Callable[[int], object]
     ) -> None:
         self._folder = folder
-        self._places = {name: target for target in targets for name in target.entries}
+        self._places = {(t.stem, name): t for t in targets for name in t.entries}
         self._fds: dict[str, int] = {}
         self._done = done
 
-    def write(self, name: str, box: Box, values: Tensor) -> None:
-        target = self._places[name]
+    def write(self, stem: str, name: str, box: Box, values: Tensor) -> None:
+        """Writes a box of the tensor that has this name in the files of this stem."""
+        target = self._places[stem, name]
         path = os.path.join(self._folder, target.name)
         if target.name not in self._fds:
             self._fds[target.name] = open_existing(path, write=True)
@@ -299,15 +351,22 @@ class Writer:
 
     def sync(self) -> None:
         """Syncs and closes what this rank wrote to."""
-        for name, fd in self._fds.items():
-            with reporting(os.path.join(self._folder, name), "writing"):
-                os.fsync(fd)
-        self.close()
-
-    def close(self) -> None:
-        """Closes what this rank wrote to."""
         while self._fds:
-            os.close(self._fds.popitem()[1])
+            name, fd = self._fds.popitem()
+            with reporting(os.path.join(self._folder, name), "writing"):
+                try:
+                    os.fsync(fd)
+                except BaseException:
+                    close_quietly(fd)
+                    raise
+                os.close(fd)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._fds:  # after an error, which is told
+            close_quietly(self._fds.popitem()[1])
 
 
 def _write_own(
@@ -321,62 +380,17 @@ def _write_own(
         item = plan.items[index]
         for (box, _), owner in zip(item.holders, plan.writers[index], strict=True):
             if owner == ranks.index:
-                writer.write(item.file_name, box, holdings(index, box))
+                writer.write(item.stem, item.file_name, box, holdings(index, box))
 
 
-def _write_streamed(
-    plan: Plan,
-    chosen: Sequence[int],
-    holdings: Holdings,
-    ranks: Ranks,
-    writer: Writer,
-    out_dtype: Callable[[Item], torch.dtype],
-) -> None:
+def _write_streamed(plan: Plan, prepared: Prepared, writer: Writer) -> Exception | None:
+    """Writes what arrives, on the leader; returns what went wrong, for all ranks to hear."""
     failed: Exception | None = None
-    for piece, values in stream(plan, chosen, holdings, out_dtype, ranks, limit=BUCKET_BYTES):
+    for piece, values in stream(prepared, "export"):
         if failed is None:  # after a failure go on receiving, so that no sender waits for ever
             try:
-                writer.write(plan.items[piece.item].file_name, piece.box, values)
+                item = plan.items[piece.item]
+                writer.write(item.stem, item.file_name, piece.box, values)
             except Exception as error:
                 failed = error
-
-    def report() -> None:
-        if failed is not None:
-            raise failed
-
-    ranks.agree("export (streaming)", report)
-
-
-def write_config(module: nn.Module, folder: str, dtype: torch.dtype | None) -> None:
-    """Writes what ``from_pretrained`` needs beside the weights, if the model knows how.
-
-    Args:
-        module: the unwrapped model; nothing happens unless it has ``config.save_pretrained``.
-        dtype: of the written weights, noted in the config.
-    """
-    config: Any = getattr(module, "config", None)
-    if not hasattr(config, "save_pretrained"):
-        return
-    config = copy.deepcopy(config)
-    if getattr(config, "architectures", False) is None:
-        config.architectures = [_original_class(module).__name__]
-    if dtype is not None and hasattr(config, "dtype"):
-        config.dtype = dtype
-    config.save_pretrained(folder)
-    generation: Any = getattr(module, "generation_config", None)
-    if hasattr(generation, "save_pretrained"):
-        generation.save_pretrained(folder)
-
-
-def _original_class(module: nn.Module) -> type:
-    """The class as it was before ``fully_shard`` put its own in front."""
-    from torch.distributed.fsdp import FSDPModule
-
-    classes = itertools.dropwhile(lambda c: issubclass(c, FSDPModule), type(module).__mro__)
-    return next(classes)
-
-
-def dropped_names(models: Sequence[nn.Module]) -> set[str]:
-    """Names of tied weights that transformers drops from its files, if it has another for them."""
-    keys = (getattr(unwrap(model), "_tied_weights_keys", None) or () for model in models)
-    return {name for names in keys for name in names}
+    return failed

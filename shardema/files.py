@@ -2,7 +2,7 @@
 
 Everything is written with pwrite into space that was reserved before (never through mmap, where
 a full disk kills the process), synced, and renamed into place by the caller. Files are opened
-only if they are regular files, never through a symlink.
+only if they are regular files, and through a symlink only where the caller says so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import errno
 import json
 import math
 import os
+import re
+import reprlib
 import stat
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +46,40 @@ DTYPES: dict[str, torch.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 MAX_NUMBER = 1 << 53  # no count, size or offset in a file of ours is larger
+_MAX_DIMS = 64
+_MAX_DIGITS = 400  # of an integer in JSON; no float is longer
+# What pathlib makes of a URL has one slash; a single letter before one is a Windows drive.
+_URL = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.:_-]*://|[A-Za-z0-9][A-Za-z0-9+.:_-]+:/")
+_FILE_URL = re.compile(r"file:(//(localhost)?(?=/))?", re.IGNORECASE)
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def local_path(op: str, path: str | os.PathLike[str]) -> str:
+    """``path`` as the file system takes it; that of a ``file:///`` URL is in it.
+
+    Raises:
+        ValueError: it is empty, or the URL of something that is not a local file.
+        TypeError: it is no path.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"{op}: got {path!r}, expected a path as str or pathlib.Path")
+    if not text:
+        raise ValueError(f"{op}: got an empty path")
+    found = _FILE_URL.match(text) if _URL.match(text) else None
+    if found is not None:
+        if found[1] is None:
+            raise ValueError(
+                f"{op}: got {text!r}, expected file:/// and an absolute path, as a str since "
+                "pathlib drops slashes, or the path alone"
+            )
+        return os.fsdecode(urllib.parse.unquote_to_bytes(text[found.end() :]))
+    if _URL.match(text):
+        raise ValueError(
+            f"{op}: got {text!r}: remote storage is not supported yet; give a local path, and copy "
+            "the folder from there or to there"
+        )
+    return text
 
 
 @contextlib.contextmanager
@@ -72,7 +109,7 @@ class NewFile:
         try:
             _reserve(self._fd, size)
         except BaseException:
-            os.close(self._fd)
+            close_quietly(self._fd)
             raise
 
     def write_at(self, offset: int, data: memoryview | bytes) -> None:
@@ -83,14 +120,20 @@ class NewFile:
         """Returns when the bytes are on the disk."""
         os.fsync(self._fd)
 
-    def close(self) -> None:
-        os.close(self._fd)
-
     def __enter__(self) -> NewFile:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            os.close(self._fd)  # where a network file system says that the disk is full
+        else:
+            close_quietly(self._fd)
+
+
+def close_quietly(fd: int) -> None:
+    """Closes a descriptor after an error that is to be told in place of this one's."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def _reserve(fd: int, size: int) -> None:
@@ -122,20 +165,39 @@ def write_file(path: str, data: bytes) -> None:
         file.sync()
 
 
-def open_existing(path: str, *, write: bool = False) -> int:
-    """A descriptor of a regular file; a FIFO, device, folder or symlink is refused.
+def open_existing(path: str, *, write: bool = False, follow: bool = False) -> int:
+    """A descriptor of a regular file; a FIFO, device or folder is refused.
+
+    Args:
+        follow: a symlink to a regular file is one.
 
     Raises:
         CheckpointError: it is not a regular file, or it cannot be opened.
     """
-    mode = os.O_RDWR if write else os.O_RDONLY
+    # O_NONBLOCK: opening a FIFO would wait for a writer
+    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC
     with reporting(path, "opening"):
-        # O_NONBLOCK: opening a FIFO would wait for a writer
-        fd = os.open(path, mode | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+        fd = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
+        try:
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        except BaseException:
+            close_quietly(fd)
+            raise
+    if not regular:
+        close_quietly(fd)
         raise CheckpointError(f"opening {path}: not a regular file", path=path)
     return fd
+
+
+@contextlib.contextmanager
+def opened(path: str, *, follow: bool = False) -> Iterator[int]:
+    """`open_existing` for reading, with all that is wrong inside reported, and closed after it."""
+    with reporting(path, "reading"):
+        fd = open_existing(path, follow=follow)
+        try:
+            yield fd
+        finally:
+            close_quietly(fd)  # what was read is here
 
 
 def read_at(fd: int, offset: int, size: int, path: str) -> bytearray:
@@ -160,31 +222,66 @@ def read_at(fd: int, offset: int, size: int, path: str) -> bytearray:
     return data
 
 
-def read_whole(path: str, limit: int) -> bytes:
+def read_whole(path: str, limit: int, *, follow: bool = False) -> bytes:
     """The bytes of a regular file.
 
     Raises:
         CheckpointError: it is not one, or it has more than ``limit`` bytes.
     """
-    fd = open_existing(path)
-    try:
+    with opened(path, follow=follow) as fd:
         size = os.fstat(fd).st_size
         if size > limit:
             raise CheckpointError(
                 f"reading {path}: {size} bytes, expected at most {limit}", path=path
             )
         return bytes(read_at(fd, 0, size, path))
-    finally:
-        os.close(fd)
 
 
 def sync_path(path: str) -> None:
     """Returns when the bytes of a file, or the names in a folder, are on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        # some network file systems have no such call for folders, whose names they send at once
+        if error.errno not in _CANNOT_SYNC or not stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise
     finally:
-        os.close(fd)
+        close_quietly(fd)
+
+
+def sync_tree(path: str) -> None:
+    """`sync_path` of a folder and of all that is in it."""
+    for name in os.listdir(path):
+        inside = os.path.join(path, name)
+        if stat.S_ISDIR(os.lstat(inside).st_mode):
+            sync_tree(inside)
+        else:
+            sync_path(inside)
+    sync_path(path)
+
+
+def make_folders(path: str, made: list[str]) -> None:
+    """Makes a folder and those above it that are missing, each durably.
+
+    Args:
+        made: those that were made are noted here, one by one.
+    """
+    try:
+        os.stat(path)
+        return
+    except FileNotFoundError:
+        parent = os.path.dirname(path)
+        if parent != path:
+            make_folders(parent, made)
+    try:
+        os.mkdir(path)
+    except FileExistsError:  # someone else made it meanwhile
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            raise
+        return
+    made.append(path)
+    sync_path(os.path.dirname(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +337,7 @@ def layout(
 
 
 def read_header(fd: int, path: str) -> dict[str, Entry]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file, checked as the safetensors package does.
 
     Raises:
         CheckpointError: it is not a whole safetensors file.
@@ -250,24 +347,86 @@ def read_header(fd: int, path: str) -> dict[str, Entry]:
     if length > min(MAX_HEADER, size - 8):
         raise CheckpointError(f"reading {path}: not a safetensors file", path=path)
     try:
-        header = json.loads(read_at(fd, 8, length, path).decode())
-        entries = {}
-        for name, value in header.items():
-            if name == "__metadata__":
-                continue
-            start, stop = value["data_offsets"]
-            shape = tuple(checked_int(n) for n in value["shape"])
-            entry = Entry(DTYPES[value["dtype"]], shape, 8 + length + checked_int(start))
-            if entry.start + entry.nbytes != 8 + length + checked_int(stop):
-                raise ValueError(f"{name}: offsets do not fit its shape")
-            if entry.start + entry.nbytes > size:
-                raise ValueError(f"{name}: the file was cut short")
-            entries[str(name)] = entry
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return _entries(parse_json(read_at(fd, 8, length, path)), 8 + length, size)
+    except BROKEN as error:
         raise CheckpointError(
-            f"reading {path}: its safetensors header is broken ({error})", path=path
+            f"reading {path}: its safetensors header is broken ({error!r:.300})", path=path
         ) from error
+
+
+def _entries(header: Any, begin: int, size: int) -> dict[str, Entry]:
+    """The entries of a header; the tensors behind it lie one after the other and fill the file."""
+    _check_metadata(header.pop("__metadata__", {}))
+    places = []
+    for name, value in header.items():
+        start, stop = (checked_int(n) for n in value["data_offsets"])
+        places.append((start, stop, checked_text(name), value))
+    entries = {}
+    at = 0
+    for start, stop, name, value in sorted(places, key=lambda place: place[:3]):
+        if start != at:
+            raise ValueError(f"{name:.100}: it begins at byte {start}, expected {at}")
+        if value["dtype"] not in DTYPES:
+            raise ValueError(f"{name:.100}: dtype {reprlib.repr(value['dtype'])} is not known")
+        entry = Entry(DTYPES[value["dtype"]], checked_shape(value["shape"]), begin + start)
+        if start + entry.nbytes != stop:
+            raise ValueError(f"{name:.100}: offsets do not fit its shape")
+        entries[name] = entry
+        at = stop
+    if begin + at != size:
+        raise ValueError(f"the file has {size} bytes, expected {begin + at}")
     return entries
+
+
+# Stems of the safetensors files of a model, as transformers, diffusers and PEFT call them; PEFT
+# keeps a further adapter in a folder of its name.
+MODEL = "model"
+DIFFUSERS = "diffusion_pytorch_model"
+ADAPTER = "adapter_model"
+WHOLE = (MODEL, DIFFUSERS)
+STEM = re.compile(rf"{MODEL}|{DIFFUSERS}|(?:[A-Za-z0-9][A-Za-z0-9._-]*/)?{ADAPTER}")
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:
+        return
+    if type(metadata) is not dict or any(type(value) is not str for value in metadata.values()):
+        raise ValueError("its __metadata__ is not text by text")
+
+
+# What parsing and checking what others wrote may raise.
+BROKEN = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+
+def parse_json(data: bytes | bytearray) -> Any:
+    """JSON without what parsers read in different ways, or for minutes.
+
+    Raises:
+        ValueError: a key twice in one object, NaN, infinity, an endless number, or no JSON.
+    """
+    return json.loads(
+        data.decode(),
+        object_pairs_hook=_object,
+        parse_int=_integer,
+        parse_constant=_constant,
+    )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"the number {name}")
 
 
 def checked_int(value: Any) -> int:
@@ -277,5 +436,31 @@ def checked_int(value: Any) -> int:
         ValueError: it is not an integer in [0, 2^53].
     """
     if type(value) is not int or not 0 <= value <= MAX_NUMBER:
-        raise ValueError(f"expected a count, got {value!r}")
+        raise ValueError(f"expected a count, got {reprlib.repr(value)}")
+    return value
+
+
+def checked_shape(value: Any) -> Dims:
+    """``value`` if it is the shape of a tensor that can be.
+
+    Raises:
+        ValueError: it is not.
+    """
+    numel = 1
+    for count, size in enumerate(value, start=1):
+        numel *= checked_int(size)
+        if count > _MAX_DIMS or numel > MAX_NUMBER:
+            raise ValueError(f"shape {reprlib.repr(value)} is out of reach")
+    return tuple(value)
+
+
+def checked_text(value: Any) -> str:
+    """``value`` if it is a text that can be printed.
+
+    Raises:
+        ValueError: it is not a string of Unicode characters.
+    """
+    if type(value) is not str:
+        raise ValueError(f"expected a text, got {reprlib.repr(value)}")
+    value.encode()
     return value

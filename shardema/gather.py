@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
+import weakref
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +26,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from shardema.agree import Ranks
-from shardema.shard import Box, Dims, Role, Shard, check_covered, split_box
+from shardema.shard import Box, Dims, Role, Shard, check_covered, few, split_box, whole
+from shardema.words import is_told
 
 BUCKET_BYTES = 256 << 20
 _ALIGN = 16  # bytes; a part of a bucket starts where any dtype may start
@@ -39,7 +42,9 @@ class Item:
         device: type of the device that it lies on, or its average does.
         averaged: whether there are averages of it.
         file_name: of its names the one that an export writes it under.
+        opaque: the class of a tensor that has no values to gather; see `Shard`. Else empty.
         holders: each distinct box with the indices of the ranks that hold it, ascending.
+        stem: of the file that an export writes it to, ``<stem>.safetensors``; empty, to none.
     """
 
     fqn: str
@@ -50,7 +55,9 @@ class Item:
     averaged: bool
     aliases: tuple[str, ...]
     file_name: str
+    opaque: str
     holders: tuple[tuple[Box, tuple[int, ...]], ...]
+    stem: str = "model"
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,18 @@ class Plan:
     def readers(self, index: int) -> list[int]:
         """For each box of item ``index`` the rank that sends it: the leader, where it holds it."""
         return [holders[0] for _, holders in self.items[index].holders]
+
+    def loads(
+        self, size: int, chosen: Sequence[int], dtype: Callable[[Item], torch.dtype]
+    ) -> list[int]:
+        """Bytes of the chosen items that each of ``size`` ranks writes."""
+        loads = [0] * size
+        for index in chosen:
+            itemsize = dtype(self.items[index]).itemsize
+            boxes = (box for box, _ in self.items[index].holders)
+            for box, writer in zip(boxes, self.writers[index], strict=True):
+                loads[writer] += box.numel * itemsize
+        return loads
 
 
 def make_plan(
@@ -153,13 +172,14 @@ def facts_of(shard: Shard, averaged: Container[str], dropped: Container[str]) ->
         is_averaged,
         shard.aliases,
         file_name,
+        shard.opaque,
     )
 
 
 def _disagreement(
     fqn: str, entry: dict[str, Any], facts: tuple[Any, ...], index: int, ranks: Ranks
 ) -> str:
-    words = ("shape", "dtype", "device", "role", "averaged", "tied names", "file name")
+    words = ("shape", "dtype", "device", "role", "averaged", "tied names", "file name", "class")
     pairs = zip(words, facts, entry["facts"], strict=True)
     word, got, expected = next(pair for pair in pairs if pair[1] != pair[2])
     if word == "averaged" and facts[3] == "buffer":
@@ -192,29 +212,53 @@ def _share_writing(items: Sequence[Item], size: int) -> tuple[tuple[int, ...], .
     return tuple(writers)
 
 
-def check_replicas(plan: Plan, local: Callable[[int, Box], Tensor], ranks: Ranks, op: str) -> None:
-    """Compares what supposed replicas hold. Collective over ``ranks``.
+def replica_digests(
+    plan: Plan, local: Callable[[int, Box], Tensor], ranks: Ranks
+) -> dict[str, str]:
+    """What this rank holds of supposed replicas, in a word that the ranks compare. Local.
 
     Args:
         local: this rank's values of a box of item ``index``.
 
-    Raises:
-        RuntimeError: ranks hold different values of the same box.
+    Returns:
+        A digest for each set of ranks that hold boxes together, this rank among them.
     """
     digests: dict[str, xxhash.xxh3_128] = {}
     for index, _, box, holders in _replicated(plan):
         if ranks.index in holders:
-            key = ",".join(map(str, holders))
+            key = _set_of(holders)
             _hash_into(digests.setdefault(key, xxhash.xxh3_128()), local(index, box))
-    words = {key: digest.hexdigest() for key, digest in digests.items()}
-    suspects = ranks.agree(f"{op} (comparing replicas)", lambda: words, _differing)
-    if not suspects:
-        return
-    detail = {
-        item.fqn: _digest(local(index, box))
-        for index, item, box, holders in _replicated(plan)
-        if ",".join(map(str, holders)) in suspects and ranks.index in holders
-    }
+    return {key: digest.hexdigest() for key, digest in digests.items()}
+
+
+def differing(all_words: Sequence[Mapping[str, str]]) -> list[str]:
+    """The sets of ranks whose `replica_digests` are not equal."""
+    seen: dict[str, set[str]] = {}
+    for words in all_words:
+        for key, digest in words.items():
+            seen.setdefault(key, set()).add(digest)
+    return [key for key, digests in seen.items() if len(digests) > 1]
+
+
+def refuse_replicas(
+    plan: Plan,
+    local: Callable[[int, Box], Tensor],
+    ranks: Ranks,
+    op: str,
+    suspects: Sequence[str],
+) -> None:
+    """Names the tensor that ranks hold different values of. Collective over ``ranks``.
+
+    Raises:
+        RuntimeError: always, if there is one.
+    """
+
+    def look() -> dict[str, str]:
+        return {
+            item.fqn: _digest(local(index, box))
+            for index, item, box, holders in _replicated(plan)
+            if ranks.index in holders and _set_of(holders) in suspects
+        }
 
     def name_them(all_details: list[dict[str, str]]) -> None:
         for item in plan.items:
@@ -229,23 +273,58 @@ def check_replicas(plan: Plan, local: Callable[[int, Box], Tensor], ranks: Ranks
                     "tensors distinct names, or make the ranks equal before training"
                 )
 
-    ranks.agree(f"{op} (comparing replicas)", lambda: detail, name_them)
+    ranks.agree(f"{op} (comparing replicas)", look, name_them)
+
+
+def _set_of(holders: tuple[int, ...]) -> str:
+    """A short name of a set of ranks, however many they are."""
+    return xxhash.xxh3_64_hexdigest(",".join(map(str, holders)).encode())
+
+
+def refuse_opaque(op: str, plan: Plan, chosen: Sequence[int], remedy: str) -> None:
+    """Raises ValueError for an item among the chosen that has no values to gather."""
+    odd = [plan.items[index] for index in chosen if plan.items[index].opaque]
+    if odd:
+        raise ValueError(
+            f"{op}: {few([item.fqn for item in odd])}: {odd[0].opaque} is a tensor subclass that "
+            f"keeps its values in a form of its own, which cannot be taken apart; {remedy}"
+        )
+
+
+def apart(op: str, plan: Plan, size: int, all_ranks: bool) -> list[int]:
+    """The items that are handed out as they are, by the ranks that hold them whole.
+
+    Args:
+        size: number of ranks.
+        all_ranks: all of them hand them out, not the leader only.
+
+    Raises:
+        ValueError: such a rank holds a part only, or nothing.
+    """
+    opaque = [index for index, item in enumerate(plan.items) if item.opaque]
+    taking = range(size) if all_ranks else range(1)
+    cut = [
+        index
+        for index in opaque
+        if [box for box, who in plan.items[index].holders if set(taking) <= set(who)]
+        != list(whole(plan.items[index].shape))
+    ]
+    refuse_opaque(
+        op,
+        plan,
+        cut,
+        "and the ranks hold parts of it; save the averages with ema.save(folder), and take them "
+        "out of it with `shardema export --partial`",
+    )
+    return opaque
 
 
 def _replicated(plan: Plan) -> Iterator[tuple[int, Item, Box, tuple[int, ...]]]:
     for index, item in enumerate(plan.items):
-        if item.role != "buffer":
+        if item.role != "buffer" and not item.opaque:
             for box, holders in item.holders:
                 if len(holders) > 1:
                     yield index, item, box, holders
-
-
-def _differing(all_words: list[dict[str, str]]) -> list[str]:
-    seen: dict[str, set[str]] = {}
-    for words in all_words:
-        for key, digest in words.items():
-            seen.setdefault(key, set()).add(digest)
-    return [key for key, digests in seen.items() if len(digests) > 1]
 
 
 def _digest(tensor: Tensor) -> str:
@@ -295,7 +374,15 @@ def buckets(
         yield bucket
 
 
-def stream(
+@dataclass(frozen=True)
+class Prepared:
+    """A stream that has all the memory that it needs."""
+
+    transfer: _Transfer
+    groups: list[list[Piece]]
+
+
+def prepare(
     plan: Plan,
     chosen: Sequence[int],
     local: Callable[[int, Box], Tensor],
@@ -304,11 +391,8 @@ def stream(
     *,
     limit: int,
     all_ranks: bool = False,
-) -> Generator[tuple[Piece, Tensor]]:
-    """Brings the chosen items to the leader, bucket by bucket. Collective over ``ranks``.
-
-    Every rank must run it to the end or close it: a consumer that stops early, or fails, still
-    takes part in the transfers that the others wait in.
+) -> Prepared:
+    """Makes ready to `stream`. Local: what can fail does so before anybody waits in a transfer.
 
     Args:
         chosen: indices of the items, in the order wanted.
@@ -317,22 +401,94 @@ def stream(
         limit: bytes of a bucket.
         all_ranks: bring them to all ranks.
 
+    Raises:
+        RankError: the process group is broken.
+    """
+    ranks.check_whole("gathering")
+    groups = list(buckets(plan, chosen, out_dtype, limit))
+    transfer = _Transfer(plan, local, out_dtype, ranks, all_ranks)
+    transfer.reserve(groups)
+    return Prepared(transfer, groups)
+
+
+def stream(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
+    """Brings the items to the leader, bucket by bucket. Collective over the ranks.
+
+    Every rank must run it to the end or close it: a consumer that stops early still takes part in
+    the transfers that the others wait in, and so does a rank that fails. Before the last bucket is
+    given out the ranks agree that all of them have come to the end.
+
     Yields:
         A piece and its values ``[*piece.box.sizes]`` on the CPU, valid until the next one; only
         on ranks that receive.
     """
-    all_groups = list(buckets(plan, chosen, out_dtype, limit))
-    transfer = _Transfer(plan, local, out_dtype, ranks, all_ranks)
-    transfer.reserve(all_groups)
-    groups = iter(all_groups)
-    for bucket in groups:
-        parts = transfer.move(bucket)
+    pieces = _pieces(prepared, op)
+    next(pieces)  # closing a generator that never ran would not move what is left
+    return pieces
+
+
+def _pieces(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
+    """What arrives, behind a first item that is none."""
+    transfer, ranks = prepared.transfer, prepared.transfer.ranks
+    failed: BaseException | None = None
+
+    def finish() -> None:
+        if failed is not None and not isinstance(failed, GeneratorExit):
+            raise failed
+
+    try:
+        yield Piece(-1, Box((), ()), -1), torch.empty(0)
+    except BaseException as error:  # the consumer stopped: the others go on to the end
+        failed = error
+    for number, bucket in enumerate(prepared.groups, 1):
+        parts: list[Tensor] = []
         try:
-            yield from zip(bucket, parts, strict=True) if transfer.receives else ()
-        except BaseException:  # the consumer stopped: let the other ranks finish, then stop
-            for rest in groups:
-                transfer.move(rest)
-            raise
+            parts = transfer.move(bucket, op)
+        except BaseException as error:
+            if is_told(error):
+                raise
+            failed = failed or error
+        if number == len(prepared.groups):
+            ranks.agree(f"{op} (finishing)", finish)
+        if failed is None and transfer.receives:
+            try:
+                for piece, part in zip(bucket, parts, strict=True):
+                    transfer.go_on()
+                    yield piece, part
+            except BaseException as error:
+                failed = error
+    if not prepared.groups:
+        ranks.agree(f"{op} (finishing)")
+    if failed is not None:
+        raise failed
+
+
+class Iteration:
+    """Full tensors that a caller takes one by one, while the other ranks have sent theirs.
+
+    Attributes:
+        ended_by: the call that ended it before its last tensor.
+    """
+
+    def __init__(self, arriving: Generator[tuple[Piece, Tensor]]) -> None:
+        self.ended_by = ""
+        self._arriving = arriving
+        _iterations.add(self)
+
+    def end(self, op: str) -> None:
+        """Receives what is still on its way."""
+        _iterations.discard(self)
+        self.ended_by = self.ended_by or op
+        self._arriving.close()
+
+
+_iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()  # of all averages of the process
+
+
+def end_iterations(op: str) -> None:
+    """Ends all that are open: the other ranks may wait in their transfers."""
+    for iteration in list(_iterations):
+        iteration.end(op)
 
 
 class _Transfer:
@@ -349,10 +505,13 @@ class _Transfer:
         self._plan = plan
         self._local = local
         self._out_dtype = out_dtype
-        self._ranks = ranks
+        self.ranks = ranks
         self._all_ranks = all_ranks
+        self._beat_at = time.monotonic() + ranks.timeout / 4
         self._buffers: dict[torch.device, Tensor] = {}
-        self._host = torch.empty(0, dtype=torch.uint8)  # where what came by a device arrives
+        self._host = torch.empty(
+            0, dtype=torch.uint8, device="cpu"
+        )  # where what came by a device arrives
         self.receives = all_ranks or ranks.leader
 
     def reserve(self, groups: Sequence[list[Piece]]) -> None:
@@ -367,11 +526,19 @@ class _Transfer:
             self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
         away = [size for device, size in sizes.items() if device.type != "cpu"]
         if self.receives and away:
-            self._host = torch.empty(max(away), dtype=torch.uint8)
+            self._host = torch.empty(max(away), dtype=torch.uint8, device="cpu")
 
-    def move(self, bucket: list[Piece]) -> list[Tensor]:
-        """The pieces of the bucket, in order, on ranks that receive; else nothing."""
-        ranks = self._ranks
+    def go_on(self) -> None:
+        """Says that this rank goes on, where what it does between two transfers takes long."""
+        if self.ranks.size > 1 and time.monotonic() > self._beat_at:
+            self.ranks.beat()
+            self._beat_at = time.monotonic() + self.ranks.timeout / 4
+
+    def move(self, bucket: list[Piece], op: str) -> list[Tensor]:
+        """The pieces of the bucket, in order, on ranks that receive; else nothing.
+
+        A rank that fails to fill its part sends it all the same, and raises afterwards.
+        """
         places, spans = self._layout(bucket)
         device = self._home(bucket)
         owners = self._owners(spans)
@@ -380,27 +547,44 @@ class _Transfer:
         buffer = self._buffers[device][:size]
         # a sender's buffer holds its own span only, so it starts where that does
         slots = {o: buffer[spans[o][0] - first :][: spans[o][1]] for o in owners}
-        for piece, place in zip(bucket, places, strict=True):
-            if piece.owner == ranks.index:
-                self._view(buffer, place - first, piece).copy_(self._local(piece.item, piece.box))
-        if self._all_ranks and ranks.size > 1:
-            for owner in owners:
-                dist.broadcast(slots[owner], src=ranks.ranks[owner], group=ranks.group())
+        failed: BaseException | None = None
+        try:
+            for piece, place in zip(bucket, places, strict=True):
+                if piece.owner == self.ranks.index:
+                    values = self._local(piece.item, piece.box)
+                    self._view(buffer, place - first, piece).copy_(values)
+        except BaseException as error:
+            failed = error
+        if self.ranks.size > 1 and self._takes_part(owners):
+            self.ranks.transfer(op, lambda: self._exchange(slots), device)
+        if failed is not None:
+            raise failed
+        if not self.receives:
+            return []
+        arrived = buffer if device.type == "cpu" else self._host[:size].copy_(buffer)
+        return [self._view(arrived, place, p) for p, place in zip(bucket, places, strict=True)]
+
+    def _takes_part(self, owners: Sequence[int]) -> bool:
+        """Whether a bucket's exchange concerns this rank, given whose parts it has room for."""
+        return self._all_ranks or any(owner != 0 for owner in owners)
+
+    def _exchange(self, slots: Mapping[int, Tensor]) -> None:
+        """Sends and receives the parts of a bucket, each in its owner's slot."""
+        ranks, group = self.ranks, self.ranks.group()
+        if self._all_ranks:
+            for owner, slot in slots.items():
+                dist.broadcast(slot, src=ranks.ranks[owner], group=group)
         elif ranks.leader:
             works = [
-                dist.irecv(slots[owner], src=ranks.ranks[owner], group=ranks.group())
-                for owner in owners
+                dist.irecv(slot, src=ranks.ranks[owner], group=group)
+                for owner, slot in slots.items()
                 if owner != ranks.index
             ]
             for work in works:
                 assert work is not None
                 work.wait()
-        elif owners:
-            dist.send(slots[ranks.index], dst=ranks.ranks[0], group=ranks.group())
-        if not self.receives:
-            return []
-        arrived = buffer if device.type == "cpu" else self._host[:size].copy_(buffer)
-        return [self._view(arrived, place, p) for p, place in zip(bucket, places, strict=True)]
+        else:
+            dist.send(slots[ranks.index], dst=ranks.ranks[0], group=group)
 
     def _layout(self, bucket: list[Piece]) -> tuple[list[int], dict[int, tuple[int, int]]]:
         """First byte of each piece, and (first byte, bytes) of each owner: one span for each."""
@@ -419,7 +603,7 @@ class _Transfer:
 
     def _owners(self, spans: dict[int, tuple[int, int]]) -> list[int]:
         """Owners whose span of a bucket this rank has room for: all, or itself."""
-        return [owner for owner in spans if self.receives or owner == self._ranks.index]
+        return [owner for owner in spans if self.receives or owner == self.ranks.index]
 
     def _nbytes(self, piece: Piece) -> int:
         return piece.box.numel * self._out_dtype(self._plan.items[piece.item]).itemsize
@@ -431,10 +615,10 @@ class _Transfer:
 
     def _home(self, bucket: list[Piece]) -> torch.device:
         """The device that a bucket travels on; told from the plan, so all ranks choose alike."""
-        if self._ranks.size == 1:
+        if self.ranks.size == 1:
             return torch.device("cpu")
         kinds = {self._plan.items[piece.item].device for piece in bucket} - {"cpu"}
-        return self._ranks.transport(kinds.pop() if kinds else "cpu")
+        return self.ranks.transport(kinds.pop() if kinds else "cpu")
 
 
 class Holdings:
@@ -447,7 +631,7 @@ class Holdings:
     """
 
     def __init__(self, plan: Plan, shards: Sequence[Shard], shadows: Mapping[str, Tensor]) -> None:
-        by_fqn = {s.fqn: list(s.pieces(shadows.get(s.fqn, s.own))) for s in shards}
+        by_fqn = {s.fqn: list(s.pieces(shadows.get(s.fqn, s.own))) for s in shards if not s.opaque}
         self._pieces = [by_fqn.get(item.fqn, []) for item in plan.items]
 
     def __call__(self, index: int, box: Box) -> Tensor:
@@ -459,7 +643,10 @@ class Holdings:
 
 
 def assemble(
-    plan: Plan, chosen: Sequence[int], arriving: Iterator[tuple[Piece, Tensor]]
+    plan: Plan,
+    chosen: Sequence[int],
+    arriving: Iterator[tuple[Piece, Tensor]],
+    out_dtype: Callable[[Item], torch.dtype],
 ) -> Iterator[tuple[Item, Tensor]]:
     """Full tensors ``[*shape]`` on the CPU, one at a time, from the pieces of `stream`."""
     pieces = iter(arriving)
@@ -471,7 +658,28 @@ def assemble(
             piece, values = next(pieces)
             assert piece.item == index, (piece, item.fqn)
             if full is None:
-                full = torch.empty(item.shape, dtype=values.dtype)
+                full = torch.empty(item.shape, dtype=values.dtype, device="cpu")
             piece.box.view(full).copy_(values)
             missing -= piece.box.numel
-        yield item, torch.empty(item.shape, dtype=item.dtype) if full is None else full
+        if full is None:
+            full = torch.empty(item.shape, dtype=out_dtype(item), device="cpu")
+        yield item, full
+
+
+def with_apart(
+    plan: Plan,
+    chosen: Sequence[int],
+    full: Iterator[tuple[Item, Tensor]],
+    own: Mapping[str, Tensor],
+) -> Iterator[tuple[Item, Tensor]]:
+    """``full`` with the items of `apart` at their places: copies of the model's ``own`` tensors."""
+    for item in (plan.items[index] for index in chosen):
+        yield (item, _copied(own[item.fqn])) if item.opaque else next(full)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy in host memory; the tensor itself where its class has no such thing."""
+    try:
+        return tensor.to("cpu", copy=True)
+    except Exception:  # of somebody else's class: NotImplementedError, KeyError, AssertionError
+        return tensor

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import distributed as dist
 
 from shardema.patterns import Pattern, fits, text_of
 from shardema.schedules import by_pattern
-from shardema.shard import Dims, Shard, few
+from shardema.shard import Dims, Shard, few, overlaps
 
 Buffers = Literal["copy", "average", "ignore"]
 Select = Pattern | Sequence[Pattern] | Callable[[str, Dims], bool]
@@ -82,6 +83,14 @@ def choose(shards: Sequence[Shard], select: Select | None, missed: Missed) -> fr
             f"{few(unmade)}: on the meta device, without values to average; "
             "materialise the model first (to_empty and its initialisation, or a checkpoint)"
         )
+    opaque = [s for s in chosen if s.opaque]
+    if opaque:
+        raise ValueError(
+            f"{few([s.fqn for s in opaque])}: {opaque[0].opaque} does not declare one plain "
+            "tensor of its own shape and dtype that holds its values (__tensor_flatten__), so "
+            "they cannot be averaged; freeze them or leave them out with select=, or average the "
+            "model in the form that it had before (bfloat16, float32)"
+        )
     if not chosen:
         text = "nothing to average: the model has no trainable floating-point parameter"
         missed.note(text, text + ("" if select is None else " that select= takes"))
@@ -103,9 +112,10 @@ def sort_buffers(
     flag or a mask would not survive it. The others are then the model's own, as with ``"copy"``.
 
     Raises:
-        ValueError: another word than the three, or a pattern that matches no buffer.
+        ValueError: another word than the three, a pattern that matches no buffer, or an expanded
+            buffer that is to be averaged.
     """
-    rules = buffers if isinstance(buffers, Mapping) else {"*": buffers}
+    rules = _rules(buffers)
     here = [shard for shard in shards if shard.role == "buffer"]
     for pattern, word in rules.items():
         if word not in ("copy", "average", "ignore"):
@@ -116,14 +126,35 @@ def sort_buffers(
         if isinstance(buffers, Mapping) and not any(fits(pattern, s.names) for s in here):
             text = f"buffers: {text_of(pattern)!r} matches no buffer"
             missed.note(text, f"{text} of {few([s.fqn for s in here])}")
-    told: dict[str, Buffers] = {}
-    for shard in here:
-        word = next((w for pattern, w in rules.items() if fits(pattern, shard.names)), "copy")
-        if word == "average":
-            floating = shard.local.is_floating_point()
-            word = word if floating and bool(shard.local.isfinite().all()) else "copy"
-        told[shard.fqn] = word
-    return told
+    return {shard.fqn: _word(shard, rules) for shard in here}
+
+
+def _word(shard: Shard, rules: Mapping[Pattern, Buffers]) -> Buffers:
+    word = _wanted(shard, rules)
+    if word != "average":
+        return word
+    floating = shard.local.is_floating_point() and not shard.opaque
+    if not (floating and bool(shard.local.isfinite().all())):
+        return "copy"
+    if overlaps(shard.local):
+        raise ValueError(
+            f"{shard.fqn}: a buffer that shares memory between elements cannot be averaged; give "
+            f'it storage of its own (tensor.clone()), or buffers={{"{shard.fqn}": "copy"}}'
+        )
+    return word
+
+
+def _wanted(shard: Shard, rules: Mapping[Pattern, Buffers]) -> Buffers:
+    return next((word for pattern, word in rules.items() if fits(pattern, shard.names)), "copy")
+
+
+def ignored(shard: Shard, buffers: Buffers | Mapping[Pattern, Buffers]) -> bool:
+    """Whether a buffer that came after the EMA was built is left out; it is copied else."""
+    return _wanted(shard, _rules(buffers)) == "ignore"
+
+
+def _rules(buffers: Buffers | Mapping[Pattern, Buffers]) -> Mapping[Pattern, Buffers]:
+    return buffers if isinstance(buffers, Mapping) else {"*": buffers}
 
 
 def check_rule(name: str, rule: Any, shards: Sequence[Shard], missed: Missed) -> None:
@@ -144,8 +175,47 @@ def check_rule(name: str, rule: Any, shards: Sequence[Shard], missed: Missed) ->
 def facts(shard: Shard) -> tuple[Any, ...]:
     """What must not change under an EMA; requires_grad may (the choice was made at the start)."""
     local = shard.source
-    layout = (local.dtype, local.device, shard.boxes, shard.order, shard.aliases)
-    return (shard.fqn, shard.shape, shard.role == "buffer", *layout)
+    place = (shard.boxes, shard.order, tuple(local.shape), shard.weights is not None)
+    names = tuple(sorted(shard.names))
+    return (
+        shard.fqn,
+        shard.shape,
+        shard.role == "buffer",
+        local.dtype,
+        local.device,
+        *place,
+        names,
+    )
+
+
+_WORDS = (
+    "fqn",
+    "shape",
+    "kind (buffer or not)",
+    "dtype",
+    "device",
+    "boxes",
+    "memory order",
+    "local shape",
+    "master",
+    "tied names",
+)
+
+
+def as_before(before: Sequence[Shard], now: Sequence[Shard]) -> list[Shard]:
+    """``now`` in the order of ``before`` and by its names, where only the order has changed.
+
+    A block that is taken out and put in again comes last; of tied names another one comes first
+    then. Whatever else is in ``now`` keeps its place.
+    """
+    then = {frozenset(shard.names): shard for shard in before}
+    known = {names: s for s in now if (names := frozenset(s.names)) in then}
+    found = iter(
+        replace(known[names], fqn=old.fqn, aliases=old.aliases)
+        for names, old in then.items()
+        if names in known
+    )
+    return [next(found) if frozenset(shard.names) in known else shard for shard in now]
 
 
 def difference(before: list[tuple[Any, ...]], now: list[tuple[Any, ...]]) -> str:
@@ -155,9 +225,8 @@ def difference(before: list[tuple[Any, ...]], now: list[tuple[Any, ...]]) -> str
     for word, names in (("is new", today.keys() - then.keys()), ("is gone", then.keys() - today)):
         if names:
             return f"{few(sorted(names))} {word} since the EMA was built{remedy}"
-    words = ("fqn", "shape", "kind", "dtype", "device", "boxes", "memory order", "tied names")
     for fqn, was in then.items():
-        for word, a, b in zip(words, was, today[fqn], strict=True):
+        for word, a, b in zip(_WORDS, was, today[fqn], strict=True):
             if a != b:
                 return f"{fqn}: got {word} {b}, expected {a} as when the EMA was built{remedy}"
     return f"the order of the model's tensors changed{remedy}"

@@ -3,11 +3,12 @@
 ::
 
     {"checksum": "<xxh3_128 of the body's bytes>", "body": {
-        "format": "shardema", "version": [1, 0], "save_id": ..., "world_size": ...,
+        "format": "shardema", "version": [1, 1], "save_id": ..., "world_size": ...,
         "averages": {name: {"schedule": ..., "t": ..., "num_updates": ..., "dtype": ...}},
         "tensors":  [{"average": name or null, "fqn", "file_name", "role", "shape",
-                      "dtype", "aliases"}, ...],
+                      "dtype", "aliases", "stem"}, ...],
         "left_out": [fqn, ...],
+        "place":    "",  or the folder in the folder that the files are in
         "files":    [{"name", "size", "head", "blocks": [xxh3_128 of 4 MiB, ...],
                       "pieces": [[tensor, offsets, sizes], ...]}, ...]}}
 
@@ -19,10 +20,11 @@ whoever can write the folder can write the manifest too.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import reprlib
 import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,17 +33,33 @@ import torch
 import xxhash
 
 from shardema.errors import CheckpointError
-from shardema.files import DTYPES, NAMES, checked_int, open_existing, read_at, read_whole
+from shardema.files import (
+    BROKEN,
+    DTYPES,
+    MODEL,
+    NAMES,
+    STEM,
+    checked_int,
+    checked_shape,
+    checked_text,
+    local_path,
+    opened,
+    parse_json,
+    read_at,
+    read_whole,
+    reporting,
+)
 from shardema.shard import Box, Dims, Role, check_covered, flat_boxes
 
 NAME = "shardema.json"
-VERSION = (1, 0)
+VERSION = (1, 1)  # 1.1: "stem" of a tensor, where its export has another name than "model"
 BLOCK = 4 << 20  # bytes that one checksum covers
 MAX_MANIFEST = 1 << 30  # bytes
 _START = b'{"checksum":"'
 _MIDDLE = b'","body":'
 _END = b"}\n"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+PLACE = re.compile(r"save-[0-9a-f]{16}")  # of the files of a save that replaced another one
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +69,7 @@ class Stored:
     Attributes:
         average: None for buffers and frozen parameters.
         file_name: the name that an export writes it under; one of the fqn and its aliases.
+        stem: of the file that an export writes it to; empty, to none.
     """
 
     average: str | None
@@ -60,6 +79,7 @@ class Stored:
     shape: Dims
     dtype: torch.dtype
     aliases: tuple[str, ...]
+    stem: str = MODEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +115,12 @@ class StoredAverage:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that is known of a checkpoint without reading a tensor."""
+    """All that is known of a checkpoint without reading a tensor.
+
+    Attributes:
+        place: the folder in the checkpoint's that its files are in, "" if they are beside this.
+        home: the path of the folder that its files are in, where it was read.
+    """
 
     save_id: str
     world_size: int
@@ -103,6 +128,8 @@ class Manifest:
     tensors: tuple[Stored, ...]
     left_out: tuple[str, ...]
     files: tuple[StoredFile, ...]
+    place: str = ""
+    home: str = ""
 
 
 def pack(manifest: Manifest) -> bytes:
@@ -132,10 +159,12 @@ def pack(manifest: Manifest) -> bytes:
                 "shape": t.shape,
                 "dtype": NAMES[t.dtype],
                 "aliases": t.aliases,
+                **({} if t.stem == MODEL else {"stem": t.stem}),
             }
             for t in manifest.tensors
         ],
         "left_out": manifest.left_out,
+        "place": manifest.place,
         "files": [
             {
                 "name": f.name,
@@ -151,16 +180,21 @@ def pack(manifest: Manifest) -> bytes:
     return _START + xxhash.xxh3_128_hexdigest(text).encode() + _MIDDLE + text + _END
 
 
-def read(folder: str) -> Manifest:
+def read(folder: str | os.PathLike[str], op: str = "load") -> Manifest:
     """The manifest of the checkpoint in ``folder``, checked.
 
     Raises:
         CheckpointError: no checkpoint, a damaged manifest, a version that is not known, or files
             that are missing or of another size.
+        ValueError: the path of ``op`` is no local one.
     """
+    folder = local_path(op, folder)
     path = os.path.join(folder, NAME)
-    if not os.path.lexists(path):
-        raise CheckpointError(_missing(folder), path=folder)
+    with reporting(folder, "reading"):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointError(_missing(folder), path=folder) from None
     data = read_whole(path, MAX_MANIFEST)
     begin, middle = len(_START), len(_START) + 32
     body = data[middle + len(_MIDDLE) : -len(_END)]
@@ -176,39 +210,45 @@ def read(folder: str) -> Manifest:
             path=path,
         )
     try:
-        manifest = _parse(json.loads(body), path)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"reading {path}: {error!r} in the manifest", path=path) from error
-    _check_files(folder, manifest)
+        manifest = _parse(parse_json(body), folder)
+    except BROKEN as error:
+        raise CheckpointError(
+            f"reading {path}: {error!r:.300} in the manifest; it is not of ema.save", path=path
+        ) from error
+    with reporting(folder, "reading"):
+        _check_files(manifest)
     return manifest
 
 
 def _missing(folder: str) -> str:
-    if not os.path.isdir(folder):
+    try:
+        inside = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
         return f"reading {folder}: no such folder; give the folder that ema.save wrote"
-    inside = sorted(os.listdir(folder))
     text = f"reading {folder}: no {NAME} in it, so this is no finished checkpoint of ema.save"
     nested = [name for name in inside if os.path.exists(os.path.join(folder, name, NAME))]
     return f"{text}; did you mean {os.path.join(folder, nested[-1])}?" if nested else text
 
 
-def _parse(body: Any, path: str) -> Manifest:
+def _parse(body: Any, folder: str) -> Manifest:
     if body["format"] != "shardema":
-        raise ValueError(f"format {body['format']!r}, expected 'shardema'")
+        raise ValueError(f"format {reprlib.repr(body['format'])}, expected 'shardema'")
     major, minor = (checked_int(n) for n in body["version"])
     if major != VERSION[0]:
+        path = os.path.join(folder, NAME)
         raise CheckpointError(
             f"reading {path}: format version {major}.{minor}, this shardema reads "
             f"{VERSION[0]}.x; install the version that wrote it",
             path=path,
         )
     if body["block"] != BLOCK:
-        raise ValueError(f"block {body['block']!r}, expected {BLOCK}")
-    averages = {str(name): _average(a) for name, a in body["averages"].items()}
+        raise ValueError(f"block {reprlib.repr(body['block'])}, expected {BLOCK}")
+    place = checked_text(body.get("place", ""))
+    if place and not PLACE.fullmatch(place):
+        raise ValueError(f"place {reprlib.repr(place)}")
+    averages = {checked_text(name): _average(a) for name, a in body["averages"].items()}
     tensors = tuple(_tensor(value, averages) for value in body["tensors"])
-    keys = {(t.average, t.fqn) for t in tensors}
-    if len(keys) != len(tensors):
-        raise ValueError("a tensor is listed twice")
+    _check_names(tensors, averages)
     files = tuple(_file(value, tensors) for value in body["files"])
     if len({file.name for file in files}) != len(files):
         raise ValueError("a file is listed twice")
@@ -217,14 +257,16 @@ def _parse(body: Any, path: str) -> Manifest:
         for piece in file.pieces:
             boxes[piece.tensor].append(piece.box)
     for tensor, held in zip(tensors, boxes, strict=True):
-        check_covered(tensor.fqn, tensor.shape, sorted(held))
+        check_covered(tensor.fqn, tensor.shape, held)
     return Manifest(
-        str(body["save_id"]),
+        checked_text(body["save_id"]),
         checked_int(body["world_size"]),
         averages,
         tensors,
-        tuple(str(fqn) for fqn in body["left_out"]),
+        tuple(checked_text(fqn) for fqn in body["left_out"]),
         files,
+        place,
+        os.path.join(folder, place) if place else folder,
     )
 
 
@@ -234,36 +276,62 @@ def _average(value: Any) -> StoredAverage:
     if moved_at > t:
         raise ValueError(f"an average that moved at {moved_at}, at progress {t}")
     count = checked_int(value["num_updates"])
-    return StoredAverage(dict(value["schedule"]), t, count, str(value["dtype"]), moved_at)
+    dtype = checked_text(value["dtype"])
+    return StoredAverage(_schedule(value["schedule"]), t, count, dtype, moved_at)
+
+
+def _schedule(value: Any) -> dict[str, Any]:
+    checked_text(value["name"])
+    if type(value["params"]) is not dict:
+        raise ValueError(f"a schedule with the params {reprlib.repr(value['params'])}")
+    return dict(value)
 
 
 def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise ValueError(f"expected a number, got {value!r}")
-    return float(value) if isinstance(value, float) else value
+    if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
+        raise ValueError(f"expected a number, got {reprlib.repr(value)}")
+    number: float = value
+    return number
 
 
 def _tensor(value: Any, averages: dict[str, StoredAverage]) -> Stored:
     average = value["average"]
     if average is not None and average not in averages:
-        raise ValueError(f"unknown average {average!r}")
+        raise ValueError(f"unknown average {reprlib.repr(average)}")
     role = value["role"]
     if role not in ("parameter", "frozen", "buffer"):
-        raise ValueError(f"unknown role {role!r}")
-    shape = tuple(checked_int(n) for n in value["shape"])
-    if len(shape) > 64 or math.prod(shape) > 1 << 53:
-        raise ValueError(f"shape {shape} is out of reach")
-    aliases = tuple(str(alias) for alias in value["aliases"])
-    fqn, file_name = str(value["fqn"]), str(value["file_name"])
+        raise ValueError(f"unknown role {reprlib.repr(role)}")
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"unknown dtype {reprlib.repr(value['dtype'])}")
+    aliases = tuple(checked_text(alias) for alias in value["aliases"])
+    fqn, file_name = checked_text(value["fqn"]), checked_text(value["file_name"])
     if file_name not in (fqn, *aliases):
         raise ValueError(f"{fqn} has the file name {file_name!r}")
-    return Stored(average, fqn, file_name, role, shape, DTYPES[value["dtype"]], aliases)
+    stem = value.get("stem", MODEL)
+    if not isinstance(stem, str) or (stem and not STEM.fullmatch(stem)):
+        raise ValueError(f"{fqn} has the file {reprlib.repr(stem)}")
+    shape = checked_shape(value["shape"])
+    return Stored(average, fqn, file_name, role, shape, DTYPES[value["dtype"]], aliases, stem)
+
+
+def _check_names(tensors: tuple[Stored, ...], averages: dict[str, StoredAverage]) -> None:
+    """What an average is exported as has no name twice: its own tensors, and those of none."""
+    for attribute in ("fqn", "file_name"):
+        names = [
+            (t.average, getattr(t, attribute) if attribute == "fqn" else (t.stem, t.file_name))
+            for t in tensors
+            if t.stem or attribute == "fqn"
+        ]
+        common = {name for average, name in names if average is None}
+        own = {(average, name) for average, name in names if name not in common}
+        if len(common) + len(own) != len(names):
+            raise ValueError(f"a tensor is listed twice, by its {attribute}")
 
 
 def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:
     name = value["name"]
     if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-        raise ValueError(f"file name {name!r}")
+        raise ValueError(f"file name {reprlib.repr(name)}")
     size, head = checked_int(value["size"]), checked_int(value["head"])
     start = head
     pieces = []
@@ -275,21 +343,27 @@ def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:
             for o, n, full in zip(box.offsets, box.sizes, tensor.shape, strict=True)
         )
         if not inside:
-            raise ValueError(f"{box} is not inside {tensor.fqn} of shape {tensor.shape}")
-        pieces.append(StoredPiece(checked_int(number), box, start))
+            raise ValueError(f"{box!r:.200} is not inside {tensor.fqn} of shape {tensor.shape}")
+        pieces.append(StoredPiece(number, box, start))
         start += box.numel * tensor.dtype.itemsize
-    blocks = tuple(str(block) for block in value["blocks"])
-    if start != size or len(blocks) != -(-size // BLOCK):
-        raise ValueError(f"{name}: sizes do not add up")
+    blocks = tuple(checked_text(block) for block in value["blocks"])
+    if start != size:
+        raise ValueError(f"{name}: {size} bytes, its head and pieces are {start}")
+    if len(blocks) != -(-size // BLOCK):
+        raise ValueError(f"{name}: {len(blocks)} checksums, expected {-(-size // BLOCK)}")
     return StoredFile(name, size, head, blocks, tuple(pieces))
 
 
-def _check_files(folder: str, manifest: Manifest) -> None:
+def _check_files(manifest: Manifest) -> None:
+    if manifest.place and not stat.S_ISDIR(os.lstat(manifest.home).st_mode):
+        raise CheckpointError(
+            f"reading {manifest.home}: not a folder; the checkpoint is damaged", path=manifest.home
+        )
     for file in manifest.files:
-        path = os.path.join(folder, file.name)
+        path = os.path.join(manifest.home, file.name)
         try:
             found = os.lstat(path)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise CheckpointError(
                 f"reading {path}: {error.strerror}; the checkpoint is not whole",
                 path=path,
@@ -303,21 +377,23 @@ def _check_files(folder: str, manifest: Manifest) -> None:
             )
 
 
-def parts(
-    folder: str, manifest: Manifest, wanted: dict[int, list[Box]]
-) -> Iterator[tuple[int, Box, torch.Tensor]]:
-    """Reads the blocks that touch the wanted boxes, verified, once each, in the files' order.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is to be read of one file: ``(first byte, last-plus-one, piece)`` in its order."""
 
-    Args:
-        wanted: boxes by number of the tensor.
+    file: StoredFile
+    needed: tuple[tuple[int, int, StoredPiece], ...]
 
-    Yields:
-        ``(tensor, box, values)``: values ``[*box.sizes]`` of a box of that tensor, valid until
-        the next one. The boxes cover the wanted ones; they may reach beyond.
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks that are read, ascending."""
+        stretches = ((start // BLOCK, -(-stop // BLOCK)) for start, stop, _ in self.needed)
+        return sorted({block for first, last in stretches for block in range(first, last)})
 
-    Raises:
-        CheckpointError: a file is missing, cut short or damaged.
-    """
+
+def readings(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[Reading]:
+    """What is to be read for boxes by number of the tensor."""
+    found = []
     for file in manifest.files:
         needed = []
         for piece in file.pieces:
@@ -327,7 +403,22 @@ def parts(
                 start, stop = (piece.start + edge * itemsize for edge in reach)
                 needed.append((start, stop, piece))
         if needed:
-            yield from _read_file(os.path.join(folder, file.name), file, needed, manifest)
+            found.append(Reading(file, tuple(needed)))
+    return found
+
+
+def parts(manifest: Manifest, found: list[Reading]) -> Iterator[tuple[int, Box, torch.Tensor]]:
+    """Reads blocks, verified, once each, in the files' order.
+
+    Yields:
+        ``(tensor, box, values)``: values ``[*box.sizes]`` of a box of that tensor, valid until
+        the next one. The boxes cover the wanted ones; they may reach beyond.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or damaged.
+    """
+    for reading in found:
+        yield from _read_file(os.path.join(manifest.home, reading.file.name), reading, manifest)
 
 
 def _reach(piece: StoredPiece, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
@@ -347,18 +438,12 @@ def _reach(piece: StoredPiece, boxes: list[Box] | tuple[()]) -> tuple[int, int] 
 
 
 def _read_file(
-    path: str,
-    file: StoredFile,
-    needed: list[tuple[int, int, StoredPiece]],
-    manifest: Manifest,
+    path: str, reading: Reading, manifest: Manifest
 ) -> Iterator[tuple[int, Box, torch.Tensor]]:
-    fd = open_existing(path)
-    try:
-        blocks = sorted(
-            {b for start, stop, _ in needed for b in range(start // BLOCK, -(-stop // BLOCK))}
-        )
+    file, needed = reading.file, reading.needed
+    with opened(path) as fd:
         next_needed = 0
-        for block in blocks:
+        for block in reading.blocks:
             begin = block * BLOCK
             end = min(begin + BLOCK, file.size)
             data = read_at(fd, begin, end - begin, path)
@@ -371,16 +456,15 @@ def _read_file(
                 )
             while next_needed < len(needed) and needed[next_needed][1] <= begin:
                 next_needed += 1
-            for start, stop, piece in needed[next_needed:]:
+            for number in range(next_needed, len(needed)):
+                start, stop, piece = needed[number]
                 if start >= end:
                     break
                 yield from _part(piece, max(start, begin), min(stop, end), begin, data, manifest)
-    finally:
-        os.close(fd)
 
 
 def _names_in(
-    needed: list[tuple[int, int, StoredPiece]], begin: int, end: int, manifest: Manifest
+    needed: tuple[tuple[int, int, StoredPiece], ...], begin: int, end: int, manifest: Manifest
 ) -> str:
     names = [
         manifest.tensors[p.tensor].fqn for start, stop, p in needed if start < end and stop > begin

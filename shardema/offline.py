@@ -11,20 +11,21 @@ from torch import distributed as dist
 
 from shardema import manifest as manifests
 from shardema.agree import Ranks
-from shardema.checkpoint import begin, commit, discard
 from shardema.errors import CheckpointError
 from shardema.export import Writer, parse_size, plan_targets, reserve
-from shardema.files import read_whole, reporting, write_file
+from shardema.files import WHOLE, read_whole, reporting, write_file
+from shardema.folder import new_folder
 from shardema.manifest import Manifest, Stored
 from shardema.shard import few, whole
 
 _CONFIGS = ("config.json", "generation_config.json")
+_ADAPTER = "adapter_config.json"
 _MAX_CONFIG = 10_000_000  # bytes
 
 
 def export_checkpoint(
-    folder: str,
-    out: str,
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     average: str | None = None,
     dtype: torch.dtype | None = None,
@@ -48,41 +49,41 @@ def export_checkpoint(
         ValueError: no average of this name, or parameters that the checkpoint lacks.
     """
     limit = parse_size(max_shard_size)
-    stored = manifests.read(folder)
+    stored = manifests.read(folder, "export")
     name = _choose(stored, average)
     if stored.left_out and not partial:
         raise ValueError(
             f"{folder} lacks {few(stored.left_out)}: parameters that are not averaged; save with "
             "ema.save(folder, include_frozen=True), or export without them (--partial)"
         )
-    numbers = [n for n, t in enumerate(stored.tensors) if t.average in (name, None)]
+    numbers = [n for n, t in enumerate(stored.tensors) if t.average in (name, None) and t.stem]
     wanted = {n: list(whole(stored.tensors[n].shape)) for n in numbers}
 
     def out_dtype(tensor: Stored) -> torch.dtype:
         cast = dtype is not None and tensor.role != "buffer" and tensor.dtype.is_floating_point
         return dtype if cast and dtype is not None else tensor.dtype
 
-    tensors = [(t.file_name, out_dtype(t), t.shape) for t in (stored.tensors[n] for n in numbers)]
+    tensors = [
+        (t.stem, t.file_name, out_dtype(t), t.shape) for t in (stored.tensors[n] for n in numbers)
+    ]
     averaged = (stored.tensors[n] for n in numbers if stored.tensors[n].average == name)
     written = next((out_dtype(t) for t in averaged), None)
-    targets, index = plan_targets(tensors, limit)
+    targets, indices = plan_targets(tensors, limit)
     alone = Ranks((dist.get_rank() if dist.is_initialized() else 0,))
-    temporary = begin(out, "export", alone)
-    writer = Writer(temporary, targets, done)
-    try:
-        reserve(temporary, targets)
-        for number, box, values in manifests.parts(folder, stored, wanted):
-            writer.write(stored.tensors[number].file_name, box, values)
+    with (
+        new_folder(out, "export", alone) as new,
+        Writer(new.path, targets, done) as writer,
+    ):
+        reserve(new.path, targets)
+        for number, box, values in manifests.parts(stored, manifests.readings(stored, wanted)):
+            tensor = stored.tensors[number]
+            writer.write(tensor.stem, tensor.file_name, box, values)
         writer.sync()
-        with reporting(temporary, "export to"):
-            if index is not None:
-                write_file(os.path.join(temporary, "model.safetensors.index.json"), index)
-            _copy_configs(folder, temporary, written)
-        commit(out, temporary, "export")
-    except BaseException:
-        writer.close()
-        discard(temporary, alone)
-        raise
+        with reporting(new.path, "export to"):
+            for file_name, index in indices.items():
+                write_file(os.path.join(new.path, file_name), index)
+            _copy_configs(stored.home, new.path, {target.stem for target in targets}, written)
+        new.commit()
     return stored
 
 
@@ -95,11 +96,12 @@ def _choose(stored: Manifest, average: str | None) -> str:
     return names[0] if average is None else average
 
 
-def _copy_configs(folder: str, temporary: str, dtype: torch.dtype | None) -> None:
-    """Copies the configs of a transformers model, with the dtype that is written now."""
-    for name in _CONFIGS:
+def _copy_configs(folder: str, temporary: str, stems: set[str], dtype: torch.dtype | None) -> None:
+    """Copies the configs that stand beside files of these stems, with the dtype written now."""
+    adapters = [os.path.dirname(stem) for stem in stems if stem not in WHOLE]
+    for name in [os.path.join(place, _ADAPTER) for place in adapters] or _CONFIGS:
         path = os.path.join(folder, name)
-        if not os.path.lexists(path):
+        if not os.path.lexists(path) or os.path.islink(os.path.dirname(path)):
             continue
         data = read_whole(path, _MAX_CONFIG)
         write_file(os.path.join(temporary, name), _with_dtype(data, path, dtype))
@@ -109,7 +111,9 @@ def _with_dtype(data: bytes, path: str, dtype: torch.dtype | None) -> bytes:
     try:
         config = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"reading {path}: it is no JSON ({error})", path=path) from error
+        raise CheckpointError(
+            f"reading {path}: it is no JSON ({error!r:.300})", path=path
+        ) from error
     stated = [key for key in ("dtype", "torch_dtype") if isinstance(config, dict) and key in config]
     if dtype is None or not stated:
         return data

@@ -101,10 +101,15 @@ def writable() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Shadows:
-    """Flat buffers and their views by fqn. The tensors change in place, the record does not."""
+    """Flat buffers and their views by fqn. The tensors change in place, the record does not.
+
+    Attributes:
+        following: of each view that holds something the next one in its flat buffer.
+    """
 
     flats: tuple[Tensor, ...]
     views: Mapping[str, Tensor]
+    following: Mapping[str, str]
 
     def copy_from(self, shards: Sequence[Shard]) -> None:
         """Sets every shadow to its shard's present value."""
@@ -123,13 +128,17 @@ class Shadows:
         Neighbours in memory become one flat tensor: a whole flat partition is one.
         """
         pairs: list[tuple[Tensor, Tensor]] = []
+        end: str | None = None  # the last shadow of the last pair
         for shard in sorted((s for s in shards if s.source.numel()), key=_place):
             shadow, source = self.views[shard.fqn], shard.source
-            joined = _joined(*pairs[-1], shadow, source) if pairs else None
+            # what lies between the two is nobody's: padding is written too
+            next_door = end is not None and self.following.get(end) == shard.fqn
+            joined = _joined(*pairs[-1], shadow, source) if next_door else None
             if joined is None:
                 pairs.append((shadow, source))
             else:
                 pairs[-1] = joined
+            end = shard.fqn
         return [shadow for shadow, _ in pairs], [source for _, source in pairs]
 
 
@@ -141,6 +150,7 @@ def allocate(shards: Sequence[Shard], policy: ShadowPolicy, *, pin: bool = True)
     """
     ends: dict[_Key, int] = {}
     last: dict[_Key, Shard] = {}
+    following: dict[str, str] = {}
     starts: dict[str, tuple[_Key, int]] = {}
     for shard in sorted(shards, key=_place):
         source = shard.source
@@ -154,6 +164,8 @@ def allocate(shards: Sequence[Shard], policy: ShadowPolicy, *, pin: bool = True)
         start = -(-start // step) * step if gap is None else start + gap
         starts[shard.fqn] = (key, start)
         ends[key] = start + source.numel()
+        if key in last:
+            following[last[key].fqn] = shard.fqn
         last[key] = shard
     # what the host averages by itself does not travel, and torch pins powers of two
     travels = pin and policy.compute == "device"
@@ -167,7 +179,7 @@ def allocate(shards: Sequence[Shard], policy: ShadowPolicy, *, pin: bool = True)
         key, start = starts[shard.fqn]
         strides = dense_like(shard.source)
         views[shard.fqn] = flats[key].as_strided(shard.source.shape, strides, start)
-    return Shadows(tuple(flats.values()), views)
+    return Shadows(tuple(flats.values()), views, following)
 
 
 _Key = tuple[torch.device, torch.dtype]
@@ -178,18 +190,20 @@ def _device(source: Tensor, policy: ShadowPolicy) -> torch.device:
 
 
 def _place(shard: Shard) -> tuple[int, int]:
-    """Where the source lies: in which storage, at which element."""
+    """Where the source lies: in which storage, at which byte."""
+    size = shard.source.element_size()
     if shard.away is not None and not shard.reads_weights:
-        return id(shard.away[0]), shard.away[1]
-    return shard.source.untyped_storage().data_ptr(), int(shard.source.storage_offset())
+        return id(shard.away[0]), shard.away[1] * size
+    return shard.source.untyped_storage().data_ptr(), int(shard.source.storage_offset()) * size
 
 
 def _gap(before: Shard, shard: Shard) -> int | None:
     """Elements of padding between two sources, None where they are no neighbours."""
     (storage, start), (other, place) = _place(before), _place(shard)
-    gap = place - start - before.source.numel()
-    near = storage == other and 0 <= gap < _ALIGN // before.source.dtype.itemsize
-    return gap if near and before.source.dtype == shard.source.dtype else None
+    size = before.source.element_size()
+    gap = place - start - before.source.numel() * size
+    near = storage == other and 0 <= gap < _ALIGN and gap % size == 0
+    return gap // size if near and before.source.dtype == shard.source.dtype else None
 
 
 def _joined(
@@ -197,9 +211,11 @@ def _joined(
 ) -> tuple[Tensor, Tensor] | None:
     """The two pairs as one, with the padding between them; None where that is not possible.
 
-    The padding is averaged too, and never read.
+    The padding is averaged too, and never read. In the model other tensors may lie there, which
+    are read to no effect; among the shadows nothing may.
     """
-    if source.untyped_storage().data_ptr() != next_source.untyped_storage().data_ptr():
+    here, there = source.untyped_storage(), next_source.untyped_storage()
+    if (here.data_ptr(), here.nbytes()) != (there.data_ptr(), there.nbytes()):
         return None
     dense = all(
         a.stride() == b.stride() == dense_like(a)

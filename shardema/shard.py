@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -151,8 +152,12 @@ def runs(shape: Dims, box: Box) -> tuple[int, list[int]]:
     return numel, starts
 
 
+Span = tuple[int, int]  # of one dim: first and last-plus-one
+_MAX_CUT = 8  # dims that boxes are cut in, after those that they run through were joined
+
+
 def check_covered(fqn: str, shape: Dims, boxes: Sequence[Box]) -> None:
-    """Raises ValueError unless ``boxes`` (sorted) hold each element of the tensor exactly once."""
+    """Raises ValueError unless ``boxes`` hold each element of the tensor exactly once."""
     numel = math.prod(shape)
     held = sum(box.numel for box in boxes)
     if held != numel:
@@ -160,20 +165,79 @@ def check_covered(fqn: str, shape: Dims, boxes: Sequence[Box]) -> None:
             f"{fqn}: the ranks together hold {held} elements, expected {numel} for shape "
             f"{tuple(shape)}; pass group= with the ranks that share the model, all of them"
         )
-    # The volume is right, so a hole needs an overlap. Boxes sorted by offsets that overlap are
-    # close in the order of their first dim: compare those whose first rows meet.
-    open_boxes: list[Box] = []
-    for box in boxes:
-        if box.offsets:
-            start = box.offsets[0]
-            open_boxes = [b for b in open_boxes if b.offsets[0] + b.sizes[0] > start]
-        clash = next((b for b in open_boxes if b.intersect(box) is not None), None)
-        if clash is not None or (not box.offsets and open_boxes):
-            raise ValueError(
-                f"{fqn}: {clash} and {box} are held by different ranks and overlap; pass group= "
-                "with the ranks that share the model"
-            )
-        open_boxes.append(box)
+    full, spans = _joined(shape, boxes)
+    if len(full) > _MAX_CUT:
+        raise ValueError(
+            f"{fqn}: boxes that are cut in {len(full)} dims, expected {_MAX_CUT} or less"
+        )
+    place = _first_clash(full, spans) if numel else None
+    if place is None and all(_inside(box, shape) for box in boxes):
+        return
+    clash = [
+        box
+        for box, span in zip(boxes, spans, strict=True)
+        if place and all(a <= at < b for at, (a, b) in zip(place, span, strict=True))
+    ]
+    if len(clash) > 1:
+        raise ValueError(
+            f"{fqn}: {clash[0]} and {clash[1]} are held by different ranks and overlap; pass "
+            "group= with the ranks that share the model"
+        )
+    raise ValueError(
+        f"{fqn}: the ranks hold boxes that leave out a part of shape {tuple(shape)}, or reach "
+        "beyond it; pass group= with the ranks that share the model, all of them"
+    )
+
+
+def _inside(box: Box, shape: Dims) -> bool:
+    return all(o + n <= size for o, n, size in zip(box.offsets, box.sizes, shape, strict=True))
+
+
+def _joined(shape: Dims, boxes: Sequence[Box]) -> tuple[list[int], list[list[Span]]]:
+    """The sizes of the tensor and the spans of the boxes, in as few dims as tell all.
+
+    A dim that all boxes fill tells nothing. One that each box fills, or is a single row in the dim
+    before, is joined with that: flat ranges become spans of one dim.
+    """
+    full: list[int] = []
+    spans: list[list[Span]] = [[] for _ in boxes]
+    for dim, size in enumerate(shape):
+        parts = [(box.offsets[dim], box.offsets[dim] + box.sizes[dim]) for box in boxes]
+        if all(part == (0, size) for part in parts):
+            continue
+        pairs = list(zip(spans, parts, strict=True))
+        if full and all(part == (0, size) or _rows(span[-1]) == 1 for span, part in pairs):
+            full[-1] *= size
+            for span, (start, stop) in pairs:
+                first, last = span[-1][0], span[-1][1] - 1
+                span[-1] = (first * size + start, last * size + stop)
+        else:
+            full.append(size)
+            for span, part in pairs:
+                span.append(part)
+    return full, spans
+
+
+def _rows(span: Span) -> int:
+    return span[1] - span[0]
+
+
+def _first_clash(full: Sequence[int], spans: Sequence[Sequence[Span]]) -> Dims | None:
+    """The first place that is not held exactly once; None if there is none.
+
+    A box is told by its corners, a plus where it begins and a minus where it ends in each dim, as
+    a stretch is by its two ends. The corners of boxes that fill the tensor once add up to those
+    of the tensor, and no others do.
+    """
+    corners: dict[Dims, int] = {}
+    for weight, box in [(-1, [(0, size) for size in full]), *((1, span) for span in spans)]:
+        found: list[tuple[Dims, int]] = [((), weight)]
+        for start, stop in box:
+            begins = [((*corner, start), sign) for corner, sign in found]
+            found = begins + [((*corner, stop), -sign) for corner, sign in found]
+        for corner, sign in found:
+            corners[corner] = corners.get(corner, 0) + sign
+    return min((corner for corner, count in corners.items() if count), default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +260,7 @@ class Shard:
         fqn: clean, fully qualified name.
         local: the live storage on this rank: what the optimizer steps. With one box it has the
             box's sizes (any dense stride) or is flat; with several boxes it is a contiguous 1-D
-            tensor that holds them one after the other. Empty if ``boxes`` is.
+            tensor that holds them one after the other, or has ``corners``. Empty if ``boxes`` is.
         shape: the full shape.
         boxes: where the elements of ``local`` sit in the full tensor, in order.
         role: ``"parameter"`` (trainable), ``"frozen"`` or ``"buffer"``.
@@ -212,6 +276,10 @@ class Shard:
             stand-in of the same size without values. See `present`.
         replicas: the groups of ranks that are declared to hold the same ``local``: DDP's group,
             the replicated axes of a mesh.
+        corners: where each box begins inside ``local``, which has the dims of the full tensor
+            then; empty where the boxes lie one after the other.
+        opaque: the class of a tensor that keeps its values in a form of its own (quantised
+            weights); ``local`` is that tensor itself, of which nothing is read. Empty elsewhere.
     """
 
     fqn: str
@@ -226,6 +294,8 @@ class Shard:
     reads_weights: bool = False
     away: tuple[Loan, int] | None = field(default=None, repr=False)
     replicas: tuple[dist.ProcessGroup, ...] = field(default=(), repr=False)
+    corners: tuple[Dims, ...] = ()
+    opaque: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -248,6 +318,10 @@ class Shard:
         ``local`` may be any tensor laid out like this shard's (its shadow, a staging buffer).
         """
         local = self.local if local is None else local
+        if self.corners:
+            for box, corner in zip(self.boxes, self.corners, strict=True):
+                yield box, Box(corner, box.sizes).view(local)
+            return
         if len(self.boxes) == 1 and tuple(local.shape) == self.boxes[0].sizes and not self.order:
             yield self.boxes[0], local
             return
@@ -309,14 +383,50 @@ def memory_order(shape: Sequence[int], stride: Sequence[int]) -> Dims:
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether two elements of ``tensor`` share memory (an expanded tensor, for one)."""
+    """Whether two elements of ``tensor`` share memory (an expanded tensor, for one). Exact."""
+    dims = sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda dim: dim[1])
     reach = 1
-    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda x: x[1]):
-        if size > 1:
-            if stride < reach:
-                return True
-            reach = stride * (size - 1) + reach
+    for size, stride in dims:
+        if size > 1 and stride < reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    # The dims reach into one another, which may still leave each element alone. Two elements whose
+    # first difference is in dim d are, moved along, one at index 0 of it and one further on.
+    for d in range(tensor.dim()):
+        rest = tensor[(0,) * d]
+        if rest.shape[0] > 1 and share_memory(rest[:1], rest[1:]):
+            return True
     return False
+
+
+class _Layout:
+    """A tensor's memory as numpy takes it, which only looks at addresses."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        size = tensor.element_size()
+        start = tensor.storage_offset() * size + _ALIGNED
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (start, False),
+            "typestr": f"|V{size}",
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+        }
+
+
+_ALIGNED = 1 << 12  # an address that is not null
+_MOST_WORK = 1 << 20  # candidates that numpy looks at before it gives up
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common; True where that is too hard."""
+    try:
+        first, second = np.asarray(_Layout(a)), np.asarray(_Layout(b))
+        return bool(np.shares_memory(first, second, _MOST_WORK))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
 
 
 def dense_like(tensor: Tensor) -> Dims:

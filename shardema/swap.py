@@ -18,8 +18,12 @@ them afterwards. Nothing is set aside.
 
 from __future__ import annotations
 
+# what `signal` wraps, and ten times as fast: an update asks for the handlers of all signals
+import _signal  # type: ignore[import-not-found]
 import contextlib
+import functools
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -106,34 +110,137 @@ class Exchange:
 
 
 def to_the_end(work: Callable[[], None]) -> BaseException | None:
-    """Does ``work``, again after an interrupt; returns the last interrupt, to be raised later."""
+    """Does ``work``, which may be done twice, again after an interrupt; returns the last interrupt.
+
+    To be called where signals are held back: what comes all the same (from another thread, or out
+    of a hook of torch) is tried again, and what comes each time is an error of the work itself.
+
+    Raises:
+        BaseException: what ``work`` raised each time.
+    """
     interrupt: BaseException | None = None
-    while True:
+    for left in reversed(range(_TRIES)):
         try:
             work()
-        except (KeyboardInterrupt, SystemExit) as error:
+        except BaseException as error:
+            if left == 0:
+                raise
             interrupt = error
         else:
-            return interrupt
+            break
+    return interrupt
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds signals back until the block ends: a rank that leaves a collective half way would be
-    out of step with the others for good. Handlers are Python's, so only the main thread needs it.
+_TRIES = 3
+_SIGNALS = tuple(int(number) for number in signal.valid_signals())
+
+
+class uninterrupted:
+    """Holds all handlers of signals back until the block ends; then they are called.
+
+    Whatever a handler raises (a time limit, Ctrl-C) would leave the block half done: a rank that
+    leaves a collective half way is out of step with the others for good. Handlers are Python's, and
+    run in the main thread only: elsewhere there is nothing to hold.
+
+    What a handler raises while the others are not held yet is raised when the block has ended.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ours = {number: handler for number, handler in before.items() if callable(handler)}
-    for number, handler in ours.items():
-        signal.signal(number, lambda *what, call=handler: held.append((call, what)))
-    try:
-        yield
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
-        for call, what in held:
-            call(*what)
+
+    def __enter__(self) -> None:
+        self._before: dict[int, Callable[..., Any]] = {}
+        self._held: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self._raised: list[BaseException] = []
+        if threading.get_ident() != threading.main_thread().ident:
+            return
+        # a class and not a generator: an exception in here must not leave some of them held
+        try:
+            while not self._done(self._hold_all):
+                pass
+        except BaseException:  # a second one, while the first was kept
+            self._release_all()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            while not self._done(self._release_all):
+                pass
+        finally:
+            self._release_all()
+        for call, what in self._held:
+            self._done(functools.partial(call, *what))
+        if self._raised:  # Ctrl-C before a time limit
+            ends = (error for error in self._raised if not isinstance(error, Exception))
+            raise next(ends, self._raised[0])
+
+    def _done(self, work: Callable[[], object]) -> bool:
+        """Does ``work``; False where a handler raised in it, which is kept."""
+        try:
+            work()
+        except BaseException as error:
+            self._raised.append(error)
+            return False
+        return True
+
+    def _hold_all(self) -> None:
+        for number in _SIGNALS:
+            handler = _signal.getsignal(number)
+            # a handler of ours is no other's: the first try may have come half way
+            if callable(handler) and getattr(handler, "__self__", None) is not self:
+                self._before[number] = handler
+                _signal.signal(number, self._keep)
+
+    def _keep(self, *what: Any) -> None:
+        self._held.append((self._before[what[0]], what))
+
+    def _release_all(self) -> None:
+        while self._before:
+            number, handler = next(iter(self._before.items()))
+            _signal.signal(number, handler)
+            del self._before[number]
+
+
+class Block(contextlib.ContextDecorator):
+    """A context manager that says so when it is dropped without ``with``.
+
+    Args:
+        enter: makes the context manager that it stands for, of a generator.
+        dropped: called if it was never entered.
+    """
+
+    def __init__(
+        self,
+        enter: Callable[[], Any],
+        dropped: Callable[[], None],
+    ) -> None:
+        self._enter, self._dropped = enter, dropped
+        self._used = False
+
+    def __enter__(self) -> None:
+        self._used = True
+        self._inner: Any = self._enter()
+        with self._closing():
+            self._inner.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        with self._closing():
+            return bool(self._inner.__exit__(*raised))
+
+    @contextlib.contextmanager
+    def _closing(self) -> Iterator[None]:
+        """Ends the block where an interrupt kept its own end from beginning."""
+        try:
+            yield
+        except BaseException:
+            self._inner.gen.close()
+            raise
+
+    def _recreate_cm(self) -> Block:  # of a decorator: every call is a block of its own
+        self._used = True
+        return Block(self._enter, self._dropped)
+
+    def __call__(self, function: Any) -> Any:
+        self._used = True
+        return super().__call__(function)
+
+    def __del__(self) -> None:
+        if not self._used and not sys.is_finalizing():
+            self._dropped()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,22 +164,6 @@ ON_GPU = {  # DeepSpeed has no fp16 on the CPU
         Config("3-bf16", 3, _3, SPLIT, more=BF16),
     )
 }
-
-
-def build_kernels() -> None:
-    """Compiles what the configs need, where that was not done before; it takes a minute."""
-    code = (
-        "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, FusedAdamBuilder; "
-        "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; "
-        "[b().load() for b in (CPUAdamBuilder, FusedAdamBuilder, ShareMemCommBuilder)]"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        check=True,
-        capture_output=True,
-        timeout=800,
-    )
 
 
 def prepare() -> None:

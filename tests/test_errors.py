@@ -208,16 +208,32 @@ def test_update_wants_a_sensible_dt() -> None:
         ema.update()
     for dt in (-1, float("nan"), float("inf"), "3", True):
         with pytest.raises(ValueError, match="expected samples since the last update"):
-            ema.update(dt)  # type: ignore[arg-type]
+            ema.update(dt=dt)  # type: ignore[arg-type]
     ramp = ShardedEMA(net(), schedules.ramp(0.9))
     with pytest.raises(ValueError, match="expected whole steps"):
-        ramp.update(0.5)
+        ramp.update(dt=0.5)
     odd = ShardedEMA(net(), lambda t, dt: 1.5)
     with pytest.raises(ValueError, match=r"got decay=1.5"):
         odd.update()
     assert (bits(ema), ramp.t, odd.t) == (before, 0, 0)
-    ema.update(32)
+    ema.update(dt=32)
     assert ema.t == 32
+
+
+def test_the_arguments_of_other_libraries_updates_are_refused() -> None:
+    model = net()
+    ema = ShardedEMA(model, 0.99)
+    for call, op in ((ema.update, "update"), (ema.before_replay, "before_replay")):
+        for given, kind in (
+            ((7,), "int"),
+            ((model,), "Sequential"),
+            ((model, 7), "Sequential, int"),
+        ):
+            with pytest.raises(TypeError, match=rf"{op}: got {kind} without a keyword, .* timm's"):
+                call(*given)
+        with pytest.raises(TypeError, match=r"got generator .* expected .*\(dt=.* diffusers"):
+            call(model.parameters())
+    assert (ema.t, ema.num_updates) == (0, 0)
 
 
 def test_arguments_of_gathers_and_exports(tmp_path: Path) -> None:
@@ -342,7 +358,7 @@ def test_dt_may_be_of_numpy() -> None:
     import numpy as np
 
     ema = ShardedEMA(net(), schedules.half_life(100, unit="token"))
-    ema.update(np.int64(12_345_678))
+    ema.update(dt=np.int64(12_345_678))
     assert "t=12345678 tokens" in repr(ema)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -109,6 +110,84 @@ def test_averages_of_several_dtypes_compile_into_one_kernel() -> None:
     assert len(re.findall(r"\.entry", ptx)) == 1
     assert "fma.rn.f32" in ptx
     assert "fma.rn.f64" in ptx
+
+
+WITHOUT = {  # what of the host, and how Triton says so
+    "a compiler": ({"PATH": "/no-folder"}, "RuntimeError: Failed to find C compiler"),
+    "the compiler of CC": ({"CC": "/no-folder/cc"}, "FileNotFoundError"),
+    "a compiler that works": ({"CC": "/bin/false"}, "CalledProcessError"),
+    "a cache to write into": ({"TRITON_CACHE_DIR": "/dev/null/cache"}, "NotADirectoryError"),
+    "a Triton that can be imported": ({"BROKEN": "1"}, "ModuleNotFoundError"),
+}
+# What a host with a GPU goes through at the first launch: Triton compiles its way to the driver.
+# Each case in a fork of a process that has imported everything and looked for nothing.
+FIRST_LAUNCH = """
+import json, logging, os, sys
+import torch, triton.language
+from triton.backends.nvidia.driver import CudaDriver
+from shardema.kernels import fused, fused_cpu
+CudaDriver.is_active = staticmethod(lambda: True)
+fused_cpu.takes = lambda shadow, param: False
+fused._on_gpu = lambda tensor: True
+said = []
+log = logging.getLogger("shardema")
+log.addHandler(logging.Handler())
+log.handlers[-1].emit = said.append
+for missing, env in json.loads(sys.argv[1]).items():
+    if os.fork():
+        assert os.wait()[1] == 0, missing
+        continue
+    os.environ.update(env)
+    if "BROKEN" in env:
+        sys.modules["triton.language"] = None
+    for _ in range(3):
+        shadows, params = [torch.zeros(9), torch.zeros(2)], [torch.ones(9), torch.ones(2)]
+        lerp_ = fused.bind(shadows, params, [0, 1])
+        assert lerp_.runs == ("foreach",), lerp_.runs
+        lerp_([0.25, 0.5])
+        assert [float(s.sum()) for s in shadows] == [2.25, 1.0]
+    (record,) = said
+    assert record.levelno == logging.WARNING
+    print(missing, record.getMessage(), sep=": ", flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="Triton's way to the driver is for Linux")
+def test_where_triton_cannot_compile_foreach_runs_after_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "libcuda.so.1").touch()
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    env = {name: value for name, value in env.items() if name != "CC"}
+    cases = {missing: settings for missing, (settings, _) in WITHOUT.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_LAUNCH, json.dumps(cases)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(WITHOUT)
+    for (missing, (_, reason)), line in zip(WITHOUT.items(), lines, strict=True):
+        start = f"{missing}: kernel 'fused' cannot be compiled for the GPU, 'foreach' runs instead"
+        assert line.startswith(f"{start}: {reason}"), line
+
+
+def test_memory_that_is_lacking_is_not_taken_for_a_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from shardema.kernels import fused, fused_cpu, fused_gpu
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(fused_cpu, "takes", lambda shadow, param: False)
+    monkeypatch.setattr(fused, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(fused_gpu, "_on", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.bind([torch.zeros(2)], [torch.ones(2)], [0])
+    assert fused._fused_gpu() is fused_gpu
 
 
 def tensors(dtype: torch.dtype, block: int) -> list[Tensor]:

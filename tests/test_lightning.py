@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 from lightning import pytorch as pl
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallel
+from lightning.pytorch.callbacks import LambdaCallback, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision, TorchCheckpointIO
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -35,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from shardema import schedules
+from shardema import ShardedEMA, schedules
 from shardema.integrations.lightning import EMACallback
 from tests import world
 from tests.test_stories import RUN, TORCHRUN, finish, killed_after, note, text  # noqa: F401
@@ -122,26 +124,6 @@ class ShardedWhole(Module):
 
     def configure_model(self) -> None:
         fully_shard(self, mesh=self.device_mesh["data_parallel"])
-
-
-class TwoSteps(Module):
-    """Two optimizers, stepped by hand, the second every other time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        first, second = self.optimizers()
-        first.zero_grad()
-        second.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        first.step()
-        if batch_idx % 2:
-            second.step()
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(m.parameters(), lr=0.1) for m in (self.net.up, self.net.down)]
 
 
 class FSDP1OnCPU(FSDPStrategy):
@@ -282,13 +264,163 @@ def test_a_step_that_the_grad_scaler_skips_does_not_count(tmp_path: Path) -> Non
     assert_equal(ema.ema.full_state_dict(), steps.average())
 
 
-def test_several_optimizers_make_one_update_a_round(tmp_path: Path) -> None:
-    ema = EMACallback(DECAY)
+class Rates(Module):
+    """Two optimizers stepped by hand, at rates of their own; a note of the weights after a batch.
+
+    ``rates`` says in every how many batches each of them steps.
+    """
+
+    def __init__(self, *rates: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.rates = rates
+        self.values: list[dict[str, Tensor]] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        for optimizer, rate in zip(self.optimizers(), self.rates, strict=True):
+            if (batch_idx + 1) % rate == 0:
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                optimizer.step()
+        self.values.append(weights(self.trainer))
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(m.parameters(), lr=0.1) for m in (self.net.up, self.net.down)]
+
+    def average(self, start: dict[str, Tensor], every: int = 1) -> dict[str, Tensor]:
+        for now in self.values[every - 1 :: every]:
+            start = {n: torch.lerp(v, now[n], 1 - DECAY) for n, v in start.items()}
+        return start
+
+
+@pytest.mark.parametrize("rates", [(1, 2), (3, 1), (1, 3)])
+def test_optimizers_at_different_rates_make_an_update_a_batch(
+    tmp_path: Path, rates: tuple[int, int]
+) -> None:
+    ema, module = EMACallback(DECAY), Rates(*rates)
+    start = weights_of(module)
     trainer = trainer_of(tmp_path, ema)
-    trainer.fit(TwoSteps(), data(8))
+    trainer.fit(module, data(9))
+    assert trainer.global_step == sum(9 // rate for rate in rates)
+    assert ema.ema is not None
+    assert ema.ema.num_updates == 9
+    assert_equal(ema.ema.full_state_dict(), module.average(start))
+
+
+@pytest.mark.parametrize("part", [{"module": "net.down"}, {"select": "net.down.*"}])
+def test_steps_of_optimizers_without_an_averaged_parameter_do_not_count(
+    tmp_path: Path, part: dict[str, str]
+) -> None:
+    ema, module = EMACallback(DECAY, **part), Rates(1, 3)  # the critic three times, then it
+    start = weights_of(module)
+    trainer = trainer_of(tmp_path, ema)
+    trainer.fit(module, data(9))
     assert trainer.global_step == 12
     assert ema.ema is not None
-    assert ema.ema.num_updates == 8
+    assert ema.ema.num_updates == 3
+    name = "weight" if "module" in part else "net.down.weight"
+    expected = module.average(start, every=3)["net.down.weight"]
+    assert torch.equal(ema.ema.full_state_dict()[name], expected)
+
+
+class AnewInSteps(Module):
+    """Its optimizer is replaced in the middle of the second training step."""
+
+    anew: Callable[[Any], None]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if batch_idx == 1:
+            type(self).anew(self)
+        return super().training_step(batch, batch_idx)
+
+
+def set_up_anew(module: Any) -> None:
+    module.trainer.strategy.setup_optimizers(module.trainer)
+
+
+def replaced(module: Any) -> None:
+    module.trainer.optimizers = [torch.optim.SGD(module.net.down.parameters(), lr=0.1)]
+
+
+def grown(module: Any) -> None:
+    """As a BaseFinetuning callback does."""
+    module.trainer.optimizers[0].add_param_group({"params": list(module.net.down.parameters())})
+
+
+@pytest.mark.parametrize("anew", [set_up_anew, replaced])
+def test_optimizers_that_are_set_up_anew_in_mid_fit_are_followed(
+    tmp_path: Path, anew: Callable[[Any], None]
+) -> None:
+    # Lightning makes the step of this batch with the old one
+    ema, module = EMACallback(DECAY), type("Anew", (AnewInSteps,), {"anew": anew})()
+    seen = [weights_of(module)]
+    noting = LambdaCallback(on_train_batch_end=lambda *_: seen.append(weights_of(module)))
+    trainer = trainer_of(tmp_path, ema, noting)
+    first: list[Any] = []
+    noting.on_train_start = lambda trainer, _: first.extend(trainer.optimizers)
+    trainer.fit(module, data(4))
+    assert trainer.optimizers[0] is not first[0]
+    assert ema.ema is not None
+    assert ema.ema.num_updates == 4
+    expected = seen[0]
+    for now in seen[1:]:
+        expected = {n: torch.lerp(v, now[n], 1 - DECAY) for n, v in expected.items()}
+    assert_equal(ema.ema.full_state_dict(), expected)
+    trainer.optimizers[0].step()  # let go after the fit
+    assert ema.ema.num_updates == 4
+
+
+def test_an_optimizer_that_is_made_and_stepped_in_one_batch_is_followed(tmp_path: Path) -> None:
+    class Manual(AnewInSteps):
+        anew = replaced
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+            loss = super().training_step(batch, batch_idx)
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    ema, steps = EMACallback(DECAY), Steps()
+    trainer_of(tmp_path, ema, steps).fit(Manual(), data(4))
+    assert ema.ema is not None
+    assert ema.ema.num_updates == 4
+
+
+def test_an_optimizer_that_gets_the_averaged_parameters_later_is_followed_then(
+    tmp_path: Path, caplog: Any
+) -> None:
+    class Grows(AnewInSteps):
+        anew = grown
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([self.net.up.weight], lr=0.1)
+
+    ema = EMACallback(DECAY, module="net.down")
+    with pytest.raises(ValueError, match=r"none of the trainer's optimizers \(SGD\) holds an aver"):
+        trainer_of(tmp_path, ema).fit(Grows(), data(4))
+
+    class Shrinks(Grows):
+        """Holds it, loses it, and gets it again."""
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net.down.parameters(), lr=0.1)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                self.trainer.optimizers = [torch.optim.SGD([self.net.up.weight], lr=0.1)]
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx - 2)  # in the fourth step
+
+    trainer_of(tmp_path, ema).fit(Shrinks(), data(5))
+    assert "holds an averaged parameter now: the average stays" in caplog.text
+    assert ema.ema is not None
+    assert ema.ema.num_updates == 3  # the first, the fourth and the fifth step
 
 
 def test_a_second_fit_goes_on_with_the_average(tmp_path: Path) -> None:
@@ -439,6 +571,54 @@ def test_a_nested_trainer_evaluates_with_the_average(tmp_path: Path) -> None:
     assert ema.ema.num_updates == 4
 
 
+class Modes(torch.optim.SGD):
+    """Evaluates with other weights than it trains with, as schedule-free optimizers do."""
+
+    def eval(self) -> None:
+        self._move(1.0)
+
+    def train(self) -> None:
+        self._move(0.0)
+
+    def _move(self, place: float) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(place - group.get("place", 0.0))
+                torch.autograd.graph.increment_version(p)
+            group["place"] = place
+
+
+class ScheduleFree(Module):
+    def on_train_epoch_start(self) -> None:
+        self.optimizers().train()
+
+    def on_validation_epoch_start(self) -> None:
+        self.optimizers().eval()
+
+    def configure_optimizers(self) -> Any:
+        return Modes([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+@pytest.mark.parametrize("sides", ["ema", ["raw", "ema", "raw"]])
+def test_an_optimizer_that_evaluates_with_other_weights_stands_outside_of_the_swap(
+    tmp_path: Path, sides: Any
+) -> None:
+    runs = []
+    for callbacks in ([EMACallback(DECAY, eval_with=sides)], []):
+        steps, module = Steps(), ScheduleFree()
+        loaders = [data(1)] * (1 if sides == "ema" else 3)
+        trainer_of(tmp_path, *callbacks, steps, max_epochs=2).fit(module, data(3), loaders)
+        runs.append((steps, module))
+    (steps, module), (plain, raw) = runs
+    assert len(steps.values) == len(plain.values) == 7
+    for a, b in zip(steps.values, plain.values, strict=True):
+        assert_equal(a, b)
+    seen, averages = [now for _, _, now in module.seen], [True] if sides == "ema" else [0, 1, 0]
+    steps.values = steps.values[:4]  # at the end of the first epoch
+    for now, evaluated, averaged in zip(seen, raw.seen, averages, strict=False):
+        assert_equal(now, steps.average() if averaged else evaluated[2])
+
+
 # ---- checkpoints -----------------------------------------------------------------------------
 
 
@@ -562,6 +742,248 @@ def test_a_learning_rate_finder_leaves_nothing_behind(tmp_path: Path) -> None:
     assert ema.ema.num_updates == len(steps.values) - 1 == 6
     assert_equal(ema.ema.full_state_dict(), steps.average())
     assert list(tmp_path.iterdir()) == []
+
+
+def job(root: Path, module: Module, **options: Any) -> tuple[pl.Trainer, EMACallback]:
+    """A job of two epochs that goes on from its last checkpoint."""
+    ema, saving = EMACallback(DECAY, **options), ModelCheckpoint(root / "c", save_last=True)
+    trainer = trainer_of(root, ema, saving, max_epochs=2)
+    trainer.fit(module, data(3), ckpt_path="last")
+    return trainer, ema
+
+
+@pytest.mark.parametrize("exported", [True, False])
+def test_a_finished_job_that_is_started_again_has_its_average(
+    tmp_path: Path, exported: bool
+) -> None:
+    export = tmp_path / "export"
+    _, first = job(tmp_path, Module(), **({"export": export} if exported else {}))
+    assert first.ema is not None
+    expected = first.ema.full_state_dict()
+    before = export.stat().st_ino if exported else None
+    module, starts = Module(), []
+    module.on_train_start = lambda: starts.append(1)
+    trainer, ema = job(tmp_path, module, export=export)
+    assert not starts
+    assert ema.ema is not None
+    assert ema.ema.num_updates == 6
+    assert_equal(ema.ema.full_state_dict(), expected)
+    assert_equal(load_file(export / "model.safetensors"), expected)
+    assert before in (None, export.stat().st_ino)
+    trainer.test(module, data(1), verbose=False)
+    assert_equal(module.seen[-1][2], {n: expected[n] for n in module.seen[-1][2]})
+
+
+def pair(path: Path) -> tuple[dict[str, Tensor], EMACallback]:
+    """The weights of a checkpoint, and a callback with what it calls their average."""
+    ema, module = EMACallback(DECAY), Module()
+    trainer_of(path.parent, ema).validate(module, data(1), ckpt_path=str(path), verbose=False)
+    return weights_of(module), ema
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_raw_evaluations_of_a_checkpoint_bring_its_average_or_none(
+    tmp_path: Path, stage: str, caplog: Any
+) -> None:
+    path = tmp_path / "a.ckpt"
+    _, saved = fitted(tmp_path, path)
+    bare = trainer_of(tmp_path)
+    bare.fit(Module(), data(1))
+    bare.save_checkpoint(tmp_path / "bare.ckpt")
+    assert saved.ema is not None
+    module, ema = Module(), EMACallback(DECAY, eval_with="raw")
+    trainer = trainer_of(tmp_path, ema)
+    trainer.fit(module, data(5))
+    evaluate = functools.partial(getattr(trainer, stage), module, data(1))
+    evaluate(ckpt_path=str(path))
+    assert ema.ema is not None
+    assert ema.ema.num_updates == 3
+    assert_equal(ema.ema.full_state_dict(), saved.ema.full_state_dict())
+    stored = torch.load(path, weights_only=False)["state_dict"]
+    assert_equal(module.seen[-1][2], {n: stored[n] for n in module.seen[-1][2]})
+    evaluate(ckpt_path=str(tmp_path / "bare.ckpt"))
+    assert "bare.ckpt: it was saved without an average" in caplog.text
+    assert ema.ema is None
+    other = EMACallback(0.5, eval_with="raw")
+    trainer = trainer_of(tmp_path, other)
+    getattr(trainer, stage)(module, data(1), ckpt_path=str(path))
+    assert "there is no average of these weights: " in caplog.text
+    assert "was kept with schedule" in caplog.text
+    assert other.ema is None
+
+
+def test_a_checkpoint_of_on_fit_start_holds_a_pair(tmp_path: Path) -> None:
+    class Early(pl.Callback):
+        """Before the EMACallback in the list, it has to see the pair all the same."""
+
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(ema.ema)
+            trainer.save_checkpoint(tmp_path / f"early-{len(seen)}.ckpt")
+
+    seen: list[Any] = []
+    path = tmp_path / "a.ckpt"
+    _, saved = fitted(tmp_path, path)
+    assert saved.ema is not None
+    ema, module = EMACallback(DECAY), Module()
+    trainer = trainer_of(tmp_path, Early(), ema)
+    trainer.fit(module, data(5))  # there is no average yet
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, data(5), ckpt_path=str(path))  # that of the fit before is gone
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, data(5))
+    assert seen[:2] == [None, None]
+    assert ema.ema is not None
+    assert ema.ema.num_updates == 3 + 10 + 5
+    _, first = pair(tmp_path / "early-1.ckpt")
+    assert first.ema is None
+    values, second = pair(tmp_path / "early-2.ckpt")
+    stored = torch.load(path, weights_only=False)["state_dict"]
+    assert_equal(values, {n: stored[n] for n in values})
+    assert second.ema is not None
+    assert_equal(second.ema.full_state_dict(), saved.ema.full_state_dict())
+    values, third = pair(tmp_path / "early-3.ckpt")
+    assert third.ema is not None
+    assert third.ema.num_updates == 13
+
+
+def test_a_fit_after_an_evaluation_of_a_checkpoint_goes_on_from_the_pair(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    trainer, ema = fitted(tmp_path, path)
+    module = trainer.lightning_module
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, data(3))
+    trainer.validate(module, data(1), ckpt_path=str(path), verbose=False)
+    assert ema.ema is not None
+    assert ema.ema.num_updates == 3
+    steps = Steps()
+    steps.values.append(ema.ema.full_state_dict())  # where the average starts
+    trainer = trainer_of(tmp_path, ema, steps)
+    trainer.fit(module, data(2))
+    assert ema.ema.num_updates == 5
+    assert_equal({n: ema.ema.full_state_dict()[n] for n in steps.values[1]}, averaged(steps))
+    trainer.fit(Module(), data(2))  # of another module, with nothing left to do
+    assert ema.ema is None
+    trainer_of(tmp_path, ema).fit(Module(), data(2))
+    assert ema.ema.num_updates == 2
+
+
+def averaged(steps: Steps) -> dict[str, Tensor]:
+    steps.values[0] = {n: steps.values[0][n] for n in steps.values[1]}
+    return steps.average()
+
+
+def test_while_weights_are_loaded_there_is_no_average_of_others(tmp_path: Path) -> None:
+    class Looks(Module):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            seen.append(ema.ema)
+            if len(seen) > 1:
+                raise RuntimeError("no")
+
+    seen: list[Any] = []
+    path = tmp_path / "a.ckpt"
+    fitted(tmp_path, path)
+    ema, module = EMACallback(DECAY), Looks()
+    trainer = trainer_of(tmp_path, ema)
+    trainer.fit(module, data(5))
+    trainer.validate(module, data(1), ckpt_path=str(path), verbose=False)
+    assert ema.ema is not None
+    assert ema.ema.num_updates == 3
+    with pytest.raises(RuntimeError, match="no"):
+        trainer.validate(module, data(1), ckpt_path=str(path), verbose=False)
+    assert seen == [None, None]
+    assert ema.ema is None
+
+
+def test_a_tuner_in_mid_fit_leaves_the_average_as_it_was(tmp_path: Path) -> None:
+    class Again(LearningRateFinder):
+        def on_fit_start(self, *_: Any) -> None: ...
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                found.append(ema.ema.full_state_dict())
+                self.lr_find(trainer, pl_module)
+                found.append(ema.ema.full_state_dict())
+
+    ema, found = EMACallback(DECAY), []
+    finder = Again(num_training_steps=3, update_attr=True)
+    trainer_of(tmp_path, finder, ema, max_epochs=2).fit(Module(), data(4))
+    assert ema.ema is not None
+    assert_equal(*found)
+    assert ema.ema.num_updates == 8
+
+
+# ---- Fabric ----------------------------------------------------------------------------------
+
+
+def fabric_trains_with_an_average(strategy: str, ranks: int, root: Path) -> None:
+    """Clean names, one update a step, a swap, a checkpoint: as without Fabric."""
+    kind: Any = strategy
+    if strategy == "fsdp2":
+        kind = FabricModelParallel(parallelize_fn=fully_sharded)
+    fabric = Fabric(accelerator="cpu", devices=ranks, strategy=kind)
+    fabric.launch()
+    torch.manual_seed(1)
+    net = Net()
+    if strategy == "fsdp2":  # its parameters are others than the net's before
+        model = fabric.setup_module(net)
+        optimizer = fabric.setup_optimizers(torch.optim.AdamW([net.up.weight], lr=0.1))
+    else:
+        model, optimizer = fabric.setup(net, torch.optim.AdamW([net.up.weight], lr=0.1))
+    assert type(model).__name__ == "_FabricModule"
+    assert fabric.world_size == ranks
+    assert isinstance(model._forward_module, DistributedDataParallel) == (strategy == "ddp")
+    assert isinstance(net.up.weight, DTensor) == (strategy == "fsdp2")
+
+    def full(param: Any) -> Tensor:
+        return (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+
+    ema, average = ShardedEMA(model, DECAY), full(net.up.weight)
+    handle = ema.attach(optimizer)
+    for batch in data(3):
+        fabric.backward(model(batch).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        average = torch.lerp(average, full(net.up.weight), 1 - DECAY)
+    assert ema.num_updates == 3
+    handle.remove()
+    optimizer.step()
+    ema.update()
+    average = torch.lerp(average, full(net.up.weight), 1 - DECAY)
+    state = ema.full_state_dict(all_ranks=True)
+    assert state.keys() == Net().state_dict().keys()
+    assert torch.equal(state["up.weight"], average)
+    before = full(net.up.weight)
+    with ema.swap(), torch.no_grad():
+        assert torch.equal(full(net.up.weight), average)
+        seen = model(next(iter(data(1))))
+    alone = Net()
+    alone.load_state_dict(state)
+    assert torch.equal(seen, alone(next(iter(data(1)))))
+    assert torch.equal(full(net.up.weight), before)
+    ema.save(root / "ema")
+    ema.export(root / "export")
+    fabric.barrier()
+    other = ShardedEMA(net if strategy == "fsdp2" else Net(), DECAY)
+    other.load(root / "ema")
+    trained = {name: value for name, value in state.items() if name != "up.bias"}
+    assert_equal(other.full_state_dict(all_ranks=True), trained)
+    assert_equal(load_file(root / "export/model.safetensors"), state)
+    if strategy != "fsdp2":  # which lets the first rank alone find out
+        with pytest.raises(TypeError, match="pickle"):
+            fabric.save(root / "state.ckpt", {"ema": ema})
+
+
+def fully_sharded(net: nn.Module, mesh: Any) -> nn.Module:
+    fully_shard(net, mesh=mesh["data_parallel"])
+    return net
+
+
+def fabric_on_two_ranks(strategy: str) -> None:
+    fabric_trains_with_an_average(strategy, 2, shared_folder())
+
+
+def test_fabric_trains_with_an_average(tmp_path: Path) -> None:
+    fabric_trains_with_an_average("auto", 1, tmp_path)
 
 
 # ---- exports ---------------------------------------------------------------------------------
@@ -821,6 +1243,14 @@ def a_checkpoint_resumes_and_evaluates(kind: str) -> None:
     assert_equal(resumed.ema.full_state_dict(all_ranks=True), expected)
     dist.barrier()
     assert_equal(load_file(root / "export/model.safetensors"), expected)
+    again = EMACallback(DECAY, export=root / "again")
+    trainer = two_ranks(root, kind, again, max_epochs=2)
+    trainer.fit(KINDS[kind][0](), mine(3), ckpt_path=str(root / "c/epoch=1.ckpt"))  # it is done
+    assert again.ema is not None
+    assert again.ema.num_updates == 6
+    assert_equal(again.ema.full_state_dict(all_ranks=True), expected)
+    dist.barrier()
+    assert_equal(load_file(root / "again/model.safetensors"), expected)
     if kind == "zero3":
         return  # DeepSpeed 0.19.8 cannot load a ZeRO-3 checkpoint into an engine without optimizer
     module = KINDS[kind][0]()
@@ -902,6 +1332,10 @@ def facts(*kinds: str) -> list[Fact]:
 GATE = [
     *facts("ddp", "fsdp1", "fsdp2"),
     Fact("fsdp2-full", a_checkpoint_resumes_and_evaluates, ("fsdp2-full",)),
+    *(
+        Fact(f"fabric/{strategy}", fabric_on_two_ranks, (strategy,))
+        for strategy in ("ddp", "fsdp2")
+    ),
 ]
 ZERO = facts("zero2", "zero3")
 
@@ -917,7 +1351,7 @@ def test_on_two_ranks(verdicts: world.Verdicts, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def zero_verdicts() -> world.Verdicts:
+def zero_verdicts(deepspeed_operators: None) -> world.Verdicts:
     return world.judge(ZERO, 2)
 
 

@@ -137,6 +137,8 @@ def test_a_killed_run_goes_on_to_the_same_average(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
+    if "zero" in backend:
+        request.getfixturevalue("deepspeed_operators")
     start = time.monotonic()
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     finish(command(LAUNCHERS[launcher], ranks, backend.split()[0], text, straight))

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,190 @@ def test_the_best_checkpoint_is_the_best_average_and_brings_it(tmp_path: Path) -
     assert same(again.full_state_dict(), full(callback))
 
 
+class Collects(Trainer):
+    """Collects metrics of its own and hands them to log(), as trl's SFTTrainer does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._metrics: dict[str, Any] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["own"].append(outputs["logits"].detach().mean().item())
+        return (loss, outputs) if kwargs.get("return_outputs") else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        metrics = {key: sum(val) / len(val) for key, val in self._metrics[mode].items()}
+        if mode == "eval":
+            metrics = {f"eval_{key}": val for key, val in metrics.items()}
+        super().log({**logs, **metrics}, start_time)
+        self._metrics[mode].clear()
+
+
+class Stores(Trainer):
+    """The same as trl's DPOTrainer does it: into the logs that it is given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._stored: Any = defaultdict(lambda: defaultdict(list))
+        super().__init__(*args, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            own = model(input_ids=inputs["input_ids"]).logits.mean().item()
+        self._stored["eval"]["eval_own"].append(own)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        train_eval = "train" if "loss" in logs else "eval"
+        for key, values in self._stored[train_eval].items():
+            logs[key] = torch.tensor(values, dtype=torch.float64).mean().item()
+        del self._stored[train_eval]
+        super().log(logs, start_time)
+
+
+class Aggregates(Trainer):
+    """Adds what it collected to what evaluate() gives, under a name without the prefix."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.own: list[float] = []
+        metrics = super().evaluate(*args, **kwargs)
+        return metrics | {"own": sum(self.own) / len(self.own)}
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            self.own.append(model(input_ids=inputs["input_ids"]).logits.mean().item())
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+
+class Events(TrainerCallback):
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, dict[str, float]]] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
+        self.seen.append(("evaluate", dict(metrics)))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
+        if "eval_loss" in logs:
+            self.seen.append(("log", dict(logs)))
+
+
+@pytest.mark.parametrize("kind", [Collects, Stores, Aggregates])
+def test_metrics_that_a_subclass_collects_itself_are_of_one_pass(
+    tmp_path: Path, kind: type[Trainer]
+) -> None:
+    callback, events = EMACallback(DECAY, eval_with="both"), Events()
+    trainer = make(tmp_path, callback, events, trainer=kind, eval_strategy="steps", eval_steps=4)
+    trainer.train()
+    assert [what for what, _ in events.seen] == ["log", "evaluate"]
+    (row,) = [row for row in trainer.state.log_history if "eval_loss" in row]
+    own, averaged = ("own", "eval_ema_own") if kind is Aggregates else ("eval_own", "eval_ema_own")
+    assert events.seen[0][1].items() <= row.items()
+    assert row[own] != row[averaged]
+    model = KINDS["llama"]()
+    for state, names in ((weights(trainer.model), own), (full(callback), averaged)):
+        model.load_state_dict(state, strict=False)
+        alone = make(tmp_path / "alone", None, trainer=kind, build=lambda: model)
+        metrics = alone.evaluate()
+        logged = alone.state.log_history[-1] | metrics
+        assert logged["eval_loss"] == row["eval_loss" if names == own else "eval_ema_loss"]
+        assert logged[own] == pytest.approx(row[names], rel=1e-12)
+    assert trainer.evaluate()[averaged] == row[averaged]  # nothing is left of a pass
+    assert trainer.state.log_history[-1][own] == row[own]
+
+
+def test_metrics_that_keep_state_are_of_one_pass(tmp_path: Path) -> None:
+    class Mean:
+        """Batch by batch, as batch_eval_metrics=True asks for."""
+
+        def __init__(self) -> None:
+            self.values: list[float] = []
+
+        def __call__(self, prediction: Any, compute_result: bool) -> dict[str, float]:
+            self.values.append(float(prediction.predictions.mean()))
+            if not compute_result:
+                return {}
+            values, self.values = self.values, []
+            return {"mean": sum(values) / len(values)}
+
+    callback = EMACallback(DECAY, eval_with="both")
+    more = {"compute_metrics": Mean()}
+    settings = {"batch_eval_metrics": True, "per_device_eval_batch_size": 2}
+    trainer = trained(tmp_path, callback, more=more, **settings)
+    metrics = trainer.evaluate()
+    averaged = {"build": lambda: from_output(tmp_path), "more": {"compute_metrics": Mean()}}
+    alone = make(tmp_path / "alone", None, **averaged, **settings).evaluate()
+    assert metrics["eval_ema_mean"] == alone["eval_mean"]
+    assert metrics["eval_mean"] != metrics["eval_ema_mean"]
+
+
+class Modes(torch.optim.SGD):
+    """Evaluates with other weights than it trains with, as schedule-free optimizers do."""
+
+    def eval(self) -> None:
+        self._move(1.0)
+
+    def train(self) -> None:
+        self._move(0.0)
+
+    def _move(self, place: float) -> None:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.add_(place - group.get("place", 0.0))  # a write also where nothing moves
+                group["place"] = place
+
+
+@pytest.mark.parametrize("eval_with", ["ema", "both"])
+def test_an_optimizer_with_modes_stands_outside_of_the_swap(tmp_path: Path, eval_with: str) -> None:
+    def run(callback: EMACallback | None, oracle: Definition) -> Trainer:
+        def given() -> Any:
+            return model
+
+        torch.manual_seed(0)
+        model = KINDS["llama"]()
+        optimizers = (Modes(model.parameters(), lr=0.01), None)
+        every = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+        more = {"optimizers": optimizers}
+        trainer = make(tmp_path / "run", callback, oracle, build=given, more=more, **every)
+        trainer.train()
+        trainer.optimizer.train()
+        return trainer
+
+    callback, oracle, plain = EMACallback(DECAY, eval_with=eval_with), Definition(), Definition()
+    trainer, alone = run(callback, oracle), run(None, plain)
+    assert same(weights(trainer.model), weights(alone.model))
+    assert same(oracle.average, plain.average)
+    assert same(oracle.average, full(callback))
+    losses, raw = ([r for r in t.state.log_history if "eval_loss" in r] for t in (trainer, alone))
+    if eval_with == "both":
+        assert [r["eval_loss"] for r in losses] == [r["eval_loss"] for r in raw]
+    name = "eval_loss" if eval_with == "ema" else "eval_ema_loss"
+    model = KINDS["llama"]()
+    model.load_state_dict(full(callback))
+    averaged = make(tmp_path / "alone", None, build=lambda: model).evaluate()
+    assert losses[-1][name] == averaged["eval_loss"]
+
+
+def test_another_model_in_the_trainer_is_not_evaluated_as_the_average(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = EMACallback(DECAY, eval_with="both")
+    trainer = trained(tmp_path, callback)
+    trained_model, average = trainer.model, full(callback)
+    torch.manual_seed(5)
+    trainer.model = trainer.model_wrapped = KINDS["llama"]()
+    metrics = trainer.evaluate()
+    assert "the average is of the model that was trained" in caplog.text
+    assert "eval_ema_loss" not in metrics
+    trainer.save_model(str(tmp_path / "other"))
+    assert same(loaded(tmp_path / "other"), weights(trainer.model))
+    trainer.model = trainer.model_wrapped = trained_model
+    assert "eval_ema_loss" in trainer.evaluate()
+    assert same(average, full(callback))
+
+
 SAVE = {"save_strategy": "steps", "save_steps": 1}
 
 
@@ -334,6 +519,101 @@ def test_a_resumed_run_ends_with_the_same_average(tmp_path: Path, how: str) -> N
     assert same(full(whole), full(callback))
     assert same(loaded(part), full(whole))
     assert not same(full(whole), weights(trainer.model))
+
+
+def test_a_finished_run_that_is_started_again_ends_with_the_same_average(tmp_path: Path) -> None:
+    first = EMACallback(DECAY)
+    trained(tmp_path, first, **SAVE)
+    (tmp_path / "model.safetensors").unlink()  # it was killed before it wrote the output
+    callback, oracle = EMACallback(DECAY), Definition()
+    trainer = make(tmp_path, callback, oracle, **SAVE)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    assert same(full(first), full(callback))
+    assert same(loaded(tmp_path), full(first))
+    alone = make(tmp_path / "alone", None, build=lambda: from_output(tmp_path))
+    assert trainer.evaluate()["eval_loss"] == alone.evaluate()["eval_loss"]
+
+
+def test_while_weights_are_loaded_there_is_no_average_of_others(tmp_path: Path) -> None:
+    class Fails(Trainer):
+        """Fails when the weights of a checkpoint are there and its average is not yet."""
+
+        fails = False
+
+        def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            super()._load_from_checkpoint(*args, **kwargs)
+            seen.append(callback.ema)
+
+        def _load_best_model(self) -> None:
+            super()._load_best_model()
+            seen.append(callback.ema)
+            if self.fails:
+                raise RuntimeError("no")
+
+        def get_train_dataloader(self) -> Any:
+            if self.fails:
+                raise RuntimeError("no")
+            return super().get_train_dataloader()
+
+    seen: list[Any] = []
+    callback = EMACallback(DECAY)
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, **SAVE}
+    trainer = make(tmp_path, callback, trainer=Fails, **best)
+    trainer.train()
+    assert seen == [None]
+    assert callback.ema is not None
+    trainer.fails = True
+    with pytest.raises(RuntimeError, match="no"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert same(loaded(tmp_path / "checkpoint-1"), weights(trainer.model))
+    assert callback.ema is None
+    trainer.fails = False
+    trainer.train()
+    assert callback.ema is not None
+    trainer.fails = True
+    with pytest.raises(RuntimeError, match="no"):
+        trainer._load_best_model()
+    assert callback.ema is None
+    assert seen == [None] * 4
+    trainer.fails = False
+    trainer.train()
+    assert callback.ema is not None
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))  # by hand
+    assert callback.ema is None
+    trainer.model_init = KINDS["llama"]
+    trainer.train()
+    assert callback.ema is not None
+    trainer.fails = True
+    with pytest.raises(RuntimeError, match="no"):
+        trainer.train()  # the model is a new one by then
+    assert callback.ema is None
+
+
+def test_a_best_checkpoint_without_an_average_is_refused_before_it_is_loaded(
+    tmp_path: Path,
+) -> None:
+    class Loses(TrainerCallback):
+        def on_train_end(self, *_: Any, **__: Any) -> None: ...
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 4:
+                place = Path(state.best_model_checkpoint)
+                shutil.rmtree(place if gone else place / FOLDER)
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", **SAVE}
+    best |= {"eval_strategy": "steps", "eval_steps": 1, "greater_is_better": True}
+    gone = False
+    callback = EMACallback(DECAY, eval_with="raw")
+    trainer = make(tmp_path, callback, Loses(), learning_rate=1e-4, **best)
+    with pytest.raises(ValueError, match="it has no folder 'ema'"):
+        trainer.train()
+    assert callback.ema is not None  # both are as they were
+    assert callback.ema.num_updates == 4
+    gone = True  # the trainer warns and keeps its weights
+    callback, oracle = EMACallback(DECAY, eval_with="raw"), Definition()
+    trained(tmp_path / "gone", callback, oracle, Loses(), learning_rate=1e-4, **best)
+    assert same(oracle.average, full(callback))
 
 
 def test_a_checkpoint_has_its_average_before_its_other_files(tmp_path: Path) -> None:
@@ -579,7 +859,9 @@ def resumes(folder: str, kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def lived(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+    deepspeed_operators: None,
 ) -> tuple[Path, world.Verdicts]:
     """One world of two ranks for the whole file."""
     folder = tmp_path_factory.mktemp("lived")
@@ -626,6 +908,7 @@ def test_two_ranks_resume(lived: tuple[Path, world.Verdicts], kind: str) -> None
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("deepspeed_operators")
 @pytest.mark.parametrize("stage", [None, 2, 3])
 def test_a_killed_trainer_goes_on_to_the_same_average(
     stage: int | None, text: Path, tmp_path: Path

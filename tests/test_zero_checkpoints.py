@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -89,8 +90,9 @@ def travel(name: str, folder: str) -> None:
     assert_same(averages(again), held)
 
 
+@pytest.mark.timeout(900)  # compilers and other tests may keep the cores busy
+@pytest.mark.usefixtures("deepspeed_operators")
 def test_an_average_travels_through_every_backend(tmp_path: Path) -> None:
-    engines.build_kernels()
     at = 0
     while at < len(TRAVELLERS):  # as many in one world as follow one another
         ranks = TRAVELLERS[at][0]

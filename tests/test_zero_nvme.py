@@ -16,6 +16,7 @@ from tests import engines, meters, world
 from tests.contract import assert_same
 
 pytestmark = [
+    pytest.mark.usefixtures("deepspeed_operators"),
     pytest.mark.full,  # DeepSpeed compiles its reader, for minutes
     pytest.mark.skipif(
         not any(Path(p).exists() for p in ("/usr/include/libaio.h", "/usr/local/include/libaio.h")),

@@ -9,7 +9,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shardema.backends.tree import named_tensors, tie_shared_storage, whole_shard
+from shardema.backends.tree import mark_wrapped, named_tensors, tie_shared_storage, whole_shard
 from shardema.shard import Shard
 
 
@@ -40,12 +40,13 @@ def _wrappers(models: Sequence[nn.Module]) -> Iterator[DistributedDataParallel]:
                 yield module
 
 
-def ensure_sharded(models: Sequence[nn.Module]) -> None:
+def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
     """Nothing to do: whole tensors are always what the model computes with."""
 
 
 def mark_written(models: Sequence[nn.Module]) -> None:
-    """Nothing to do: autograd saw the in-place writes."""
+    """Tells tensor subclasses, whose insides were written; autograd saw the other writes."""
+    mark_wrapped(param for model in models for param in model.parameters())
 
 
 def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:

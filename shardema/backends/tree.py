@@ -7,13 +7,17 @@ keeps its name.
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from shardema.shard import REPLACED, Role, Shard, overlaps, whole
+from shardema.shard import REPLACED, Role, Shard, overlaps, share_memory, whole
 
 # (where the type lives, its name, the child that it wraps); looked up in sys.modules, since a
 # model can only be wrapped by a type that was imported, and importing them all takes seconds.
@@ -32,7 +36,29 @@ _WRAPPERS = (
         "_fsdp_wrapped_module",
     ),
     ("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),
+    ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
 )
+# Children of wrappers that are the wrapped module once more.
+_AGAIN = {"_forward_module": "_original_module"}
+
+# Where modules live that rename, cut or flatten the weights of what they hold in other ways.
+_FOREIGN = (
+    "apex.parallel.distributed",
+    "colossalai",
+    "deepspeed.runtime.pipe",
+    "fairscale.experimental",
+    "fairscale.nn.data_parallel",
+    "fairscale.nn.misc",
+    "fairscale.nn.pipe",
+    "megatron",
+    "megatron_fsdp",
+    "smdistributed",
+    "torch_xla.distributed",
+    "torch_xla.experimental",
+)
+# Names of types that wrap a model for several devices, where they only hold what they wrap.
+_SOUNDS_FOREIGN = re.compile(r"DataParallel$|FullySharded|FSDP$|DDP$|^FSDP")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +72,25 @@ class Named:
     key: str
     role: Role
 
+    def now(self) -> Tensor | None:
+        """What the table holds under this name now."""
+        # TorchScript's table has no `get`
+        return self.table[self.key] if self.key in self.table else None  # noqa: SIM401
+
+    def here(self) -> bool:
+        """Whether the module still has this very tensor; see `Form` for the module itself."""
+        return self.now() is self.tensor
+
     def address(self) -> Callable[[], int]:
         """For `Shard.address`: checks that the table still holds this tensor."""
-        table, key, tensor = self.table, self.key, self.tensor
-        return lambda: tensor.data_ptr() if table.get(key) is tensor else REPLACED
+
+        def address() -> int:
+            tensor = self.tensor
+            if self.now() is not tensor:
+                return REPLACED
+            return pointer(tensor)
+
+        return address
 
 
 def wrapped_child(module: nn.Module) -> str | None:
@@ -70,13 +111,75 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def refuse_unknown_wrappers(models: Sequence[nn.Module]) -> None:
+    """Raises ValueError for a module that holds weights in a way that is not known here."""
+    for model in models:
+        for prefix, module in walk(model):
+            homes = [f"{t.__module__}." for t in type(module).__mro__]
+            foreign = any(home.startswith(f"{name}.") for home in homes for name in _FOREIGN)
+            if not (foreign or _wraps_by_name(module)):
+                continue
+            kind = type(module)
+            where = f" at {prefix[:-1]!r}" if prefix else ""
+            raise ValueError(
+                f"model: got a {kind.__module__}.{kind.__qualname__}{where}, of which shardema "
+                "does not know how it names and cuts the weights; where every rank holds whole "
+                "tensors build the EMA of the module inside of it, else shard the model with "
+                "fully_shard, FullyShardedDataParallel or DeepSpeed ZeRO"
+            )
+
+
+def _wraps_by_name(module: nn.Module) -> bool:
+    """Whether a module does nothing but hold another one, and its type says that it shards."""
+    if len(module._modules) != 1 or len(module._parameters) or wrapped_child(module) is not None:
+        return False
+    # fully_shard makes types of its own: FSDPLinear of Linear
+    names = [t.__name__ for t in type(module).__mro__ if not issubclass(t, FSDPModule)]
+    return any(_SOUNDS_FOREIGN.search(name) for name in names)
+
+
+def refuse_part(models: Sequence[nn.Module], root: nn.Module | None, how: str) -> NoReturn:
+    """Raises ValueError: weights of ``models`` are gathered and freed by ``root``, around them."""
+    kinds = sorted({type(model).__name__ for model in models})
+    around = [] if root is None else list(walk(root))
+    parts = [prefix for prefix, module in around if any(module is model for model in models)]
+    select = " or ".join(f"select='{prefix}*'" for prefix in parts) or "select="
+    name = "module" if root is None else type(root).__name__
+    raise ValueError(
+        f"model: got a part ({', '.join(kinds)}) of what {how} has put into one group of a "
+        f"{name} around it, which gathers and frees all of it at once; give the EMA that one, "
+        f"and choose the part: ShardedEMA(whole, ..., {select})"
+    )
+
+
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module with its clean prefix (``"a.b."``), one that is registered twice twice."""
     yield prefix, module
     inner = wrapped_child(module)
+    again = _AGAIN.get(inner or "")
     for name, child in module._modules.items():
-        if child is not None:
+        if child is not None and name != again:
             yield from walk(child, prefix if name == inner else f"{prefix}{name}.")
+
+
+class Form:
+    """Which module is where in the models, as it was when this was made.
+
+    A tensor's own table says nothing about whether the model still has that table's module: a block
+    that is deep-copied, sharded anew or made anew leaves an orphan behind that looks as before.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        modules = dict.fromkeys(module for model in models for _, module in walk(model))
+        tables = [module._modules for module in modules]
+        # TorchScript's are no dicts, and cannot be exchanged
+        self._tables = [table for table in tables if isinstance(table, dict)]
+        self._then = [dict(table) for table in self._tables]
+
+    def holds(self) -> bool:
+        """Whether every module still has the children that it had: 20 us for a thousand of them."""
+        # modules are equal where they are the same one
+        return self._tables == self._then
 
 
 def named_tensors(models: Sequence[nn.Module], skip: set[tuple[int, str]]) -> list[Named]:
@@ -127,21 +230,82 @@ def _role(tensor: Tensor, table: str) -> Role:
     return "parameter" if tensor.requires_grad else "frozen"
 
 
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_PRECISE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# what a subclass keeps beside its values and makes anew from them
+_CACHES = {"_precomputed_scale"}
+
+
+def values_of(tensor: Tensor) -> Tensor | None:
+    """The plain tensor that holds the values of ``tensor``, None where there is none.
+
+    A tensor subclass that wraps others (``torch.Tensor._make_wrapper_subclass``) has no memory of
+    its own. Where it declares by ``__tensor_flatten__`` that it is one tensor of its own shape and
+    dtype, as weights of float8 training are, that one is its value; what is quantised has none.
+    """
+    kind = type(tensor)
+    if kind in _PLAIN:
+        return tensor.detach()
+    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return tensor.detach().as_subclass(Tensor)
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return None
+    names, _ = tensor.__tensor_flatten__()
+    inner = [getattr(tensor, name) for name in names if name not in _CACHES]
+    if len(inner) != 1 or type(inner[0]) not in _PLAIN:
+        return None
+    same = inner[0].shape == tensor.shape and inner[0].dtype == tensor.dtype
+    return inner[0].detach() if same and tensor.dtype in _PRECISE else None
+
+
+def pointer(tensor: Tensor) -> int:
+    """Where the values of ``tensor`` lie; 0 where it has none."""
+    if type(tensor) in _PLAIN:
+        return tensor.data_ptr()
+    values = values_of(tensor)
+    return 0 if values is None else values.data_ptr()
+
+
+def kind_of(tensor: Tensor) -> str:
+    """The name of a tensor's type, as `Shard.opaque` has it."""
+    return f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+
+
+def mark_wrapped(tensors: Iterable[Tensor]) -> None:
+    """Tells the wrappers among ``tensors`` that the values inside of them were written."""
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN and values_of(tensor) is not None:
+            torch.autograd.graph.increment_version(tensor)
+            for name in _CACHES & set(vars(tensor)):
+                setattr(tensor, name, None)
+
+
 def whole_shard(named: Named) -> Shard:
     """The shard of a tensor that this rank holds in full.
 
     Raises:
         ValueError: the tensor's elements share memory.
     """
-    local = named.tensor.detach()
-    if overlaps(local):
+    local = values_of(named.tensor)
+    opaque = kind_of(named.tensor) if local is None else ""
+    if local is None:
+        local = named.tensor.detach()
+    elif overlaps(local) and named.role != "buffer":  # which is only read
         raise ValueError(
             f"{named.fqn}: shape {tuple(local.shape)} with strides {local.stride()} shares memory "
             "between elements; give it storage of its own (tensor.clone())"
         )
     shape = tuple(local.shape)
-    address = named.address()
-    return Shard(named.fqn, local, shape, whole(shape), named.role, named.aliases, address=address)
+    return Shard(
+        named.fqn,
+        local,
+        shape,
+        whole(shape),
+        named.role,
+        named.aliases,
+        address=named.address(),
+        opaque=opaque,
+    )
 
 
 def tie_shared_storage(shards: list[Shard]) -> list[Shard]:
@@ -150,30 +314,43 @@ def tie_shared_storage(shards: list[Shard]) -> list[Shard]:
     Raises:
         ValueError: two tensors share a part of their memory.
     """
-    spans: dict[int, list[tuple[int, int, int]]] = {}
-    merged: list[Shard | None] = list(shards)
-    for index, shard in enumerate(shards):
+    first: dict[tuple[Any, ...], Shard] = {}
+    names: dict[str, list[str]] = {}
+    alone: list[Shard] = []
+    spans: list[tuple[int, int, int, Shard]] = []  # storage, first byte, last byte
+    for shard in shards:
         local = shard.local
-        if local.numel() == 0 or local.device.type == "meta":
+        if shard.opaque or local.numel() == 0 or local.device.type == "meta":
+            alone.append(shard)
             continue
-        begin = local.data_ptr()
+        storage, begin = local.untyped_storage().data_ptr(), local.data_ptr()
+        twin = first.setdefault(
+            (begin, local.shape, local.stride(), local.dtype, shard.shape), shard
+        )
+        if twin is not shard:
+            names.setdefault(twin.fqn, []).extend(shard.names)
+            continue
+        alone.append(shard)
         reach = sum((n - 1) * s for n, s in zip(local.shape, local.stride(), strict=True)) + 1
-        stop = begin + reach * local.element_size()
-        storage = local.untyped_storage().data_ptr()
-        for other_begin, other_stop, other in spans.setdefault(storage, []):
-            twin = merged[other]
-            assert twin is not None
-            same = (other_begin, other_stop) == (begin, stop)
-            if same and twin.local.stride() == local.stride() and twin.shape == shard.shape:
-                names = (*twin.aliases, shard.fqn, *shard.aliases)
-                merged[other] = replace(twin, aliases=names)
-                merged[index] = None
-                break
-            if begin < other_stop and other_begin < stop:
+        spans.append((storage, begin, begin + reach * local.element_size(), shard))
+    _refuse_overlaps(spans)
+    return [
+        replace(shard, aliases=(*shard.aliases, *names[shard.fqn])) if shard.fqn in names else shard
+        for shard in alone
+    ]
+
+
+def _refuse_overlaps(spans: list[tuple[int, int, int, Shard]]) -> None:
+    """Raises ValueError for two tensors that have memory in common; interleaved ones have none."""
+    spans.sort(key=lambda span: span[:3])
+    near: list[tuple[int, int, int, Shard]] = []  # those that reach to where the next one begins
+    for span in spans:
+        storage, begin, _, shard = span
+        near = [other for other in near if other[0] == storage and other[2] > begin]
+        for *_, other in near:
+            if share_memory(other.local, shard.local):
                 raise ValueError(
-                    f"{shard.fqn} and {twin.fqn} share a part of their memory; an average of "
+                    f"{shard.fqn} and {other.fqn} share a part of their memory; an average of "
                     "both would count it twice: give one of them storage of its own"
                 )
-        else:
-            spans[storage].append((begin, stop, index))
-    return [shard for shard in merged if shard is not None]
+        near.append(span)

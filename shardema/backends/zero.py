@@ -45,8 +45,30 @@ def matches(models: Sequence[nn.Module]) -> bool:
         return True
     if not any(name.startswith("deepspeed") for name in sys.modules):
         return False
-    parameters = (p for model in models for p in model.parameters())
-    return any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters)
+    parameters = [p for model in models for p in model.parameters()]
+    taken = any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters)
+    return taken or _stepped_elsewhere(models, parameters)
+
+
+def _stepped_elsewhere(models: Sequence[nn.Module], parameters: Sequence[Tensor]) -> bool:
+    """Whether modules are (of) an engine's whose optimizer steps them, though nothing marks them.
+
+    An engine hooks the forward of its module. Of a child it only remembers the names of the
+    parameters; those of 16 bits are copies of masters that are elsewhere then.
+    """
+    hooks = [
+        hook for model in models for m in model.modules() for hook in m._forward_pre_hooks.values()
+    ]
+    owners = [
+        cell.cell_contents
+        for hook in hooks
+        if getattr(hook, "__module__", None) == "deepspeed.runtime.engine"
+        for cell in getattr(hook, "__closure__", None) or ()
+    ]
+    if owners:
+        return any(getattr(owner, "basic_optimizer", None) is not None for owner in owners)
+    known = getattr(sys.modules.get("deepspeed.utils.debug"), "param_names", ())
+    return any(p in known for p in parameters if p.requires_grad and p.element_size() == 2)
 
 
 def _engine(models: Sequence[nn.Module]) -> Any:
@@ -54,8 +76,9 @@ def _engine(models: Sequence[nn.Module]) -> Any:
     engines = _engines(models)
     if not engines:
         raise ValueError(
-            "model: got a module whose parameters DeepSpeed has partitioned, expected the engine "
-            "that deepspeed.initialize returned: ShardedEMA(engine, ...), after initialize"
+            "model: got a module whose parameters DeepSpeed has partitioned, or steps in its "
+            "engine, expected the engine that deepspeed.initialize returned: "
+            "ShardedEMA(engine, ...), after initialize; select= takes a part of it"
         )
     if len(models) > 1:
         raise ValueError(
@@ -77,13 +100,11 @@ def _refuse(engine: Any) -> None:
             "be right, so they are refused; turn it off in the DeepSpeed config, or average "
             "without an engine (FSDP2)"
         )
-    if engine.optimizer is None or type(engine.optimizer).__name__ in (
-        "DummyOptim",
-        "DeepSpeedZeRoOffload",
-    ):
+    if engine.basic_optimizer is None:
         raise ValueError(
-            "model: a DeepSpeed engine without an optimizer has no weights that move; give "
-            "deepspeed.initialize an optimizer, or a config with one"
+            "model: a DeepSpeed engine without an optimizer steps nothing; give "
+            "deepspeed.initialize an optimizer, or a config with one; where an optimizer of your "
+            "own steps the module of a ZeRO-0 engine, ShardedEMA(engine.module, ...)"
         )
     if _maker(engine.optimizer) is None:
         cls = type(engine.optimizer)
@@ -397,14 +418,16 @@ def _shard(named: Named, slot: _Slot, book: _Book) -> Shard:
         shape,
         flat_boxes(shape, slot.start, slot.numel),
         aliases=named.aliases,
-        address=_address(book, slot.group),
+        address=_address(named, book, slot.group),
         weights=None if aliased else part(weights),
         away=None if loan is None else (loan, slot.offset),
     )
 
 
-def _address(book: _Book, group: int) -> Callable[[], int]:
+def _address(named: Named, book: _Book, group: int) -> Callable[[], int]:
     def address() -> int:
+        if not named.here():
+            return REPLACED
         try:
             return hash((book.master(group).data_ptr(), book.weights(group).data_ptr()))
         except IndexError:  # offload_states() empties the lists; reading again says so
@@ -425,11 +448,11 @@ def _frozen_part(named: Named) -> Shard:
         flat_boxes(shape, start, numel),
         "frozen",
         named.aliases,
-        address=lambda: param.ds_tensor.data_ptr(),
+        address=lambda: param.ds_tensor.data_ptr() if named.here() else REPLACED,
     )
 
 
-def ensure_sharded(models: Sequence[nn.Module]) -> None:
+def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
     """Nothing to do: what the optimizer steps is never gathered; see `Engine.release`."""
 
 
@@ -458,9 +481,10 @@ class Engine:
     def applied(self) -> int | None:
         """A number that differs after every step that moved the weights; None after another.
 
-        ``global_steps`` also counts the steps that were skipped.
+        ``global_steps`` goes back in ``load_checkpoint``; ``micro_steps`` counts calls of ``step``
+        and never does.
         """
-        return int(self._engine.global_steps) if self._engine.was_step_applied() else None
+        return int(self._engine.micro_steps) if self._engine.was_step_applied() else None
 
     def parameters(self) -> dict[str, Tensor]:
         """What a forward computes with, gathered or not."""

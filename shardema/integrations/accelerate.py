@@ -5,13 +5,20 @@
     accelerator.prepare -> attach -> optimizer.step (or the engine's)   one update per real step
                                      accelerator.save_state(DIR)        also writes DIR/<name>/
                                      accelerator.load_state(DIR)        also reads it, resharded
+
+`attach` stands before the two calls of the one accelerator: its hooks come too late to refuse a
+call that only one rank makes, or a state that does not fit, before anything is done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import os
+import re
 import shutil
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -23,10 +30,13 @@ from torch import nn
 from shardema import manifest
 from shardema.arguments import NAME
 from shardema.backends.tree import wrapped_child
+from shardema.callers import only_main
 from shardema.ema import ShardedEMA
-from shardema.errors import CheckpointError
+from shardema.errors import CheckpointError, RankError
 from shardema.files import reporting, sync_path
 from shardema.schedules import Schedule
+
+log = logging.getLogger(__name__)
 
 _REFUSED = {DistributedType.MEGATRON_LM, DistributedType.XLA}
 
@@ -55,8 +65,11 @@ def attach(
 
     It is updated after every step that the optimizers really made: not while gradients are
     accumulated, not where the GradScaler or DeepSpeed skipped. ``accelerator.save_state`` writes
-    it into a folder of the state; ``accelerator.load_state`` reads it on any number of ranks. Both
-    are collective, as without it.
+    it into a folder of the state; ``accelerator.load_state`` reads it on any number of ranks.
+
+    ``save_state`` is what it is without the EMA: with DDP the main process writes, whether the
+    others call it or not; with FSDP and DeepSpeed, and with ``shard_replicas``, it is collective,
+    and a main process that is seen to call it alone raises at once. ``load_state`` is collective.
 
     Args:
         accelerator: the one that prepared the model.
@@ -75,7 +88,7 @@ def attach(
     Raises:
         ValueError: a model or an optimizer that ``prepare`` did not return, an optimizer of
             another model, a name that is taken, a kind of training that is not supported, and
-            whatever `ShardedEMA` raises.
+            whatever `ShardedEMA` and its ``attach`` raise.
         TypeError: an EMA that exists already, in place of the model or registered for
             checkpointing.
     """
@@ -87,12 +100,9 @@ def attach(
     ema = AttachedEMA(model, schedule, **options)
     handle: Any = ema.attach(*((model,) if engine else optimizers), dt=dt)
     carrier = _Carrier(accelerator, entry, ema, name)
-    ema._ends = [
-        handle,
-        accelerator.register_save_state_pre_hook(carrier.save),
-        accelerator.register_load_state_pre_hook(carrier.load),
-    ]
+    ema._ends = [handle, accelerator.register_save_state_pre_hook(carrier.save)]
     _guard_registration(accelerator)
+    _stand_before(accelerator)
     return ema
 
 
@@ -118,8 +128,13 @@ class _Carrier:
         held = accelerator is not None and any(m is entry for m in accelerator._models)
         return self._ema() if held else None
 
+    def alone(self) -> bool:
+        """Whether the main process saves by itself, since it holds everything."""
+        ema = self.carried()
+        return ema is None or ema._whole_everywhere()
+
     def save(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
-        """Writes beside what is there, and replaces that when all ranks are done. Collective.
+        """Writes beside what is there, and replaces that when it is whole.
 
         accelerator.save_state overwrites a state without asking; ShardedEMA.save never does.
         """
@@ -127,22 +142,55 @@ class _Carrier:
         if ema is None:
             return
         folder, partial = self._places(output_dir)
-        self._ranks.agree("save_state", None, lambda _: _tidy(folder, partial))
+        if self.alone():
+            ema._not_inside("save")
+            if self._ranks.leader:
+                with ema._alone():
+                    _tidy(folder, partial)
+                    ema.save(os.path.join(partial, "new"))
+                    _replace(folder, partial)
+            return
+        self._ranks.agree("save_state (clearing)", None, lambda _: _tidy(folder, partial))
         ema.save(os.path.join(partial, "new"))
         self._ranks.agree("save_state (replacing)", None, lambda _: _replace(folder, partial))
 
-    def load(self, models: list[nn.Module], input_dir: str) -> None:
-        """Collective. What it reads does not hang on the weights, which DDP's come after it."""
+    def look(self, state: str) -> str | None:
+        """The average in a state, None where accelerate refuses the state. Collective.
+
+        Raises:
+            CheckpointError, ValueError: there is none, or one that does not fit.
+        """
+        ema = self.carried()
+        if ema is None:
+            return None
+
+        def find(_: list[None]) -> str | None:
+            return self._find(state) if os.path.isdir(state) else None
+
+        folder: str | None = self._ranks.agree("load_state", None, find)
+        if folder is not None:
+            try:
+                ema._check_loadable(folder)
+            except ValueError as error:
+                raise ValueError(
+                    f"load_state: {error}. Nothing was loaded; to go on without what is stored, "
+                    "end this average with remove(), load the state and attach() then"
+                ) from error
+        return folder
+
+    def load(self, folder: str) -> None:
+        """Reads the average of the weights that were loaded. Collective."""
         ema = self.carried()
         if ema is None:
             return
-        folder = self._ranks.agree("load_state", None, lambda _: self._find(input_dir))
         try:
             ema.load(folder)
-        except ValueError as error:
-            raise ValueError(
-                f"load_state: {error}. The average is as before; to go on without what is stored, "
-                "load the state first and attach() then"
+        except Exception as error:
+            ema.reset()
+            raise CheckpointError(
+                f"load_state: {error}. The weights were loaded by then, so the average begins anew "
+                "from them; load another state to go on from an average",
+                path=folder,
             ) from error
 
     def _places(self, state: str) -> tuple[str, str]:
@@ -159,7 +207,8 @@ class _Carrier:
             others = sorted(n for n in os.listdir(state) if _is_ours(os.path.join(state, n)))
         raise CheckpointError(
             f"load_state from {state}: it holds no EMA {self.name!r} (EMAs in it: {others}); to "
-            "start the average from this state's weights, load the state first and attach() then",
+            "start the average from this state's weights, end this one with remove(), load the "
+            "state and attach() then",
             path=folder,
         )
 
@@ -256,19 +305,23 @@ def _check_optimizers(
             )
 
 
+def _carriers(accelerator: Accelerator) -> list[_Carrier]:
+    """Of the averages that the accelerator carries now."""
+    hooks = accelerator._save_model_state_pre_hook.values()
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return [one for one in owners if isinstance(one, _Carrier) and one.carried() is not None]
+
+
 def _check_name(accelerator: Accelerator, name: str) -> None:
     if not NAME.fullmatch(name):
         raise ValueError(
             f"attach: got name={name!r}, expected a folder name of letters, digits, '.', '_', '-'"
         )
-    hooks = accelerator._save_model_state_pre_hook.values()
-    carriers = [getattr(hook, "__self__", None) for hook in hooks]
-    for carrier in carriers:
-        if isinstance(carrier, _Carrier) and carrier.name == name and carrier.carried():
-            raise ValueError(
-                f"attach: this accelerator has an EMA {name!r} already; give this one another "
-                "name=, the folder in the state, or end the other with remove()"
-            )
+    if any(carrier.name == name for carrier in _carriers(accelerator)):
+        raise ValueError(
+            f"attach: this accelerator has an EMA {name!r} already; give this one another "
+            "name=, the folder in the state, or end the other with remove()"
+        )
 
 
 def _guard_registration(accelerator: Accelerator) -> None:
@@ -295,3 +348,77 @@ def _refuse_registered(objects: Iterable[Any]) -> None:
             "shards and give them to all; leave the call out: attach() makes save_state and "
             "load_state carry the EMA"
         )
+
+
+def _stand_before(accelerator: Accelerator) -> None:
+    """Puts `_check_all_come` before save_state, and the averages around load_state."""
+    save, load = accelerator.save_state, accelerator.load_state
+    if getattr(save, "carries_ema", False):
+        return
+
+    @functools.wraps(save)
+    def saved(*args: Any, **kwargs: Any) -> Any:
+        together = [carrier for carrier in _carriers(accelerator) if not carrier.alone()]
+        if together:
+            _check_all_come(accelerator, together[0])
+        return save(*args, **kwargs)
+
+    @functools.wraps(load)
+    def loaded(input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        state = _state(accelerator, input_dir)
+        carriers = _carriers(accelerator) if state is not None else []
+        found = [(one, one.look(str(state))) for one in carriers]  # all, before anything is loaded
+        with _paired(carriers):
+            result = load(state, *args, **kwargs)
+        for carrier, folder in found:
+            if folder is not None:
+                carrier.load(folder)
+        return result
+
+    saved.carries_ema = True  # type: ignore[attr-defined]
+    accelerator.save_state, accelerator.load_state = saved, loaded
+
+
+def _check_all_come(accelerator: Accelerator, carrier: _Carrier) -> None:
+    """Raises on all ranks where not all call save_state. Collective."""
+    ranks = carrier._ranks
+    several = os.environ.get("LOCAL_WORLD_SIZE", "1") != "1"
+    place = only_main(sys._getframe(2), local=several) if ranks.size > 1 else None
+    if place is not None:
+        raise RankError(
+            f"rank {ranks.rank}: save_state in an if that only the main process enters ({place}), "
+            f"expected on all ranks: each holds a part of the model or of the average "
+            f"({accelerator.distributed_type.value}); take the call out of the if",
+            rank=ranks.rank,
+        )
+    ranks.agree("save_state")
+
+
+def _state(accelerator: Accelerator, input_dir: str | None) -> str | None:
+    """The folder that load_state will read; None where it raises by itself."""
+    project = accelerator.project_configuration
+    if input_dir is not None or not project.automatic_checkpoint_naming:
+        return None if input_dir is None else os.path.expanduser(input_dir)
+    parent = os.path.join(str(accelerator.project_dir), "checkpoints")
+    names = [name for name in os.listdir(parent) if re.search("[0-9]", name)]
+    newest = max(names, key=lambda name: int(re.findall("[0-9]+", name)[0]), default=None)
+    return None if newest is None else os.path.join(parent, newest)
+
+
+@contextlib.contextmanager
+def _paired(carriers: Iterable[_Carrier]) -> Iterator[None]:
+    """After an error inside, averages of weights that it has changed begin anew from these."""
+    emas = [ema for carrier in carriers if (ema := carrier.carried()) is not None]
+    before = [_writes(ema) for ema in emas]
+    try:
+        yield
+    except BaseException:
+        for ema, writes in zip(emas, before, strict=True):
+            if _writes(ema) != writes:
+                log.warning("load_state failed after weights were loaded: the average begins anew")
+                ema.reset()
+        raise
+
+
+def _writes(ema: ShardedEMA) -> dict[str, int]:
+    return ema._weights.versions(ema._weights.mine)

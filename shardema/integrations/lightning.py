@@ -2,7 +2,9 @@
 
 ::
 
-    fit         on_train_start      built, or read; attached to the optimizers
+    ckpt_path   resume_end          read, when the weights of the checkpoint are there
+    fit         on_train_start      built, if it was not read; attached to the optimizers
+                on_train_batch_*    attached anew, if they are others now
                 on_train_end        exported
     evaluate    on_*_start          the average goes into the model
                 on_*_end            and out again; also in on_exception
@@ -31,20 +33,22 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from shardema.agree import Ranks
 from shardema.arguments import as_schedules
 from shardema.ema import ShardedEMA
+from shardema.errors import CheckpointError
+from shardema.modes import held_back
 from shardema.schedules import Schedule
 
 log = logging.getLogger(__name__)
 
 Side = Literal["ema", "raw"]
 
-_KEY = "shardema"  # in a checkpoint: the token that its average is found by
+_KEY = "shardema"  # in a checkpoint: the token that its average is found by; "" without one
 _WRAPPING = (FSDPStrategy, DeepSpeedStrategy)  # each run gets a wrapper with tensors of its own
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, *_WRAPPING)
 
@@ -70,7 +74,8 @@ class EMACallback(Callback):
         options: every other keyword argument of `ShardedEMA`.
 
     Attributes:
-        ema: the `ShardedEMA`, from the start of the first training, or None.
+        ema: the `ShardedEMA`, from the start of the first training or from the load of a
+            checkpoint; None where there is no average of the weights that the module has.
 
     Raises:
         ValueError, TypeError: here, for bad arguments; on all ranks at the start of a run, for a
@@ -107,9 +112,11 @@ class EMACallback(Callback):
         self.ema: ShardedEMA | None = None
         self._averaged: tuple[LightningModule, nn.Module | None] | None = None  # it, its wrapper
         self._resume: tuple[str, str | None] | None = None  # a checkpoint that was read, its token
+        self._before: ShardedEMA | None = None  # `ema`, until the average of new weights is there
         self._handle: Any = None
+        self._followed: list[tuple[Any, int]] = []  # the optimizers, when they were attached
         self._plan: list[Side] = []  # of the evaluation that runs, by dataloader
-        self._swap: contextlib.AbstractContextManager[None] | None = None
+        self._swap: contextlib.ExitStack | None = None
 
     # ---- a run --------------------------------------------------------------------------------
 
@@ -137,23 +144,89 @@ class EMACallback(Callback):
                 f"module: got {self.module!r} with {kind}, which wraps the whole LightningModule; "
                 "leave it out, and take the prefix off the exported names"
             )
-        self._resume = None
+        if stage == "fit" and self._average_of(pl_module) is None:
+            self.ema = self._averaged = None  # of another module
+        self._resume = self._before = None
         _carry(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
         self._refuse_export()
-        if not self._bind(trainer, pl_module):
+        if not self._bound(trainer, pl_module):
             self._build(trainer, pl_module)
+        self._follow(trainer)
+        if self._handle is None:
+            kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+            raise ValueError(
+                f"fit: none of the trainer's optimizers ({', '.join(kinds)}) holds an averaged "
+                "parameter, so the average would never move; give EMACallback the module= or "
+                "select= that they step, or return the one that does in configure_optimizers"
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        if self.ema is None:  # the weights came from a checkpoint that has none
+            self._build(trainer, pl_module)
+        self._follow(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        groups = len(optimizer.param_groups)
+        if not any(optimizer is one and groups == n for one, n in self._followed):
+            self._follow(trainer)  # it was made, or got further parameters, in this batch
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         assert self.ema is not None
-        engine = isinstance(trainer.strategy, DeepSpeedStrategy)
-        stepping: list[Any] = [trainer.strategy.model] if engine else trainer.optimizers
-        self._handle = self.ema.attach(*stepping, dt=self.dt)
+        _ = self.ema.num_updates  # which ends a round of several optimizers, on every strategy
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.ema is not None
         if self.export is not None:
             self.ema.export(self.export, self.average)
+
+    def _follow(self, trainer: Trainer) -> None:
+        """Attaches to the trainer's optimizers, if they are not those that are attached.
+
+        They may be set up anew in the middle of a fit, or get further parameters.
+        """
+        now: list[tuple[Any, int]] = [(one, len(one.param_groups)) for one in trainer.optimizers]
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            now = [(trainer.strategy.model, 0)]
+        same = len(now) == len(self._followed) and all(
+            a is b and n == m for (a, n), (b, m) in zip(now, self._followed, strict=True)
+        )
+        if self.ema is None or (same and self._handle is not None):
+            return
+        self._detach()
+        self._followed = now
+        stepping: list[Any] = [one for one, _ in now if self._steps(trainer, one)]
+        if stepping:
+            self._handle = self.ema.attach(*stepping, dt=self.dt)
+        elif not same and trainer.is_global_zero:
+            log.warning(
+                "fit: none of the trainer's optimizers (%s) holds an averaged parameter now: the "
+                "average stays as it is",
+                ", ".join(type(one).__name__ for one, _ in now),
+            )
+
+    def _steps(self, trainer: Trainer, optimizer: Any) -> bool:
+        """Whether an optimizer moves the average."""
+        assert self.ema is not None
+        engine = isinstance(trainer.strategy, DeepSpeedStrategy)
+        return engine or self.ema._weights.held_by(optimizer)
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Exports where `fit` had nothing to do: the job was killed after its last step."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and self._handle is None
+        if not fitting or trainer.state.status != TrainerStatus.RUNNING:
+            return
+        if self.ema is None or self.export is None or not trainer.fit_loop.done:
+            return
+        export = os.fspath(self.export)
+        if self._ranks().agree("export (looking)", None, lambda _: os.path.lexists(export)):
+            log.info("export: %s is there already, and the fit had nothing to do", export)
+        else:
+            self.ema.export(export, self.average)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -183,11 +256,8 @@ class EMACallback(Callback):
 
     # ---- which average ------------------------------------------------------------------------
 
-    def _bind(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Makes `ema` the average of these weights; False if there is none. Collective."""
-        resume, self._resume = self._resume, None
-        if resume is not None:
-            return self._read(trainer, pl_module, *resume)
+    def _bound(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether `ema` is the average of these weights."""
         if self._average_of(pl_module) is None or self._averaged is None:
             return False
         anew = self._averaged[1] is not trainer.strategy.model
@@ -235,22 +305,59 @@ class EMACallback(Callback):
             )
         return above[-1]
 
+    def _loaded(self, path: str, checkpoint: Mapping[str, Any]) -> None:
+        """The model gets the weights of a checkpoint: until `_restored` there is no average."""
+        self._resume = os.path.abspath(path), checkpoint.get(_KEY)
+        self._before, self.ema = self.ema or self._before, None
+
+    def _restored(self, trainer: Trainer) -> None:
+        """The model has the weights of a checkpoint: reads their average. Collective."""
+        if self._resume is None:
+            return
+        (path, token), self._resume = self._resume, None
+        before, self._before = self._before, None
+        raw = trainer.state.fn != TrainerFn.FITTING and "ema" not in self._sides(0)
+        try:
+            self.ema = self._read(trainer, path, token, before, raw or self.allow_missing)
+        except (ValueError, CheckpointError) as error:
+            if not raw:
+                raise
+            if trainer.is_global_zero:
+                log.warning("there is no average of these weights: %s", error)
+        if self.ema is not before:
+            self._detach()
+
     def _read(
-        self, trainer: Trainer, pl_module: LightningModule, path: str, token: str | None
-    ) -> bool:
+        self,
+        trainer: Trainer,
+        path: str,
+        token: str | None,
+        before: ShardedEMA | None,
+        allow_missing: bool,
+    ) -> ShardedEMA | None:
+        """The average of a checkpoint; None if it has none, and may have none."""
+        if token == "":
+            log.info("ckpt_path: %s: it was saved when there was no average", path)
+            return None
         folder = _folder(os.path.realpath(path), token or "")
-        if token and self._ranks().agree("ckpt_path", None, lambda _: os.path.isdir(folder)):
-            self._build(trainer, pl_module, folder)
-        elif self.allow_missing:
-            self.ema = self._averaged = None  # of other weights than these
-            return False
-        else:
+        if not (token and self._ranks().agree("ckpt_path", None, lambda _: os.path.isdir(folder))):
             why = f"the average in {folder} is gone" if token else "it was saved without an average"
-            raise ValueError(
-                f"ckpt_path: {path}: {why}; to go on without, EMACallback(allow_missing=True) "
-                "starts one from the checkpoint's weights, eval_with='raw' evaluates them"
-            )
-        return True
+            if not allow_missing:
+                raise ValueError(
+                    f"ckpt_path: {path}: {why}; to go on without, EMACallback(allow_missing=True) "
+                    "starts one from the checkpoint's weights, eval_with='raw' evaluates them"
+                )
+            if trainer.is_global_zero:
+                log.warning("ckpt_path: %s: %s", path, why)
+            return None
+        module, wrapper = trainer.lightning_module, trainer.strategy.model
+        if before is not None and self._averaged is not None:
+            known, wrapped = self._averaged
+            if known is module and wrapped is wrapper:  # it may be attached
+                before.load(folder, new_schedule=self.new_schedule)
+                return before
+        self._build(trainer, module, folder)
+        return self.ema
 
     # ---- evaluating ---------------------------------------------------------------------------
 
@@ -276,22 +383,25 @@ class EMACallback(Callback):
         if "ema" not in plan:
             return
         training = trainer.state.fn == TrainerFn.FITTING
-        if not training and not self._bind(trainer, pl_module) and trainer.is_global_zero:
+        if not training and not self._bound(trainer, pl_module) and trainer.is_global_zero:
             log.warning("there is no average of this model yet: evaluating its own weights")
         ema = self._average_of(pl_module)
         if ema is not None and ema.num_updates:
             self._plan = plan
-            self._turn(0)
+            self._turn(trainer, 0)
 
-    def _turn(self, loader: int) -> None:
+    def _turn(self, trainer: Any, loader: int) -> None:
         """Makes the model hold what this dataloader is evaluated with."""
         side = self._plan[loader] if self._plan else "raw"
         if side == "raw":
             self._leave()
         elif self._swap is None:
             assert self.ema is not None
-            self._swap = self.ema.swap(self.average)
-            self._swap.__enter__()
+            with contextlib.ExitStack() as stack:
+                wrappers = getattr(trainer.strategy, "_lightning_optimizers", [])
+                stack.enter_context(held_back([*wrappers, *trainer.optimizers]))
+                stack.enter_context(self.ema.swap(self.average))
+                self._swap = stack.pop_all()
 
     def _leave(self, exception: BaseException | None = None) -> None:
         swap, self._swap = self._swap, None
@@ -318,7 +428,7 @@ class EMACallback(Callback):
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._turn(dataloader_idx)
+        self._turn(trainer, dataloader_idx)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
@@ -346,6 +456,7 @@ class EMACallback(Callback):
             return [os.path.abspath(path), secrets.token_hex(4)]
 
         path, token = ranks.agree("save_checkpoint", None, where)
+        self._restored(trainer)  # in on_fit_start the weights may be a checkpoint's already
         ema = self._average_of(trainer.lightning_module)
         if ema is None:
             token = ""
@@ -353,22 +464,15 @@ class EMACallback(Callback):
             token = f"{ema.num_updates:06d}-{token}"
             with _on_device(trainer):
                 ema.save(_folder(path, token))
-            checkpoint[_KEY] = token
+        checkpoint[_KEY] = token
         write()
         trainer.strategy.barrier("shardema")  # the others may still write, or still be about to
         if ranks.leader:
             _keep_only(path, token)
 
-    def _loaded(self, path: str, checkpoint: Mapping[str, Any]) -> None:
-        # a second one is a tuner's, which puts back what it found
-        self._resume = self._resume or (os.path.abspath(path), checkpoint.get(_KEY))
-
     def _remove(self, path: str) -> None:
-        path = os.path.abspath(path)
-        if self._resume == (path, None):  # a tuner's, from before there was an average
-            self._resume = None
         if self._ranks().leader:
-            _keep_only(path, "")
+            _keep_only(os.path.abspath(path), "")
 
 
 def _callbacks(trainer: Any) -> list[EMACallback]:
@@ -407,10 +511,13 @@ def _carry(trainer: Trainer) -> None:
     """From now on this trainer's checkpoints go with their averages.
 
     Every checkpoint passes through these three methods of the strategy, on all ranks and with its
-    path, which the hooks of a callback are not told. The callback is looked up at each call: it
-    may be another one by then, or out of the list, as a tuner does.
+    path, which the hooks of a callback are not told; ``resume_end`` comes when all that a
+    checkpoint holds is restored, also in a `fit` that then has nothing to do, and ``teardown``
+    while the model is still where it was trained. The callback is looked up at each call: it may
+    be another one by then, or out of the list, as a tuner does.
     """
     strategy: Any = trainer.strategy
+    connector: Any = trainer._checkpoint_connector
     if getattr(strategy, "_carries_ema", False):
         return
     strategy._carries_ema = True
@@ -419,6 +526,7 @@ def _carry(trainer: Trainer) -> None:
         strategy.load_checkpoint,
         strategy.remove_checkpoint,
     )
+    resumed, teardown = connector.resume_end, strategy.teardown
 
     def save_too(checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> None:
         def write() -> None:
@@ -440,5 +548,16 @@ def _carry(trainer: Trainer) -> None:
         for callback in _callbacks(trainer):
             callback._remove(os.fspath(filepath))
 
+    def resumed_too() -> None:
+        for callback in _callbacks(trainer):
+            callback._restored(trainer)
+        resumed()
+
+    def teardown_too() -> None:
+        for callback in _callbacks(trainer):
+            callback._finish(trainer)
+        teardown()
+
     strategy.save_checkpoint, strategy.load_checkpoint = save_too, load_too
-    strategy.remove_checkpoint = remove_too
+    strategy.remove_checkpoint, strategy.teardown = remove_too, teardown_too
+    connector.resume_end = resumed_too

@@ -6,6 +6,7 @@ puts itself around methods of the one trainer::
 
     train            knows the checkpoint to resume from; takes the hooks off, also after an error
     on_train_begin   the model is wrapped now: builds the ShardedEMA, loads, attaches
+    evaluate         once for each pass, of which the outside sees one evaluation
     evaluation_loop  of evaluate and predict: inside ema.swap()
     save_model       of a checkpoint: writes checkpoint-N/ema first; else: writes the average
     _load_best_model loads the average of the best checkpoint too
@@ -20,7 +21,7 @@ import inspect
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import transformers
@@ -30,14 +31,24 @@ from transformers.trainer_utils import get_last_checkpoint
 from shardema import manifest
 from shardema.agree import Ranks
 from shardema.arguments import as_schedules
+from shardema.backends.tree import unwrap
 from shardema.ema import ShardedEMA
+from shardema.modes import held_back
 from shardema.schedules import Schedule, describe
 
 log = logging.getLogger(__name__)
 
 FOLDER = "ema"  # inside a checkpoint of the trainer
-_WRAPPED = ("train", "evaluation_loop", "save_model", "_load_best_model")
+_WRAPPED = (
+    "train",
+    "evaluate",
+    "evaluation_loop",
+    "save_model",
+    "_load_best_model",
+    "_load_from_checkpoint",
+)
 _CALLED = ("_save", "get_total_train_batch_size")
+_OF_A_LOG = ("epoch", "step", "num_input_tokens_seen")  # what Trainer.log adds to a row
 
 
 class EMACallback(TrainerCallback):
@@ -110,6 +121,8 @@ class EMACallback(TrainerCallback):
         self._trainer: Any = None
         self._handle: Any = None
         self._resume: str | None = None  # the checkpoint that this training goes on from
+        self._model: Any = None  # that `ema` is the average of, unwrapped
+        self._pass: list[str | None] | None = None  # of an evaluation, the one that runs
         self.ema: ShardedEMA | None = None
 
     def bind(self, trainer: Trainer) -> EMACallback:
@@ -179,6 +192,7 @@ class EMACallback(TrainerCallback):
             found = self._ranks.agree("train (resuming)", lambda: self._look(str(folder)), all)
             if found:
                 self._resume = os.path.join(str(folder), FOLDER)
+        self.ema = None  # the weights of a checkpoint are loaded before their average is
         try:
             return original(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -222,7 +236,15 @@ class EMACallback(TrainerCallback):
         engine = trainer.is_deepspeed_enabled
         dt = trainer.get_total_train_batch_size(args) if self._unit == "sample" else None
         self._handle = ema.attach(trainer.model_wrapped if engine else trainer.optimizer, dt=dt)
+        self._model = unwrap(trainer.model_wrapped)
         self.ema = ema
+
+    def _average(self, op: str) -> ShardedEMA | None:
+        """`ema`, if it is of the weights that the trainer has now."""
+        if self.ema is None or unwrap(self._trainer.model) is self._model:
+            return self.ema
+        log.warning("%s: the average is of the model that was trained, not of trainer.model", op)
+        return None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the average to ``output_dir``. Collective."""
@@ -236,6 +258,60 @@ class EMACallback(TrainerCallback):
 
     # ---- evaluating ---------------------------------------------------------------------------
 
+    def _evaluate(
+        self,
+        original: Callable[..., dict[str, float]],
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> dict[str, float]:
+        """One evaluation for each pass, so that what a subclass collects in it is of this pass."""
+        trainer = self._trainer
+        sets = trainer.eval_dataset if eval_dataset is None else eval_dataset
+        passes = [None] if isinstance(sets, dict) else self._passes("evaluate")
+        if len(passes) == 1:  # a dict of sets comes here again with each of them
+            return original(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        metrics: dict[str, float] = {}
+        for name in passes:
+            self._pass = [name]
+            prefix = metric_key_prefix if name is None else f"{metric_key_prefix}_{name}"
+            try:
+                with self._unseen() as rows:
+                    returned = original(eval_dataset, ignore_keys, prefix, **kwargs)
+            finally:
+                self._pass = None
+            for row in (*rows, returned):
+                for key, value in row.items():
+                    if key not in _OF_A_LOG:
+                        metrics[_named(key, metric_key_prefix, prefix)] = value
+        Trainer.log(trainer, metrics)  # not a subclass's, which has had its turn in each pass
+        handler = trainer.callback_handler
+        trainer.control = handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+    @contextlib.contextmanager
+    def _unseen(self) -> Iterator[list[dict[str, float]]]:
+        """Inside, the trainer logs to the list that this gives, and tells the callbacks nothing."""
+        state, handler = self._trainer.state, self._trainer.callback_handler
+        history, state.log_history = state.log_history, []
+        handler.on_log = handler.on_evaluate = lambda args, state, control, *_, **__: control
+        try:
+            yield state.log_history
+        finally:
+            state.log_history = history
+            del handler.on_log, handler.on_evaluate
+
+    def _passes(self, op: str) -> list[str | None]:
+        """The averages to evaluate with in turn; None are the weights themselves."""
+        if self._pass is not None:
+            return self._pass
+        if self._evaluated == [None] or self._average(op) is not None:
+            return self._evaluated
+        if self.ema is None:
+            log.warning("%s: no average before the training: raw weights", op)
+        return [None]
+
     def _evaluation_loop(
         self,
         original: Callable[..., Any],
@@ -245,10 +321,7 @@ class EMACallback(TrainerCallback):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        passes = self._evaluated
-        if self.ema is None and passes != [None]:
-            log.warning("%s: no average before the training: raw weights", description)
-            passes = [None]
+        passes = self._passes(description)
         metrics: dict[str, float] = {}
         output: Any = None
         for name in passes:
@@ -259,17 +332,20 @@ class EMACallback(TrainerCallback):
             metrics |= output.metrics
         return output._replace(metrics=metrics)
 
-    def _weights(self, op: str, name: str | None) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _weights(self, op: str, name: str | None) -> Iterator[None]:
         """The model holds the average ``name`` inside; its own weights if None."""
         if self.ema is None or name is None:
-            return contextlib.nullcontext()
+            yield
+            return
         args = self._trainer.args
         if not self._trainer.is_in_train and (args.fp16_full_eval or args.bf16_full_eval):
             raise ValueError(
                 f"{op}: fp16_full_eval and bf16_full_eval cast the model in place, so that neither "
                 "the average nor the weights could be put back; set them to False in trainer.args"
             )
-        return self.ema.swap(name)
+        with held_back([self._trainer.optimizer]), self.ema.swap(name):
+            yield
 
     # ---- saving -------------------------------------------------------------------------------
 
@@ -279,24 +355,24 @@ class EMACallback(TrainerCallback):
         output_dir: str | None = None,
         _internal_call: bool = False,
     ) -> None:
-        if self.ema is not None and _internal_call and output_dir is not None:  # a checkpoint
+        ema = self._average("save_model")
+        if ema is not None and _internal_call and output_dir is not None:  # a checkpoint
             # the average is there first: a checkpoint that the trainer finished has one
-            self._save_ema(os.path.join(output_dir, FOLDER))
-        elif self.ema is not None and self._saved is not None:
+            self._save_ema(ema, os.path.join(output_dir, FOLDER))
+        elif ema is not None and self._saved is not None:
             self._write(self._saved, output_dir or self._trainer.args.output_dir)
             if self._trainer.args.push_to_hub and not _internal_call:
                 self._trainer.push_to_hub(commit_message="Model save")
             return
         original(output_dir, _internal_call=_internal_call)
 
-    def _save_ema(self, place: str) -> None:
+    def _save_ema(self, ema: ShardedEMA, place: str) -> None:
         def clear() -> None:  # of an earlier run; the trainer writes over its own files too
             if self._trainer.is_world_process_zero() and os.path.isdir(place):
                 shutil.rmtree(place)
 
-        assert self.ema is not None
         self._ranks.agree(f"save_model (clearing {place})", clear)
-        self.ema.save(place)
+        ema.save(place)
 
     def _write(self, name: str, folder: str) -> None:
         """Writes an average as the trainer writes a model. Collective.
@@ -304,19 +380,43 @@ class EMACallback(TrainerCallback):
         The trainer's own function knows the names that transformers gives to weights on disk,
         the tokenizer, and models that are no PreTrainedModel.
         """
-        if self.ema is None:
+        ema = self._average("save_model")
+        if ema is None:
             return
         args = self._trainer.args
-        full = self.ema.full_state_dict(name, dtype="model", all_ranks=args.save_on_each_node)
+        full = ema.full_state_dict(name, dtype="model", all_ranks=args.save_on_each_node)
         if args.should_save:
             self._trainer._save(folder, state_dict=full)
             log.info("average %r written to %s", name, folder)
 
     def _load_best_model(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        original(*args, **kwargs)
         best = str(self._trainer.state.best_model_checkpoint)
-        assert self.ema is not None
-        if self._ranks.agree("_load_best_model", lambda: self._look(best), all):
-            self.ema.load(os.path.join(best, FOLDER), new_schedule=self._new_schedule)
-        else:
-            self.ema.reset()
+
+        def look() -> bool | None:
+            return self._look(best) if os.path.isdir(best) else None
+
+        def all_of(told: list[bool | None]) -> bool | None:
+            return None if None in told else all(told)
+
+        found = self._ranks.agree("_load_best_model", look, all_of)
+        ema, self.ema = self.ema, None  # until weights and average are both of the best
+        original(*args, **kwargs)
+        assert ema is not None
+        if found:
+            ema.load(os.path.join(best, FOLDER), new_schedule=self._new_schedule)
+        elif found is False:
+            ema.reset()
+        self.ema = ema  # and as they were, if that checkpoint is gone, of which the trainer warns
+
+    def _load_from_checkpoint(
+        self, original: Callable[..., None], *args: Any, **kwargs: Any
+    ) -> None:
+        self.ema = None  # it was of other weights
+        original(*args, **kwargs)
+
+
+def _named(key: str, plain: str, prefix: str) -> str:
+    """The name of a metric of the pass ``prefix``, which a subclass may have called as always."""
+    if prefix == plain or key.startswith(f"{prefix}_"):
+        return key
+    return f"{prefix}_{key.removeprefix(f'{plain}_')}"

@@ -3,7 +3,7 @@
 ::
 
     pairs that fused_cpu takes     C++, compiled once
-    pairs that fused_gpu takes     Triton, where it is installed
+    pairs that fused_gpu takes     Triton, where it is installed and can compile
     any other                      foreach
 """
 
@@ -12,13 +12,18 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
+import threading
 from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from shardema.kernels import foreach, fused_cpu
 from shardema.kernels.bound import Bound
+
+_log = logging.getLogger(__name__)
 
 # Elements that are worth a compiled kernel where none was asked for by name: below it a step
 # takes foreach some microseconds, and nothing need be compiled or looked up.
@@ -33,8 +38,8 @@ def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[in
             chosen.setdefault(_kernel(shadow, param), []).append(i)
     bound: list[Bound] = []
     for kernel, at in chosen.items():
-        these = [[tensors[i] for i in at] for tensors in (shadows, params)]
-        bound.append(kernel.bind(*these, [slots[i] for i in at]))
+        these, those = ([tensors[i] for i in at] for tensors in (shadows, params))
+        bound.append(_bound(kernel, these, those, [slots[i] for i in at]))
     return bound[0] if len(bound) == 1 else _joined(bound)
 
 
@@ -48,11 +53,31 @@ def _kernel(shadow: Tensor, param: Tensor) -> ModuleType:
     """The module that takes this pair."""
     if fused_cpu.takes(shadow, param):
         return fused_cpu if fused_cpu.library() is not None else foreach
-    if shadow.is_cuda and _has_triton():
-        fused_gpu = importlib.import_module("shardema.kernels.fused_gpu")
-        if fused_gpu.takes(shadow, param):
+    if _on_gpu(shadow):
+        fused_gpu = _fused_gpu()
+        if fused_gpu is not None and fused_gpu.takes(shadow, param):
             return fused_gpu
     return foreach
+
+
+def _bound(
+    kernel: ModuleType, shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]
+) -> Bound:
+    """Bound by this kernel, by foreach where it is Triton's and that cannot compile here."""
+    bound: Bound
+    if kernel is not _fused_gpu():
+        bound = kernel.bind(shadows, params, slots)
+        return bound
+    try:
+        bound = kernel.bind(shadows, params, slots)
+    except torch.OutOfMemoryError:
+        raise
+    # no C compiler, a broken one, no headers, no folder to write into, a GPU that it does not know:
+    # Triton has an exception for each, of many classes; nothing was written yet
+    except Exception as error:
+        _do_without_triton(error)
+        bound = foreach.bind(shadows, params, slots)
+    return bound
 
 
 def _joined(bound: Sequence[Bound]) -> Bound:
@@ -61,6 +86,33 @@ def _joined(bound: Sequence[Bound]) -> Bound:
             one(weights)
 
     return Bound(lerp_, tuple(dict.fromkeys(name for one in bound for name in one.runs)))
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+_failed = threading.Event()  # Triton did, in this process
+
+
+def _fused_gpu() -> ModuleType | None:
+    """The file that needs Triton; None where that is not installed, or has failed."""
+    if _failed.is_set() or not _has_triton():
+        return None
+    try:
+        return importlib.import_module("shardema.kernels.fused_gpu")
+    except Exception as error:  # built for another system
+        _do_without_triton(error)
+        return None
+
+
+def _do_without_triton(error: Exception) -> None:
+    _failed.set()
+    _log.warning(
+        "kernel 'fused' cannot be compiled for the GPU, 'foreach' runs instead: %s: %s",
+        type(error).__name__,
+        error,
+    )
 
 
 @functools.cache

@@ -1,0 +1,175 @@
+"""What torch tells of an optimizer's steps: which optimizers tell it, and which steps are real."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+_TABLES = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_LIGHTNINGS = {"_FabricOptimizer", "LightningOptimizer"}  # wrappers with a class of the inner's
+_LAYERS = 64  # functions around a step that are looked through
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward, which needs what its forward has gathered."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def torch_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer that ``optimizer`` is, or wraps as accelerate does.
+
+    Raises:
+        TypeError: no torch optimizer, or one whose steps nobody is told of.
+    """
+    kind = type(optimizer).__name__
+    if type(optimizer).__module__.split(".")[0] == "deepspeed":
+        raise TypeError(
+            f"attach: got DeepSpeed's {kind}, whose steps are its engine's; "
+            "attach the engine that the EMA was built for: ema.attach(engine)"
+        )
+    if hasattr(optimizer, "step_was_skipped") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer  # accelerate: the inner one steps only when it really does
+    if _LIGHTNINGS & {base.__name__ for base in type(optimizer).__mro__}:
+        optimizer = optimizer.optimizer  # a copy of its attributes, which steps the inner one
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"attach: got {kind}, expected a torch.optim.Optimizer or "
+            "accelerate's wrapper of one; else call ema.update() after each step"
+        )
+    if not _runs_hooks(optimizer):
+        raise TypeError(
+            f"attach: got {type(optimizer).__name__}, whose step runs no step hooks of torch: its "
+            "class skips torch.optim.Optimizer.__init__, or its step was replaced; call "
+            f"ema.update() after each step{_inner(optimizer)}"
+        )
+    return optimizer
+
+
+def _runs_hooks(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer.step()`` comes to torch's wrapper that runs the hooks.
+
+    ``step.hooked`` says nothing: functools.wraps copies it.
+    """
+    return all(hasattr(optimizer, table) for table in _TABLES) and any(
+        getattr(function, "__code__", None) is _hooked_code()
+        for function in _layers(optimizer.step)
+    )
+
+
+@functools.cache
+def _hooked_code() -> CodeType:
+    code: CodeType = Optimizer.profile_hook_step(lambda: None).__code__
+    return code
+
+
+def _layers(function: Any) -> Iterator[Any]:
+    """A function and those that it is made of: a scheduler's or accelerate's patch, a decorator."""
+    seen: set[int] = set()
+    left = [function]
+    while left and len(seen) < _LAYERS:
+        function = left.pop(0)
+        if not callable(function) or isinstance(function, type) or id(function) in seen:
+            continue
+        seen.add(id(function))
+        yield function
+        left += [getattr(function, name, None) for name in ("__func__", "__wrapped__", "func")]
+        for cell in getattr(function, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # not filled yet
+                left.append(cell.cell_contents)
+
+
+def _inner(optimizer: Optimizer) -> str:
+    """Names an optimizer that this one wraps."""
+    for name, value in vars(optimizer).items():
+        if isinstance(value, Optimizer) and _runs_hooks(value):
+            return f", or, where the weights move in the step of its .{name} only, attach that one"
+    return ""
+
+
+def only_makes_state() -> bool:
+    """Whether torch.distributed.checkpoint steps, with a learning rate of 0.
+
+    ``get_state_dict`` does so where the optimizer has no state yet; the weights do not move.
+    """
+    return any(
+        frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict"
+        for frame in _stack(sys._getframe(1))
+    )
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+class Steps:
+    """Calls around every real step of an optimizer, once for each.
+
+    A step that calls ``super().step()`` runs the hooks twice: the outermost counts, since what
+    follows the inner one belongs to the step too.
+
+    Args:
+        optimizer: runs torch's hooks.
+        before: called before a step.
+        after: called after a step that was not skipped.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        before: Callable[[Optimizer], None],
+        after: Callable[[Optimizer], None],
+    ) -> None:
+        self._before, self._after = before, after
+        self._running: list[FrameType] = []  # of the steps that run now, the outermost first
+        self._handles = [
+            optimizer.register_step_pre_hook(self._enter),
+            optimizer.register_step_post_hook(self._leave),
+        ]
+
+    @property
+    def running(self) -> bool:
+        """Whether the optimizer is in the middle of a step."""
+        return bool(self._alive(sys._getframe(1)))
+
+    def remove(self) -> None:
+        """Ends the calls."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _enter(self, optimizer: Optimizer, *_: Any) -> None:
+        if only_makes_state():
+            return
+        frame = sys._getframe(1)
+        self._running = [*self._alive(frame), frame]
+        if len(self._running) == 1:
+            self._before(optimizer)
+
+    def _leave(self, optimizer: Optimizer, *_: Any) -> None:
+        if only_makes_state():
+            return
+        alive = self._alive(sys._getframe(1))
+        self._running = alive[:-1]
+        if len(alive) > 1:
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf.item()):
+            # A fused optimizer under GradScaler skips inside its kernel, and the hook fires all
+            # the same. This read syncs with the device; only such optimizers pay for it.
+            return
+        self._after(optimizer)
+
+    def _alive(self, frame: FrameType) -> list[FrameType]:
+        """The running steps without those that an exception has ended."""
+        if not self._running:
+            return []
+        stack = set(map(id, _stack(frame)))
+        return [known for known in self._running if id(known) in stack]

@@ -1,0 +1,391 @@
+"""Signals whose handlers raise, at any moment: a call is made whole, or not at all, or refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import shardema
+from shardema import RankError, ShadowPolicy, ShardedEMA
+from shardema.swap import to_the_end, uninterrupted
+from tests import meters, world
+
+HOME = Path(shardema.__file__).parent
+LOOKED_AT = {str(HOME / f"{name}.py") for name in ("ema", "swap", "weights", "average", "shadows")}
+LOOKED_AT.add(contextlib.__file__)
+
+
+class TimeLimit(Exception):
+    """As a watchdog raises it."""
+
+
+def limit(*_: object) -> None:
+    raise TimeLimit
+
+
+@contextlib.contextmanager
+def handled(number: int = signal.SIGALRM, handler: Any = limit) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    try:
+        yield
+        assert signal.getsignal(number) is handler  # it was given back
+    finally:
+        signal.signal(number, before)
+
+
+class Signals(meters._Dispatched):
+    """Sends a signal to this process at the operation of this number among those of a name."""
+
+    def __init__(self, operation: str, at: int, number: int = signal.SIGALRM) -> None:
+        super().__init__(self._see)
+        self._operation, self._left, self._number = operation, at, number
+
+    def _see(self, func: Any, _: Any) -> None:
+        if self._operation in str(func):
+            self._left -= 1
+            if self._left == -1:
+                os.kill(os.getpid(), self._number)
+
+
+@contextlib.contextmanager
+def signal_at_line(at: int) -> Iterator[list[int]]:
+    """Raises SIGALRM at the line of this number that runs in those files."""
+    seen = [0]
+
+    def look(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename not in LOOKED_AT:
+            return None
+        if event in ("line", "return"):
+            seen[0] += 1
+            if seen[0] - 1 == at:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGALRM)
+        return look
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        yield seen
+    finally:
+        sys.settrace(before)
+
+
+class Kept:
+    """An EMA of two averages, offloaded or not, and what can be seen of it."""
+
+    def __init__(self, policy: ShadowPolicy, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2).bfloat16())
+        self.ema = ShardedEMA(
+            self.model, {"a": 0.5, "b": 0.9}, shadow=policy, buffers="average", kernel="foreach"
+        )
+        self.move(1.0)
+        self.ema.update()
+        self.folder = str(folder / "ema")
+        self.ema.save(self.folder)
+        self.full = {fqn: t + 1 for fqn, t in self.ema.full_state_dict("a").items()}
+        self.move(2.0)
+        self.ema.update()
+        self.state = self.ema.state_dict()
+        for average in self.state["averages"].values():
+            for value in average.values():
+                value.local = value.local + 1
+        self.state["progress"] = {n: {"t": 9, "num_updates": 9, "moved_at": 9} for n in "ab"}
+
+    def tensors(self) -> list[Tensor]:
+        every = (*self.model.parameters(), *self.model.buffers())
+        return [tensor for tensor in every if tensor.is_floating_point()]
+
+    def move(self, by: float) -> None:
+        with torch.no_grad():
+            for tensor in self.tensors():
+                tensor.add_(by)
+
+    def weights(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self.tensors()]
+
+    def averages(self) -> list[Any]:
+        """Of the averages and their clocks."""
+        self.ema.flush()
+        kept = self.ema._averages.values()
+        told = [(a.t, a.num_updates, a.moved_at) for a in kept]
+        return [torch.tensor(told), *(t.clone() for a in kept for t in a.shadows.flats)]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def swapping(kept: Kept) -> None:
+    with kept.ema.swap("a"):
+        pass
+
+
+CALLS: dict[str, Callable[[Kept], None]] = {
+    "swap": swapping,
+    "update": lambda kept: kept.ema.update(),
+    "reset": lambda kept: kept.ema.reset(),
+    "load": lambda kept: kept.ema.load(kept.folder),
+    "load_full": lambda kept: kept.ema.load_full(kept.full, "a"),
+    "load_state_dict": lambda kept: kept.ema.load_state_dict(kept.state),
+    "copy_to_model": lambda kept: kept.ema.copy_to_model("a"),
+}
+POLICIES = {
+    "beside": ShadowPolicy(),
+    "offload": ShadowPolicy(device="cpu", staging_bytes=1 << 20),
+    "travelling": ShadowPolicy(device="cpu", compute="device", staging_bytes=1 << 20),
+}
+
+
+def interrupted_everywhere(
+    kept: Kept, call: Callable[[Kept], None], at: Callable[[int], Any], most: int
+) -> int:
+    """Makes the call with an interrupt at each moment; how many of these came to be."""
+    hit = 0
+    for moment in range(most):
+        before = kept.weights(), kept.averages()
+        clone = [t.clone() for t in before[0]], [t.clone() for t in before[1]]
+        raised = False
+        try:
+            with at(moment):
+                call(kept)
+        except (TimeLimit, RankError) as error:  # by way of the ranks' agreement
+            raised = isinstance(error, TimeLimit) or "TimeLimit" in str(error)
+        gc.collect(0)
+        if kept.ema._due is not None:
+            kept.ema.flush()
+        now = kept.weights(), kept.averages()
+        if not raised:
+            break
+        hit += 1
+        if call is not swapping:
+            # the whole call, or nothing of it
+            if not (same(now[0], clone[0]) and same(now[1], clone[1])):
+                expected_weights, expected = whole(kept, call, clone)
+                assert same(now[0], expected_weights), moment
+                assert same(now[1], expected), moment
+            put(kept, clone)
+        else:
+            assert same(now[0], clone[0]), moment
+            assert same(now[1], clone[1]), moment
+    return hit
+
+
+def put(kept: Kept, state: tuple[list[Tensor], list[Tensor]]) -> None:
+    """Makes weights, averages and clocks what they were."""
+    with torch.no_grad():
+        for tensor, value in zip(kept.tensors(), state[0], strict=True):
+            tensor.copy_(value)
+        kept.ema.flush()
+        clocks, *flats = state[1]
+        averages = list(kept.ema._averages.values())
+        mine = [flat for average in averages for flat in average.shadows.flats]
+        for flat, value in zip(mine, flats, strict=True):
+            flat.copy_(value)
+    for average, (t, count, moved_at) in zip(averages, clocks.tolist(), strict=True):
+        average.restart(t, int(count), moved_at)
+
+
+def whole(
+    kept: Kept, call: Callable[[Kept], None], before: tuple[list[Tensor], list[Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What the call makes of that state, undisturbed."""
+    put(kept, before)
+    call(kept)
+    return kept.weights(), kept.averages()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_time_limit_at_any_copy_leaves_nothing_half_done(
+    name: str, policy: str, tmp_path: Path
+) -> None:
+    kept = Kept(POLICIES[policy], tmp_path)
+    with handled():
+        at = functools.partial(Signals, "copy_")
+        hit = interrupted_everywhere(kept, CALLS[name], at, 1000)
+    assert hit >= 2 or (name, policy) in (("update", "beside"), ("update", "offload"))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_time_limit_at_any_line_leaves_nothing_half_done(name: str, tmp_path: Path) -> None:
+    kept = Kept(POLICIES["beside"], tmp_path)
+    with handled():
+        hit = interrupted_everywhere(kept, CALLS[name], signal_at_line, 100_000)
+    assert hit > 50
+
+
+def test_the_end_of_a_swap_that_was_kept_from_beginning_is_made_by_the_next_call(
+    tmp_path: Path,
+) -> None:
+    kept = Kept(POLICIES["beside"], tmp_path)
+    weights, averages = kept.weights(), kept.averages()
+    swap = kept.ema.swap("a")
+    swap.__enter__()
+    assert not same(kept.weights(), weights)
+    with pytest.raises(RuntimeError, match=r"update inside swap\(\)"):
+        kept.ema.update()
+    # as where two interrupts come at once, the second one between the lines of the `finally`
+    kept.ema._due = swap._inner.gen.gi_frame.f_locals["put_back"]  # type: ignore[attr-defined]
+    kept.ema.metrics("a")
+    assert same(kept.weights(), weights)
+    assert same(kept.averages(), averages)
+
+
+def test_an_exchange_that_fails_is_not_tried_for_ever_and_nothing_goes_on_from_it() -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, 0.5)
+
+    class Fails(meters._Dispatched):
+        def __init__(self) -> None:
+            super().__init__(self._see)
+
+        def _see(self, func: Any, _: Any) -> None:
+            if func is torch.ops.aten.copy_.default:
+                raise RuntimeError("the device is gone")
+
+    stack = contextlib.ExitStack()
+    with pytest.raises(RuntimeError, match="the device is gone"), stack, ema.swap():
+        stack.enter_context(Fails())
+    for call in (ema.update, ema.full_state_dict, ema.reset, lambda: ema.swap().__enter__()):
+        with pytest.raises(RuntimeError, match=r"rank 0: .*: the end of a swap\(\) failed \(Runt"):
+            call()
+
+
+def test_a_load_that_fails_half_way_is_told_until_another_one_is_whole(tmp_path: Path) -> None:
+    kept = Kept(POLICIES["beside"], tmp_path)
+    kept.state["averages"]["b"]["0.weight"].local = torch.zeros(4, 3, device="meta")
+    with pytest.raises(RuntimeError, match=r"load_state_dict failed: .*; the averages may be half"):
+        kept.ema.load_state_dict(kept.state)
+    for call in (kept.ema.update, lambda: kept.ema.full_state_dict("a"), kept.ema.state_dict):
+        with pytest.raises(RuntimeError, match="the averages may be half new"):
+            call()
+    kept.ema.load(kept.folder)
+    kept.ema.update()
+    assert kept.ema.num_updates == 2
+
+
+# ---- holding signals back ---------------------------------------------------------------------
+
+
+def test_all_handlers_are_held_and_called_in_order() -> None:
+    told: list[int] = []
+    numbers = [signal.SIGUSR1, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR2]
+    with contextlib.ExitStack() as stack:
+        for number in numbers:
+            stack.enter_context(handled(number, lambda n, _: told.append(n)))
+        with uninterrupted():
+            with uninterrupted():
+                for number in numbers:
+                    signal.raise_signal(number)
+            assert told == []
+        assert told == numbers
+
+
+def _both() -> None:
+    with uninterrupted():
+        signal.raise_signal(signal.SIGALRM)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_raised_before_a_time_limit_and_both_are_called() -> None:
+    with handled(), handled(signal.SIGINT, signal.default_int_handler):
+        with pytest.raises(KeyboardInterrupt):
+            _both()
+        with pytest.raises(TimeLimit):
+            signal.raise_signal(signal.SIGALRM)
+
+
+def test_work_is_tried_again_and_an_error_of_its_own_is_raised() -> None:
+    tries = []
+
+    def work() -> None:
+        tries.append(1)
+        if len(tries) < 2:
+            raise KeyboardInterrupt
+
+    assert isinstance(to_the_end(work), KeyboardInterrupt)
+    assert len(tries) == 2
+    assert to_the_end(work) is None
+    with pytest.raises(ZeroDivisionError):
+        to_the_end(lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+
+
+def test_another_thread_has_nothing_to_hold() -> None:
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with uninterrupted():
+                pass
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert raised == []
+
+
+# ---- ranks ------------------------------------------------------------------------------------
+
+
+def a_signal_in_a_collective_leaves_no_rank_behind(number: int, handler: Any, error: type) -> None:
+    """On the first rank, at each step of bringing the slices together."""
+    model = DistributedDataParallel(nn.Linear(4, 3))
+    ema = ShardedEMA(model, 0.5, shadow=ShadowPolicy(shard_replicas=True))
+    raw = model.module.weight.detach().clone()
+    with torch.no_grad():
+        model.module.weight.add_(1)
+    ema.update()
+    with torch.no_grad():
+        model.module.weight.copy_(raw)
+    first = dist.get_rank() == 0
+    with handled(number, handler):
+        for operation, at in (("_foreach_copy_", 0), ("_foreach_copy_", 1), ("c10d", 0)):
+            hit = pytest.raises(error) if first else contextlib.nullcontext()
+            with hit, contextlib.ExitStack() as stack, ema.swap():
+                if first:  # left after the swap
+                    stack.enter_context(Signals(operation, at, number))
+            assert torch.equal(model.module.weight, raw)
+        hit = pytest.raises(error) if first else contextlib.nullcontext()
+        with hit, Signals("c10d", 0, number) if first else contextlib.nullcontext():
+            ema.copy_to_model()
+    full = ema.full_state_dict(all_ranks=True)
+    assert torch.equal(model.module.weight, full["weight"])
+    assert torch.equal(full["weight"], torch.lerp(raw, raw + 1, 0.5))
+
+
+COLLECTIVE = [
+    world.Fact(
+        "ctrl-c",
+        a_signal_in_a_collective_leaves_no_rank_behind,
+        (signal.SIGINT, signal.default_int_handler, KeyboardInterrupt),
+    ),
+    world.Fact(
+        "time limit",
+        a_signal_in_a_collective_leaves_no_rank_behind,
+        (signal.SIGALRM, limit, TimeLimit),
+    ),
+]
+
+
+def test_a_signal_in_a_collective_leaves_no_rank_behind() -> None:
+    verdicts = world.judge(COLLECTIVE, 2, timeout=120)
+    for fact in COLLECTIVE:
+        verdicts.check(fact.name)
