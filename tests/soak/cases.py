@@ -190,7 +190,7 @@ KINDS: dict[str, Kind] = {
     "assign": Kind(1, layouts=("plain", *FSDP2)),  # DDP's reducer knows the old parameters
     "data": Kind(0.7, layouts=("plain",)),
     "exchange": Kind(0.7, _unit, layouts=("plain", "fsdp2")),
-    "cast": Kind(0.5, layouts=("plain", "ddp")),
+    "cast": Kind(0.5, layouts=("plain",)),
     "cast_in_swap": Kind(0.3, _named, layouts=("plain",)),
     "freeze": Kind(0.7, _unit, layouts=("plain", "fsdp2-tp", *FSDP2)),
     "grow": Kind(0.7),
