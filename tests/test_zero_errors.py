@@ -128,7 +128,7 @@ def an_engine_without_an_optimizer() -> None:
     ema = ShardedEMA(engine.module, 0.5)  # stepped by an optimizer of the loop's own
     optimizer = torch.optim.SGD(engine.module.parameters(), lr=0.1)
     ema.attach(optimizer)
-    engine(zoo.tokens()).square().mean().backward()
+    engine.module(zoo.tokens()).square().mean().backward()
     optimizer.step()
     assert ema.num_updates == 1
 
