@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Collection, Mapping
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from shardema.errors import CheckpointError
 from shardema.files import (
+    ADAPTER,
     BROKEN,
     DIFFUSERS,
     WHOLE,
@@ -57,7 +59,7 @@ def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
         if not stat.S_ISDIR(os.stat(source).st_mode):
             return _tensors_in(source)
         inside = set(os.listdir(source))
-    singles = [f"{stem}.safetensors" for stem in WHOLE]
+    singles = [f"{stem}.safetensors" for stem in (*WHOLE, ADAPTER)]
     single = next((name for name in singles if name in inside), None)
     if single is not None:
         return _tensors_in(os.path.join(source, single))
@@ -66,8 +68,8 @@ def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
     if found_index is None:
         raise CheckpointError(
             f"reading {source}: neither model.safetensors nor its index is in it, nor "
-            f"{DIFFUSERS}.safetensors or its index; give a .safetensors file or a folder that "
-            "export or save_pretrained wrote",
+            f"{DIFFUSERS} or {ADAPTER} files; give a .safetensors file or a folder that export or "
+            "save_pretrained wrote",
             path=source,
         )
     index = os.path.join(source, found_index)
@@ -104,7 +106,8 @@ def steps_of(source: str | os.PathLike[str]) -> int | None:
     if not os.path.isfile(path):
         return None
     try:
-        config = parse_json(read_whole(path, _MAX_CONFIG, follow=True))
+        # not as strict as `parse_json`: transformers writes Infinity into some configs
+        config = json.loads(read_whole(path, _MAX_CONFIG, follow=True))
         if not isinstance(config, dict) or not config.keys() >= _EMA_MODEL:
             return None
         return checked_int(config["optimization_step"])
@@ -166,6 +169,11 @@ def match(
             raise ValueError(
                 f"{label}: {there} has shape {shapes[there]}, expected {item.shape}; it is of "
                 "another model"
+            )
+        elif there in found.values():
+            raise ValueError(
+                f"{label}: {there} is the name of two tensors of the model, as of two adapters; "
+                "give {fqn: tensor} with the names of model.state_dict()"
             )
         else:
             found[item.fqn] = there

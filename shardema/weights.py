@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shardema import backends, layout, own_state, replicas
+from shardema.agree import Ranks
 from shardema.backends.fsdp1 import FLAT
 from shardema.backends.tree import Form, named_tensors
 from shardema.layout import Buffers, Select
@@ -61,6 +62,7 @@ class Weights:
         partly: bool,
     ) -> None:
         self.models = models
+        backends.refuse_unknown(models)
         self.name, self._backend = backends.find(models, backend)
         self._reads_weights = reads_weights
         self._rules = buffers
@@ -85,9 +87,13 @@ class Weights:
         """The ranks that share the model, None for all."""
         return self._backend.ranks(self.models)
 
-    def ensure_sharded(self) -> None:
-        """Frees what a forward has left gathered."""
-        self._backend.ensure_sharded(self.models)
+    def ensure_sharded(self, *, force: bool = False) -> None:
+        """Frees what a forward has left gathered.
+
+        Raises:
+            RuntimeError: somebody needs it, and ``force`` is not given.
+        """
+        self._backend.ensure_sharded(self.models, force=force)
 
     def applied(self) -> int | None:
         """The engine's last step, if it moved the weights."""
@@ -237,37 +243,68 @@ class Weights:
         found = [s for s in self.mine if policy.shard_replicas and replicas.sliced(s)]
         return sorted(found, key=lambda shard: shard.fqn)  # the same order on all ranks
 
-    @contextlib.contextmanager
-    def spread(self, same: Sequence[Shard], *, masters: bool = False) -> Iterator[None]:
-        """The block writes the model's own tensors; what it wrote reaches all ranks when it ends.
-
-        Local, but for an engine and for slices.
+    def carrier(
+        self, policy: ShadowPolicy, ranks: Ranks, *, masters: bool = False
+    ) -> replicas.Spread:
+        """What `spread` brings slices to the other replicas with. Local, and allocates.
 
         Args:
-            same: of which it writes this replica's slice only.
-            masters: it writes what the optimizer steps, too.
+            masters: what the optimizer steps is written, too.
         """
-        if self.engine is None and not same:
+        same = self.replicated(policy)
+        whole = [(s.own, s.replicas) for s in same]
+        if masters:
+            whole += [(s.local, s.replicas) for s in same if s.weights is not None]
+        return replicas.Spread(whole, ranks)
+
+    @contextlib.contextmanager
+    def spread(self, op: str, carrier: replicas.Spread | None, ranks: Ranks) -> Iterator[None]:
+        """The block writes the model's own tensors; what it wrote reaches all ranks when it ends.
+
+        Local, but for an engine and for slices. With slices, what the block raises on one rank is
+        raised on all, when they are together again.
+
+        Args:
+            carrier: of those tensors of which the block writes this replica's slice only.
+        """
+        if self.engine is None and carrier is None:
             yield
             return
+        failed: BaseException | None = None
+
+        def finish() -> None:
+            if failed is not None:
+                raise failed
+
         with uninterrupted(), writable():
             try:
                 if self.engine is not None:
                     self.engine.release()
                 yield
-            finally:  # the other ranks gather too, whatever happened here
-                whole = [(s.own, s.replicas) for s in same]
-                if masters:
-                    whole += [(s.local, s.replicas) for s in same if s.weights is not None]
-                replicas.spread(whole)
-                if self.engine is not None:
-                    self.engine.publish()
+            except BaseException as error:
+                failed = error
+            # the other ranks gather too, whatever happened here
+            if carrier is not None:
+                carrier(op)
+            if self.engine is not None:
+                ranks.transfer(op, self.engine.publish, ranks.transport(self._device()))
+            if carrier is not None:
+                ranks.agree(f"{op} (finishing)", finish)
+            elif failed is not None:
+                raise failed
+
+    def _device(self) -> str:
+        return next((shard.own.device.type for shard in self.shards), "cpu")
+
+    def counted(self, shards: Sequence[Shard]) -> dict[str, Tensor]:
+        """Tensors whose ``_version`` every in-place write moves; of an engine, its parameters."""
+        if self.engine is not None:
+            return dict(self.engine.parameters())
+        return {s.fqn: s.local for s in shards if s.role != "buffer"}
 
     def versions(self, shards: Sequence[Shard]) -> dict[str, int]:
-        """Counters that every in-place write moves, by fqn; of an engine, its parameters'."""
-        if self.engine is not None:
-            return {fqn: p._version for fqn, p in self.engine.parameters().items()}
-        return {s.fqn: s.local._version for s in shards if s.role != "buffer"}
+        """The present counters of `counted`."""
+        return {fqn: tensor._version for fqn, tensor in self.counted(shards).items()}
 
     def give_back(self, held: Sequence[Shard]) -> dict[str, Tensor]:
         """Takes the values of ``held`` along to where the model keeps these tensors now.

@@ -35,7 +35,7 @@ def breaks(
 BROKEN = (AssertionError, RuntimeError, pytest.fail.Exception)
 
 
-def nothing(*_: object) -> None:
+def nothing(*_: object, **__: object) -> None:
     pass
 
 

@@ -5,8 +5,9 @@ A backend is a module with
 * ``matches(models) -> bool``: the models are of this kind;
 * ``read(models) -> list[Shard]``: every parameter and persistent buffer, no collective. Call
   ``ensure_sharded`` before it;
-* ``ensure_sharded(models)``: frees what a forward left gathered, so that the shards are what the
-  model computes with next;
+* ``ensure_sharded(models, force=False)``: frees what a forward left gathered, so that the shards
+  are what the model computes with next; raises RuntimeError while somebody needs what is gathered,
+  unless ``force`` is given;
 * ``mark_written(models)``: the shards were written; a backward through an earlier forward must
   raise instead of mixing weights;
 * ``ranks(models) -> tuple[int, ...] | None``: global ranks that share the models, None for all;
@@ -24,6 +25,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from shardema.backends import fsdp1, fsdp2, plain, zero
+from shardema.backends.tree import refuse_unknown_wrappers
 from shardema.shard import Shard
 
 Models = Sequence[nn.Module]
@@ -58,7 +60,7 @@ class Backend(Protocol):
 
     def read(self, models: Models) -> list[Shard]: ...
 
-    def ensure_sharded(self, models: Models) -> None: ...
+    def ensure_sharded(self, models: Models, *, force: bool = False) -> None: ...
 
     def mark_written(self, models: Models) -> None: ...
 
@@ -68,6 +70,13 @@ class Backend(Protocol):
 
 
 BACKENDS: dict[str, Backend] = {"plain": plain, "fsdp1": fsdp1, "fsdp2": fsdp2, "zero": zero}
+
+
+def refuse_unknown(models: Models) -> None:
+    """Raises ValueError for wrappers that are not known, and for a part of a sharded module."""
+    refuse_unknown_wrappers(models)
+    fsdp1.refuse_parts(models)
+    fsdp2.refuse_parts(models)
 
 
 def find(models: Models, name: str = "auto") -> tuple[str, Backend]:
@@ -98,4 +107,4 @@ def find(models: Models, name: str = "auto") -> tuple[str, Backend]:
     return found, BACKENDS[found]
 
 
-__all__ = ["BACKENDS", "Backend", "Engine", "Handle", "find"]
+__all__ = ["BACKENDS", "Backend", "Engine", "Handle", "find", "refuse_unknown"]

@@ -12,6 +12,7 @@ bookkeeping, since with ``use_orig_params=False`` the module has no parameters o
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,9 +21,18 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp._common_utils import _is_fsdp_flattened, _no_dispatch_record_stream
 from torch.distributed.fsdp._runtime_utils import _reshard
+from torch.distributed.utils import _free_storage
 
-from shardema.backends.tree import named_tensors, tie_shared_storage, walk, whole_shard
+from shardema.backends.passes import in_backward, in_forward
+from shardema.backends.tree import (
+    named_tensors,
+    refuse_part,
+    tie_shared_storage,
+    walk,
+    whole_shard,
+)
 from shardema.shard import REPLACED, Box, Dims, Shard, flat_boxes, memory_order
 
 FLAT = "_flat_param"  # where FSDP registers what the optimizer steps with use_orig_params=False
@@ -158,15 +168,99 @@ def _in_state_dict_order(shards: list[Shard], models: Sequence[nn.Module]) -> li
     return sorted(shards, key=lambda shard: key[id(shard)])
 
 
-def ensure_sharded(models: Sequence[nn.Module]) -> None:
-    """Frees gathered flat parameters.
+def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
+    """Frees gathered flat parameters, and only those.
 
-    SHARD_GRAD_OP keeps all of them after an eval forward, FULL_SHARD those of the root. Torch has
-    no public call for it.
+    SHARD_GRAD_OP keeps all of them after an eval forward, FULL_SHARD those of the root; a prefetch
+    may have gathered one of a layer that was skipped then. Torch has no public call for it.
+
+    Raises:
+        RuntimeError: inside ``summon_full_params``, or a forward or backward that needs them is
+            under way; not with ``force``.
     """
-    for module, handle in _handles(models):
-        if hasattr(handle.flat_param, "_local_shard"):  # before the first forward all is sharded
+    handles = list(_handles(models))
+    if not force:
+        _refuse_busy(models, [handle for _, handle in handles])
+    for module, handle in handles:
+        if not hasattr(handle.flat_param, "_local_shard"):
+            continue  # before the first forward all is sharded
+        if handle._prefetched:  # it may still read what will be written
+            module._device_handle.current_stream().wait_stream(module._unshard_stream)
+        if _gathered(handle):
             _reshard(module, handle, handle.uses_sharded_strategy)
+            for buffer in _allocated(handle):  # in the precision that is not the present mode's
+                _no_dispatch_record_stream(buffer, module._device_handle.current_stream())
+                _free_storage(buffer)
+
+
+def _refuse_busy(models: Sequence[nn.Module], handles: Sequence[Any]) -> None:
+    states = {handle._training_state.name for handle in handles} - {"IDLE"}
+    rank = f"rank {dist.get_rank()}"
+    if "SUMMON_FULL_PARAMS" in states:
+        raise RuntimeError(
+            f"{rank}: inside FSDP.summon_full_params, which holds the weights gathered and writes "
+            "them back when it ends; leave the with block first"
+        )
+    if states and (in_backward() or in_forward(models)):
+        raise RuntimeError(
+            f"{rank}: a forward or backward of the model is under way and needs "
+            "the weights that it has gathered; call this outside of the model's forward and of "
+            "backward, their hooks included: after optimizer.step()"
+        )
+
+
+def _gathered(handle: Any) -> bool:
+    flat = handle.flat_param
+    moved = flat.data_ptr() != flat._local_shard.data_ptr()
+    return moved or handle._prefetched or bool(_allocated(handle))
+
+
+def _allocated(handle: Any) -> list[torch.Tensor]:
+    """What all-gathers have filled and nobody has freed."""
+    if not handle.uses_sharded_strategy:
+        return []
+    names = ("_full_param_padded", "_full_prec_full_param_padded")
+    buffers = [getattr(handle.flat_param, name, None) for name in names]
+    return [b for b in buffers if b is not None and b.untyped_storage().size()]
+
+
+def refuse_parts(models: Sequence[nn.Module]) -> None:
+    """Raises ValueError where a flat parameter reaches out of the models.
+
+    Such a flat parameter is gathered and freed by a wrapper that the models do not have.
+    """
+    flats = [handle.flat_param for _, handle in _handles(models)]
+    mine = {id(tensor) for flat in flats for tensor in _flattened_into(flat)}
+    modules = [module for model in models for module in model.modules()]
+    flattened = [
+        tensor
+        for module in modules
+        for tensor in (*module._parameters.values(), *vars(module).values())
+        if isinstance(tensor, torch.Tensor)
+    ]
+    # without use_orig_params the module's tensors are views of the flat parameter
+    strange = [
+        flat
+        for flat in (t if t._base is None else t._base for t in flattened)
+        if _is_fsdp_flattened(flat) and id(flat) not in mine
+    ]
+    if strange:
+        refuse_part(models, _wrapper_of(strange[0]), "FullyShardedDataParallel")
+
+
+def _wrapper_of(flattened: torch.Tensor) -> nn.Module | None:
+    """The wrapper whose flat parameter holds a tensor, which does not know it itself."""
+    for thing in gc.get_objects():
+        handle = getattr(thing, "_handle", None) if issubclass(type(thing), FSDP) else None
+        if handle is not None and any(t is flattened for t in _flattened_into(handle.flat_param)):
+            assert isinstance(thing, nn.Module)
+            return thing
+    return None
+
+
+def _flattened_into(flat: Any) -> tuple[torch.Tensor, ...]:
+    """The flat parameter, and the parameters that are in it where the module keeps its own."""
+    return (flat, *(flat._params or ()), *(flat._shared_params or ()))
 
 
 def mark_written(models: Sequence[nn.Module]) -> None:

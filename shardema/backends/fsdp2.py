@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from shardema.backends.passes import in_backward, in_forward
 from shardema.backends.tree import (
     Named,
     kind_of,
+    mark_wrapped,
     named_tensors,
+    pointer,
+    refuse_part,
     tie_shared_storage,
     values_of,
     whole_shard,
@@ -94,10 +99,11 @@ def _boxes_of(fqn: str, param: DTensor, sizes: Dims) -> tuple[tuple[Dims, ...], 
         return (), ()
     chunks = _declared(param)
     if chunks is not None:  # by who made it, as torch.distributed.checkpoint takes it
-        if len(chunks) == 1 and chunks[0].sizes == sizes:
-            return ((0,) * len(sizes),), tuple(chunks)
-        if not (chunks or 0 not in sizes):
+        held = [chunk for chunk in chunks if chunk.numel]
+        if not held and 0 in sizes:
             return (), ()
+        if len(held) == 1 and held[0].sizes == sizes:
+            return ((0,) * len(sizes),), tuple(held)
     stretches = None if odd or chunks is not None else _stretches(param)
     if stretches is None or tuple(sum(s for *_, s in dim) for dim in stretches) != sizes:
         expected = [] if stretches is None else [sum(s for *_, s in dim) for dim in stretches]
@@ -123,7 +129,7 @@ _Stretch = tuple[int, int, int]  # where in the local dim, where in the full one
 
 def _declared(param: DTensor) -> list[Box] | None:
     """The chunks that the local tensor itself says that it holds; None where it says nothing."""
-    tell = getattr(param.to_local(), "__create_chunk_list__", None)
+    tell = getattr(param._local_tensor, "__create_chunk_list__", None)
     if tell is None:
         return None
     listed = tell()
@@ -160,7 +166,7 @@ def _cut(size: int, cuts: tuple[tuple[int, int, int], ...]) -> tuple[_Stretch, .
     Args:
         cuts: split factor (0 for a plain shard), number of parts and which of them this rank has.
     """
-    rows = torch.arange(size)
+    rows = torch.arange(size, device="cpu")
     for factor, count, index in cuts:
         how = _StridedShard(0, split_factor=factor) if factor else ShardPlacement(0)
         rows = how._split_tensor(rows, count, with_padding=False)[0][index]
@@ -175,40 +181,106 @@ def _address(named: Named, param: DTensor) -> Callable[[], int]:
     def address() -> int:
         if named.now() is not param:
             return REPLACED
-        part = param.to_local()
-        values = values_of(part)
-        return 0 if values is None else values.data_ptr()
+        return pointer(param.to_local())
 
     return address
 
 
-def ensure_sharded(models: Sequence[nn.Module]) -> None:
-    """Frees gathered parameters: the root group stays gathered after an eval forward."""
+def _groups(models: Iterable[nn.Module]) -> Iterator[Any]:
+    """The parameter groups of ``fully_shard`` in the models, those of several modules once."""
+    seen: set[int] = set()
     for model in models:
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()
+                for group in _groups_of(module._get_fsdp_state()):
+                    if id(group) not in seen:
+                        seen.add(id(group))
+                        yield group
+
+
+def _groups_of(state: Any) -> Sequence[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is not None:
+        return list(groups)
+    # torch < 2.13 has one group for each module
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
+    """Frees gathered parameters: the root group stays gathered after an eval forward.
+
+    An all-gather that is under way (a prefetch of a layer that was skipped then,
+    ``unshard(async_op=True)``) is waited for and forgotten: the next forward would use what it
+    brings, whatever was written since.
+
+    Raises:
+        RuntimeError: a forward or backward that needs them is under way; not with ``force``.
+    """
+    groups = list(_groups(models))
+    busy = [group for group in groups if group._training_state.name != "IDLE"]
+    if busy and not force and (in_backward() or in_forward(models)):
+        raise RuntimeError(
+            f"rank {dist.get_rank()}: a forward or backward of the model is under way and needs "
+            "the weights that it has gathered; call this outside of the model's forward and of "
+            "backward, their hooks included: after optimizer.step()"
+        )
+    for group in groups:
+        _forget_pending(group)
+        # `reshard` leaves some gathered where a forward has failed half way
+        group._to_sharded()
+
+
+def _forget_pending(group: Any) -> None:
+    pending = getattr(group, "_all_gather_result", None)
+    if pending is None:
+        return
+    if pending.all_gather_event is not None:
+        group.device_handle.current_stream().wait_event(pending.all_gather_event)
+    if hasattr(pending.all_gather_work, "wait"):
+        pending.all_gather_work.wait()
+    group._all_gather_result = None
 
 
 def mark_written(models: Sequence[nn.Module]) -> None:
     """Bumps the version of the gathered parameters, which a pending backward compares.
 
     A graph from before the write holds those tensors, and FSDP would fill them with the new
-    weights: autograd now raises instead.
+    weights: autograd now raises instead. What the user has set for the next all-gather to wait for
+    (``set_post_optim_event``) came before the write: cleared, it waits for the current stream.
     """
+    for group in _groups(models):
+        for fsdp_param in group.fsdp_params:
+            gathered = getattr(fsdp_param, "_unsharded_param", None)
+            if gathered is not None:
+                torch.autograd.graph.increment_version(gathered)
     for model in models:
         for module in model.modules():
-            if not isinstance(module, FSDPModule):
-                continue
-            state = module._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None)
-            if groups is None:  # torch < 2.13 has one group for each module
-                groups = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
-            for group in groups:
-                for fsdp_param in group.fsdp_params:
-                    gathered = getattr(fsdp_param, "_unsharded_param", None)
-                    if gathered is not None:
-                        torch.autograd.graph.increment_version(gathered)
+            if isinstance(module, FSDPModule):
+                module._get_fsdp_state()._state_ctx.post_optim_event = None
+        with torch.no_grad():
+            mark_wrapped(
+                param.to_local() if isinstance(param, DTensor) else param
+                for param in model.parameters()
+            )
+
+
+def refuse_parts(models: Sequence[nn.Module]) -> None:
+    """Raises ValueError where a group of ``fully_shard`` reaches out of the models.
+
+    Such a group is gathered and freed by a module that the models do not have: what the models
+    hold may be a gathered copy at any time.
+    """
+    inside = {id(module) for model in models for module in model.modules()}
+    for module in list(_module_state_mapping):
+        if id(module) in inside or not isinstance(module, FSDPModule):
+            continue
+        for group in _groups_of(module._get_fsdp_state()):
+            infos = [param._module_info for param in group.fsdp_params]
+            holders = [m for info in infos for m in (info.module, *info.shared_modules)]
+            if any(id(m) in inside for m in holders) and not any(
+                id(m) in inside for m in group.modules
+            ):
+                refuse_part(models, module, "fully_shard")
 
 
 def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:

@@ -40,7 +40,7 @@ def _wrappers(models: Sequence[nn.Module]) -> Iterator[DistributedDataParallel]:
                 yield module
 
 
-def ensure_sharded(models: Sequence[nn.Module]) -> None:
+def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
     """Nothing to do: whole tensors are always what the model computes with."""
 
 

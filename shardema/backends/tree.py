@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class Named:
             tensor = self.tensor
             if self.now() is not tensor:
                 return REPLACED
-            return tensor.data_ptr() if type(tensor) in _PLAIN else _pointer(tensor)
+            return pointer(tensor)
 
         return address
 
@@ -136,6 +136,20 @@ def _wraps_by_name(module: nn.Module) -> bool:
     # fully_shard makes types of its own: FSDPLinear of Linear
     names = [t.__name__ for t in type(module).__mro__ if not issubclass(t, FSDPModule)]
     return any(_SOUNDS_FOREIGN.search(name) for name in names)
+
+
+def refuse_part(models: Sequence[nn.Module], root: nn.Module | None, how: str) -> NoReturn:
+    """Raises ValueError: weights of ``models`` are gathered and freed by ``root``, around them."""
+    kinds = sorted({type(model).__name__ for model in models})
+    around = [] if root is None else list(walk(root))
+    parts = [prefix for prefix, module in around if any(module is model for model in models)]
+    select = " or ".join(f"select='{prefix}*'" for prefix in parts) or "select="
+    name = "module" if root is None else type(root).__name__
+    raise ValueError(
+        f"model: got a part ({', '.join(kinds)}) of what {how} has put into one group of a "
+        f"{name} around it, which gathers and frees all of it at once; give the EMA that one, "
+        f"and choose the part: ShardedEMA(whole, ..., {select})"
+    )
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -244,7 +258,10 @@ def values_of(tensor: Tensor) -> Tensor | None:
     return inner[0].detach() if same and tensor.dtype in _PRECISE else None
 
 
-def _pointer(tensor: Tensor) -> int:
+def pointer(tensor: Tensor) -> int:
+    """Where the values of ``tensor`` lie; 0 where it has none."""
+    if type(tensor) in _PLAIN:
+        return tensor.data_ptr()
     values = values_of(tensor)
     return 0 if values is None else values.data_ptr()
 

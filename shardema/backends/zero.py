@@ -452,7 +452,7 @@ def _frozen_part(named: Named) -> Shard:
     )
 
 
-def ensure_sharded(models: Sequence[nn.Module]) -> None:
+def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
     """Nothing to do: what the optimizer steps is never gathered; see `Engine.release`."""
 
 

@@ -1,0 +1,30 @@
+"""Whether a forward or a backward of a model is under way in this thread."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+_CALL = nn.Module._call_impl.__code__
+
+
+def in_backward() -> bool:
+    """Whether autograd runs this, from a hook."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def in_forward(models: Sequence[nn.Module]) -> bool:
+    """Whether a module of ``models`` is being called.
+
+    Told from the frames of this thread: FSDP's own state says so too after a forward that failed.
+    """
+    frame = sys._getframe(1)
+    called = set()
+    while frame is not None:
+        if frame.f_code is _CALL:
+            called.add(id(frame.f_locals["self"]))
+        frame = frame.f_back  # type: ignore[assignment]
+    return bool(called) and any(id(m) in called for model in models for m in model.modules())
