@@ -9,4 +9,5 @@ cd "$ROOT"
 export OMP_NUM_THREADS=1
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy --strict shardema
-exec "$PYTHON" -m pytest "$@"
+# two files at a time, each whole in one worker: it starts its ranks once for all its tests
+exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardema.stepping import Steps, in_backward, torch_optimizer
-from shardema.watch import Others
+from shardema.watch import Holds, Others
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Rounds:
     Args:
         optimizers: torch optimizers, or wrappers of them as accelerate has.
         models: whose forward ends a round.
-        holds: whether an optimizer steps an averaged tensor; the others are not followed.
+        holds: of each optimizer, whether it steps an averaged tensor; only those are followed.
         update: called at the end of a round.
         guard: called before every step, and between an update and a step; raises where a step
             must not happen, waits while something reads the weights.
@@ -68,7 +68,7 @@ class Rounds:
         self,
         optimizers: Sequence[Any],
         models: Sequence[nn.Module],
-        holds: Callable[[Optimizer], bool],
+        holds: Holds,
         update: Callable[[], None],
         guard: Callable[[], None],
         leader: bool,
@@ -78,7 +78,8 @@ class Rounds:
         given = [torch_optimizer(optimizer) for optimizer in optimizers]
         if len({id(optimizer) for optimizer in given}) != len(given):
             raise ValueError("attach: got the same optimizer twice")
-        followed = [optimizer for optimizer in given if holds(optimizer)]
+        held = holds(given)
+        followed = [optimizer for optimizer, one in zip(given, held, strict=True) if one]
         self.what = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in followed))
         if not followed:
             kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in given))

@@ -87,11 +87,12 @@ class Average:
 
     def check_seed(
         self, op: str, given: tuple[float | None, int | None] | None
-    ) -> tuple[float, int]:
+    ) -> tuple[float, int] | None:
         """``(t, num_updates)`` of values that are put in the place of these.
 
         Args:
-            given: what is known of them; None, nothing, so that the clock stays as it is.
+            given: what is known of them; None, nothing, so that the clock stays as it is, and
+                None is returned.
 
         Raises:
             ValueError: nothing is known, and the next move would leave nothing of them; or a
@@ -111,7 +112,7 @@ class Average:
                 f"of what is loaded: load_full(source, t=<{erasing.unit}s>), or a schedule that "
                 "does not begin with a copy"
             )
-        return self.t, self.num_updates
+        return None
 
     def _erasing(self) -> Schedule | None:
         """One of `schedules` whose next move copies the weights, if each update is one unit."""

@@ -146,10 +146,11 @@ def update_bn(
     """
     ranks = ema._ranks
     layers: dict[str, _BatchNorm] = {}
+    same: dict[str, Any] = {}
 
     def look() -> list[tuple[str, int]]:
         ema._not_inside("update_bn")
-        ema._named(name)
+        same.update(name=ema._named(name).name, **ema._clocks())
         if not any(unwrap(model) is unwrap(known) for known in ema._weights.models):
             raise ValueError("update_bn: got a model that the EMA was not built for")
         layers.update(_layers(model))
@@ -164,7 +165,7 @@ def update_bn(
             )
         return [(fqn, layer.num_features) for fqn, layer in layers.items()]
 
-    ranks.agree("update_bn", look, _same)
+    ranks.agree("update_bn", look, _same, same=same)
     if not layers:
         log.info("update_bn: no BatchNorm layer keeps running statistics: nothing to measure")
         return Statistics(())
@@ -315,6 +316,10 @@ def _pool(
 
 def _sum(values: Tensor, ranks: Ranks) -> Tensor:
     total = values.clone()
-    if ranks.size > 1:
+
+    def move() -> None:
         dist.all_reduce(total, group=ranks.group())
+
+    if ranks.size > 1:
+        ranks.transfer("update_bn", move, total.device)
     return total

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardema.errors import CheckpointError
 from shardema.files import (
+    ADAPTER,
     BROKEN,
     DIFFUSERS,
     WHOLE,
@@ -57,7 +58,7 @@ def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
         if not stat.S_ISDIR(os.stat(source).st_mode):
             return _tensors_in(source)
         inside = set(os.listdir(source))
-    singles = [f"{stem}.safetensors" for stem in WHOLE]
+    singles = [f"{stem}.safetensors" for stem in (*WHOLE, ADAPTER)]
     single = next((name for name in singles if name in inside), None)
     if single is not None:
         return _tensors_in(os.path.join(source, single))
@@ -66,8 +67,8 @@ def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
     if found_index is None:
         raise CheckpointError(
             f"reading {source}: neither model.safetensors nor its index is in it, nor "
-            f"{DIFFUSERS}.safetensors or its index; give a .safetensors file or a folder that "
-            "export or save_pretrained wrote",
+            f"{DIFFUSERS} or {ADAPTER} files; give a .safetensors file or a folder that export or "
+            "save_pretrained wrote",
             path=source,
         )
     index = os.path.join(source, found_index)
@@ -166,6 +167,11 @@ def match(
             raise ValueError(
                 f"{label}: {there} has shape {shapes[there]}, expected {item.shape}; it is of "
                 "another model"
+            )
+        elif there in found.values():
+            raise ValueError(
+                f"{label}: {there} is the name of two tensors of the model, as of two adapters; "
+                "give {fqn: tensor} with the names of model.state_dict()"
             )
         else:
             found[item.fqn] = there

@@ -48,11 +48,13 @@ from shardema.average import Average
 from shardema.backends.tree import unwrap
 from shardema.dcp import BoxedTensor, refuse_pickle
 from shardema.errors import CheckpointError, SwapError
+from shardema.folder import absolute
 from shardema.gather import Holdings, Item, Plan
 from shardema.layout import Buffers, Select
 from shardema.metrics import not_finite, sums, total
 from shardema.own_state import Outward, OwnState
 from shardema.patterns import Pattern, text_of
+from shardema.replicas import Spread
 from shardema.schedules import Schedule, by_pattern, describe
 from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
 from shardema.shard import Shard, few, present
@@ -67,7 +69,7 @@ _CHANGING = frozenset(  # the averages, under an `iter_full` that is open
     ("update", "before_replay", "swap", "reset", "load", "load_full", "load_state_dict")
 )
 
-_WRITTEN = ("save", "export")  # calls that need the names which files have
+_WRITTEN = ("save", "export", "load_full")  # calls that need the names which files have
 
 _T = TypeVar("_T")
 # what takes state_dict() of all that it is given (accelerate's register_for_checkpointing, Fabric's
@@ -266,6 +268,7 @@ class ShardedEMA:
             RuntimeError: inside ``swap()``; while an optimizer is attached; or the model is no
                 longer the one that the EMA was built for (wrapped since, a parameter of another
                 shape or dtype).
+            RankError: with ``on_nonfinite``: a rank did not come, or is out of step.
             ValueError: ``dt`` is negative, or missing where the clock does not count steps.
             TypeError: an argument without a keyword: other libraries' updates take a model, a
                 step or parameters.
@@ -401,14 +404,18 @@ class ShardedEMA:
             for group in present(self._weights.mine)
             for shard in not_finite([s for s in group if s.source.numel()])
         ]
-        if not self._ranks.any(bool(names)):
+        updates = self.num_updates
+        found, most, least = self._ranks.max([float(bool(names)), updates, -updates])
+        if most != -least:  # told without another exchange; this one says by how much
+            self._ranks.agree("update", same=self._clocks())
+        if not found:
             return False
 
         def report(told: list[list[str]]) -> str:
             return few(sorted({name for names in told for name in names}))
 
-        found = self._ranks.agree("update (naming what is not finite)", lambda: names, report)
-        text = f"rank {self._ranks.rank}: {found}: not finite, so the average is not updated"
+        told = self._ranks.agree("update (naming what is not finite)", lambda: names, report)
+        text = f"rank {self._ranks.rank}: {told}: not finite, so the average is not updated"
         if self._on_nonfinite == "raise":
             raise RuntimeError(f"{text}; find the step that broke the weights, and go on before it")
         if self._ranks.leader:
@@ -468,8 +475,8 @@ class ShardedEMA:
         if engine is not None and optimizers == models:
             self._source = Engine(engine.hook(before=guard, after=update))
         else:
-            holds = self._weights.held_by
-            self._source = Rounds(optimizers, models, holds, update, guard, self._ranks.leader)
+            holds, leader = self._weights.stepped_by, self._ranks.leader
+            self._source = Rounds(optimizers, models, holds, update, guard, leader)
         self._seen()
         return Attached(self._source, self._detached)
 
@@ -556,6 +563,7 @@ class ShardedEMA:
                 a cast, a parameter that was taken away. They are in the error's ``weights``; the
                 average is as before, and the EMA goes on once the model fits it again.
             ValueError: no average of this name.
+            RankError: where it is collective: as for `full_state_dict`.
         """
         dropped = functools.partial(
             self._warn_once,
@@ -566,25 +574,22 @@ class ShardedEMA:
 
     @contextlib.contextmanager
     def _swap(self, name: str | None) -> Iterator[None]:
-        average, mine, exchange = self._together("swap", lambda: self._ready_to_swap(name))
-        same = self._weights.replicated(average.policy)
-        if average.policy.shard_replicas:  # the slices make replicas equal, so they must be
-            self._begin("swap", name, None)
-            self._check_replicas(average, "swap")
-        put_back = functools.partial(self._put_back, exchange, mine, same)
+        average, mine, exchange, carrier = self._together("swap", name, self._ready_to_swap)
+        put_back = functools.partial(self._put_back, exchange, mine, carrier)
         guards = []
         try:
             if self._weights.engine is not None:
                 guard = functools.partial(self._not_inside, "an optimizer step")
                 guards.append(self._weights.engine.hook(before=guard))
             self._inside = average.name
-            with writable(), self._weights.spread(same):
+            with writable(), self._weights.spread("swap", carrier, self._ranks):
                 self._weights.await_copies()
                 exchange.swap_in()
             self._weights.announce_write()
-            versions = self._weights.versions(mine)
+            tensors = self._weights.counted(mine)
+            versions = {fqn: tensor._version for fqn, tensor in tensors.items()}
             yield
-            now = self._weights.versions(mine)
+            written = [fqn for fqn, t in tensors.items() if t._version != versions[fqn]]
         finally:
             self._due = put_back  # before anything that a signal's handler could interrupt
             interrupt: BaseException | None = None
@@ -597,7 +602,6 @@ class ShardedEMA:
                 hook.remove()
             if interrupt is not None:
                 raise interrupt
-        written = [name for name, version in now.items() if version != versions.get(name)]
         if written:
             raise RuntimeError(
                 f"rank {self._ranks.rank}: {few(written)}: written inside swap(), so "
@@ -605,30 +609,62 @@ class ShardedEMA:
                 "weights outside of it, and call ema.reset() or ema.load() to mend the average"
             )
 
-    def _ready_to_swap(self, name: str | None) -> tuple[Average, list[Shard], Exchange]:
-        self._not_inside("swap")
-        average = self._named(name)
-        self._close_round()
+    def _ready_to_swap(
+        self, average: Average
+    ) -> tuple[Average, list[Shard], Exchange, Spread | None]:
         self._tell_what_was_missed("swap", average)
-        with writable():
-            self._refresh()
-            self._flush("swap")
-            return average, self._weights.mine, Exchange(self._held(average), average.shadows.views)
+        self._refresh()
+        self._flush("swap")
+        exchange = Exchange(self._held(average), average.shadows.views)
+        return average, self._weights.mine, exchange, self._carrier(average)
+
+    def _carrier(self, average: Average, *, masters: bool = False) -> Spread | None:
+        """What brings an average's slices to the other replicas, where it is kept in slices."""
+        if not average.policy.shard_replicas:
+            return None
+        return self._weights.carrier(average.policy, self._ranks, masters=masters)
 
     def _is_collective(self) -> bool:
         """Whether writing the model takes all ranks: an engine's, or slices of replicas."""
-        sliced = any(average.policy.shard_replicas for average in self._averages.values())
-        return self._weights.engine is not None or sliced
+        return self._weights.engine is not None or self._sliced()
 
-    def _together(self, op: str, work: Callable[[], _T]) -> _T:
-        """``work()``; where an engine or replicas make the call collective, on all or on none."""
+    def _sliced(self) -> bool:
+        return any(average.policy.shard_replicas for average in self._averages.values())
+
+    def _together(
+        self,
+        op: str,
+        name: str | None,
+        work: Callable[[Average], _T],
+        given: Callable[[], dict[str, Any]] = dict,
+    ) -> _T:
+        """``work(average)``; where an engine or replicas make the call collective, on all or none.
+
+        Of slices the replicas are compared: they are put together, so they must be equal.
+        """
         if not self._is_collective():
-            return work()
+            self._not_inside(op)
+            average = self._named(name)
+            given()
+            self._close_round()
+            with writable():
+                return work(average)
         done: list[_T] = []
-        self._ranks.agree(op, lambda: done.append(work()))
+
+        def prepare(_: Plan, average: Average, __: Any) -> None:
+            done[:] = [work(average)]
+
+        self._begin(
+            op,
+            name,
+            given=given,
+            planned=self._sliced(),
+            compared=lambda average: [average] if average.policy.shard_replicas else [],
+            prepare=prepare,
+        )
         return done[0]
 
-    def _put_back(self, exchange: Exchange, mine: Sequence[Shard], same: Sequence[Shard]) -> None:
+    def _put_back(self, exchange: Exchange, mine: Sequence[Shard], carrier: Spread | None) -> None:
         """The end of a swap: the weights come back, and the EMA can be used again.
 
         Raises:
@@ -657,7 +693,7 @@ class ShardedEMA:
             with uninterrupted():
                 try:
                     # once on every rank, however often this one is interrupted
-                    with self._weights.spread(same):
+                    with self._weights.spread("swap", carrier, self._ranks):
                         failed.append(to_the_end(take_out))
                     failed.append(to_the_end(arrive))
                 except Exception as error:
@@ -713,27 +749,29 @@ class ShardedEMA:
         Raises:
             RuntimeError: inside ``swap()``.
             ValueError: ``every`` is no whole number above 0.
+            RankError: where it is collective: as for `full_state_dict`.
         """
-        if every is not None:
-            if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-                raise ValueError(f"copy_to_model: got every={every!r}, expected a whole number > 0")
+        good = every is None or (
+            isinstance(every, int) and not isinstance(every, bool) and every >= 1
+        )
+        if every is not None and good and name in (None, *self.names):
             self._close_round()
-            updates = self._named(name).num_updates
+            updates = self._averages[self.names[0] if name is None else name].num_updates
             if updates == 0 or updates % every:
                 return
 
-        def ready() -> Average:
-            self._not_inside("copy_to_model")
-            average = self._named(name)
-            self._close_round()
-            self._tell_what_was_missed("copy_to_model")
-            with writable():
-                self._refresh()
-            self._flush("copy_to_model")
-            return average
+        def given() -> dict[str, Any]:
+            if not good:
+                raise ValueError(f"copy_to_model: got every={every!r}, expected a whole number > 0")
+            return {"every": every}
 
-        average = self._together("copy_to_model", ready)
-        same = self._weights.replicated(average.policy)
+        def ready(average: Average) -> tuple[Average, Spread | None]:
+            self._tell_what_was_missed("copy_to_model")
+            self._refresh()
+            self._flush("copy_to_model")
+            return average, self._carrier(average, masters=True)
+
+        average, carrier = self._together("copy_to_model", name, ready, given)
 
         def write() -> None:
             self._weights.await_copies()
@@ -745,7 +783,7 @@ class ShardedEMA:
 
         with uninterrupted():
             try:
-                with writable(), self._weights.spread(same, masters=True):
+                with writable(), self._weights.spread("copy_to_model", carrier, self._ranks):
                     interrupt = to_the_end(write)
             finally:
                 self._weights.announce_write()
@@ -813,7 +851,8 @@ class ShardedEMA:
                 from weights that are averaged or sharded, or has extra state that is no tensor on
                 another rank only.
             ValueError: no average of this name, another dtype, ranks that hold different models.
-            RankError: a rank did not come within the timeout.
+            RankError: a rank did not come within the timeout, ended or froze in the call, or is out
+                of step: it was updated more or less often.
         """
         return dict(self._iter("full_state_dict", name, dtype, all_ranks=all_ranks))
 
@@ -837,24 +876,38 @@ class ShardedEMA:
     def _iter(
         self, op: str, name: str | None, dtype: Any, *, all_ranks: bool
     ) -> Iterator[tuple[str, Any]]:
-        plan, average, out_dtype = self._begin(op, name, dtype)
+        ready: list[gather.Prepared] = []
+        chosen: list[int] = []
+        gathered: list[int] = []
+
+        def prepare(plan: Plan, average: Average, out_dtype: Callable[[Item], torch.dtype]) -> None:
+            self._outward.check_values(op, self._ranks.size if all_ranks else 1)
+            chosen[:] = self._outward.chosen(plan)
+            apart = gather.apart(op, plan, self._ranks.size, all_ranks)
+            gathered[:] = [index for index in chosen if index not in apart]
+            ready[:] = [
+                gather.prepare(
+                    plan,
+                    gathered,
+                    self._holdings(plan, average),
+                    out_dtype,
+                    self._ranks,
+                    limit=gather.BUCKET_BYTES,
+                    all_ranks=all_ranks,
+                )
+            ]
+
+        plan, _, out_dtype = self._begin(
+            op,
+            name,
+            dtype,
+            given=lambda: {"all_ranks": bool(all_ranks)},
+            compared=lambda average: [average],
+            prepare=prepare,
+        )
         outward, values = self._outward, self._own.values
-        outward.check_values(op, self._ranks.size if all_ranks else 1)
-        holdings = self._holdings(plan, average)
-        chosen = outward.chosen(plan)
-        apart = gather.apart(op, plan, self._ranks.size, all_ranks)
-        gathered = [index for index in chosen if index not in apart]
         with writable():
-            self._check_replicas(average, op)
-            arriving = gather.stream(
-                plan,
-                gathered,
-                holdings,
-                out_dtype,
-                self._ranks,
-                limit=gather.BUCKET_BYTES,
-                all_ranks=all_ranks,
-            )
+            arriving = gather.stream(ready.pop(), op)
             if not (all_ranks or self._ranks.leader):
                 for _ in arriving:
                     raise AssertionError("only receivers get pieces")
@@ -872,7 +925,11 @@ class ShardedEMA:
                         "its last tensor, which ended it; call that behind the loop"
                     )
                 with writable():
-                    item, tensor = next(full, (None, None))
+                    try:
+                        item, tensor = next(full, (None, None))
+                    except BaseException as error:
+                        arriving.throw(error)  # which tells the others
+                        raise
                 if item is None or tensor is None:
                     break
                 for fqn in outward.names(item):
@@ -918,23 +975,28 @@ class ShardedEMA:
             ValueError, RankError: as for `full_state_dict`; a path that is no local one is a
                 ValueError.
         """
-        limit = exporter.parse_size(max_shard_size)
-        if mode not in ("auto", "direct", "stream"):
-            raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
-        plan, average, out_dtype = self._begin("export", name, dtype)
-        self._outward.check_export()
-        gather.refuse_opaque(
-            "export",
-            plan,
-            [index for index, item in enumerate(plan.items) if item.stem],
-            "take ema.full_state_dict(), which hands it out as it is, or ema.save(folder) and the "
-            "averages alone with `shardema export --partial`",
+
+        def given() -> dict[str, Any]:
+            if mode not in ("auto", "direct", "stream"):
+                raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
+            size = exporter.parse_size(max_shard_size)
+            return {"path": absolute(path, "export"), "max_shard_size": size, "mode": mode}
+
+        plan, average, out_dtype = self._begin(
+            "export", name, dtype, given=given, compared=lambda average: [average]
         )
-        holdings = self._holdings(plan, average)
-        module = unwrap(self._weights.models[0])
-        exported_dtype = next((out_dtype(i) for i in plan.items if i.averaged), None)
-        with writable():
-            self._check_replicas(average, "export")
+        with writable(), self._ranks.together("export"):
+            self._outward.check_export()
+            gather.refuse_opaque(
+                "export",
+                plan,
+                [index for index, item in enumerate(plan.items) if item.stem],
+                "take ema.full_state_dict(), which hands it out as it is, or ema.save(folder) and "
+                "the averages alone with `shardema export --partial`",
+            )
+            holdings = self._holdings(plan, average)
+            module = unwrap(self._weights.models[0])
+            exported_dtype = next((out_dtype(i) for i in plan.items if i.averaged), None)
             exporter.export(
                 path,
                 plan,
@@ -942,7 +1004,7 @@ class ShardedEMA:
                 holdings,
                 self._ranks,
                 out_dtype=out_dtype,
-                max_shard_size=limit,
+                max_shard_size=exporter.parse_size(max_shard_size),
                 mode=mode,
                 progress=progress,
                 extra=lambda folder: pretrained.write_config(module, folder, exported_dtype),
@@ -969,7 +1031,7 @@ class ShardedEMA:
             RuntimeError: inside ``swap()``.
             ValueError: no average of this name, or several and no name.
         """
-        plan, average, _ = self._begin("metrics", name, None)
+        plan, average, _ = self._begin("metrics", name)
         decays = average.decays or average.next_decays()
         weights = {shard.fqn: 1 - decays[average.index(shard)] for shard in self._weights.mine}
         held, views = self._held(average), average.shadows.views
@@ -1021,35 +1083,54 @@ class ShardedEMA:
             RuntimeError: inside ``swap()``, or supposed replicas differ; with ``include_frozen``,
                 a module has extra state that is no tensor.
         """
-        self._begin("save", self.names[0], None)
-        if include_frozen:
-            self._outward.check_tensors(
-                "save(include_frozen=True)", "save without include_frozen, which a load needs not"
-            )
-        plan = self._plans[False]
-        averaged = [i for i, item in enumerate(plan.items) if item.averaged]
-        rest = [
-            i
-            for i, item in enumerate(plan.items)
-            if not item.averaged and (item.role == "buffer" or include_frozen)
-        ]
-        gather.refuse_opaque(
+
+        def given() -> dict[str, Any]:
+            place = absolute(folder, "save")
+            return {
+                "path": place,
+                "include_frozen": bool(include_frozen),
+                "overwrite": bool(overwrite),
+            }
+
+        self._begin(
             "save",
-            plan,
-            rest,
-            "leave include_frozen off and keep the model's own state dict beside it, or leave "
-            'such a buffer out: buffers={name: "ignore"}',
+            self.names[0],
+            given=lambda: {
+                "path": absolute(folder, "save"),
+                "include_frozen": bool(include_frozen),
+                "overwrite": bool(overwrite),
+            },
+            compared=lambda _: list(self._averages.values()),
         )
-        kept = {*averaged, *rest}
-        left_out = [item.fqn for i, item in enumerate(plan.items) if i not in kept and item.stem]
-        left_out += sorted(self._outward.holders)
-        stored = self._outward.stored(plan)
-        own = Holdings(plan, [*self._weights.shards, *self._beside], {})
-        module = unwrap(self._weights.models[0])
-        with writable():
+        with writable(), self._ranks.together("save"):
+            if include_frozen:
+                self._outward.check_tensors(
+                    "save(include_frozen=True)",
+                    "save without include_frozen, which a load needs not",
+                )
+            plan = self._plans[False]
+            averaged = [i for i, item in enumerate(plan.items) if item.averaged]
+            rest = [
+                i
+                for i, item in enumerate(plan.items)
+                if not item.averaged and (item.role == "buffer" or include_frozen)
+            ]
+            gather.refuse_opaque(
+                "save",
+                plan,
+                rest,
+                "leave include_frozen off and keep the model's own state dict beside it, or leave "
+                'such a buffer out: buffers={name: "ignore"}',
+            )
+            kept = {*averaged, *rest}
+            items = enumerate(plan.items)
+            left_out = [item.fqn for i, item in items if i not in kept and item.stem]
+            left_out += sorted(self._outward.holders)
+            stored = self._outward.stored(plan)
+            own = Holdings(plan, [*self._weights.shards, *self._beside], {})
+            module = unwrap(self._weights.models[0])
             sources = []
             for a in self._averages.values():
-                self._check_replicas(a, "save")
                 theirs = self._plans[a.policy.shard_replicas]
                 holdings = self._holdings(theirs, a)
                 dtype = self._travels_as(a)
@@ -1093,7 +1174,16 @@ class ShardedEMA:
 
         After an error the averages are as before, to the bit.
         """
-        plan, _, _ = self._begin("load", self.names[0], None)
+        plan, _, _ = self._begin(
+            "load",
+            self.names[0],
+            given=lambda: {
+                "new_schedule": bool(new_schedule),
+                "add": sorted(_names(add)),
+                "drop": sorted(_names(drop)),
+            },
+            clocks=False,  # all of them are set: a load brings ranks into step again
+        )
         found: list[manifest.Manifest] = []
         readings: dict[str, list[manifest.Reading]] = {}
 
@@ -1185,9 +1275,14 @@ class ShardedEMA:
 
         After an error the average and its clock are as before.
         """
-        plan, average, _ = self._begin("load_full", name, None)
+        plan, average, _ = self._begin(
+            "load_full",
+            name,
+            given=lambda: {"t": str(t), "num_updates": str(num_updates)},
+            clocks=t is None and num_updates is None,  # else it sets them
+        )
         label = "load_full" if isinstance(source, Mapping) else f"load_full from {source}"
-        staged: list[tuple[Shadows, tuple[float, int]]] = []
+        staged: list[tuple[Shadows, tuple[float, int] | None]] = []
 
         def read() -> None:
             given = progress(t, num_updates, self.unit)
@@ -1216,10 +1311,11 @@ class ShardedEMA:
             self._ranks.agree("load_full (reading)", read)
 
             def take_over() -> None:
-                shadows, (now, updates) = staged[0]
+                shadows, clock = staged[0]
                 average.shadows.copy_all(shadows)
-                if (now, updates) != (average.t, average.num_updates):
-                    average.restart(now, updates)
+                if clock is not None:
+                    average.restart(*clock)
+                    self._counted = self._weights.applied()
 
             self._whole("load_full", take_over)
         self._loaded.add(average.name)
@@ -1319,8 +1415,8 @@ class ShardedEMA:
 
     def _whole_everywhere(self) -> bool:
         """Whether each rank holds all of every tensor and average: then one can save alone."""
-        sliced = any(average.policy.shard_replicas for average in self._averages.values())
-        return self._weights.name == "plain" and self._weights.engine is None and not sliced
+        plain = self._weights.name == "plain" and self._weights.engine is None
+        return plain and not self._sliced()
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -1334,7 +1430,7 @@ class ShardedEMA:
 
     def _check_loadable(self, folder: str) -> None:
         """Raises as `load` does, but for damage inside of the files. Collective."""
-        plan, _, _ = self._begin("load", self.names[0], None)
+        plan, _, _ = self._begin("load", self.names[0], clocks=False)
 
         def look() -> None:
             stored = manifest.read(folder)
@@ -1480,43 +1576,110 @@ class ShardedEMA:
         return self._averages[key]
 
     def _begin(
-        self, op: str, name: str | None, dtype: Any
+        self,
+        op: str,
+        name: str | None,
+        dtype: Any = None,
+        *,
+        given: Callable[[], dict[str, Any]] = dict,
+        clocks: bool = True,
+        planned: bool = True,
+        compared: Callable[[Average], Sequence[Average]] = lambda _: (),
+        prepare: Callable[[Plan, Average, Callable[[Item], torch.dtype]], None] | None = None,
     ) -> tuple[Plan, Average, Callable[[Item], torch.dtype]]:
-        """The start of every collective call: all ranks are ready, and know the plan."""
+        """The start of every collective call: all ranks are ready, in step, and know the plan.
+
+        Args:
+            given: the arguments that must be equal on all ranks; may refuse them.
+            clocks: compare the clocks too.
+            planned: whether a plan is needed.
+            compared: averages that supposed replicas are to hold alike.
+            prepare: what may fail on this rank, before the others wait for it; may be called twice.
+        """
         if self._ranks.size > 1:
             with writable():
                 gather.end_iterations(op)
+        same: dict[str, Any] = {}
 
-        def ready() -> bool:
+        def ready() -> list[dict[str, str]] | None:
             self._not_inside(op)
-            self._named(name)
+            average = self._named(name)
             check_dtype(op, dtype)
             if op not in _WRITERS:
                 self._close_round()
-                average = self._named(name)
-                self._tell_what_was_missed(op, average if op in ("save", "export") else None)
+                if op not in ("swap", "copy_to_model"):  # which tell themselves
+                    self._tell_what_was_missed(op, average if op in ("save", "export") else None)
             elif len(self._averages) > 1 and op != "load":
                 self._close_round()  # of the others
+            same.update(name=average.name, dtype=str(dtype), **given())
+            if clocks:
+                same.update(self._clocks())
             with writable():
-                self._weights.ensure_sharded()
-                self._follow(self._weights.read_again(self._ranks.rank))
+                if planned:
+                    self._weights.ensure_sharded()
+                    self._follow(self._weights.read_again(self._ranks.rank))
+                else:
+                    self._refresh()
             self._tell_what_froze()
             if op != "load":  # which fills all averages anew
                 self._flush(op)
+            if not planned:
+                return prepared()
             known, self._own = self._own.facts(), self._read_own()
-            same = known == self._own.facts() and self._planned == self._weights.stamp()
-            same = same and not (self._outward.pending and op in _WRITTEN)
-            return bool(self._plans) and same
+            same_state = known == self._own.facts() and self._planned == self._weights.stamp()
+            named = not (self._outward.pending and op in _WRITTEN)
+            return prepared() if self._plans and same_state and named else None
 
-        if not self._ranks.agree(op, ready, all):
-            missed = dict(self._weights.missed)
-            self._ranks.agree(f"{op} (patterns)", lambda: missed, layout.missed_by_all)
-            rules = {
-                average.name: describe(average.schedule) for average in self._averages.values()
-            }
-            self._ranks.agree(f"{op} (schedules)", lambda: rules, layout.same_rules)
+        def prepared() -> list[dict[str, str]]:
+            average = self._named(name)
+            if planned:
+                self._beside = self._read_beside()
+            with writable():
+                digests = [
+                    gather.replica_digests(self._plans[False], self._compared(a), self._ranks)
+                    for a in compared(average)
+                ]
+                if prepare is not None:
+                    prepare(self._plan_of(average), average, self._out_dtype(average, dtype))
+            return digests
+
+        def suspects(told: list[list[dict[str, str]] | None]) -> list[list[str]] | None:
+            columns = [theirs for theirs in told if theirs is not None]
+            if len(columns) < len(told):
+                return None  # a plan first
+            return [gather.differing(words) for words in zip(*columns, strict=True)]
+
+        found = self._ranks.agree(op, ready, suspects, same=same)
+        if found is None:
+            self._make_plans(op)
+            found = self._ranks.agree(f"{op} (preparing)", prepared, suspects)
+        average = self._named(name)
+        for suspicious, sets in zip(compared(average), found, strict=True):
+            if sets:
+                held = self._compared(suspicious)
+                gather.refuse_replicas(self._plans[False], held, self._ranks, op, sets)
+        return self._plan_of(average), average, self._out_dtype(average, dtype)
+
+    def _clocks(self) -> dict[str, Any]:
+        return {
+            f"clock of {a.name!r} (t, num_updates, moved_at)": [a.t, a.num_updates, a.moved_at]
+            for a in self._averages.values()
+        }
+
+    def _make_plans(self, op: str) -> None:
+        """Exchanges who holds what. Collective, in the first call that needs it."""
+        missed = dict(self._weights.missed)
+        rules = {average.name: describe(average.schedule) for average in self._averages.values()}
+
+        def alike(told: list[list[Any]]) -> None:
+            layout.missed_by_all([theirs for theirs, _ in told])
+            layout.same_rules([theirs for _, theirs in told])
+
+        self._ranks.agree(f"{op} (schedules)", lambda: [missed, rules], alike)
+        self._agree_on_state(op)
+        plans = {}
+        with self._ranks.together(f"{op} (planning)"):
             dropped = pretrained.dropped_names(self._weights.models)
-            self._agree_on_state(op)
             cuts = {average.policy.shard_replicas for average in self._averages.values()}
             for cut in sorted(cuts | {False}):
                 shards = [
@@ -1525,10 +1688,13 @@ class ShardedEMA:
                 ]
                 averaged = self._weights.averaged
                 made = gather.make_plan(shards, averaged, self._ranks, dropped)
-                self._plans[cut] = self._outward.applied(made, dropped)
-            self._planned = self._weights.stamp()
-        self._beside = self._read_beside()
-        average = self._named(name)
+                plans[cut] = self._outward.applied(made, dropped)
+        self._plans, self._planned = plans, self._weights.stamp()
+
+    def _plan_of(self, average: Average) -> Plan:
+        return self._plans.get(average.policy.shard_replicas, Plan((), ()))
+
+    def _out_dtype(self, average: Average, dtype: Any) -> Callable[[Item], torch.dtype]:
         own = self._travels_as(average)
 
         def out_dtype(item: Item) -> torch.dtype:
@@ -1538,7 +1704,7 @@ class ShardedEMA:
             given = given and item.fqn not in self._outward.packed
             return dtype if given and isinstance(dtype, torch.dtype) else item.dtype
 
-        return self._plans[average.policy.shard_replicas], average, out_dtype
+        return out_dtype
 
     def _read_own(self) -> OwnState:
         weights = self._weights
@@ -1571,12 +1737,12 @@ class ShardedEMA:
         shards = [*self._weights.all_cut(average.policy), *self._beside]
         return Holdings(plan, shards, average.shadows.views)
 
-    def _check_replicas(self, average: Average, op: str) -> None:
-        """Compares the average on supposed replicas; of slices, the weights that they are of."""
+    def _compared(self, average: Average) -> Holdings:
+        """What supposed replicas hold alike: the average, or the weights that slices are of."""
         cut = average.policy.shard_replicas
         sources = {shard.fqn: shard.source for shard in self._weights.mine} if cut else {}
-        held = Holdings(self._plans[False], self._weights.shards, sources or average.shadows.views)
-        gather.check_replicas(self._plans[False], held, self._ranks, op)
+        views = sources or average.shadows.views
+        return Holdings(self._plans[False], self._weights.shards, views)
 
     def _check_names(
         self, folder: str, stored: set[str], add: tuple[str, ...], drop: tuple[str, ...]

@@ -37,7 +37,16 @@ from shardema.files import (
     write_file,
 )
 from shardema.folder import new_folder
-from shardema.gather import BUCKET_BYTES, Holdings, Item, Plan, raw_bytes, stream
+from shardema.gather import (
+    BUCKET_BYTES,
+    Holdings,
+    Item,
+    Plan,
+    Prepared,
+    prepare,
+    raw_bytes,
+    stream,
+)
 from shardema.shard import Box, Dims, runs, split_box
 
 Mode = Literal["auto", "direct", "stream"]
@@ -207,17 +216,28 @@ def export(
     ):
         direct = _choose_mode(new.path, mode, ranks) == "direct"
         by_hand, streamed = _divide(plan, chosen, direct, out_dtype)
-        ranks.agree(
-            "export (reserving)", lambda: reserve(new.path, targets) if ranks.leader else None
-        )
+        prepared: list[Prepared] = []
+
+        def make_room() -> None:
+            if ranks.leader:
+                reserve(new.path, targets)
+            if streamed:
+                limit = BUCKET_BYTES
+                prepared.append(prepare(plan, streamed, holdings, out_dtype, ranks, limit=limit))
+
+        ranks.agree("export (reserving)", make_room)
         with bar:
             ranks.agree(
                 "export (writing)",
                 lambda: _write_own(plan, by_hand, holdings, ranks, writer),
                 nbytes=max(plan.loads(ranks.size, by_hand, out_dtype)),
             )
-            if streamed:
-                _write_streamed(plan, streamed, holdings, ranks, writer, out_dtype)
+            failed = _write_streamed(plan, prepared[0], writer) if streamed else None
+
+        def sync() -> None:
+            if failed is not None:
+                raise failed
+            writer.sync()
 
         def finish(_: list[None]) -> None:
             with reporting(new.path, "export to"):
@@ -227,7 +247,7 @@ def export(
             new.commit()
 
         # one rank's sync writes what all wrote to the file
-        ranks.agree("export (finishing)", writer.sync, finish, nbytes=total)
+        ranks.agree("export (finishing)", sync, finish, nbytes=total)
 
 
 def _items(plan: Plan, chosen: Sequence[int]) -> Iterator[Item]:
@@ -362,25 +382,14 @@ def _write_own(
                 writer.write(item.stem, item.file_name, box, holdings(index, box))
 
 
-def _write_streamed(
-    plan: Plan,
-    chosen: Sequence[int],
-    holdings: Holdings,
-    ranks: Ranks,
-    writer: Writer,
-    out_dtype: Callable[[Item], torch.dtype],
-) -> None:
+def _write_streamed(plan: Plan, prepared: Prepared, writer: Writer) -> Exception | None:
+    """Writes what arrives, on the leader; returns what went wrong, for all ranks to hear."""
     failed: Exception | None = None
-    for piece, values in stream(plan, chosen, holdings, out_dtype, ranks, limit=BUCKET_BYTES):
+    for piece, values in stream(prepared, "export"):
         if failed is None:  # after a failure go on receiving, so that no sender waits for ever
             try:
                 item = plan.items[piece.item]
                 writer.write(item.stem, item.file_name, piece.box, values)
             except Exception as error:
                 failed = error
-
-    def report() -> None:
-        if failed is not None:
-            raise failed
-
-    ranks.agree("export (streaming)", report)
+    return failed

@@ -57,7 +57,7 @@ class NewFolder:
         op, ranks = self._op, self._ranks
 
         def propose() -> str:
-            self._folder = _absolute(local_path(op, folder), op)
+            self._folder = absolute(folder, op)
             with reporting(self._folder, f"{op} to"):
                 if _exists(self._folder) and not overwrite:
                     raise CheckpointError(_exists_already(op, self._folder), path=self._folder)
@@ -203,8 +203,9 @@ def new_folder(
         raise
 
 
-def _absolute(path: str, op: str) -> str:
-    """``path`` from the root on, its last part a name; links stay what they are."""
+def absolute(folder: str | os.PathLike[str], op: str) -> str:
+    """``folder`` from the root on, its last part a name; links stay what they are."""
+    path = local_path(op, folder)
     with reporting(path, f"{op} to"):
         path = os.path.join(os.getcwd(), path).rstrip("/") or "/"
         return os.path.realpath(path) if os.path.basename(path) in ("", ".", "..") else path

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 import weakref
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from torch import distributed as dist
 
 from shardema.agree import Ranks
 from shardema.shard import Box, Dims, Role, Shard, check_covered, few, split_box, whole
+from shardema.words import is_told
 
 BUCKET_BYTES = 256 << 20
 _ALIGN = 16  # bytes; a part of a bucket starts where any dtype may start
@@ -210,29 +212,53 @@ def _share_writing(items: Sequence[Item], size: int) -> tuple[tuple[int, ...], .
     return tuple(writers)
 
 
-def check_replicas(plan: Plan, local: Callable[[int, Box], Tensor], ranks: Ranks, op: str) -> None:
-    """Compares what supposed replicas hold. Collective over ``ranks``.
+def replica_digests(
+    plan: Plan, local: Callable[[int, Box], Tensor], ranks: Ranks
+) -> dict[str, str]:
+    """What this rank holds of supposed replicas, in a word that the ranks compare. Local.
 
     Args:
         local: this rank's values of a box of item ``index``.
 
-    Raises:
-        RuntimeError: ranks hold different values of the same box.
+    Returns:
+        A digest for each set of ranks that hold boxes together, this rank among them.
     """
     digests: dict[str, xxhash.xxh3_128] = {}
     for index, _, box, holders in _replicated(plan):
         if ranks.index in holders:
-            key = ",".join(map(str, holders))
+            key = _set_of(holders)
             _hash_into(digests.setdefault(key, xxhash.xxh3_128()), local(index, box))
-    words = {key: digest.hexdigest() for key, digest in digests.items()}
-    suspects = ranks.agree(f"{op} (comparing replicas)", lambda: words, _differing)
-    if not suspects:
-        return
-    detail = {
-        item.fqn: _digest(local(index, box))
-        for index, item, box, holders in _replicated(plan)
-        if ",".join(map(str, holders)) in suspects and ranks.index in holders
-    }
+    return {key: digest.hexdigest() for key, digest in digests.items()}
+
+
+def differing(all_words: Sequence[Mapping[str, str]]) -> list[str]:
+    """The sets of ranks whose `replica_digests` are not equal."""
+    seen: dict[str, set[str]] = {}
+    for words in all_words:
+        for key, digest in words.items():
+            seen.setdefault(key, set()).add(digest)
+    return [key for key, digests in seen.items() if len(digests) > 1]
+
+
+def refuse_replicas(
+    plan: Plan,
+    local: Callable[[int, Box], Tensor],
+    ranks: Ranks,
+    op: str,
+    suspects: Sequence[str],
+) -> None:
+    """Names the tensor that ranks hold different values of. Collective over ``ranks``.
+
+    Raises:
+        RuntimeError: always, if there is one.
+    """
+
+    def look() -> dict[str, str]:
+        return {
+            item.fqn: _digest(local(index, box))
+            for index, item, box, holders in _replicated(plan)
+            if ranks.index in holders and _set_of(holders) in suspects
+        }
 
     def name_them(all_details: list[dict[str, str]]) -> None:
         for item in plan.items:
@@ -247,7 +273,12 @@ def check_replicas(plan: Plan, local: Callable[[int, Box], Tensor], ranks: Ranks
                     "tensors distinct names, or make the ranks equal before training"
                 )
 
-    ranks.agree(f"{op} (comparing replicas)", lambda: detail, name_them)
+    ranks.agree(f"{op} (comparing replicas)", look, name_them)
+
+
+def _set_of(holders: tuple[int, ...]) -> str:
+    """A short name of a set of ranks, however many they are."""
+    return xxhash.xxh3_64_hexdigest(",".join(map(str, holders)).encode())
 
 
 def refuse_opaque(op: str, plan: Plan, chosen: Sequence[int], remedy: str) -> None:
@@ -294,14 +325,6 @@ def _replicated(plan: Plan) -> Iterator[tuple[int, Item, Box, tuple[int, ...]]]:
             for box, holders in item.holders:
                 if len(holders) > 1:
                     yield index, item, box, holders
-
-
-def _differing(all_words: list[dict[str, str]]) -> list[str]:
-    seen: dict[str, set[str]] = {}
-    for words in all_words:
-        for key, digest in words.items():
-            seen.setdefault(key, set()).add(digest)
-    return [key for key, digests in seen.items() if len(digests) > 1]
 
 
 def _digest(tensor: Tensor) -> str:
@@ -351,7 +374,15 @@ def buckets(
         yield bucket
 
 
-def stream(
+@dataclass(frozen=True)
+class Prepared:
+    """A stream that has all the memory that it needs."""
+
+    transfer: _Transfer
+    groups: list[list[Piece]]
+
+
+def prepare(
     plan: Plan,
     chosen: Sequence[int],
     local: Callable[[int, Box], Tensor],
@@ -360,11 +391,8 @@ def stream(
     *,
     limit: int,
     all_ranks: bool = False,
-) -> Generator[tuple[Piece, Tensor]]:
-    """Brings the chosen items to the leader, bucket by bucket. Collective over ``ranks``.
-
-    Every rank must run it to the end or close it: a consumer that stops early, fails, or never
-    asks for a piece still takes part in the transfers that the others wait in.
+) -> Prepared:
+    """Makes ready to `stream`. Local: what can fail does so before anybody waits in a transfer.
 
     Args:
         chosen: indices of the items, in the order wanted.
@@ -373,33 +401,66 @@ def stream(
         limit: bytes of a bucket.
         all_ranks: bring them to all ranks.
 
+    Raises:
+        RankError: the process group is broken.
+    """
+    ranks.check_whole("gathering")
+    groups = list(buckets(plan, chosen, out_dtype, limit))
+    transfer = _Transfer(plan, local, out_dtype, ranks, all_ranks)
+    transfer.reserve(groups)
+    return Prepared(transfer, groups)
+
+
+def stream(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
+    """Brings the items to the leader, bucket by bucket. Collective over the ranks.
+
+    Every rank must run it to the end or close it: a consumer that stops early still takes part in
+    the transfers that the others wait in, and so does a rank that fails. Before the last bucket is
+    given out the ranks agree that all of them have come to the end.
+
     Yields:
         A piece and its values ``[*piece.box.sizes]`` on the CPU, valid until the next one; only
         on ranks that receive.
     """
-    groups = list(buckets(plan, chosen, out_dtype, limit))
-    transfer = _Transfer(plan, local, out_dtype, ranks, all_ranks)
-    transfer.reserve(groups)
-    pieces = _pieces(transfer, iter(groups))
+    pieces = _pieces(prepared, op)
     next(pieces)  # closing a generator that never ran would not move what is left
     return pieces
 
 
-def _pieces(transfer: _Transfer, groups: Iterator[list[Piece]]) -> Generator[tuple[Piece, Tensor]]:
+def _pieces(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
     """What arrives, behind a first item that is none."""
-    parts: Sequence[tuple[Piece, Tensor]] = [(Piece(-1, Box((), ()), -1), torch.empty(0))]
-    while True:
+    transfer, ranks = prepared.transfer, prepared.transfer.ranks
+    failed: BaseException | None = None
+
+    def finish() -> None:
+        if failed is not None and not isinstance(failed, GeneratorExit):
+            raise failed
+
+    try:
+        yield Piece(-1, Box((), ()), -1), torch.empty(0)
+    except BaseException as error:  # the consumer stopped: the others go on to the end
+        failed = error
+    for number, bucket in enumerate(prepared.groups, 1):
+        parts: list[Tensor] = []
         try:
-            yield from parts
-        except BaseException:  # the consumer stopped: let the other ranks finish, then stop
-            for rest in groups:
-                transfer.move(rest)
-            raise
-        bucket = next(groups, None)
-        if bucket is None:
-            return
-        arrived = transfer.move(bucket)
-        parts = list(zip(bucket, arrived, strict=True)) if transfer.receives else []
+            parts = transfer.move(bucket, op)
+        except BaseException as error:
+            if is_told(error):
+                raise
+            failed = failed or error
+        if number == len(prepared.groups):
+            ranks.agree(f"{op} (finishing)", finish)
+        if failed is None and transfer.receives:
+            try:
+                for piece, part in zip(bucket, parts, strict=True):
+                    transfer.go_on()
+                    yield piece, part
+            except BaseException as error:
+                failed = error
+    if not prepared.groups:
+        ranks.agree(f"{op} (finishing)")
+    if failed is not None:
+        raise failed
 
 
 class Iteration:
@@ -444,8 +505,9 @@ class _Transfer:
         self._plan = plan
         self._local = local
         self._out_dtype = out_dtype
-        self._ranks = ranks
+        self.ranks = ranks
         self._all_ranks = all_ranks
+        self._beat_at = time.monotonic() + ranks.timeout / 4
         self._buffers: dict[torch.device, Tensor] = {}
         self._host = torch.empty(
             0, dtype=torch.uint8, device="cpu"
@@ -466,9 +528,17 @@ class _Transfer:
         if self.receives and away:
             self._host = torch.empty(max(away), dtype=torch.uint8, device="cpu")
 
-    def move(self, bucket: list[Piece]) -> list[Tensor]:
-        """The pieces of the bucket, in order, on ranks that receive; else nothing."""
-        ranks = self._ranks
+    def go_on(self) -> None:
+        """Says that this rank goes on, where what it does between two transfers takes long."""
+        if self.ranks.size > 1 and time.monotonic() > self._beat_at:
+            self.ranks.beat()
+            self._beat_at = time.monotonic() + self.ranks.timeout / 4
+
+    def move(self, bucket: list[Piece], op: str) -> list[Tensor]:
+        """The pieces of the bucket, in order, on ranks that receive; else nothing.
+
+        A rank that fails to fill its part sends it all the same, and raises afterwards.
+        """
         places, spans = self._layout(bucket)
         device = self._home(bucket)
         owners = self._owners(spans)
@@ -477,27 +547,44 @@ class _Transfer:
         buffer = self._buffers[device][:size]
         # a sender's buffer holds its own span only, so it starts where that does
         slots = {o: buffer[spans[o][0] - first :][: spans[o][1]] for o in owners}
-        for piece, place in zip(bucket, places, strict=True):
-            if piece.owner == ranks.index:
-                self._view(buffer, place - first, piece).copy_(self._local(piece.item, piece.box))
-        if self._all_ranks and ranks.size > 1:
-            for owner in owners:
-                dist.broadcast(slots[owner], src=ranks.ranks[owner], group=ranks.group())
+        failed: BaseException | None = None
+        try:
+            for piece, place in zip(bucket, places, strict=True):
+                if piece.owner == self.ranks.index:
+                    values = self._local(piece.item, piece.box)
+                    self._view(buffer, place - first, piece).copy_(values)
+        except BaseException as error:
+            failed = error
+        if self.ranks.size > 1 and self._takes_part(owners):
+            self.ranks.transfer(op, lambda: self._exchange(slots), device)
+        if failed is not None:
+            raise failed
+        if not self.receives:
+            return []
+        arrived = buffer if device.type == "cpu" else self._host[:size].copy_(buffer)
+        return [self._view(arrived, place, p) for p, place in zip(bucket, places, strict=True)]
+
+    def _takes_part(self, owners: Sequence[int]) -> bool:
+        """Whether a bucket's exchange concerns this rank, given whose parts it has room for."""
+        return self._all_ranks or any(owner != 0 for owner in owners)
+
+    def _exchange(self, slots: Mapping[int, Tensor]) -> None:
+        """Sends and receives the parts of a bucket, each in its owner's slot."""
+        ranks, group = self.ranks, self.ranks.group()
+        if self._all_ranks:
+            for owner, slot in slots.items():
+                dist.broadcast(slot, src=ranks.ranks[owner], group=group)
         elif ranks.leader:
             works = [
-                dist.irecv(slots[owner], src=ranks.ranks[owner], group=ranks.group())
-                for owner in owners
+                dist.irecv(slot, src=ranks.ranks[owner], group=group)
+                for owner, slot in slots.items()
                 if owner != ranks.index
             ]
             for work in works:
                 assert work is not None
                 work.wait()
-        elif owners:
-            dist.send(slots[ranks.index], dst=ranks.ranks[0], group=ranks.group())
-        if not self.receives:
-            return []
-        arrived = buffer if device.type == "cpu" else self._host[:size].copy_(buffer)
-        return [self._view(arrived, place, p) for p, place in zip(bucket, places, strict=True)]
+        else:
+            dist.send(slots[ranks.index], dst=ranks.ranks[0], group=group)
 
     def _layout(self, bucket: list[Piece]) -> tuple[list[int], dict[int, tuple[int, int]]]:
         """First byte of each piece, and (first byte, bytes) of each owner: one span for each."""
@@ -516,7 +603,7 @@ class _Transfer:
 
     def _owners(self, spans: dict[int, tuple[int, int]]) -> list[int]:
         """Owners whose span of a bucket this rank has room for: all, or itself."""
-        return [owner for owner in spans if self.receives or owner == self._ranks.index]
+        return [owner for owner in spans if self.receives or owner == self.ranks.index]
 
     def _nbytes(self, piece: Piece) -> int:
         return piece.box.numel * self._out_dtype(self._plan.items[piece.item]).itemsize
@@ -528,10 +615,10 @@ class _Transfer:
 
     def _home(self, bucket: list[Piece]) -> torch.device:
         """The device that a bucket travels on; told from the plan, so all ranks choose alike."""
-        if self._ranks.size == 1:
+        if self.ranks.size == 1:
             return torch.device("cpu")
         kinds = {self._plan.items[piece.item].device for piece in bucket} - {"cpu"}
-        return self._ranks.transport(kinds.pop() if kinds else "cpu")
+        return self.ranks.transport(kinds.pop() if kinds else "cpu")
 
 
 class Holdings:

@@ -377,7 +377,11 @@ class Skeletons:
 
     def _tables(self, module: nn.Module, prefix: str) -> dict[str, dict[str, Any]]:
         """The module's tables of parameters and buffers, with stand-ins."""
-        parameters: dict[str, Tensor | None] = dict(module._parameters)
+        parameters: dict[str, Tensor | None] = {
+            key: param
+            for key, param in module._parameters.items()
+            if param is None or prefix + key in self.table  # else FSDP1's flat parameter
+        }
         buffers = dict(module._buffers)
         for key in self._by_prefix.get(prefix, ()):
             shard = self.table[prefix + key]

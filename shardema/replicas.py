@@ -5,7 +5,7 @@
     a tensor on 3 replicas, in memory   [0 1 2 3 4 5 6]     on each of them
     slices                              [0 1 2] [3 4 5] [6]
     slice_of   shard -> shard           a flat local, and the boxes of its elements
-    spread     tensor -> tensor         each slice as its replica has it, on all of them
+    Spread     tensor -> tensor         each slice as its replica has it, on all of them
 
 A slice is a shard like any other: it is averaged, gathered, saved and exported as one. With several
 groups (a mesh that replicates along two axes) the slice of the first is sliced by the second.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from shardema.agree import Ranks, device_for
 from shardema.shard import Box, Dims, Shard, dense_like, flat_boxes, memory_order
 
 BUCKET_BYTES = 64 << 20
@@ -99,55 +100,75 @@ class _Region:
         return self.values[begin : min(rank * self.size + stop, end)]
 
 
-def spread(pairs: Sequence[tuple[Tensor, Sequence[dist.ProcessGroup]]]) -> None:
-    """Brings each replica's slice to the others. Collective over the groups.
+class Spread:
+    """Brings each replica's slice to the others, as often as it is called.
 
     Args:
-        pairs: whole dense tensors, and the groups whose ranks hold them: `Shard.replicas`.
+        pairs: whole dense tensors, and the groups whose ranks hold them: `Shard.replicas`. Their
+            order must be the same on all ranks.
+        ranks: the ranks of all groups together.
 
-    The order of the pairs must be the same on all ranks. Needs two buffers of `BUCKET_BYTES` at
-    most, one of them times the ranks of a group.
+    All that it needs is allocated here: two buffers of `BUCKET_BYTES` at most for each device, one
+    of them times the ranks of a group. So a call fails on no rank for want of memory.
     """
-    depth = max((len(groups) for _, groups in pairs), default=0)
-    for level in reversed(range(depth)):  # what was sliced last is put together first
-        alike: dict[tuple[dist.ProcessGroup, torch.dtype, torch.device], list[_Region]] = {}
-        for tensor, groups in pairs:
-            if len(groups) <= level or dist.get_world_size(groups[level]) == 1:
-                continue
-            begin, end = _span(tensor.numel(), groups[:level])[-1]
-            size = _size(end - begin, dist.get_world_size(groups[level]))
-            if size:
-                key = (groups[level], tensor.dtype, tensor.device)
-                alike.setdefault(key, []).append(_Region(flat(tensor)[begin:end], size))
-        for (group, dtype, device), regions in alike.items():
-            _gather(regions, group, dtype, device)
 
+    def __init__(
+        self, pairs: Sequence[tuple[Tensor, Sequence[dist.ProcessGroup]]], ranks: Ranks
+    ) -> None:
+        self._ranks = ranks
+        self._steps: list[_Step] = []
+        depth = max((len(groups) for _, groups in pairs), default=0)
+        for level in reversed(range(depth)):  # what was sliced last is put together first
+            alike: dict[tuple[dist.ProcessGroup, torch.dtype, torch.device], list[_Region]] = {}
+            for tensor, groups in pairs:
+                if len(groups) <= level or dist.get_world_size(groups[level]) == 1:
+                    continue
+                begin, end = _span(tensor.numel(), groups[:level])[-1]
+                size = _size(end - begin, dist.get_world_size(groups[level]))
+                if size:
+                    key = (groups[level], tensor.dtype, _travels(groups[level], tensor))
+                    alike.setdefault(key, []).append(_Region(flat(tensor)[begin:end], size))
+            for (group, dtype, device), regions in alike.items():
+                limit = max(1, BUCKET_BYTES // (dtype.itemsize * dist.get_world_size(group)))
+                buckets = list(_buckets(regions, limit))
+                width = max(sum(stop - start for _, start, stop in bucket) for bucket in buckets)
+                self._steps.append(_Step(group, dtype, device, buckets, width))
+        self._mine: dict[torch.device, Tensor] = {}
+        self._theirs: dict[torch.device, Tensor] = {}
+        for device in {step.device for step in self._steps}:
+            here = [step for step in self._steps if step.device == device]
+            own = max(step.width * step.dtype.itemsize for step in here)
+            all_of = max(
+                step.width * step.dtype.itemsize * dist.get_world_size(step.group) for step in here
+            )
+            self._mine[device] = torch.zeros(own, dtype=torch.uint8, device=device)
+            self._theirs[device] = torch.empty(all_of, dtype=torch.uint8, device=device)
 
-def _gather(
-    regions: Sequence[_Region], group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device
-) -> None:
-    count, rank = dist.get_world_size(group), dist.get_rank(group)
-    kinds = sorted(kind.type for kind in group._device_types)
-    if device.type not in kinds:  # weights in host memory, ranks that only GPUs connect
-        device = torch.device(kinds[0], torch.accelerator.current_device_index())
-    limit = max(1, BUCKET_BYTES // (dtype.itemsize * count))
-    buckets = list(_buckets(regions, limit))
-    width = max(sum(stop - start for _, start, stop in bucket) for bucket in buckets)
-    mine = torch.zeros(width, dtype=dtype, device=device)
-    theirs = torch.empty(count * width, dtype=dtype, device=device)
-    for bucket in buckets:
+    def __call__(self, op: str) -> None:
+        """Brings them there. Collective over the groups.
+
+        Raises:
+            RankError: a rank did not take part.
+        """
+        for step in self._steps:
+            for bucket in step.buckets:
+                self._gather(op, step, bucket)
+
+    def _gather(self, op: str, step: _Step, bucket: Sequence[tuple[_Region, int, int]]) -> None:
+        group, dtype, device = step.group, step.dtype, step.device
+        count, rank = dist.get_world_size(group), dist.get_rank(group)
         places, used = [], 0
         for _, start, stop in bucket:
             places.append(used)
             used += stop - start
+        sent = self._mine[device][: used * dtype.itemsize]
+        came = self._theirs[device][: count * used * dtype.itemsize]
+        mine, rows = sent.view(dtype), came.view(dtype)
         own = [region.part(rank, start, stop) for region, start, stop in bucket]
         slots = [mine[at : at + part.numel()] for at, part in zip(places, own, strict=True)]
         torch._foreach_copy_(slots, own)
-        rows = theirs[: count * used]
         # as bytes: not every dtype travels by every backend
-        dist.all_gather_into_tensor(
-            rows.view(torch.uint8), mine[:used].view(torch.uint8), group=group
-        )
+        self._ranks.transfer(op, lambda: _all_gather(came, sent, group), device)
         parts, values = [], []
         for other in (other for other in range(count) if other != rank):
             for (region, start, stop), at in zip(bucket, places, strict=True):
@@ -155,6 +176,27 @@ def _gather(
                 begin = other * used + at
                 values.append(rows[begin : begin + parts[-1].numel()])
         torch._foreach_copy_(parts, values)
+
+
+def _travels(group: dist.ProcessGroup, tensor: Tensor) -> torch.device:
+    """The tensor's device, or the group's: weights in host memory, ranks that GPUs connect."""
+    device = device_for(group, tensor.device.type)
+    return tensor.device if device.type == tensor.device.type else device
+
+
+def _all_gather(rows: Tensor, mine: Tensor, group: dist.ProcessGroup) -> None:
+    dist.all_gather_into_tensor(rows, mine, group=group)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Regions of one dtype that one group exchanges, in buckets."""
+
+    group: dist.ProcessGroup
+    dtype: torch.dtype
+    device: torch.device  # that they travel on: not always theirs
+    buckets: list[list[tuple[_Region, int, int]]]
+    width: int  # elements of a rank's part of the largest bucket
 
 
 def _buckets(regions: Sequence[_Region], limit: int) -> Iterator[list[tuple[_Region, int, int]]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+_TABLES = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _LIGHTNINGS = {"_FabricOptimizer", "LightningOptimizer"}  # wrappers with a class of the inner's
 _LAYERS = 64  # functions around a step that are looked through
 
@@ -56,8 +57,7 @@ def _runs_hooks(optimizer: Optimizer) -> bool:
 
     ``step.hooked`` says nothing: functools.wraps copies it.
     """
-    tables = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    return all(hasattr(optimizer, name) for name in tables) and any(
+    return all(hasattr(optimizer, table) for table in _TABLES) and any(
         getattr(function, "__code__", None) is _hooked_code()
         for function in _layers(optimizer.step)
     )

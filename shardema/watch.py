@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from torch.optim.optimizer import (
 from shardema.shard import Shard
 from shardema.stepping import Steps, only_makes_state
 
+Holds = Callable[[Sequence[Optimizer]], list[bool]]
+
 _SAMPLE = 32  # tensors whose write counters are compared
 _WRITES = 4  # that a tensor may see between two updates: a load, projections after the step
 
@@ -26,14 +29,14 @@ class Others:
     A wrapper of a followed optimizer, and what a followed one wraps, are not among them.
 
     Args:
-        holds: whether an optimizer steps an averaged tensor.
+        holds: of each optimizer, whether it steps an averaged tensor.
         followed: those that are followed.
         steps: of these.
     """
 
     def __init__(
         self,
-        holds: Callable[[Optimizer], bool],
+        holds: Holds,
         followed: Sequence[Optimizer],
         steps: Sequence[Steps],
     ) -> None:
@@ -42,11 +45,7 @@ class Others:
         self._began: dict[int, int] = {}  # steps of the followed when one of another began
         self._passed = 0
         self.count, self.name = 0, ""
-        self._handles = [
-            register_optimizer_step_pre_hook(_Weakly(self, Others._enter)),
-            register_optimizer_step_post_hook(_Weakly(self, Others._leave)),
-        ]
-        weakref.finalize(self, _remove, self._handles)
+        _watch(self)
 
     def passed(self) -> None:
         """A followed one stepped: a step around it is a wrapper's."""
@@ -58,40 +57,47 @@ class Others:
 
     def remove(self) -> None:
         """Ends the counting."""
-        _remove(self._handles)
+        _watching.discard(self)
 
-    def _enter(self, optimizer: Optimizer) -> None:
+    def enter(self, optimizer: Optimizer) -> None:
         if optimizer not in self._followed:
             self._began[id(optimizer)] = self._passed
 
-    def _leave(self, optimizer: Optimizer) -> None:
+    def leave(self, optimizer: Optimizer) -> None:
         began = self._began.pop(id(optimizer), None)
         if began != self._passed or any(steps.running for steps in self._steps):
             return
         if optimizer not in self._held:
-            self._held[optimizer] = self._holds(optimizer)
+            (self._held[optimizer],) = self._holds([optimizer])
         if self._held[optimizer] and not only_makes_state():
             self.count += 1
             self.name = type(optimizer).__name__
 
 
-def _remove(handles: list[Any]) -> None:
-    while handles:
-        handles.pop().remove()
+# A hook that was taken off while torch goes through them, as the garbage collector may do, would
+# break the step: they stay for good, and look here.
+_watching: weakref.WeakSet[Others] = weakref.WeakSet()
 
 
-class _Weakly:
-    """A hook of all optimizers in the process, which does not keep its owner alive."""
+@functools.cache
+def _register() -> None:
+    def enter(optimizer: Optimizer, *_: Any) -> None:
+        if not torch.compiler.is_compiling():  # a compiled step of another model: no graph break
+            for others in list(_watching):
+                others.enter(optimizer)
 
-    def __init__(self, owner: Others, call: Callable[[Others, Optimizer], None]) -> None:
-        self._owner, self._call = weakref.ref(owner), call
+    def leave(optimizer: Optimizer, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            for others in list(_watching):
+                others.leave(optimizer)
 
-    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        if torch.compiler.is_compiling():  # a compiled step of another model: no graph break
-            return
-        owner = self._owner()
-        if owner is not None:
-            self._call(owner, optimizer)
+    register_optimizer_step_pre_hook(enter)
+    register_optimizer_step_post_hook(leave)
+
+
+def _watch(others: Others) -> None:
+    _register()
+    _watching.add(others)
 
 
 class Writes:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shardema import backends, layout, own_state, replicas
+from shardema.agree import Ranks
 from shardema.backends.fsdp1 import FLAT
 from shardema.backends.tree import Form, named_tensors
 from shardema.layout import Buffers, Select
@@ -100,13 +101,18 @@ class Weights:
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer steps a tensor that is averaged."""
+        return self.stepped_by([optimizer])[0]
+
+    def stepped_by(self, optimizers: Sequence[torch.optim.Optimizer]) -> list[bool]:
+        """Of each optimizer, whether it steps a tensor that is averaged."""
         self.ensure_sharded()
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return any(
-            id(named.tensor) in stepped
-            and (named.key == FLAT or not self.averaged.isdisjoint((named.fqn, *named.aliases)))
+        averaged = {
+            id(named.tensor)
             for named in named_tensors(self.models, set())
-        )
+            if named.key == FLAT or not self.averaged.isdisjoint((named.fqn, *named.aliases))
+        }
+        held = ([id(p) for g in one.param_groups for p in g["params"]] for one in optimizers)
+        return [not averaged.isdisjoint(ids) for ids in held]
 
     @property
     def forward_writes(self) -> bool:
@@ -237,37 +243,68 @@ class Weights:
         found = [s for s in self.mine if policy.shard_replicas and replicas.sliced(s)]
         return sorted(found, key=lambda shard: shard.fqn)  # the same order on all ranks
 
-    @contextlib.contextmanager
-    def spread(self, same: Sequence[Shard], *, masters: bool = False) -> Iterator[None]:
-        """The block writes the model's own tensors; what it wrote reaches all ranks when it ends.
-
-        Local, but for an engine and for slices.
+    def carrier(
+        self, policy: ShadowPolicy, ranks: Ranks, *, masters: bool = False
+    ) -> replicas.Spread:
+        """What `spread` brings slices to the other replicas with. Local, and allocates.
 
         Args:
-            same: of which it writes this replica's slice only.
-            masters: it writes what the optimizer steps, too.
+            masters: what the optimizer steps is written, too.
         """
-        if self.engine is None and not same:
+        same = self.replicated(policy)
+        whole = [(s.own, s.replicas) for s in same]
+        if masters:
+            whole += [(s.local, s.replicas) for s in same if s.weights is not None]
+        return replicas.Spread(whole, ranks)
+
+    @contextlib.contextmanager
+    def spread(self, op: str, carrier: replicas.Spread | None, ranks: Ranks) -> Iterator[None]:
+        """The block writes the model's own tensors; what it wrote reaches all ranks when it ends.
+
+        Local, but for an engine and for slices. With slices, what the block raises on one rank is
+        raised on all, when they are together again.
+
+        Args:
+            carrier: of those tensors of which the block writes this replica's slice only.
+        """
+        if self.engine is None and carrier is None:
             yield
             return
+        failed: BaseException | None = None
+
+        def finish() -> None:
+            if failed is not None:
+                raise failed
+
         with uninterrupted(), writable():
             try:
                 if self.engine is not None:
                     self.engine.release()
                 yield
-            finally:  # the other ranks gather too, whatever happened here
-                whole = [(s.own, s.replicas) for s in same]
-                if masters:
-                    whole += [(s.local, s.replicas) for s in same if s.weights is not None]
-                replicas.spread(whole)
-                if self.engine is not None:
-                    self.engine.publish()
+            except BaseException as error:
+                failed = error
+            # the other ranks gather too, whatever happened here
+            if carrier is not None:
+                carrier(op)
+            if self.engine is not None:
+                ranks.transfer(op, self.engine.publish, ranks.transport(self._device()))
+            if carrier is not None:
+                ranks.agree(f"{op} (finishing)", finish)
+            elif failed is not None:
+                raise failed
+
+    def _device(self) -> str:
+        return next((shard.own.device.type for shard in self.shards), "cpu")
+
+    def counted(self, shards: Sequence[Shard]) -> dict[str, Tensor]:
+        """Tensors whose ``_version`` every in-place write moves; of an engine, its parameters."""
+        if self.engine is not None:
+            return dict(self.engine.parameters())
+        return {s.fqn: s.local for s in shards if s.role != "buffer"}
 
     def versions(self, shards: Sequence[Shard]) -> dict[str, int]:
-        """Counters that every in-place write moves, by fqn; of an engine, its parameters'."""
-        if self.engine is not None:
-            return {fqn: p._version for fqn, p in self.engine.parameters().items()}
-        return {s.fqn: s.local._version for s in shards if s.role != "buffer"}
+        """The present counters of `counted`."""
+        return {fqn: tensor._version for fqn, tensor in self.counted(shards).items()}
 
     def give_back(self, held: Sequence[Shard]) -> dict[str, Tensor]:
         """Takes the values of ``held`` along to where the model keeps these tensors now.

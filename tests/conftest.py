@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from tests import operators
@@ -22,7 +24,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("full")]
     # compiled beside the other tests; whole files, so that what a file prepares is made once
     late = {item.path for item in items if "deepspeed_operators" in item.fixturenames}
-    items.sort(key=lambda item: item.path in late)
+    count = Counter(item.path for item in items)
+    # of these the largest first: a worker that is done early would have nothing to do at the end
+    items.sort(key=lambda item: (item.path in late, item.path in late and -count[item.path]))
     if late and not config.option.collectonly:
         operators.start()
 

@@ -89,6 +89,13 @@ def test_a_step_waits_until_its_weights_were_read(policy: ShadowPolicy, attached
         assert torch.equal(full[fqn], value), fqn
 
 
+@pytest.mark.parametrize("policy", OFFLOADS, ids=lambda p: p.compute)
+def test_the_policy_bounds_the_buffers_of_an_ema(policy: ShadowPolicy) -> None:
+    ema = ShardedEMA(nn.Linear(1024, 1024), 0.5, shadow=policy)  # 4 MiB
+    (behind,) = ema._updater._behind
+    assert policy.staging_bytes // 2 < behind.nbytes <= policy.staging_bytes
+
+
 def test_flush_lets_the_weights_be_written_by_hand() -> None:
     model = nn.Linear(1024, 1024, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

@@ -411,5 +411,5 @@ def test_a_count_in_a_folder_of_diffusers_is_checked(tmp_path: Path) -> None:
     for count in (-1, 1.5, "7", 10**400):
         (tmp_path / "config.json").write_text(json.dumps({**config, "optimization_step": count}))
         ema = presets.diffusers(model)
-        with pytest.raises(CheckpointError, match=r"config.json: it is broken \(expected a count"):
+        with pytest.raises(CheckpointError, match=r"config.json: it is broken \(ValueError"):
             ema.load_full(tmp_path)

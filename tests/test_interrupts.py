@@ -241,7 +241,7 @@ def test_the_end_of_a_swap_that_was_kept_from_beginning_is_made_by_the_next_call
     with pytest.raises(RuntimeError, match=r"update inside swap\(\)"):
         kept.ema.update()
     # as where two interrupts come at once, the second one between the lines of the `finally`
-    kept.ema._due = swap.gen.gi_frame.f_locals["put_back"]  # type: ignore[attr-defined]
+    kept.ema._due = swap._inner.gen.gi_frame.f_locals["put_back"]  # type: ignore[attr-defined]
     kept.ema.metrics("a")
     assert same(kept.weights(), weights)
     assert same(kept.averages(), averages)

@@ -265,6 +265,37 @@ def test_streams_and_buffers_are_used_in_the_order_that_keeps_them_whole(
     ]
 
 
+def test_what_travels_is_ordered_after_the_caller_and_before_what_it_does_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a GPU is asked for, on every device; here it only notes it."""
+    log: list[str] = []
+
+    class Noted(staging.Lane):
+        def begin(self) -> None:
+            log.append("begin")
+
+        def hold_back(self) -> None:
+            log.append("hold back")
+
+        def finish(self) -> None:
+            log.append("finish")
+
+    monkeypatch.setattr(offload, "Lane", Noted)
+
+    def noting(*args: Any) -> kernels.Lerp:
+        return lambda weights: log.append("average")
+
+    params = [torch.zeros(64), torch.zeros(64)]
+    behind = Travelling(params, params, [0] * 2, noting, staging_bytes=TINY)
+    behind([0.5])
+    behind.copied()
+    behind.flush()
+    averages = ["average"] * len(behind._batches)
+    assert averages
+    assert log == ["begin", *averages, "hold back", "finish"]
+
+
 @pytest.mark.parametrize("number", range(12))
 def test_an_interrupted_update_is_carried_on_with(
     number: int, monkeypatch: pytest.MonkeyPatch

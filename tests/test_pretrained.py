@@ -152,6 +152,12 @@ def test_peft_reads_an_export_and_the_offline_one(tmp_path: Path, case: str) -> 
         assert told[0] == told[1]
         read = peft.PeftModel.from_pretrained(gpt(), folder).eval()
         assert torch.equal(logits(read), expected)
+        again = ShardedEMA(adapted(**CASES[case]), 0.5)
+        again.load_full(folder)
+        full, got = ema.full_state_dict(), again.full_state_dict()
+        assert all(torch.equal(got[fqn], full[fqn]) for fqn in again._weights.averaged)
+        merged = read.merge_and_unload()
+        torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
 
 
 def test_each_adapter_has_its_folder_as_peft_has_it(tmp_path: Path) -> None:
@@ -179,6 +185,11 @@ def test_each_adapter_has_its_folder_as_peft_has_it(tmp_path: Path) -> None:
             )
             assert written.keys() == theirs.keys()
             assert all(torch.equal(written[key], value) for key, value in theirs.items())
+    model.add_adapter("third", peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    model.base_model.set_adapter(["default", "third"])
+    two = ShardedEMA(model, 0.5, select=["*.default.*", "*.third.*"])
+    with pytest.raises(ValueError, match="is the name of two tensors of the model, as of two"):
+        two.load_full(tmp_path / "online")
 
 
 def test_adapters_that_were_injected_are_read_by_the_model(tmp_path: Path) -> None:

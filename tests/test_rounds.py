@@ -14,6 +14,8 @@ from shardema import ShardedEMA
 from tests import world
 from tests.contract import assert_same
 
+CPU = torch.device("cpu")
+
 
 class Block(nn.Module):
     """Two heads that take turns, and a part without gradients."""
@@ -72,9 +74,9 @@ def heads_in_turns(wrapper: str) -> None:
     if wrapper == "ddp":
         model = DistributedDataParallel(model, find_unused_parameters=True)
     else:
-        for part in (model.trunk, model.mlp):
-            FSDP(part, use_orig_params=True)
-        model = FSDP(model, use_orig_params=True)
+        for name in ("trunk", "a", "b"):
+            setattr(model, name, FSDP(getattr(model, name), use_orig_params=True, device_id=CPU))
+        model = FSDP(model, use_orig_params=True, device_id=CPU)
     emas = []
     for one in (plain, model):
         torch.manual_seed(1)
@@ -100,7 +102,9 @@ def heads_in_turns(wrapper: str) -> None:
 
 def an_optimizer_is_found_whatever_the_wrapper(flat: bool) -> None:
     torch.manual_seed(0)
-    model = FSDP(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), use_orig_params=flat)
+    model = FSDP(
+        nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), use_orig_params=flat, device_id=CPU
+    )
     ema = ShardedEMA(model, 0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.ones(1, 3)).sum().backward()

@@ -448,13 +448,13 @@ def verdicts(
                 if size == ranks and (full or in_the_gate(ranks, fact, name))
             ],
             ranks,
-            timeout=400,
+            timeout=900,
         )
         for ranks in (2, 3)
     }
 
 
-@pytest.mark.timeout(900)  # all of them run in the fixture
+@pytest.mark.timeout(2000)  # all of them run in the fixture
 @pytest.mark.parametrize(
     ("ranks", "fact", "name"),
     [pytest.param(*case, marks=() if in_the_gate(*case) else pytest.mark.full) for case in CASES],

@@ -90,6 +90,7 @@ def travel(name: str, folder: str) -> None:
     assert_same(averages(again), held)
 
 
+@pytest.mark.timeout(900)  # compilers and other tests may keep the cores busy
 @pytest.mark.usefixtures("deepspeed_operators")
 def test_an_average_travels_through_every_backend(tmp_path: Path) -> None:
     at = 0

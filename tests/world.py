@@ -97,7 +97,8 @@ def judge(
     """Runs the facts in a world of ``ranks`` processes, with models on ``device``."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    told: dict[str, list[str]] = {fact.name: ["no word from this rank"] * ranks for fact in facts}
+    silent = [f"no word from this rank in {timeout:.0f} s"] * ranks
+    told: dict[str, list[str]] = {fact.name: list(silent) for fact in facts}
     assert len(told) == len(facts), "two facts of one name"
     with tempfile.TemporaryDirectory() as folder:
         words = context.SimpleQueue()

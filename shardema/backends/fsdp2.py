@@ -166,7 +166,7 @@ def _cut(size: int, cuts: tuple[tuple[int, int, int], ...]) -> tuple[_Stretch, .
     Args:
         cuts: split factor (0 for a plain shard), number of parts and which of them this rank has.
     """
-    rows = torch.arange(size)
+    rows = torch.arange(size, device="cpu")
     for factor, count, index in cuts:
         how = _StridedShard(0, split_factor=factor) if factor else ShardPlacement(0)
         rows = how._split_tensor(rows, count, with_padding=False)[0][index]

@@ -1,0 +1,317 @@
+"""The rounds in which some ranks exchange words through a store: who posts what, and who waits.
+
+::
+
+    round n    each rank      word   .../n/<index>     posted by it, deleted by it
+               the leader     beat   .../n/beat        only while it makes a reply that takes time
+               the leader     reply  .../n/reply       deleted by the last one that has read it
+               the last one   parted .../n/parted      where the store may end with the leader
+    roll call  who gives up   roll   .../n/roll        a transfer does not go on
+               each rank      here   .../n/here/<i>    it is alive
+
+All keys go again, but those of a roll call. What a rank knows is the number of its next round. The
+leader alone decides what a round was; one that somebody has missed is over too, and its reply stays
+until the missing ones come by: they read that it was not theirs, and take the next round. So ranks
+that missed a call, or gave one up, are in step again with their next one. Ranks meet because they
+wait at the same time; what they wait for is in their words, and compared (agree.py).
+
+Where a rank comes to a round that was over, with the very call that it was about, its word says
+that it is late. If the others are in another call by now, that rank alone raises: the leader
+answers that round to it only, and the others post their words again in the next one.
+
+A word that was withdrawn (its rank gave up, or was interrupted) says so, and counts as none. A
+reply names how often a rank had withdrawn before the word that it answers, so it is never taken
+for the reply to another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import distributed as dist
+from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
+
+GRACE = 2.0  # seconds beyond the timeout in which a leader that is there may still tell who is not
+PARTING = 2.0  # seconds that a leader waits until those who came have read its reply
+ROLL_CALL = 2.0  # seconds in which every rank that is alive answers one
+LOOK = 0.25  # seconds between two looks for what is rare: a roll call, a beat
+_KEPT = ("reply", "read", "beat")  # of a round, until all have read its reply
+_PAUSES = (5e-5, 0.01)  # seconds between two looks for a word or a reply: at first, at last
+
+
+class Cancelled(Exception):
+    """The caller no longer waits."""
+
+
+class Rounds:
+    """The rounds of one set of ranks over one store, as this rank knows them.
+
+    Args:
+        ranks: their global ranks; the first is the leader.
+        index: place of this rank among them.
+
+    Attributes:
+        broken: why the process group may not be used again, if so.
+        culprit: the rank that it broke at.
+        alive: when the store answered last.
+        missed: what the last round was that went on without this rank.
+    """
+
+    def __init__(self, store: Any, ranks: Sequence[int], index: int) -> None:
+        self._store = weakref.ref(store)  # a group that is destroyed takes its store with it
+        self.ranks = tuple(ranks)
+        self.index = index
+        self.broken = ""
+        self.culprit = -1
+        self.missed = ""
+        self.alive = time.monotonic()
+        self._name = f"shardema/{self.ranks[0]}-{self.ranks[-1]}-{hash(self.ranks)}"
+        self._next = 0
+        self._withdrawn = 0  # words of this rank in the next round
+        self._open: list[int] = []  # rounds whose replies wait for ranks that missed them
+
+    @property
+    def store(self) -> Any:
+        return self._store()
+
+    @property
+    def number(self) -> int:
+        """Of the next round."""
+        return self._next
+
+    # ---- a round ------------------------------------------------------------------------------
+
+    def collect(
+        self, word: dict[str, Any], limit: float, cancel: threading.Event
+    ) -> list[dict[str, Any] | None]:
+        """On the leader: the words of all ranks; None for one that has not come in time."""
+        keys = [self._key(index) for index in range(len(self.ranks))]
+        self.store.set(keys[0], json.dumps(word))
+        end = time.monotonic() + limit
+        words: list[dict[str, Any] | None] = [None] * len(keys)
+        while True:
+            lacking = [index for index, found in enumerate(words) if found is None]
+            everyone = self._poll([keys[i] for i in lacking], end, cancel)
+            came = lacking if everyone else [i for i in lacking if self._has(keys[i])]
+            known: dict[bytes, dict[str, Any]] = {}  # most words are the same
+            for index, raw in zip(came, self._get_all([keys[i] for i in came]), strict=True):
+                found = known.setdefault(raw, json.loads(raw))
+                words[index] = None if "withdrawn" in found else found
+            if None not in words or not everyone or time.monotonic() >= end or self.called():
+                return words
+            time.sleep(_PAUSES[1])  # somebody has withdrawn, and may come again
+
+    def answer(self, answer: dict[str, Any], words: Sequence[dict[str, Any] | None]) -> None:
+        """On the leader: ends the round with a reply to those who came."""
+        number = self._next
+        missing = [index for index, word in enumerate(words) if word is None]
+        again = {i: w["again"] for i, w in enumerate(words) if w is not None and "again" in w}
+        readers = len(words) - 1 - len(missing)
+        parting = readers > 0 and _may_be_here(self.store)
+        extra: dict[str, Any] = {
+            "missing": missing,
+            "again": again,
+            "readers": readers,
+            "parting": parting,
+        }
+        if missing and words[0] is not None:
+            extra["call"] = call_of(words[0])
+        self.store.set(self._key("reply"), json.dumps({**answer, **extra}))
+        self._go_on()
+        if missing:
+            self._open.append(number)
+        else:  # everyone has come by the rounds that somebody missed
+            for passed in self._open:
+                for what in _KEPT:
+                    self.store.delete_key(self._key(what, passed))
+            self._open.clear()
+        if parting:  # this process may be about to end, and the store with it
+            parted = self._key("parted", number)
+            if self._poll([parted], time.monotonic() + PARTING, None):
+                self.store.delete_key(parted)
+        self.store.delete_key(self._key(0, number))
+
+    def beat(self) -> None:
+        """On the leader: says that it is at work on what the others wait for."""
+        self.store.add(self._key("beat"), 1)
+
+    def beats(self) -> int:
+        """On the others: how many there were; another one means that the leader is at work."""
+        return int(self.store.add(self._key("beat"), 0))  # which waits for nothing, unlike a get
+
+    def follow(
+        self, word: dict[str, Any], limit: float, cancel: threading.Event
+    ) -> dict[str, Any] | None:
+        """On the others: posts the word and returns the reply; None if there was none in time.
+
+        After a None the word is withdrawn. Returns ``{"roll": True}`` where a roll call is on.
+        """
+        end = time.monotonic() + limit
+        while True:
+            if self._withdrawn:
+                word = {**word, "again": self._withdrawn}
+            mine = self._key(self.index)
+            self.store.set(mine, json.dumps(word))
+            if self._await_reply(end, limit, cancel):
+                reply: dict[str, Any] = json.loads(self.store.get(self._key("reply")))
+                if self._passed(reply):
+                    return reply
+                if reply.get("call") == call_of(word):
+                    word = {**word, "late": True}
+            elif self.called():
+                return {"roll": True}
+            else:
+                return None
+
+    def _await_reply(self, end: float, limit: float, cancel: threading.Event) -> bool:
+        known = 0
+        while True:
+            if self._poll([self._key("reply")], min(end, time.monotonic() + LOOK), cancel):
+                return True
+            if self.called():
+                return False
+            beats = self.beats()
+            if beats != known:
+                known, end = beats, max(end, time.monotonic() + limit)
+            if time.monotonic() >= end:
+                here = self._has(self._key(0))
+                return here and self._poll([self._key("reply")], time.monotonic() + GRACE, cancel)
+
+    def _passed(self, reply: dict[str, Any]) -> bool:
+        """Goes on after a reply; whether it was one to this rank's present word."""
+        number, withdrawn = self._next, self._withdrawn
+        counted = self.index not in reply["missing"]
+        mine = counted and reply["again"].get(str(self.index), 0) == withdrawn
+        mine = mine and self.index in reply.get("late", [self.index])
+        self._go_on()
+        if not mine and "error" in reply:
+            self.missed = reply["error"]["text"]
+        if "broken" in reply:
+            self.broken, self.culprit = reply["broken"], self.ranks[self.index]
+        with contextlib.suppress(RuntimeError):  # it is read: the store may end
+            self.store.delete_key(self._key(self.index, number))
+            if counted and self.store.add(self._key("read", number), 1) == reply["readers"]:
+                if not reply["missing"]:
+                    for what in _KEPT:
+                        self.store.delete_key(self._key(what, number))
+                if reply["parting"]:
+                    self.store.set(self._key("parted", number), "")
+        return mine
+
+    def withdraw(self, text: str) -> None:
+        """Takes back this rank's word in the round that is open."""
+        self._withdrawn += 1
+        self.store.set(self._key(self.index), json.dumps({"withdrawn": text}))
+
+    def absent(self) -> list[int]:
+        """Indices of the ranks whose words are not there."""
+        return [i for i in range(len(self.ranks)) if not self._has(self._key(i))]
+
+    def _go_on(self) -> None:
+        self._next += 1
+        self._withdrawn = 0
+
+    # ---- a roll call --------------------------------------------------------------------------
+
+    def called(self) -> bool:
+        """Whether there is a roll call in the round that is open."""
+        return self._has(self._key("roll"))
+
+    def left_behind(self) -> bool:
+        """Whether the others went on without this rank, which then takes the next round."""
+        if not self._has(self._key("reply")):
+            return False
+        self._passed(json.loads(self.store.get(self._key("reply"))))
+        return True
+
+    def call_roll(self, mark: dict[str, Any]) -> list[dict[str, Any] | None]:
+        """What every rank says of itself; None for those that do not answer. Ends the round.
+
+        Its keys stay: there is one at most, since the group is not used again.
+        """
+        number = self._next
+        self.store.set(self._key("roll"), "")
+        keys = [self._key(f"here/{index}") for index in range(len(self.ranks))]
+        self.store.set(keys[self.index], json.dumps(mark))
+        self._poll(keys, time.monotonic() + ROLL_CALL, None)
+        came = [index for index, key in enumerate(keys) if self._has(key)]
+        marks: list[dict[str, Any] | None] = [None] * len(keys)
+        for index, raw in zip(came, self._get_all([keys[i] for i in came]), strict=True):
+            marks[index] = json.loads(raw)
+        self.store.delete_key(self._key(self.index))  # a word, where this rank waited with one
+        missing = [index for index, mark in enumerate(marks) if mark is None]
+        if missing and self.index == came[0]:  # for those who were only late
+            text = f"the others gave up: {mark['op']}"
+            rest = {"missing": missing, "again": {}, "readers": 0, "parting": False}
+            answer = {"error": {"text": text}, "broken": text, **rest}
+            self.store.set(self._key("reply"), json.dumps(answer))
+            self._open.append(number)
+        self._go_on()
+        return marks
+
+    # ---- the store ----------------------------------------------------------------------------
+
+    def _key(self, what: int | str, number: int | None = None) -> str:
+        return f"{self._name}/{self._next if number is None else number}/{what}"
+
+    def _has(self, key: str) -> bool:
+        found = self.store.check([key])
+        self.alive = time.monotonic()
+        return bool(found)
+
+    def _get_all(self, keys: Sequence[str]) -> list[bytes]:
+        return list(self.store.multi_get(list(keys))) if keys else []
+
+    def _poll(self, keys: Sequence[str], end: float, cancel: threading.Event | None) -> bool:
+        """Waits until all keys are there; False if the time passed first.
+
+        Not by `Store.wait`: it holds the lock of the connection, and its timeouts are logged.
+        """
+        pause, last = _PAUSES
+        look = time.monotonic() + LOOK
+        while True:
+            if self.store.check(list(keys)):
+                return True
+            now = self.alive = time.monotonic()
+            if cancel is not None and cancel.is_set():
+                raise Cancelled
+            if now >= end:
+                return False
+            if now >= look:
+                if cancel is not None and self.called():
+                    return False
+                look = now + LOOK
+            time.sleep(min(pause, end - now))
+            pause = min(1.5 * pause, last)
+
+
+def call_of(word: dict[str, Any]) -> str:
+    """What a word calls, and with what."""
+    return json.dumps([word["op"], word["same"]], sort_keys=True)
+
+
+def _may_be_here(store: Any) -> bool:
+    """Whether the store may live in this process, and so end with it."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return not isinstance(store, FileStore) and not (agent and isinstance(store, TCPStore))
+
+
+_known: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Rounds]] = weakref.WeakKeyDictionary()
+
+
+def rounds_of(ranks: tuple[int, ...], index: int) -> Rounds:
+    """The rounds of these ranks over the store of the default process group."""
+    store = dist.distributed_c10d._get_default_store()
+    of_store = _known.setdefault(store, {})
+    if ranks not in of_store:
+        of_store[ranks] = Rounds(store, ranks, index)
+    return of_store[ranks]

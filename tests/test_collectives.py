@@ -1,0 +1,747 @@
+"""What becomes of a collective call when a rank fails, ends or freezes in it, at any point.
+
+A `Case` is one call, one point in it, and what happens to one rank there; the others must raise,
+name that rank, and say of the next call what is true. Each case has ranks of its own, whose process
+group would wait half an hour. Facts in which nobody ends share their ranks (`FACTS`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA, gather, replicas, rounds
+from shardema.agree import Ranks
+from tests import world
+
+TIMEOUT = 4.0  # seconds of the EMA
+HANG = 60.0  # beyond the timeout: a machine may be slow, torch would wait for 1800
+SLICES = ShadowPolicy(shard_replicas=True)
+
+
+def sharded(**options: Any) -> ShardedEMA:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    return ShardedEMA(fully_shard(net), 0.5, kernel="reference", **options)
+
+
+def sliced(**options: Any) -> ShardedEMA:
+    torch.manual_seed(0)
+    net = DistributedDataParallel(nn.Linear(16, 16))
+    return ShardedEMA(net, 0.5, kernel="reference", shadow=SLICES, **options)
+
+
+def checked(**options: Any) -> ShardedEMA:
+    return sharded(on_nonfinite="skip", **options)
+
+
+def swapped(ema: ShardedEMA, folder: str) -> None:
+    with ema.swap():
+        pass
+
+
+@dataclass(frozen=True)
+class Call:
+    """A collective call: how, on which EMA, and what it moves numbers with."""
+
+    make: Callable[..., ShardedEMA]
+    run: Callable[[ShardedEMA, str], Any]
+    sends: str = ""  # of torch.distributed, on all ranks but the leader
+    receives: str = ""  # on the leader
+    words: bool = True
+    first: bool = False  # it is the first one of its EMA
+
+
+CALLS = {
+    "full_state_dict": Call(sharded, lambda e, _: e.full_state_dict(), "send", "irecv"),
+    "all_ranks": Call(
+        sharded, lambda e, _: e.full_state_dict(all_ranks=True), "broadcast", "broadcast"
+    ),
+    "iter_full": Call(sharded, lambda e, _: list(e.iter_full()), "send", "irecv"),
+    "export": Call(sharded, lambda e, f: e.export(f"{f}/e", mode="direct", progress=False)),
+    "stream": Call(
+        sharded, lambda e, f: e.export(f"{f}/e", mode="stream", progress=False), "send", "irecv"
+    ),
+    "save": Call(sharded, lambda e, f: e.save(f"{f}/s")),
+    "load": Call(sharded, lambda e, f: e.load(f"{f}/before")),
+    "load_full": Call(sharded, lambda e, f: e.load_full(f"{f}/full.safetensors")),
+    "metrics": Call(sharded, lambda e, _: e.metrics()),
+    "first": Call(
+        sharded, lambda e, _: e.metrics(), "all_gather_object", "all_gather_object", first=True
+    ),
+    "swap": Call(sliced, swapped, "all_gather_into_tensor", "all_gather_into_tensor"),
+    "copy": Call(
+        sliced, lambda e, _: e.copy_to_model(), "all_gather_into_tensor", "all_gather_into_tensor"
+    ),
+    "update": Call(checked, lambda e, _: e.update(), "all_reduce", "all_reduce", words=False),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What happens to whom, and where in a call.
+
+    Attributes:
+        point: ``"start"``, before the call; ``"word"``, after the first word of it; ``"moving"``,
+            where numbers travel; ``"end"``, before its last word.
+        kind: ``"killed"`` or ``"frozen"``.
+        victim: the rank; the first one is the leader.
+        store: ``"parent"``, or ``"rank0"``: the store ends with that rank.
+    """
+
+    call: str
+    point: str
+    kind: str
+    victim: int
+    size: int = 2
+    store: str = "parent"
+
+    @property
+    def name(self) -> str:
+        who = f"{self.victim} of {self.size}"
+        return f"{self.call}, {self.point}: rank {who} {self.kind}, store in {self.store}"
+
+
+def leave(kind: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
+
+
+def arm(case: Case) -> None:
+    """The victim will leave at the point."""
+    call = CALLS[case.call]
+    if case.point == "start":
+        leave(case.kind)
+    if case.point == "word":
+        name = "collect" if case.victim == 0 else "_await_reply"
+
+        def gone(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if case.victim == 0:
+                self.store.set(self._key(0), '{"op": "it", "who": [null, 0]}')
+            leave(case.kind)
+
+        setattr(rounds.Rounds, name, gone)
+    if case.point == "moving":
+        name = call.receives if case.victim == 0 else call.sends
+        setattr(dist, name, lambda *args, **kwargs: leave(case.kind))
+    if case.point == "end":
+        real = Ranks.agree
+
+        def last(self: Ranks, op: str, *args: Any, **kwargs: Any) -> Any:
+            if "(" in op:
+                leave(case.kind)
+            return real(self, op, *args, **kwargs)
+
+        Ranks.agree = last  # type: ignore[method-assign]
+
+
+def told(work: Callable[[], Any]) -> tuple[str, int, str]:
+    """What a call came to: the error's class, its rank and text."""
+    try:
+        work()
+    except BaseException as error:
+        return type(error).__name__, getattr(error, "rank", -1), str(error)
+    return "returned", -1, ""
+
+
+def live(rank: int, case: Case, folder: str, port: int, words: Any) -> None:
+    """A rank of a case."""
+    torch.set_num_threads(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)  # torch's remarks about peers that are gone
+    patience = timedelta(seconds=1800)
+    host = case.store == "rank0" and rank == 0
+    if case.store == "rank0":
+        place = Path(folder, "port")
+        if host:
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            place.with_suffix(".tmp").write_text(str(store.port))
+            place.with_suffix(".tmp").rename(place)
+        else:
+            while not place.exists():
+                time.sleep(0.01)
+            store = dist.TCPStore("127.0.0.1", int(place.read_text()), timeout=patience)
+    else:
+        store = dist.TCPStore("127.0.0.1", port, timeout=patience)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=case.size, timeout=patience)
+    call = CALLS[case.call]
+    ema = call.make(timeout=200.0)
+    if not call.first:
+        ema.metrics()
+    if case.call == "load":
+        ema.save(f"{folder}/before")
+    if case.call == "load_full":
+        ema.export(f"{folder}/full", progress=False)
+        if rank == 0:
+            os.rename(f"{folder}/full/model.safetensors", f"{folder}/full.safetensors")
+    dist.barrier()
+    ema._ranks.timeout = TIMEOUT
+    if rank == case.victim:
+        arm(case)
+    here = told(lambda: call.run(ema, folder))
+    after = told(lambda: call.run(ema, f"{folder}/after"))
+    words.put((rank, here, after))
+
+
+def verdict(case: Case) -> str:
+    """What is wrong with a case; nothing if all is right."""
+    context = world.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(world.PRELOAD)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        words = context.SimpleQueue()
+        processes = [
+            context.Process(target=live, args=(rank, case, folder, server.port, words), daemon=True)
+            for rank in range(case.size)
+        ]
+        for process in processes:
+            process.start()
+        said: dict[int, Any] = {}
+        end = time.monotonic() + HANG + 3 * TIMEOUT
+        try:
+            while len(said) < case.size - 1 and time.monotonic() < end:
+                if words.empty():
+                    time.sleep(0.02)
+                    continue
+                rank, *both = words.get()
+                said[rank] = both
+        finally:
+            for process in processes:  # frozen ones too
+                process.kill()
+                process.join()
+    wrong = []
+    for rank in (r for r in range(case.size) if r != case.victim):
+        if rank not in said:
+            wrong.append(f"rank {rank} hangs")
+            continue
+        (kind, named, text), (later, _, then) = said[rank]
+        if not (issubclass(_class(kind), RankError) and named == case.victim):
+            wrong.append(f"rank {rank}: {kind} of rank {named}: {text}")
+        elif str(case.victim) not in text:
+            wrong.append(f"rank {rank}: {text} does not name the rank")
+        torn = case.call == "swap" and later == "RuntimeError"  # the EMA says so itself
+        if later not in ("RankError", "CheckpointError") and not torn:
+            wrong.append(f"rank {rank}, the call after it: {later}: {then}")
+    return "\n".join(wrong)
+
+
+def _class(name: str) -> type:
+    return {"RankError": RankError, "CheckpointError": CheckpointError}.get(name, object)
+
+
+GATE = (
+    Case("full_state_dict", "moving", "killed", 1),
+    Case("all_ranks", "moving", "frozen", 2, size=4),
+    Case("swap", "moving", "killed", 1),
+    Case("save", "word", "killed", 0, store="rank0"),
+    Case("save", "word", "frozen", 0, store="rank0"),
+    Case("update", "moving", "frozen", 1),
+)
+
+
+def sweep() -> Iterator[Case]:
+    """Every call, every point in it, each kind; the last rank, and the leader."""
+    for size in (2, 4):
+        for name, call in CALLS.items():
+            for point in ("start", "word", "moving", "end"):
+                if (point == "moving" and not call.sends) or (point == "word" and not call.words):
+                    continue
+                if point == "end" and name in ("metrics", "update"):
+                    continue
+                for kind in ("killed", "frozen"):
+                    for victim in (size - 1, 0):
+                        yield Case(name, point, kind, victim, size)
+                    if size == 2:
+                        yield Case(name, point, kind, 0, size, "rank0")
+
+
+def judged(cases: tuple[Case, ...], at_once: int) -> dict[str, str]:
+    with ThreadPoolExecutor(at_once) as pool:
+        return dict(zip([c.name for c in cases], pool.map(verdict, cases), strict=True))
+
+
+@pytest.fixture(scope="module")
+def gate() -> dict[str, str]:
+    return judged(GATE, len(GATE))  # they wait more than they work
+
+
+@pytest.mark.parametrize("case", GATE, ids=lambda case: case.name)
+def test_the_others_name_the_rank_that_is_gone(gate: dict[str, str], case: Case) -> None:
+    assert not gate[case.name], gate[case.name]
+
+
+@pytest.fixture(scope="module")
+def swept() -> dict[str, str]:
+    return judged(tuple(sweep()), 8)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("case", sweep(), ids=lambda case: case.name)
+def test_at_every_point_of_every_call(swept: dict[str, str], case: Case) -> None:
+    assert not swept[case.name], swept[case.name]
+
+
+# ---- nobody ends: the next call works -----------------------------------------------------------
+
+
+def last_rank() -> int:
+    return dist.get_world_size() - 1
+
+
+def is_last() -> bool:
+    return dist.get_rank() == last_rank()
+
+
+@contextlib.contextmanager
+def shared_folder() -> Iterator[str]:
+    name = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(name)
+    yield name[0]
+    dist.barrier()
+
+
+def works(ema: ShardedEMA) -> None:
+    """The next calls of all ranks, by words and by numbers, are as they should be."""
+    assert ema.metrics()["distance"] >= 0
+    assert len(ema.full_state_dict(all_ranks=True)) >= 2
+
+
+def keys() -> int:
+    """How many keys the store holds, when all ranks are done with it."""
+    store = dist.distributed_c10d._get_default_store()
+    dist.barrier()
+    number = store.num_keys()
+    dist.barrier()
+    return number
+
+
+def moving() -> list[tuple[str, Callable[..., ShardedEMA], Callable[[ShardedEMA, str], Any]]]:
+    return [(name, call.make, call.run) for name, call in CALLS.items() if call.sends]
+
+
+def memory_runs_out_before_a_transfer() -> None:
+    """One rank, which may be the leader, has no room for a bucket: all raise, nothing is broken."""
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no room for a bucket")
+
+    for poor in (0, last_rank()):
+        for name in ("full_state_dict", "all_ranks", "iter_full", "stream"):
+            ema = sharded(timeout=15.0)
+            with shared_folder() as folder:
+                here = dist.get_rank() == poor
+                with mock.patch.object(gather._Transfer, "reserve", full) if here else nothing():
+                    kind, rank, text = told(functools.partial(CALLS[name].run, ema, folder))
+                assert (kind, rank) == ("RankError", poor), (name, kind, text)
+                assert "OutOfMemoryError: no room for a bucket" in text
+                dist.barrier()  # the leader has cleared up
+                assert os.listdir(folder) == []
+            works(ema)
+        for name in ("swap", "copy"):
+            ema = sliced(timeout=15.0)
+            before = [p.clone() for p in ema._weights.models[0].parameters()]
+            here = dist.get_rank() == poor
+            with mock.patch.object(replicas, "_buckets", full) if here else nothing():
+                kind, rank, text = told(functools.partial(CALLS[name].run, ema, ""))
+            assert (kind, rank) == ("RankError", poor), (name, kind, text)
+            after = ema._weights.models[0].parameters()
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            works(ema)
+
+
+def nothing() -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def a_rank_fails_in_the_middle_of_a_transfer() -> None:
+    """It sends what it has all the same, so that nobody waits and the group stays whole."""
+    real = gather.Holdings.__call__
+
+    def fails(self: Any, index: int, box: Any) -> Any:
+        if index == 2:
+            raise torch.OutOfMemoryError("no room to convert")
+        return real(self, index, box)
+
+    for poor in (0, last_rank()):
+        for name in ("full_state_dict", "all_ranks", "iter_full", "stream"):
+            ema = sharded(timeout=15.0)
+            ema.metrics()
+            with shared_folder() as folder, mock.patch.object(gather, "BUCKET_BYTES", 512):
+                here = dist.get_rank() == poor
+                with mock.patch.object(gather.Holdings, "__call__", fails) if here else nothing():
+                    kind, rank, text = told(functools.partial(CALLS[name].run, ema, folder))
+                assert (kind, rank) == ("RankError", poor), (name, kind, text)
+                assert "no room to convert" in text
+            works(ema)
+
+
+def the_leader_has_no_room_for_the_result() -> None:
+    ema = sharded(timeout=15.0)
+    ema.metrics()
+    here = dist.get_rank() == 0
+    for all_ranks in (False, True):
+        full = mock.patch.object(gather, "assemble", no_room) if here else nothing()
+        with mock.patch.object(gather, "BUCKET_BYTES", 512), full:
+            kind, rank, text = told(functools.partial(ema.full_state_dict, all_ranks=all_ranks))
+        assert (kind, rank) == ("RankError", 0), (kind, text)
+        assert "no room for the result" in text
+        works(ema)
+
+
+def no_room(plan: Any, chosen: Any, arriving: Any, *rest: Any) -> Iterator[Any]:
+    next(iter(arriving))
+    raise torch.OutOfMemoryError("no room for the result")
+    yield
+
+
+def ranks_that_missed_a_call_are_in_step_again() -> None:
+    """Caught on the ranks that called; then every call of any EMA works, and of new ones."""
+    ema, other = sharded(timeout=15.0), sliced(timeout=15.0)
+    works(ema)
+    start = keys()
+    for call in (ema.metrics, ema.full_state_dict, lambda: ema.save("/nowhere/x")):
+        for lonely in (0, last_rank()):
+            if dist.get_rank() == lonely:
+                ema._ranks.timeout = 0.3
+                kind, _, text = told(call)
+                assert kind == "RankError", text
+                assert "did not call " in text
+                ema._ranks.timeout = 15.0
+            dist.barrier()
+            for again in (ema, other, sharded(timeout=15.0)):
+                works(again)
+    assert keys() == start
+
+
+def a_call_that_others_left_is_no_trap() -> None:
+    """Two ranks give up one after the other, and one comes late: each is told, then all works."""
+    ema = sharded(timeout=15.0)
+    ema.metrics()
+    ema._ranks.timeout = 0.3
+    for turn in range(dist.get_world_size()):
+        if dist.get_rank() == turn:
+            kind, _, text = told(ema.metrics)
+            assert kind == "RankError"
+            assert "did not call metrics within 0.3 s" in text
+        dist.barrier()
+    ema._ranks.timeout = 15.0
+    works(ema)
+
+
+def a_rank_that_comes_late_raises_alone() -> None:
+    """The others are in their next call, and wait in it for the late one's next."""
+    ema = sharded(timeout=15.0)
+    ema.metrics()
+    if is_last():
+        dist.barrier()
+        kind, _, text = told(ema.metrics)
+        assert kind == "RankError"
+        assert "did not call metrics within 0.3 s" in text
+        assert f"rank {last_rank()} called it later, alone" in text
+    else:
+        ema._ranks.timeout = 0.3
+        kind, _, text = told(ema.metrics)
+        assert kind == "RankError"
+        ema._ranks.timeout = 15.0
+        dist.barrier()
+    assert len(ema.full_state_dict(all_ranks=True)) == 4
+    works(ema)
+
+
+def arguments_that_differ_are_named() -> None:
+    """Nothing is done; the error says which argument, and each rank's value."""
+    torch.manual_seed(0)
+    net = fully_shard(nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)))
+    ema = ShardedEMA(net, {"a": 0.5, "b": 0.9}, kernel="reference", timeout=15.0)
+    two = sliced(timeout=15.0)
+    with torch.no_grad():
+        two.update()
+
+    def one(here: Any, there: Any) -> Any:
+        return there if is_last() else here
+
+    with shared_folder() as folder:
+        ema.save(f"{folder}/before")
+        before = sorted(os.listdir(folder))
+        x, old = f"{folder}/x", f"{folder}/before"
+
+        def export(**how: Any) -> None:
+            ema.export(x, "a", **how)
+
+        def gathered(**how: Any) -> None:
+            ema.full_state_dict("a", **how)
+
+        fp32, bf16 = torch.float32, torch.bfloat16
+        rows: list[tuple[str, str, str, Callable[[], Any]]] = [
+            ("name", '"a"', '"b"', lambda: ema.full_state_dict(one("a", "b"))),
+            ("dtype", "float32", "bfloat16", lambda: gathered(dtype=one(fp32, bf16))),
+            ("all_ranks", "false", "true", lambda: gathered(all_ranks=is_last())),
+            ("name", '"a"', '"b"', lambda: dict(ema.iter_full(one("a", "b")))),
+            ("name", '"a"', '"b"', lambda: ema.metrics(one("a", "b"))),
+            ("name", '"a"', '"b"', lambda: ema.load_full({}, one("a", "b"))),
+            ("name", '"a"', '"b"', lambda: ema.export(x, one("a", "b"))),
+            ("path", "/x", "/y", lambda: ema.export(f"{folder}/{one('x', 'y')}", "a")),
+            ("dtype", "float32", "bfloat16", lambda: export(dtype=one(fp32, bf16))),
+            ("mode", "direct", "stream", lambda: export(mode=one("direct", "stream"))),
+            ("max_shard_size", "5000", "1000", lambda: export(max_shard_size=one("5KB", "1KB"))),
+            ("path", "/x", "/y", lambda: ema.save(f"{folder}/{one('x', 'y')}")),
+            ("include_frozen", "false", "true", lambda: ema.save(x, include_frozen=is_last())),
+            ("new_schedule", "false", "true", lambda: ema.load(old, new_schedule=is_last())),
+            ("add", r"\[\]", r'\["a"\]', lambda: ema.load(old, add=one((), "a"))),
+            ("drop", r"\[\]", r'\["c"\]', lambda: ema.load(old, drop=one((), "c"))),
+            ("every", "1", "null", lambda: two.copy_to_model(every=one(1, None))),
+        ]  # fmt: skip
+        for name, here, there, call in rows:
+            with pytest.raises(
+                ValueError, match=f"{name} is rank.* 0.*{here}.*{there}.*; give the same"
+            ):
+                call()
+            dist.barrier()
+            assert sorted(os.listdir(folder)) == before, name
+        works_named(ema, "a")
+        works(two)
+
+
+def works_named(ema: ShardedEMA, name: str) -> None:
+    ema.metrics(name)
+    ema.full_state_dict(name)
+
+
+def what_one_rank_refuses_all_refuse() -> None:
+    ema = sharded(timeout=15.0)
+    odd = is_last()
+    with shared_folder() as folder:
+        calls: list[Callable[[], Any]] = [
+            lambda: ema.export(f"{folder}/x", mode="fast" if odd else "auto"),
+            lambda: ema.export(f"{folder}/x", max_shard_size=-1 if odd else "5GB"),
+            lambda: ema.export(f"{folder}/x", dtype=torch.int8 if odd else None),
+            lambda: ema.full_state_dict(dtype=torch.int8 if odd else None),
+            lambda: ema.full_state_dict("none" if odd else None),
+            lambda: ema.metrics("none" if odd else None),
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match=f"rank {last_rank()}: .*(got|expected)"):
+                call()
+            works(ema)
+        assert os.listdir(folder) == []
+    two = sliced(timeout=15.0)
+    with pytest.raises(ValueError, match=f"rank {last_rank()}: copy_to_model: got every=0"):
+        two.copy_to_model(every=0 if odd else None)
+    works(two)
+
+
+def ranks_out_of_step_are_told_their_counts() -> None:
+    ema, two = sharded(timeout=15.0), sliced(timeout=15.0)
+    looking = checked(timeout=15.0)
+    works(ema)
+    last = last_rank()
+    if is_last():
+        ema.update()
+        two.update()
+        looking._averages["ema"].num_updates += 1
+    clock = r"out of step: clock of 'ema' \(t, num_updates, moved_at\)"
+    text = rf"{clock} is rank.* 0.*: \[0, 0, 0\]; rank {last}: \[1, "
+    with shared_folder() as folder:
+        for call in (
+            ema.full_state_dict,
+            ema.metrics,
+            lambda: list(ema.iter_full()),
+            lambda: ema.save(f"{folder}/x"),
+            lambda: ema.export(f"{folder}/x"),
+            lambda: swapped(two, ""),
+            two.copy_to_model,
+        ):
+            with pytest.raises(RankError, match=text) as caught:
+                call()
+            assert caught.value.rank == last
+        with pytest.raises(RankError, match="update: the ranks are out of step"):
+            looking.update()
+        assert os.listdir(folder) == []
+    for each in (ema, two):
+        each.reset()
+        works(each)
+
+
+def all_errors_are_told() -> None:
+    ranks = Ranks(timeout=15.0)
+    mine = OSError(28, f"disk {ranks.rank} is full")
+
+    def fail() -> None:
+        raise mine
+
+    with pytest.raises(RankError) as caught:
+        ranks.agree("save", fail)
+    for rank in range(ranks.size):
+        assert f"rank {rank}: OSError: [Errno 28] disk {rank} is full" in str(caught.value)
+        if rank != ranks.rank and hasattr(mine, "add_note"):
+            notes = "".join(caught.value.__notes__)
+            assert f"on rank {rank}:\nTraceback" in notes
+            assert "raise mine" in notes
+    assert (caught.value.__cause__, caught.value.rank, caught.value.errno) == (mine, 0, 28)
+
+    def alike() -> None:
+        raise ValueError("all wrong")
+
+    with pytest.raises(ValueError, match=r"^rank 0: all wrong \(and so on \d more rank"):
+        ranks.agree("save", alike)
+    ranks.agree("save")
+
+
+def an_interrupt_is_raised_again_and_told() -> None:
+    ranks = Ranks(timeout=15.0)
+
+    def interrupted() -> None:
+        if is_last():
+            raise KeyboardInterrupt
+
+    kind, rank, text = told(lambda: ranks.agree("save", interrupted))
+    expected = "KeyboardInterrupt" if is_last() else "RankError"
+    assert kind == expected, text
+    if not is_last():
+        assert (rank, "KeyboardInterrupt" in text) == (last_rank(), True)
+    ranks.agree("save")
+
+
+def ranks_in_different_calls_are_told() -> None:
+    ema, other = sharded(timeout=15.0), sharded(timeout=15.0)
+    works(ema)
+    works(other)
+    if is_last():
+        ema._ranks._calls -= 1  # as if it had missed one
+    with pytest.raises(
+        RankError, match=rf"rank {last_rank()} calls metrics.*rank {last_rank()} has missed a call"
+    ):
+        (ema.metrics if is_last() else ema.full_state_dict)()
+    works(ema)
+    with pytest.raises(RankError, match="of another EMA than"):
+        (other if is_last() else ema).metrics()
+    for each in (ema, other):
+        works(each)
+
+
+def a_call_leaves_the_store_as_it_found_it() -> None:
+    ema, two = sharded(timeout=15.0), sliced(timeout=15.0)
+    start = keys()
+    with shared_folder() as folder:
+        for ema_, calls in (
+            (ema, ("metrics", "save", "export", "stream", "all_ranks")),
+            (two, ("swap", "copy")),
+        ):
+            for name in calls:
+                CALLS[name].run(ema_, f"{folder}/{name}")
+                assert keys() == start, name
+        with pytest.raises(CheckpointError):
+            ema.load(f"{folder}/none")
+        assert keys() == start
+
+
+def a_slow_consumer_is_waited_for() -> None:
+    """The others wait longer than the timeout, since the leader goes on all the time."""
+    ema = sharded(timeout=3.0)
+    ema.metrics()
+    start = time.monotonic()
+    with mock.patch.object(gather, "BUCKET_BYTES", 512):
+        for _ in ema.iter_full():
+            time.sleep(1.2)  # four tensors; the other ranks' loops have no turn
+    assert time.monotonic() - start > ema._ranks.timeout
+    works(ema)
+
+
+FACTS = [
+    memory_runs_out_before_a_transfer,
+    a_rank_fails_in_the_middle_of_a_transfer,
+    the_leader_has_no_room_for_the_result,
+    ranks_that_missed_a_call_are_in_step_again,
+    a_call_that_others_left_is_no_trap,
+    a_rank_that_comes_late_raises_alone,
+    arguments_that_differ_are_named,
+    what_one_rank_refuses_all_refuse,
+    ranks_out_of_step_are_told_their_counts,
+    all_errors_are_told,
+    an_interrupt_is_raised_again_and_told,
+    ranks_in_different_calls_are_told,
+    a_call_leaves_the_store_as_it_found_it,
+]
+
+
+@pytest.fixture(scope="module")
+def two() -> world.Verdicts:
+    return world.judge([world.Fact(fact.__name__, fact) for fact in FACTS], 2)
+
+
+@pytest.fixture(scope="module")
+def four() -> world.Verdicts:
+    facts = [*FACTS, a_slow_consumer_is_waited_for]
+    return world.judge([world.Fact(fact.__name__, fact) for fact in facts], 4)
+
+
+@pytest.mark.parametrize("fact", [fact.__name__ for fact in FACTS])
+def test_on_two_ranks(two: world.Verdicts, fact: str) -> None:
+    two.check(fact)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fact", [f.__name__ for f in (*FACTS, a_slow_consumer_is_waited_for)])
+def test_on_four_ranks(four: world.Verdicts, fact: str) -> None:
+    four.check(fact)
+
+
+def leaves_at_once(rank: int, folder: str, words: Any) -> None:
+    """The store lives in the first rank's process, which ends right behind its last call."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    place = Path(folder, "port")
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place.with_suffix(".tmp").write_text(str(store.port))
+        place.with_suffix(".tmp").rename(place)
+    else:
+        while not place.exists():
+            time.sleep(0.01)
+        store = dist.TCPStore("127.0.0.1", int(place.read_text()))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    ranks = Ranks(timeout=15.0)
+    if rank == 1:
+        real = rounds.Rounds._await_reply
+
+        def slow(self: Any, *args: Any) -> bool:
+            came = real(self, *args)
+            time.sleep(0.5)  # the reply is there, and this rank has not read it yet
+            return came
+
+        rounds.Rounds._await_reply = slow  # type: ignore[method-assign]
+    here = told(lambda: ranks.agree("save"))
+    if rank == 0:
+        os._exit(0)
+    words.put(here)
+
+
+def test_the_leader_leaves_when_its_reply_is_read(tmp_path: Path) -> None:
+    context = world.multiprocessing.get_context("forkserver")
+    words = context.SimpleQueue()
+    processes = [
+        context.Process(target=leaves_at_once, args=(rank, str(tmp_path), words), daemon=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    assert words.get() == ("returned", -1, "")
+    for process in processes:
+        process.join()
