@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Collection, Mapping
@@ -105,7 +106,8 @@ def steps_of(source: str | os.PathLike[str]) -> int | None:
     if not os.path.isfile(path):
         return None
     try:
-        config = parse_json(read_whole(path, _MAX_CONFIG, follow=True))
+        # not as strict as `parse_json`: transformers writes Infinity into some configs
+        config = json.loads(read_whole(path, _MAX_CONFIG, follow=True))
         if not isinstance(config, dict) or not config.keys() >= _EMA_MODEL:
             return None
         return checked_int(config["optimization_step"])

@@ -31,6 +31,7 @@ from shardema.files import (
     NewFile,
     close_quietly,
     layout,
+    make_folders,
     open_existing,
     reporting,
     write_all,
@@ -323,7 +324,7 @@ def reserve(temporary: str, targets: Sequence[Target]) -> None:
     for target in targets:
         path = os.path.join(temporary, target.name)
         with reporting(path, "writing"):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            make_folders(os.path.dirname(path), [])
         with reporting(path, "writing"), NewFile(path, target.size) as file:
             file.write_at(0, target.head)
 

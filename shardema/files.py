@@ -250,6 +250,17 @@ def sync_path(path: str) -> None:
         close_quietly(fd)
 
 
+def sync_tree(path: str) -> None:
+    """`sync_path` of a folder and of all that is in it."""
+    for name in os.listdir(path):
+        inside = os.path.join(path, name)
+        if stat.S_ISDIR(os.lstat(inside).st_mode):
+            sync_tree(inside)
+        else:
+            sync_path(inside)
+    sync_path(path)
+
+
 def make_folders(path: str, made: list[str]) -> None:
     """Makes a folder and those above it that are missing, each durably.
 

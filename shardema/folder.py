@@ -28,10 +28,12 @@ from shardema.files import (
     read_whole,
     reporting,
     sync_path,
+    sync_tree,
     write_file,
 )
 from shardema.manifest import MAX_MANIFEST, NAME, PLACE, Manifest
 
+_REPLACED = "replaced.json"  # the old manifest, until the new one is durable
 _LONGEST = 100  # bytes of the name that a temporary one has; file systems take 143 or 255 in all
 
 
@@ -109,10 +111,7 @@ class NewFolder:
             CheckpointError: it could not; what was there before is there.
         """
         with reporting(self._folder, f"{self._op} to"):
-            for place, _, names in os.walk(self.path):  # the model's config: by its own code
-                for name in names:
-                    sync_path(os.path.join(place, name))
-                sync_path(place)
+            sync_tree(self.path)  # the model's config was written by its own code
             if self.place:
                 self._replace()
             else:
@@ -129,18 +128,19 @@ class NewFolder:
     def _replace(self) -> None:
         old = _replaceable(self._folder, self._op)
         shown, hidden = os.path.join(self._folder, NAME), os.path.join(self.path, NAME)
-        before = read_whole(shown, MAX_MANIFEST)
+        kept = os.path.join(self.path, _REPLACED)
+        write_file(kept, read_whole(shown, MAX_MANIFEST))
+        sync_path(self.path)
         sync_path(self._folder)  # the files are to be found before anything says that they count
 
         def undo() -> None:
-            write_file(hidden, before)
-            os.rename(hidden, shown)
+            os.rename(kept, shown)
             self._moving = False
 
         self._moving = True
         os.rename(hidden, shown)
         self._settle(self._folder, undo)
-        self._clear(old)
+        self._clear(old, kept)
 
     def _settle(self, parent: str, undo: Callable[[], None]) -> None:
         """Makes a rename in ``parent`` durable, or undoes it."""
@@ -158,8 +158,10 @@ class NewFolder:
                 ) from error
             raise
 
-    def _clear(self, old: Manifest) -> None:
+    def _clear(self, old: Manifest, kept: str) -> None:
         """Removes the files of the checkpoint that was replaced, and what killed saves left."""
+        with contextlib.suppress(OSError):
+            os.unlink(kept)
         with contextlib.suppress(OSError):
             for name in os.listdir(self._folder):
                 if PLACE.fullmatch(name) and name != self.place:

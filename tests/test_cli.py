@@ -15,6 +15,7 @@ from shardema import ShardedEMA, schedules
 from shardema.cli import main
 from tests import contract, world
 from tests.layouts import LAYOUTS
+from tests.test_checkpoint import signed
 
 
 def run(*words: str | Path) -> tuple[int, str]:
@@ -94,6 +95,56 @@ def test_what_is_wrong_is_one_line(folder: Path) -> None:
     code, _ = run("export", folder / "lean", out, "--average", "fast", "--partial")
     assert code == 0
     assert "1.bias" not in safetensors.torch.load_file(out / "model.safetensors")
+
+
+class Named(nn.Module):
+    """Parameters whose names a terminal or a table could take for something else."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
+
+
+@pytest.mark.parametrize("part", ["[red]x[/red]", "[/]", "[/b]", "run[lr=0]", "[link=x]", "a\\[b]"])
+def test_inspect_shows_names_and_paths_as_they_are(tmp_path: Path, part: str) -> None:
+    net = Named(part.replace("/", "").replace(".", ""), "[CLS]", "[/INST]", "[bold")
+    place = tmp_path / part.replace("/", "") / "ema"
+    ShardedEMA(net, 0.5).save(place)
+    code, text = run("inspect", place, "--tensors")
+    assert code == 0
+    assert str(place) in text
+    joined = "".join(text.split())
+    for name in net.parts:
+        assert name in joined, name
+    code, text = run("inspect", f"{place}{part}none")
+    assert code == 1
+    assert f"{place}{part}none: no such folder" in text
+    code, text = run("export", place, tmp_path / "out")
+    assert code == 0
+
+
+def test_inspect_sends_no_control_characters(tmp_path: Path) -> None:
+    net = Named("a\x1b[2Jb", "c\nd", "e\u202ef")
+    place = tmp_path / "x\x1b[31my\udcff"
+    ShardedEMA(net, 0.5).save(place)
+    for words in (("inspect", place, "--tensors"), ("inspect", place / "\x1b[5m")):
+        _, text = run(*words)
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+        assert r"\x1b[31my\udcff" in text
+    assert r"parts.c\nd.bias" in "".join(run("inspect", place, "--tensors")[1].split())
+
+
+@pytest.mark.parametrize("schedule", [{}, {"name": "x"}, {"name": "x", "params": 1}, {"name": 3}])
+def test_a_schedule_that_is_none_is_one_line(tmp_path: Path, schedule: dict) -> None:
+    ShardedEMA(nn.Linear(2, 2), 0.5).save(tmp_path / "ema")
+    path = tmp_path / "ema/shardema.json"
+    body = json.loads(path.read_bytes())["body"]
+    body["averages"]["ema"]["schedule"] = schedule
+    path.write_bytes(signed(body))
+    code, text = run("inspect", tmp_path / "ema")
+    assert code == 1
+    assert "in the manifest; it is not of ema.save" in text
 
 
 def save_sharded(folder: str) -> None:

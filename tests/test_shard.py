@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import hypothesis.strategies as st
@@ -112,7 +113,11 @@ def test_a_flat_range_of_any_memory_order_finds_its_elements(order: list[int]) -
         ([Box((0, 0), (3, 3)), Box((2, 0), (1, 3))], "overlap"),
         ([Box((0, 0), (4, 3))], None),
         ([Box((0, 0), (4, 1)), Box((0, 1), (2, 2)), Box((2, 1), (2, 2))], None),
-        ([Box((0, 0), (4, 2)), Box((1, 1), (4, 1))], "overlap"),
+        ([Box((0, 0), (4, 2)), Box((0, 1), (4, 1))], "overlap"),
+        ([Box((0, 0), (4, 2)), Box((1, 2), (4, 1))], "leave out a part .* or reach beyond it"),
+        ([Box((0, 0), (1, 4)), Box((1, 1), (2, 2)), Box((3, 0), (1, 4))], "leave out|reach beyond"),
+        ([Box((0, 0), (1, 4)), Box((1, 1), (1, 2)), Box((2, 0), (2, 3))], "reach beyond it"),
+        ([Box((row, col), (1, 1)) for row in range(4) for col in range(3)], None),
     ],
 )
 def test_coverage_finds_holes_and_overlaps(held: list[Box], fault: str | None) -> None:
@@ -121,6 +126,48 @@ def test_coverage_finds_holes_and_overlaps(held: list[Box], fault: str | None) -
         return
     with pytest.raises(ValueError, match=fault):
         check_covered("w", (4, 3), sorted(held))
+
+
+def test_coverage_is_told_of_tens_of_thousands_of_boxes() -> None:
+    n = 20_000
+    for shape, boxes in (
+        ((1, n), [Box((0, i), (1, 1)) for i in range(n)]),
+        ((400, 100), [Box((2 * i, j), (2, 1)) for i in range(200) for j in range(100)]),
+        ((2,) * 12, [Box(at, (1,) * 12) for at in itertools.product((0, 1), repeat=12)]),
+    ):
+        check_covered("w", shape, boxes)
+        with pytest.raises(ValueError, match="overlap"):
+            check_covered("w", shape, [*boxes[:-1], boxes[0]])
+
+
+@given(st.data())
+def test_coverage_agrees_with_counting(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=4)))
+    numel = math.prod(shape)
+    cuts = sorted(data.draw(st.sets(st.integers(1, numel), max_size=4)) | {numel})
+    boxes = [
+        box
+        for start, stop in zip([0, *cuts], cuts, strict=False)
+        for box in flat_boxes(shape, start, stop - start)
+    ]
+    for _ in range(data.draw(st.integers(0, 2))):  # moved or turned
+        number = data.draw(st.integers(0, len(boxes) - 1))
+        offsets = tuple(data.draw(st.integers(0, size - 1)) for size in shape)
+        sizes = tuple(data.draw(st.permutations(boxes[number].sizes)))
+        boxes[number] = Box(offsets, sizes)
+    held: dict[tuple[int, ...], int] = {}
+    for box in boxes:
+        for at in itertools.product(
+            *(range(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
+        ):
+            held[at] = held.get(at, 0) + 1
+    once = dict.fromkeys(itertools.product(*map(range, shape)), 1)
+    try:
+        check_covered("w", shape, boxes)
+        told = True
+    except ValueError:
+        told = False
+    assert told == (held == once)
 
 
 def test_strides_that_share_memory_are_found() -> None:
