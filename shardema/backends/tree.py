@@ -342,7 +342,7 @@ def tie_shared_storage(shards: list[Shard]) -> list[Shard]:
 
 def _refuse_overlaps(spans: list[tuple[int, int, int, Shard]]) -> None:
     """Raises ValueError for two tensors that have memory in common; interleaved ones have none."""
-    spans.sort(key=lambda span: span[:3])
+    spans.sort(key=lambda span: span[:2])
     near: list[tuple[int, int, int, Shard]] = []  # those that reach to where the next one begins
     for span in spans:
         storage, begin, _, shard = span
