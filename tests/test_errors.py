@@ -108,7 +108,7 @@ def test_a_tensor_that_shares_memory_is_refused() -> None:
         ShardedEMA(model, 0.5)
     model = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False)])
     model[1].weight.data = model[0].weight.data[:2]
-    with pytest.raises(ValueError, match=r"0.weight and 1.weight share a part of their memory"):
+    with pytest.raises(ValueError, match=r"1.weight and 0.weight share a part of their memory"):
         ShardedEMA(model, 0.5)
 
 
