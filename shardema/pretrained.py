@@ -5,7 +5,7 @@
     transformers   model.safetensors                    config.json, generation_config.json
     diffusers      diffusion_pytorch_model.safetensors  config.json
     PEFT           adapter_model.safetensors            adapter_config.json, for each adapter
-    any other      model.safetensors
+    any other      model.safetensors                    what its own config.save_pretrained writes
 
 A config is written only beside the names that the class in it has. None of these libraries is
 imported for a model that is not theirs.
@@ -35,6 +35,7 @@ from shardema.shard import Shard, few
 
 log = logging.getLogger(__name__)
 
+_LIBRARIES = {"diffusers", "peft", "transformers"}
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # what diffusers' EMAModel adds to the config of the model that it saves
 EMA_MODEL = (
@@ -98,8 +99,8 @@ def write_config(module: nn.Module, folder: str, dtype: torch.dtype | None) -> N
     elif _of_diffusers(module):
         if not _altered(module):
             _write_diffusers_config(module, folder)
-    elif _of_transformers(module) and not _altered(module):
-        _write_transformers_config(module, folder, dtype)
+    elif (_of_transformers(module) or _has_own_config(module)) and not _altered(module):
+        _write_model_config(module, folder, dtype)
 
 
 def dropped_names(models: Sequence[nn.Module]) -> set[str]:
@@ -125,6 +126,16 @@ def _of_diffusers(module: nn.Module) -> bool:
     """By what its code needs: diffusers' models have the config and its file's name themselves."""
     named = isinstance(getattr(module, "config_name", None), str)
     return named and callable(getattr(module, "save_config", None))
+
+
+def _has_own_config(module: nn.Module) -> bool:
+    """Whether a model of the user's own has a config of its own that can save itself.
+
+    A config of one of these libraries in another's model is that of a part of it.
+    """
+    config: Any = getattr(module, "config", None)
+    homes = {cls.__module__.partition(".")[0] for cls in type(config).__mro__}
+    return hasattr(config, "save_pretrained") and homes.isdisjoint(_LIBRARIES)
 
 
 def _adapters(module: nn.Module) -> dict[str, Any]:
@@ -159,7 +170,7 @@ def _original_class(module: nn.Module) -> type:
 # ---- configs ----------------------------------------------------------------------------------
 
 
-def _write_transformers_config(module: nn.Module, folder: str, dtype: torch.dtype | None) -> None:
+def _write_model_config(module: nn.Module, folder: str, dtype: torch.dtype | None) -> None:
     config: Any = copy.deepcopy(module.config)
     if getattr(config, "architectures", False) is None:
         config.architectures = [_original_class(module).__name__]

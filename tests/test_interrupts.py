@@ -21,7 +21,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import shardema
-from shardema import RankError, ShadowPolicy, ShardedEMA
+from shardema import RankError, ShadowPolicy, ShardedEMA, replicas
 from shardema.swap import to_the_end, uninterrupted
 from tests import meters, world
 
@@ -60,6 +60,23 @@ class Signals(meters._Dispatched):
             self._left -= 1
             if self._left == -1:
                 os.kill(os.getpid(), self._number)
+
+
+@contextlib.contextmanager
+def signal_in_the_transfer(number: int) -> Iterator[None]:
+    """Sends a signal to this process while a thread of it is in the first collective."""
+    gather = replicas._all_gather
+
+    def interrupted(*args: Any) -> None:
+        replicas._all_gather = gather
+        os.kill(os.getpid(), number)
+        gather(*args)
+
+    replicas._all_gather = interrupted
+    try:
+        yield
+    finally:
+        replicas._all_gather = gather
 
 
 @contextlib.contextmanager
@@ -357,14 +374,18 @@ def a_signal_in_a_collective_leaves_no_rank_behind(number: int, handler: Any, er
         model.module.weight.copy_(raw)
     first = dist.get_rank() == 0
     with handled(number, handler):
-        for operation, at in (("_foreach_copy_", 0), ("_foreach_copy_", 1), ("c10d", 0)):
+        for moment in (
+            Signals("_foreach_copy_", 0, number),
+            Signals("_foreach_copy_", 1, number),
+            signal_in_the_transfer(number),
+        ):
             hit = pytest.raises(error) if first else contextlib.nullcontext()
             with hit, contextlib.ExitStack() as stack, ema.swap():
                 if first:  # left after the swap
-                    stack.enter_context(Signals(operation, at, number))
+                    stack.enter_context(moment)
             assert torch.equal(model.module.weight, raw)
         hit = pytest.raises(error) if first else contextlib.nullcontext()
-        with hit, Signals("c10d", 0, number) if first else contextlib.nullcontext():
+        with hit, signal_in_the_transfer(number) if first else contextlib.nullcontext():
             ema.copy_to_model()
     full = ema.full_state_dict(all_ranks=True)
     assert torch.equal(model.module.weight, full["weight"])

@@ -128,7 +128,7 @@ def an_engine_without_an_optimizer() -> None:
     ema = ShardedEMA(engine.module, 0.5)  # stepped by an optimizer of the loop's own
     optimizer = torch.optim.SGD(engine.module.parameters(), lr=0.1)
     ema.attach(optimizer)
-    engine(zoo.tokens()).square().mean().backward()
+    engine.module(zoo.tokens()).square().mean().backward()
     optimizer.step()
     assert ema.num_updates == 1
 
@@ -223,8 +223,10 @@ def a_rank_that_does_not_swap_is_named() -> None:
         dist.barrier()
     else:
         dist.barrier()
+        # the others are in another call by now; in a swap of theirs this one would just be late
         with pytest.raises(RankError, match="did not call swap"), ema.swap():
             pass
+    assert ema.metrics()["t"] == 0
     assert torch.equal(engines.forward(engine), raw)
     with ema.swap():
         pass

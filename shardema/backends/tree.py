@@ -115,6 +115,8 @@ def refuse_unknown_wrappers(models: Sequence[nn.Module]) -> None:
     """Raises ValueError for a module that holds weights in a way that is not known here."""
     for model in models:
         for prefix, module in walk(model):
+            if wrapped_child(module) is not None:  # known; of engines `zero` refuses some kinds
+                continue
             homes = [f"{t.__module__}." for t in type(module).__mro__]
             foreign = any(home.startswith(f"{name}.") for home in homes for name in _FOREIGN)
             if not (foreign or _wraps_by_name(module)):
@@ -131,7 +133,7 @@ def refuse_unknown_wrappers(models: Sequence[nn.Module]) -> None:
 
 def _wraps_by_name(module: nn.Module) -> bool:
     """Whether a module does nothing but hold another one, and its type says that it shards."""
-    if len(module._modules) != 1 or len(module._parameters) or wrapped_child(module) is not None:
+    if len(module._modules) != 1 or len(module._parameters):
         return False
     # fully_shard makes types of its own: FSDPLinear of Linear
     names = [t.__name__ for t in type(module).__mro__ if not issubclass(t, FSDPModule)]
@@ -342,7 +344,7 @@ def tie_shared_storage(shards: list[Shard]) -> list[Shard]:
 
 def _refuse_overlaps(spans: list[tuple[int, int, int, Shard]]) -> None:
     """Raises ValueError for two tensors that have memory in common; interleaved ones have none."""
-    spans.sort(key=lambda span: span[:3])
+    spans.sort(key=lambda span: span[:2])
     near: list[tuple[int, int, int, Shard]] = []  # those that reach to where the next one begins
     for span in spans:
         storage, begin, _, shard = span
