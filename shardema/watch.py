@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
 )
 
 from shardema.shard import Shard
-from shardema.stepping import Steps, only_makes_state
+from shardema.stepping import Steps, in_backward, only_makes_state
 
 Holds = Callable[[Sequence[Optimizer]], list[bool]]
 
