@@ -73,15 +73,19 @@ def another_optimizer_steps_in_the_backward() -> None:
     for part in (model.trunk, model.mlp):
         fully_shard(part)
     fully_shard(model)
-    followed, other = (
-        torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.mlp, model.trunk)
-    )
-    for p in model.trunk.parameters():
-        p.register_post_accumulate_grad_hook(lambda _: other.step())
+    followed = torch.optim.SGD(model.mlp.parameters(), lr=0.1)
+    others = {p: torch.optim.SGD([p], lr=0.1) for p in model.trunk.parameters()}
+
+    def step(p: Tensor) -> None:
+        others[p].step()
+        others[p].zero_grad()
+
+    for p in others:
+        p.register_post_accumulate_grad_hook(step)
     ema = ShardedEMA(model, 0.5, select="mlp.*")
     ema.attach(followed)
     for _ in range(3):
-        model(torch.randn(4, 6), "a").square().mean().backward()
+        model(torch.randn(4, 6).requires_grad_(), "a").square().mean().backward()
         followed.step()
         model.zero_grad()
     assert ema.num_updates == 3
