@@ -68,6 +68,8 @@ class Others:
         if began != self._passed or any(steps.running for steps in self._steps):
             return
         if optimizer not in self._held:
+            if in_backward():  # looking for its tensors frees what the backward needs
+                return
             (self._held[optimizer],) = self._holds([optimizer])
         if self._held[optimizer] and not only_makes_state():
             self.count += 1
