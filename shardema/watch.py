@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
 )
 
 from shardema.shard import Shard
-from shardema.stepping import Steps, in_backward, only_makes_state
+from shardema.stepping import Steps, only_makes_state
 
 Holds = Callable[[Sequence[Optimizer]], list[bool]]
 
@@ -68,9 +68,10 @@ class Others:
         if began != self._passed or any(steps.running for steps in self._steps):
             return
         if optimizer not in self._held:
-            if in_backward():  # looking for its tensors frees what the backward needs
+            try:
+                (self._held[optimizer],) = self._holds([optimizer])
+            except RuntimeError:  # the model is gathered for a backward or a block: another time
                 return
-            (self._held[optimizer],) = self._holds([optimizer])
         if self._held[optimizer] and not only_makes_state():
             self.count += 1
             self.name = type(optimizer).__name__
