@@ -239,7 +239,7 @@ def test_optimizers_that_step_in_the_backward_are_averaged_after_it() -> None:
 
 
 def test_each_backward_of_one_forward_is_a_round() -> None:
-    """A part that is never used keeps the first round open: the second step of the other ends it."""
+    """A part that is never used keeps the first round open; the second step of another ends it."""
     model = nn.ModuleDict({"used": nn.Linear(2, 2, bias=False), "x": nn.Linear(2, 2, bias=False)})
     own = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
     for p in model.parameters():
