@@ -68,7 +68,10 @@ class Others:
         if began != self._passed or any(steps.running for steps in self._steps):
             return
         if optimizer not in self._held:
-            (self._held[optimizer],) = self._holds([optimizer])
+            try:
+                (self._held[optimizer],) = self._holds([optimizer])
+            except RuntimeError:  # the model is gathered for a backward or a block: another time
+                return
         if self._held[optimizer] and not only_makes_state():
             self.count += 1
             self.name = type(optimizer).__name__

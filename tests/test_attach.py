@@ -238,6 +238,20 @@ def test_optimizers_that_step_in_the_backward_are_averaged_after_it() -> None:
     assert_same(ema.full_state_dict(), expected)
 
 
+def test_each_backward_of_one_forward_is_a_round() -> None:
+    """A part that is never used keeps the first round open; the second step of another ends it."""
+    model = nn.ModuleDict({"used": nn.Linear(2, 2, bias=False), "x": nn.Linear(2, 2, bias=False)})
+    own = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: own[p].step())
+    ema = ShardedEMA(model, 0.5)
+    ema.attach(*own.values())
+    loss = model["used"](torch.ones(1, 2)).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert ema.num_updates == 2
+
+
 def test_one_optimizer_that_steps_in_the_backward_is_averaged_after_it() -> None:
     model, ema, _ = parts()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -67,6 +67,30 @@ def steps_in_the_backward() -> None:
     assert ema.num_updates == 4
 
 
+def another_optimizer_steps_in_the_backward() -> None:
+    """Of a parameter that is not averaged: looking for it would free what the backward needs."""
+    model = Block()
+    for part in (model.trunk, model.mlp):
+        fully_shard(part)
+    fully_shard(model)
+    followed = torch.optim.SGD(model.mlp.parameters(), lr=0.1)
+    others = {p: torch.optim.SGD([p], lr=0.1) for p in model.trunk.parameters()}
+
+    def step(p: Tensor) -> None:
+        others[p].step()
+        others[p].zero_grad()
+
+    for p in others:
+        p.register_post_accumulate_grad_hook(step)
+    ema = ShardedEMA(model, 0.5, select="mlp.*")
+    ema.attach(followed)
+    for _ in range(3):
+        model(torch.randn(4, 6).requires_grad_(), "a").square().mean().backward()
+        followed.step()
+        model.zero_grad()
+    assert ema.num_updates == 3
+
+
 def heads_in_turns(wrapper: str) -> None:
     torch.manual_seed(0)
     plain, model = Block(), Block()
@@ -115,6 +139,7 @@ def an_optimizer_is_found_whatever_the_wrapper(flat: bool) -> None:
 
 FACTS = [
     world.Fact("steps in the backward", steps_in_the_backward),
+    world.Fact("another's steps in the backward", another_optimizer_steps_in_the_backward),
     world.Fact("heads in turns, ddp", heads_in_turns, ("ddp",)),
     world.Fact("heads in turns, fsdp1", heads_in_turns, ("fsdp1",)),
     world.Fact("found, fsdp1", an_optimizer_is_found_whatever_the_wrapper, (True,)),
