@@ -91,8 +91,8 @@ def _train(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _under(case: Case) -> list[str]:
-    """FSDP1 cannot train on what it made in its first forward under inference mode."""
-    return ["no_grad", "autocast"] + ([] if case.layout in FSDP1 else ["inference_mode"])
+    """FSDP cannot go on from what it allocated in a first forward under inference mode."""
+    return ["no_grad", "autocast"] + (["inference_mode"] if case.layout in WHOLE else [])
 
 
 def _forward(rng: random.Random, case: Case) -> dict[str, Any]:

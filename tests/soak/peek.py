@@ -43,6 +43,7 @@ def reshard(model: nn.Module) -> None:
     """Frees what a forward has left gathered, so that what is written to the parts is seen."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            module.unshard()  # an all-gather that is under way would be used by the next forward
             module.reshard()
         handle = module._handle if isinstance(module, FSDP) else None
         if handle is not None and hasattr(handle.flat_param, "_local_shard"):
@@ -52,11 +53,7 @@ def reshard(model: nn.Module) -> None:
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Full parameters by clean name, by torch's own means. Collective; frees what is gathered."""
     if isinstance(model, FSDP):
-        with FSDP.summon_full_params(model, writeback=False):
-            return {
-                name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
-                for name, p in model.named_parameters()
-            }
+        return _full_of_fsdp1(model)
     reshard(model)
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     return {
@@ -73,9 +70,32 @@ def shadows(ema: ShardedEMA, name: str) -> Iterator[tuple[str, Box, Tensor]]:
             yield shard.fqn, box, values
 
 
+def _full_of_fsdp1(model: FSDP) -> dict[str, Tensor]:
+    """By the flat parameters' own lists: a frozen one may be no parameter after a forward."""
+    prefixes = {
+        id(module): "".join(f"{part}." for part in name.split(".") if part not in ("", _WRAPPED))
+        for name, module in model.named_modules()
+    }
+    full = {}
+    with FSDP.summon_full_params(model, writeback=False):
+        for module in FSDP.fsdp_modules(model):
+            for info in module._handle.flat_param._param_infos if module._handle else ():
+                tensor = getattr(info.module, info.param_name)
+                full[f"{prefixes[id(info.module)]}{info.param_name}"] = tensor.detach().clone()
+    return full
+
+
+_WRAPPED = "_fsdp_wrapped_module"
+
+
 def own_tensors(ema: ShardedEMA) -> list[Tensor]:
     """The model's own tensors of what is averaged, as far as this rank holds them."""
     return [s.own for s in ema._weights.mine if s.own.numel() and s.role != "buffer"]
+
+
+def wait(ema: ShardedEMA) -> None:
+    """Returns when averages in host memory are up to date; ends no round, as `flush` does."""
+    ema._flush("check")
 
 
 def clock(ema: ShardedEMA, name: str) -> tuple[float, int]:

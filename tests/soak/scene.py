@@ -134,7 +134,7 @@ class Scene:
         self.check_averages()
 
     def check_averages(self) -> None:
-        self.ema.flush()
+        peek.wait(self.ema)
         for name, truth in self.truths.items():
             t, updates = peek.clock(self.ema, name)
             assert (t, updates) == (truth.t, truth.num_updates), (
@@ -258,6 +258,7 @@ def refuse(error: type[BaseException], match: str) -> Any:
     return pytest.raises(error, match=match)
 
 
-def tokens(seed: int) -> Tensor:
-    """A batch of this rank."""
-    return zoo.tokens(seed * dist.get_world_size() + dist.get_rank())
+def tokens(seed: int, layout: Layout) -> Tensor:
+    """A batch of this rank; ranks that share the rows of a layer have the same one."""
+    rank = dist.get_rank() // (2 if layout.name == "fsdp2-tp" else 1)
+    return zoo.tokens(seed * dist.get_world_size() + rank)
