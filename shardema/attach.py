@@ -232,11 +232,12 @@ class Attached:
         self._ended: Callable[[], None] | None = ended
 
     def remove(self) -> None:
-        """Ends the updates; of a round that is open the last one is made."""
+        """Ends the updates. The steps of a round that is open make none: read before, if they are
+        to count.
+        """
         ended, self._ended = self._ended, None
         if ended is None:
             return
         self._source.remove()
         ended()
-        self._source.close()
         self._source.clear()

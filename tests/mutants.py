@@ -318,7 +318,14 @@ class Story:
 STORIES = {
     "agree.py": Story(8, (files("collectives"), files("errors"), contract(2, "fsdp2"))),
     "gather.py": Story(
-        8, (files("iterate"), contract(2, "fsdp2"), contract(3, "ddp-slices"), files("reshard"))
+        8,
+        (
+            files("iterate"),
+            contract(2, "fsdp2"),
+            contract(3, "ddp-slices"),
+            files("reshard"),
+            files("gathered"),
+        ),
     ),
     "swap.py": Story(
         7, (contract(2, "ddp"), files("interrupts"), files("identity"), contract(2, "fsdp1"))
