@@ -26,8 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     set_model_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,7 +38,6 @@ from tests.soak.scene import (
     Saved,
     Scene,
     build_ema,
-    deal,
     refuse,
     state_buffers,
     tokens,
@@ -579,17 +577,13 @@ def exchange(at: Scene, *, unit: str) -> None:
     for model in (at.twin, at.model):
         inner = unwrapped(model)
         old = getattr(inner, unit)
-        values = dict(peek.full_parameters(old)) if at.case.layout == "fsdp2" else None
         new = copy.deepcopy(getattr(models.make(dict(at.case.model)), unit))
         with torch.no_grad():
             for key, param in new.named_parameters():
-                source = values[key] if values is not None else old.get_parameter(key)
-                param.copy_(source).mul_(1.5)
+                param.copy_(old.get_parameter(key)).mul_(1.5)
         new.train(old.training)
         for key, param in new.named_parameters():
             param.requires_grad_(old.get_parameter(key).requires_grad)
-        if at.case.layout == "fsdp2":
-            fully_shard(new, mesh=init_device_mesh(zoo.DEVICE, (dist.get_world_size(),)))
         setattr(inner, unit, new)
     _new_optimizers(at)
 
@@ -800,11 +794,9 @@ def refused(at: Scene, *, call: str) -> None:
         with refuse(ValueError, "every"):
             ema.copy_to_model(name, every=0)
     elif call == "schedule" and at.saved:
-        other = build_ema(at.case, at.model, at.layout)
-        for average in other._averages.values():
-            average.schedule = type(average.schedule)  # none that a checkpoint could hold
-            break
-        del other
+        other = at.ema.__class__(at.model, 0.123, timeout=15.0)
+        with refuse(ValueError, "average"):
+            other.load(at.saved[-1].folder)
 
 
 @action
@@ -861,4 +853,3 @@ def missing(at: Scene) -> None:
 
 ACTIONS["dcp"] = dcp_round
 logging.getLogger("shardema").setLevel(logging.ERROR)  # warnings that the actions earn
-_ = deal

@@ -66,7 +66,6 @@ class Kind:
         draw: its arguments.
         layouts: where it is possible; everywhere if empty.
         refuses: it is a call that must be refused.
-        slow: it waits for a timeout, so it is drawn rarely.
     """
 
     weight: float
@@ -189,7 +188,8 @@ KINDS: dict[str, Kind] = {
     "write": Kind(1, lambda rng, case: {"step": rng.randrange(100)}, WHOLE + FSDP1 + FSDP2),
     "assign": Kind(1, layouts=("plain", *FSDP2)),  # DDP's reducer knows the old parameters
     "data": Kind(0.7, layouts=("plain",)),
-    "exchange": Kind(0.7, _unit, layouts=("plain", "fsdp2")),
+    # a part that is sharded anew is none of the root's groups: torch trains it apart
+    "exchange": Kind(0.7, _unit, layouts=("plain",)),
     "cast": Kind(0.5, layouts=("plain",)),
     "cast_in_swap": Kind(0.3, _named, layouts=("plain",)),
     "freeze": Kind(0.7, _unit, layouts=("plain", "fsdp2-tp", *FSDP2)),
