@@ -115,6 +115,7 @@ def _skip(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
 def _train_in_backward(at: Scene, seed: int, expert: int) -> None:
     """Each parameter has an optimizer, which steps as soon as its gradient is there."""
     at.detach()
+    at.both(peek.reshard)  # else `parameters` are what a forward has left gathered
     hooks = []
     for which, model in ((1, at.twin), (0, at.model)):
         model.train()
@@ -753,6 +754,8 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
         at.check_averages()
     except AssertionError:
         at.truths = after  # it was made whole before the exception came out
+        if call in ("load", "load_full"):
+            at.take_first_ranks_buffers()
         at.check_averages()
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, at.truths is before)
@@ -768,7 +771,8 @@ def refused(at: Scene, *, call: str) -> None:
     """A wrong call is refused by its documented error and changes nothing."""
     ema = at.ema
     name = ema.names[0]
-    at.close_round()
+    if call not in ("decay", "dt", "positional", "every"):
+        at.close_round()  # it comes to the average, and is refused then
     if call == "dtype":
         with refuse(ValueError, "dtype"):
             ema.full_state_dict(name, dtype=torch.int8)

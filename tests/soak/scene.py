@@ -167,6 +167,7 @@ class Scene:
         return build_ema(self.case, model or self.model, layout or self.layout)
 
     def make_optimizers(self) -> None:
+        self.both(peek.reshard)  # else `parameters` are what a forward has left gathered
         self.optimizers = both_optimizers(self.case, self.model, self.twin)
 
     def parameters(self, which: int, number: int) -> list[nn.Parameter]:
