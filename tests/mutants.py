@@ -341,7 +341,7 @@ STORIES = {
         ),
     ),
     "shadows.py": Story(
-        7, (files("selection"), contract(2, "fsdp1"), files("elsewhere"), contract(1, "plain"))
+        7, (files("kinds", "selection"), contract(2, "fsdp1"), files("elsewhere", "gathered"))
     ),
     "attach.py": Story(6, (files("attach"), files("rounds"), files("elsewhere"))),
     "offload.py": Story(7, (files("offload"), files("elsewhere"))),
@@ -351,7 +351,7 @@ STORIES = {
     "backends/fsdp2.py": Story(5, (contract(2, "fsdp2-keep"), contract(4, "fsdp2-tp"))),
     "backends/plain.py": Story(3, (contract(2, "ddp"), files("errors"), contract(1, "plain"))),
     "backends/tree.py": Story(
-        5, (files("errors", "selection"), contract(2, "fsdp1"), contract(1, "plain"))
+        5, (files("errors", "kinds"), files("gathered"), files("zero_errors"), contract(2, "fsdp1"))
     ),
     "backends/zero.py": Story(7, (files("zero_errors"), files("zero"), files("zero_checkpoints"))),
 }
