@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardema.stepping import Steps, in_backward, torch_optimizer
+from shardema.backends.passes import in_backward
+from shardema.stepping import Steps, torch_optimizer
 from shardema.watch import Holds, Others
 
 log = logging.getLogger(__name__)

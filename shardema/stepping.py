@@ -9,17 +9,11 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 _TABLES = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _LIGHTNINGS = {"_FabricOptimizer", "LightningOptimizer"}  # wrappers with a class of the inner's
 _LAYERS = 64  # functions around a step that are looked through
-
-
-def in_backward() -> bool:
-    """Whether this thread runs a backward, which needs what its forward has gathered."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def torch_optimizer(optimizer: Any) -> Optimizer:

@@ -97,10 +97,6 @@ class Truth:
         self.moves, self.largest = 0, {}
         self._note()
 
-    def forgets_all(self) -> bool:
-        """Whether the next update would keep nothing of some tensor."""
-        return any(self.retention(fqn, self.moved_at, self.t + 1) == 0 for fqn in self.full)
-
     def bound(self, fqn: str) -> float:
         """How far float32 may be from it: a rounding of the largest value at each move."""
         wide = self.settings["float64"]

@@ -7,12 +7,10 @@ the truth, in float64, says what the averages are.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import shutil
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,9 +101,6 @@ class Scene:
         if self.open:
             self.open.clear()
             self.updated()
-
-    def set_truth(self, name: str, full: Mapping[str, Tensor], **clock: Any) -> None:
-        self.truths[name].set(full, **clock)
 
     def aliases(self) -> dict[str, str]:
         """Second names of tied weights, and their first one."""
@@ -247,12 +242,6 @@ def scene(case: Case) -> Iterator[Scene]:
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(told[0], ignore_errors=True)
-
-
-def open_things() -> tuple[int, int]:
-    """Threads and descriptors of this process."""
-    gc.collect()
-    return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
 
 def refuse(error: type[BaseException], match: str) -> Any:
