@@ -32,10 +32,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import models
 from harness import Table, Target, arguments, finish, say
 from shardema import backends
-from shardema.agree import Ranks
-from shardema.gather import make_plan
-from shardema.shadows import ShadowPolicy, allocate
-from shardema.shard import Box, Shard
+from shardema.policy import ShadowPolicy
+from shardema.ranks.agree import Ranks
+from shardema.ranks.gather import make_plan
+from shardema.shards.boxes import Box
+from shardema.shards.shard import Shard
+from shardema.update.shadows import allocate
 
 MIB = 1 << 20
 OURS = "shardema"

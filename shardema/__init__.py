@@ -6,7 +6,7 @@ from shardema import presets, schedules
 from shardema.batchnorm import update_bn
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError, SwapError
-from shardema.shadows import ShadowPolicy
+from shardema.policy import ShadowPolicy
 
 __all__ = [
     "CheckpointError",

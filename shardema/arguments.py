@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardema.policy import ShadowPolicy
 from shardema.schedules import Schedule, as_schedule, by_pattern, constant, custom, half_life
-from shardema.shadows import ShadowPolicy
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of an average, and of its folder
 _DEFAULT = "ema"  # the name of an average that was not given one

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shardema.agree import Ranks
 from shardema.backends.tree import unwrap, walk, wrapped_child
 from shardema.ema import ShardedEMA
-from shardema.shadows import writable
-from shardema.shard import few
-from shardema.swap import to_the_end, uninterrupted
+from shardema.errors import abbreviate
+from shardema.ranks.agree import Ranks
+from shardema.scopes import to_the_end, uninterrupted, writable
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +158,8 @@ def update_bn(
         ]
         if averaged:
             raise ValueError(
-                f"update_bn: {few(averaged)}: the running statistics are averaged, so what is "
+                f"update_bn: {abbreviate(averaged)}: the running statistics are averaged, so "
+                "what is "
                 "measured would not be used; build the EMA with "
                 'buffers={"*running_*": "copy", "*": "average"}, or without buffers='
             )

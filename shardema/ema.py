@@ -20,19 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from shardema import (
-    backends,
-    checkpoint,
-    consolidated,
-    gather,
-    kernels,
-    layout,
-    manifest,
-    own_state,
-    pretrained,
-)
-from shardema import export as exporter
-from shardema.agree import Ranks
+from shardema import backends, kernels
 from shardema.arguments import (
     as_models,
     as_policies,
@@ -43,25 +31,32 @@ from shardema.arguments import (
     progress,
     refuse_positional,
 )
-from shardema.attach import Attached, Engine, Rounds, Source
-from shardema.average import Average
 from shardema.backends.tree import unwrap
-from shardema.dcp import BoxedTensor, refuse_pickle
-from shardema.errors import CheckpointError, SwapError
-from shardema.folder import absolute
-from shardema.gather import Holdings, Item, Plan
-from shardema.layout import Buffers, Select
+from shardema.errors import CheckpointError, SwapError, abbreviate
+from shardema.files import checkpoint, consolidated, manifest, pretrained
+from shardema.files import export as exporter
+from shardema.files.dcp import BoxedTensor, refuse_pickle
+from shardema.files.folder import absolute
 from shardema.metrics import not_finite, sums, total
-from shardema.own_state import Outward, OwnState
-from shardema.patterns import Pattern, text_of
-from shardema.replicas import Spread
+from shardema.model import own_state, selection
+from shardema.model.own_state import Outward, OwnState
+from shardema.model.replicas import Spread
+from shardema.model.selection import Buffers, Select
+from shardema.model.weights import Weights
+from shardema.policy import ShadowPolicy
+from shardema.ranks import gather
+from shardema.ranks.agree import Ranks
+from shardema.ranks.gather import Holdings, Item, Plan
 from shardema.schedules import Schedule, by_pattern, describe
-from shardema.shadows import ShadowPolicy, Shadows, allocate, writable
-from shardema.shard import Shard, few, present
-from shardema.swap import Block, Exchange, to_the_end, uninterrupted
-from shardema.updater import Updater, slotted
-from shardema.watch import Writes
-from shardema.weights import Weights
+from shardema.scopes import to_the_end, uninterrupted, writable
+from shardema.shards.patterns import Pattern, text_of
+from shardema.shards.shard import Shard, present
+from shardema.swapping import Block, Exchange
+from shardema.update.attach import Attached, Engine, Rounds, Source
+from shardema.update.average import Average
+from shardema.update.shadows import Shadows, allocate
+from shardema.update.updater import Updater, slotted
+from shardema.update.watch import Writes
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +171,7 @@ class ShardedEMA:
                 partly=isinstance(model, list | tuple),
             )
             for name, rule in schedules.items():
-                layout.check_rule(name, rule, self._weights.mine, self._weights.missed)
+                selection.check_rule(name, rule, self._weights.mine, self._weights.missed)
             self._ranks = Ranks(
                 None if group is not None else self._weights.ranks(), group, timeout
             )
@@ -414,7 +409,7 @@ class ShardedEMA:
             return False
 
         def report(told: list[list[str]]) -> str:
-            return few(sorted({name for names in told for name in names}))
+            return abbreviate(sorted({name for names in told for name in names}))
 
         told = self._ranks.agree("update (naming what is not finite)", lambda: names, report)
         text = f"rank {self._ranks.rank}: {told}: not finite, so the average is not updated"
@@ -606,7 +601,7 @@ class ShardedEMA:
                 raise interrupt
         if written:
             raise RuntimeError(
-                f"rank {self._ranks.rank}: {few(written)}: written inside swap(), so "
+                f"rank {self._ranks.rank}: {abbreviate(written)}: written inside swap(), so "
                 "the write went into the average and the weights are as before the swap; write "
                 "weights outside of it, and call ema.reset() or ema.load() to mend the average"
             )
@@ -711,7 +706,8 @@ class ShardedEMA:
         finally:
             if lost:
                 raise SwapError(
-                    f"rank {self._ranks.rank}: {few(sorted(lost))}: the swap has left a model that "
+                    f"rank {self._ranks.rank}: {abbreviate(sorted(lost))}: the swap has left a "
+                    "model that "
                     "has no tensor of this name, shape and precision to take the weights back; "
                     "they are in error.weights, this rank's part of each: put them where they "
                     "belong; the average is as before",
@@ -723,7 +719,7 @@ class ShardedEMA:
                 "load_state_dict(assign=True); these are gone, since the weights are again "
                 "what they were before it: load weights outside of a swap",
                 self._ranks.rank,
-                few(looked[0]),
+                abbreviate(looked[0]),
             )
         for cause in filter(None, failed):
             raise cause
@@ -1393,7 +1389,7 @@ class ShardedEMA:
             if set(given) != set(views):
                 odd = sorted(set(given) ^ set(views))
                 raise ValueError(
-                    f"{op}: average {average.name!r} differs in {few(odd)}; "
+                    f"{op}: average {average.name!r} differs in {abbreviate(odd)}; "
                     "it is of another model, or of another select= or buffers="
                 )
             for fqn, value in given.items():
@@ -1540,7 +1536,7 @@ class ShardedEMA:
             (unfrozen, "trainable now, and not averaged: build a new EMA"),
         ):
             if names and self._ranks.leader:
-                log.warning("%s: %s", few(names), what)
+                log.warning("%s: %s", abbreviate(names), what)
 
     def _end_iterations(self, op: str) -> None:
         """Ends what `iter_full` has begun and ``op`` would change or wait for."""
@@ -1680,8 +1676,8 @@ class ShardedEMA:
         rules = {average.name: describe(average.schedule) for average in self._averages.values()}
 
         def alike(told: list[list[Any]]) -> None:
-            layout.missed_by_all([theirs for theirs, _ in told])
-            layout.same_rules([theirs for _, theirs in told])
+            selection.missed_by_all([theirs for theirs, _ in told])
+            selection.same_rules([theirs for _, theirs in told])
 
         self._ranks.agree(f"{op} (schedules)", lambda: [missed, rules], alike)
         self._agree_on_state(op)

@@ -7,7 +7,7 @@ same class on every rank that is alive.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -42,3 +42,8 @@ class SwapError(RuntimeError):
     def __init__(self, message: str, *, weights: Mapping[str, Tensor]):
         super().__init__(message)
         self.weights = dict(weights)
+
+
+def abbreviate(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from shardema import backends, kernels
+from shardema.errors import abbreviate
 from shardema.schedules.base import check_decay
-from shardema.shadows import writable
-from shardema.shard import few
+from shardema.scopes import writable
 
 
 def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
@@ -53,7 +53,8 @@ def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
     odd = averages.keys() ^ sources.keys()
     if odd:
         raise ValueError(
-            f"update_: {few(sorted(odd))}: only one of the two modules has it; make the average "
+            f"update_: {abbreviate(sorted(odd))}: only one of the two modules has it; make the "
+            "average "
             "with copy.deepcopy, or build and wrap it in the same way"
         )
     for fqn, average in averages.items():

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardema.gather import Holdings, Plan
-from shardema.shard import Box, Shard, present, split_box
+from shardema.ranks.gather import Holdings, Plan
+from shardema.shards.boxes import Box, split_box
+from shardema.shards.shard import Shard, present
 
 _CHUNK_NUMEL = 1 << 20  # elements of scratch
 Row = list[float]  # squared distance, squared weights, elements that stand still, non-finite, all

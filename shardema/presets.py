@@ -20,7 +20,7 @@ from shardema import schedules
 from shardema.ema import ShardedEMA
 from shardema.schedules import Schedule
 from shardema.schedules.base import check_count, check_positive
-from shardema.schedules.lengths import parse_length
+from shardema.schedules.closed import parse_length
 
 _RULE = 2 / 3  # exponent of the inverse-gamma warm-up in timm, diffusers and ema-pytorch
 

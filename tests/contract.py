@@ -22,9 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-from shardema import RankError, ShadowPolicy, ShardedEMA, gather, schedules
+from shardema import RankError, ShadowPolicy, ShardedEMA, schedules
 from shardema.backends.tree import unwrap
-from shardema.shadows import writable
+from shardema.ranks import gather
+from shardema.scopes import writable
 from tests import meters, oracle, zoo
 from tests.layouts import LAYOUTS, Layout
 

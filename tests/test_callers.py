@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shardema.callers import only_main
+from shardema.integrations.callers import only_main
 
 SAVES = """
 def inner(call):

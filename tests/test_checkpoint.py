@@ -27,8 +27,9 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from shardema import CheckpointError, ShadowPolicy, ShardedEMA, files, manifest, schedules
-from shardema.manifest import BLOCK
+from shardema import CheckpointError, ShadowPolicy, ShardedEMA, schedules
+from shardema.files import manifest, safetensors
+from shardema.files.manifest import BLOCK
 from tests import contract, world
 from tests.layouts import LAYOUTS
 
@@ -249,7 +250,7 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
         ),
         "and overlap",
     ),
-    "a doubled file": (of("files")(lambda files: files * 2), "a file is listed twice"),
+    "a doubled file": (of("files")(lambda safetensors: safetensors * 2), "a file is listed twice"),
     "bytes that nothing is of": (of("files", 0, "head")(lambda n: n + 8), "its head and pieces"),
     "too few checksums": (put(["files", 0, "blocks"], []), "0 checksums, expected 1"),
     "too many checksums": (of("files", 0, "blocks")(lambda b: b * 2), "2 checksums, expected 1"),
@@ -325,8 +326,8 @@ def damaged(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def mutants() -> Iterator[tuple[str, ModuleType]]:
-    """`shardema.manifest` with one of its guards, or of those in `shardema.files`, taken away."""
-    for home in (manifest, files):
+    """`files.manifest` with one of its guards, or of those in `files.safetensors`, taken away."""
+    for home in (manifest, safetensors):
         source = inspect.getsource(home)
         count = sum(isinstance(node, ast.Raise) for node in ast.walk(ast.parse(source)))
         for number in range(count):
@@ -335,7 +336,7 @@ def mutants() -> Iterator[tuple[str, ModuleType]]:
             guard = guards[number]
             name = f"{home.__name__}:{guard.lineno}"
             text = ast.unparse(guard)
-            if home is files and not any(word in text for word in PARSING):
+            if home is safetensors and not any(word in text for word in PARSING):
                 continue
             if "fit their checksum" in text:  # of the data, which a manifest does not read
                 continue
@@ -345,9 +346,9 @@ def mutants() -> Iterator[tuple[str, ModuleType]]:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setitem(sys.modules, made.__name__, made)
                 exec(code, vars(made))
-                if home is files:
-                    patch.setitem(sys.modules, "shardema.files", made)
-                    made = ModuleType("shardema.manifest.mutant")
+                if home is safetensors:
+                    patch.setitem(sys.modules, "shardema.files.safetensors", made)
+                    made = ModuleType("shardema.files.manifest.mutant")
                     patch.setitem(sys.modules, made.__name__, made)
                     exec(compile(inspect.getsource(manifest), name, "exec"), vars(made))
             yield f"{name} {text}", made
@@ -540,7 +541,7 @@ def test_an_empty_write_error_is_reported_with_its_number(
                 raise OSError(number, os.strerror(number))
 
             with monkeypatch.context() as patch:
-                patch.setattr(files.os, name, fail)
+                patch.setattr(safetensors.os, name, fail)
                 for call in (ema.save, ema.export):
                     with pytest.raises(CheckpointError) as caught:
                         call(tmp_path / "x")

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from shardema import ShardedEMA, schedules
-from shardema.cli import main
+from shardema.cli.main import main
 from tests import contract, world
 from tests.layouts import LAYOUTS
 from tests.test_checkpoint import signed

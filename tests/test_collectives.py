@@ -28,8 +28,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA, gather, replicas, rounds
-from shardema.agree import Ranks
+from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA
+from shardema.model import replicas
+from shardema.ranks import gather, rounds
+from shardema.ranks.agree import Ranks
 from tests import world
 
 TIMEOUT = 4.0  # seconds of the EMA

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from shardema import CheckpointError, ShadowPolicy, ShardedEMA, replicas, schedules
+from shardema import CheckpointError, ShadowPolicy, ShardedEMA, schedules
 from shardema.kernels import reference
 from shardema.kernels.bound import Bound
-from shardema.shard import Shard, whole
-from shardema.swap import Exchange
+from shardema.model import replicas
+from shardema.shards.boxes import whole
+from shardema.shards.shard import Shard
+from shardema.swapping import Exchange
 from tests import world
 
 MIB = 1 << 20

@@ -23,8 +23,9 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import shardema
-from shardema import RankError, ShadowPolicy, ShardedEMA, replicas
-from shardema.swap import to_the_end, uninterrupted
+from shardema import RankError, ShadowPolicy, ShardedEMA
+from shardema.model import replicas
+from shardema.scopes import to_the_end, uninterrupted
 from tests import meters, world
 
 HOME = Path(shardema.__file__).parent

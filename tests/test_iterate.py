@@ -15,7 +15,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from shardema import ShardedEMA, gather
+from shardema import ShardedEMA
+from shardema.ranks import gather
 from tests import world
 from tests.contract import shared_folder
 

@@ -16,7 +16,7 @@ from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 
 from shardema import ShadowPolicy, ShardedEMA, schedules
-from shardema.shard import overlaps, share_memory
+from shardema.shards.strides import overlaps, share_memory
 from tests import kinds
 
 KERNELS = ("reference", "foreach", "fused")

@@ -73,9 +73,9 @@ def test_a_mutant_is_another_program_of_one_other_line() -> None:
 
 
 def test_an_edit_elsewhere_does_not_choose_others(tmp_path: Path) -> None:
-    text = (mutants.ROOT / "shardema/swap.py").read_text()
+    text = (mutants.ROOT / "shardema/swapping.py").read_text()
     (tmp_path / "shardema").mkdir()
-    (tmp_path / "shardema/swap.py").write_text(
+    (tmp_path / "shardema/swapping.py").write_text(
         f"# a line more\n{text}\n\ndef more(x):\n    x += 1\n"
     )
     before = {mutant.key for mutant in mutants.chosen("swap.py", 20, SEED)}

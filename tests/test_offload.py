@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardema import kernels, offload, staging
+from shardema import kernels
 from shardema.kernels import foreach, reference
-from shardema.offload import Background, Travelling
+from shardema.update import offload, staging
+from shardema.update.offload import Background, Travelling
 from tests import meters
 
 BOTH = pytest.mark.parametrize("kind", [Background, Travelling])

@@ -17,8 +17,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from shardema import ShardedEMA, own_state
-from shardema.offline import export_checkpoint
+from shardema import ShardedEMA
+from shardema.files.offline import export_checkpoint
+from shardema.model import own_state
 from tests import world
 from tests.contract import shared_folder
 

@@ -23,9 +23,10 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from torch import nn
 
-from shardema import ShardedEMA, logs, plot, presets, schedules, texts
-from shardema.cli import main
-from shardema.profiles import decays, relative_std, weight_profile
+from shardema import ShardedEMA, presets, schedules
+from shardema.cli import logs, plot, spec
+from shardema.cli.main import main
+from shardema.schedules.profiles import decays, relative_std, weight_profile
 
 EPS = np.finfo(np.float64).eps
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -188,9 +189,9 @@ SPELLED = {
 def test_a_text_is_the_schedule_that_python_would_make(text: str) -> None:
     if SPELLED[text] is None:
         with pytest.raises(ValueError, match="expected"):
-            texts.schedule(text)
+            spec.schedule(text)
     else:
-        assert texts.schedule(text) == SPELLED[text]
+        assert spec.schedule(text) == SPELLED[text]
 
 
 EVIL = [
@@ -243,7 +244,7 @@ def test_no_code_in_a_text_is_run(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for read in (texts.schedule, texts.preset, texts.rules):
+    for read in (spec.schedule, spec.preset, spec.rules):
         with pytest.raises(ValueError, match=r"\S"):
             read(text)
     assert list(tmp_path.iterdir()) == []
@@ -251,26 +252,26 @@ def test_no_code_in_a_text_is_run(
 
 def test_what_a_schedule_refuses_is_said_in_its_words() -> None:
     with pytest.raises(ValueError, match=r"schedules\.power: got std=0\.5, expected a number in"):
-        texts.schedule("power(std=0.5)")
+        spec.schedule("power(std=0.5)")
     with pytest.raises(ValueError, match="missing a required argument: 'decay'; it takes decay, "):
-        texts.schedule("warmup()")
+        spec.schedule("warmup()")
     with pytest.raises(ValueError, match="unexpected keyword argument 'std'; it takes decay, unit"):
-        texts.schedule("constant(0.5, std=0.5)")
+        spec.schedule("constant(0.5, std=0.5)")
     with pytest.raises(ValueError, match=r"presets\.karras: got sigma_rel=None"):
-        texts.preset("karras()")
+        spec.preset("karras()")
     with pytest.raises(ValueError, match=r"it takes decay=0\.9999, every_n_steps=1$"):
-        texts.preset("nemo(backend='fsdp2')")  # ShardedEMA's, and of no use to a picture
+        spec.preset("nemo(backend='fsdp2')")  # ShardedEMA's, and of no use to a picture
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="expected one of ") as caught:
-        texts.schedule("powr(0.1)")
+        spec.schedule("powr(0.1)")
     listed = str(caught.value).split("expected one of ")[1].split(", ")
     assert set(listed) == schedules.registered().keys() - {"custom"}
     with pytest.raises(ValueError, match="it is a preset"):
-        texts.schedule("timm_v3()")
+        spec.schedule("timm_v3()")
     with pytest.raises(ValueError, match="it is a schedule"):
-        texts.preset("power(0.1)")
+        spec.preset("power(0.1)")
 
 
 NEEDED = {"torch_ema": "decay=0.98", "lit_ema": "decay=0.98", "karras": "sigma_rel=0.1"}
@@ -281,7 +282,7 @@ NAMES = [n for n in NAMES if getattr(presets, n).__module__ == "shardema.presets
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_can_be_spelled_and_weighs_as_the_preset_does(name: str) -> None:
     given = NEEDED.get(name, "")
-    found = texts.preset(f"{name}({given})")
+    found = spec.preset(f"{name}({given})")
     keywords = {k: float(v) for k, _, v in [part.partition("=") for part in given.split() if part]}
     ema = getattr(presets, name)(nn.Linear(1, 1), **keywords)
     assert len(found) == len(ema.names)
@@ -570,20 +571,20 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
 def test_without_matplotlib_the_command_says_what_to_install(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
-        "from shardema.cli import main\n"
+        "from shardema.cli.main import main\n"
         "main(['plot', 'decay', '--schedule', '0.9', '--steps', '9', '-o', 'x.png'])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 1
-    assert done.stderr == "Error: shardema.plot needs matplotlib: pip install matplotlib\n"
+    assert done.stderr == "Error: shardema.cli.plot needs matplotlib: pip install matplotlib\n"
 
 
 def test_a_picture_needs_neither_pyplot_nor_a_display(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from shardema.cli import main\n"
+        "from shardema.cli.main import main\n"
         "assert not [m for m in sys.modules if m.startswith('matplotlib')]\n"
         "main(['plot', 'decay', '--schedule', '0.9', '--steps', '9', '-o', 'x.png'],\n"
         "     standalone_mode=False)\n"

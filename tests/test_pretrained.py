@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from shardema import ShardedEMA
-from shardema.offline import export_checkpoint
+from shardema.files.offline import export_checkpoint
 from tests import world
 from tests.contract import shared_folder
 from tests.test_import import unet

@@ -10,18 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from shardema.shard import (
-    Box,
-    Shard,
-    aligned_parts,
-    check_covered,
-    flat_boxes,
-    memory_order,
-    overlaps,
-    runs,
-    split_box,
-    whole,
-)
+from shardema.shards.boxes import Box, check_covered, contiguous_runs, flat_boxes, split_box, whole
+from shardema.shards.shard import Shard
+from shardema.shards.strides import aligned_parts, memory_order, overlaps
 
 shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 
@@ -55,7 +46,7 @@ def test_flat_boxes_hold_the_range_in_order(case: tuple[tuple[int, ...], int, in
 @given(boxes())
 def test_runs_are_the_contiguous_stretches(case: tuple[tuple[int, ...], Box]) -> None:
     shape, box = case
-    numel, starts = runs(shape, box)
+    numel, starts = contiguous_runs(shape, box)
     flat = [start + i for start in starts for i in range(numel)]
     assert flat == box.view(torch.arange(math.prod(shape)).view(shape)).reshape(-1).tolist()
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from shardema.backends import fsdp1, fsdp2, plain, zero
 from shardema.backends.tree import refuse_unknown_wrappers
-from shardema.shard import Shard
+from shardema.shards.shard import Shard
 
 Models = Sequence[nn.Module]
 

@@ -29,7 +29,8 @@ from shardema.backends.tree import (
     values_of,
     whole_shard,
 )
-from shardema.shard import REPLACED, Box, Dims, Shard
+from shardema.shards.boxes import Box, Dims
+from shardema.shards.shard import REPLACED, Shard
 
 
 def matches(models: Sequence[nn.Module]) -> bool:

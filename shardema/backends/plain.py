@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shardema.backends.tree import mark_wrapped, named_tensors, tie_shared_storage, whole_shard
-from shardema.shard import Shard
+from shardema.shards.shard import Shard
 
 
 def matches(models: Sequence[nn.Module]) -> bool:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from shardema.shard import REPLACED, Role, Shard, overlaps, share_memory, whole
+from shardema.shards.boxes import whole
+from shardema.shards.shard import REPLACED, Role, Shard
+from shardema.shards.strides import overlaps, share_memory
 
 # (where the type lives, its name, the child that it wraps); looked up in sys.modules, since a
 # model can only be wrapped by a type that was imported, and importing them all takes seconds.

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from shardema.backends.tree import Named, named_tensors, tie_shared_storage, whole_shard
-from shardema.shard import REPLACED, Loan, Shard, flat_boxes
+from shardema.shards.boxes import flat_boxes
+from shardema.shards.shard import REPLACED, Loan, Shard
 
 # ---- which models ---------------------------------------------------------------------------
 

@@ -27,13 +27,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from shardema import manifest
 from shardema.arguments import NAME
 from shardema.backends.tree import wrapped_child
-from shardema.callers import only_main
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError
-from shardema.files import reporting, sync_path
+from shardema.files import manifest
+from shardema.files.safetensors import reporting, sync_path
+from shardema.integrations.callers import only_main
 from shardema.schedules import Schedule
 
 log = logging.getLogger(__name__)

@@ -37,11 +37,11 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from shardema.agree import Ranks
 from shardema.arguments import as_schedules
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError
-from shardema.modes import held_back
+from shardema.integrations.modes import held_back
+from shardema.ranks.agree import Ranks
 from shardema.schedules import Schedule
 
 log = logging.getLogger(__name__)

@@ -28,12 +28,12 @@ import transformers
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from shardema import manifest
-from shardema.agree import Ranks
 from shardema.arguments import as_schedules
 from shardema.backends.tree import unwrap
 from shardema.ema import ShardedEMA
-from shardema.modes import held_back
+from shardema.files import manifest
+from shardema.integrations.modes import held_back
+from shardema.ranks.agree import Ranks
 from shardema.schedules import Schedule, describe
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shardema.kernels.bound import Bound, rounded
-from shardema.shard import aligned_parts, dense_like
+from shardema.shards.strides import aligned_parts, dense_like
 
 # Elements of the convert scratch: on a CPU it must stay in the cache; a GPU wants long launches.
 SCRATCH_NUMEL = {"cpu": 1 << 18}

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from shardema.kernels import build, reference
 from shardema.kernels.bound import Bound
-from shardema.shard import dense_like
+from shardema.shards.strides import dense_like
 
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("fused_cpu.cpp")

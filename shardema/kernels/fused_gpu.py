@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardema.kernels.bound import Bound
-from shardema.shard import dense_like
+from shardema.shards.strides import dense_like
 
 BLOCK = 4096  # elements of a program
 MAX_AVERAGES = 4  # shadows that a program holds in its registers

@@ -10,22 +10,11 @@ from __future__ import annotations
 
 from shardema.schedules.base import Schedule, describe, registered, restore
 from shardema.schedules.by_pattern import by_pattern
-from shardema.schedules.clip import clip
-from shardema.schedules.constant import constant
+from shardema.schedules.closed import constant, half_life, half_life_ramp, ramp
+from shardema.schedules.composed import clip, debiased, every, join, scaled, shift, start
 from shardema.schedules.custom import as_schedule, custom
-from shardema.schedules.debiased import debiased
-from shardema.schedules.edm import edm
-from shardema.schedules.every import every
-from shardema.schedules.exponential import exponential
-from shardema.schedules.half_life import half_life
-from shardema.schedules.half_life_ramp import half_life_ramp
-from shardema.schedules.join import join
-from shardema.schedules.linear import linear
-from shardema.schedules.power import power
-from shardema.schedules.ramp import ramp
-from shardema.schedules.scaled import scaled
-from shardema.schedules.start import shift, start
-from shardema.schedules.warmup import warmup
+from shardema.schedules.power import edm, power
+from shardema.schedules.stepwise import exponential, linear, warmup
 
 __all__ = [
     "Schedule",

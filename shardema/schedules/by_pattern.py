@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardema.patterns import Pattern, fits
 from shardema.schedules.base import Schedule, register_rule
 from shardema.schedules.custom import as_schedule
+from shardema.shards.patterns import Pattern, fits
 
 _REGEX = "re:"  # how a checkpoint marks a pattern that was a regular expression
 

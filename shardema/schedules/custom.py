@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardema.schedules.base import Schedule, check_decay, register
-from shardema.schedules.constant import constant
+from shardema.schedules.closed import constant
 
 _SAMPLED = (1, 2, 10, 100, 1000, 100000)
 

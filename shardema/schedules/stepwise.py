@@ -12,13 +12,14 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
-from shardema.schedules.base import whole_steps
+from shardema.schedules.base import check_count, check_decay, check_positive, register, whole_steps
 
 _SPAN = 64
 
 
-class stepwise(ABC):
+class Stepwise(ABC):
     """A schedule of whole steps n = 1, 2, ..., each with its own decay. Subclasses are hashable."""
 
     @abstractmethod
@@ -40,7 +41,7 @@ class stepwise(ABC):
         return _product(self, a, last) * float(self.decay_at(last + 1)) ** (b - last)
 
 
-def _product(rule: stepwise, a: int, b: int) -> float:
+def _product(rule: Stepwise, a: int, b: int) -> float:
     """The product of the decays of the steps in (a, b]."""
     kept = 1.0
     while a < b and kept:
@@ -53,9 +54,111 @@ def _product(rule: stepwise, a: int, b: int) -> float:
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _block(rule: stepwise, a: int, size: int) -> float:
+def _block(rule: Stepwise, a: int, size: int) -> float:
     """The product over (a, a + size], of which ``size``, a power of 64, is a divisor of ``a``."""
     part = size // _SPAN
     if part == 1:
         return math.prod(rule.decay_at(step) for step in range(a + 1, a + size + 1))
     return math.prod(_block(rule, start, part) for start in range(a, a + size, part))
+
+
+@register
+@dataclass(frozen=True)
+class exponential(Stepwise):
+    """Step n = 1, 2, ... decays by ``decay * (1 - exp(-n / tau))``.
+
+    The rule of ultralytics' YOLO models, which take 0.9999 and 2000. Whole steps only.
+
+    Args:
+        decay: the decay that the ramp ends in, in [0, 1].
+        tau: steps in which the distance to ``decay`` falls by the factor e, above 0.
+
+    >>> round(exponential(0.9999, tau=2000).retention(1999, 2000), 4)
+    0.6321
+    """
+
+    decay: float
+    tau: float = 2000.0
+    unit: str = "step"
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, "schedules.exponential")
+        check_positive(self.tau, "schedules.exponential, tau")
+
+    def decay_at(self, step: int) -> float:
+        return float(self.decay * -math.expm1(-step / self.tau))
+
+    def settled(self) -> float:
+        return 40 * self.tau  # exp(-40) is below half of the last bit of 1
+
+
+@register
+@dataclass(frozen=True)
+class linear(Stepwise):
+    """Step n = 1, 2, ... decays by ``begin + (end - begin) * min(1, (n - 1) / (over - 1))``.
+
+    Step 1 has ``begin``, step ``over`` and all later ones ``end``: the momentum warm-up of
+    pytorch-ignite's EMAHandler, as decays. Whole steps only.
+
+    Args:
+        begin: decay of the first step, in [0, 1].
+        end: decay of the last step of the ramp and after it, in [0, 1].
+        over: steps of the ramp, 1 or more.
+
+    >>> [round(linear(0.5, 0.9, 5).retention(n, n + 1), 12) for n in range(6)]
+    [0.5, 0.6, 0.7, 0.8, 0.9, 0.9]
+    """
+
+    begin: float
+    end: float
+    over: int
+    unit: str = "step"
+
+    def __post_init__(self) -> None:
+        check_decay(self.begin, "schedules.linear, begin")
+        check_decay(self.end, "schedules.linear, end")
+        check_count(self.over, "schedules.linear, over")
+
+    def decay_at(self, step: int) -> float:
+        share = min(1.0, (step - 1) / max(1, self.over - 1))
+        return float((1 - share) * self.begin + share * self.end)
+
+    def settled(self) -> float:
+        return self.over
+
+
+@register
+@dataclass(frozen=True)
+class warmup(Stepwise):
+    """Step n = 1, 2, ... decays by ``min(decay, 1 - (1 + n / inv_gamma) ** -power)``.
+
+    The rule is Katherine Crowson's; power 2/3 suits runs of a million steps and more, 3/4
+    shorter ones (decay 0.999 is reached at step 10 k, 0.9999 at 215 k). Whole steps only.
+
+    Args:
+        decay: the decay that the warm-up ends in, in [0, 1].
+        inv_gamma: stretches the warm-up, in steps, above 0.
+        power: bends it, above 0.
+
+    >>> round(warmup(0.9999).retention(0, 1), 4)
+    0.37
+    """
+
+    decay: float
+    inv_gamma: float = 1.0
+    power: float = 2 / 3
+    unit: str = "step"
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, "schedules.warmup")
+        check_positive(self.inv_gamma, "schedules.warmup, inv_gamma")
+        check_positive(self.power, "schedules.warmup, power")
+
+    def decay_at(self, step: int) -> float:
+        return float(min(self.decay, 1 - (1 + step / self.inv_gamma) ** -self.power))
+
+    def settled(self) -> float:
+        if self.decay == 1:
+            return math.inf
+        log = -math.log1p(-self.decay) / self.power  # of 1 + n / inv_gamma at the end
+        return self.inv_gamma * math.expm1(log) + 2 if log < 700 else math.inf

@@ -15,7 +15,7 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 
 from shardema import ShardedEMA
-from shardema.shard import Box
+from shardema.shards.boxes import Box
 
 
 def local_parts(model: nn.Module) -> list[Tensor]:

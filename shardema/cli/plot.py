@@ -1,0 +1,305 @@
+"""Pictures of averages: what one is made of, how its decay moves, what it does in a run.
+
+::
+
+    profile   weights of the steps of a run in its last average, by schedule
+    decay     decay of each update, by schedule
+    curves    raw beside averaged learning curves of a log
+
+Each gives a figure of its own, outside of pyplot: ``figure.savefig("picture.png")``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardema.cli import logs, spec
+from shardema.schedules import Schedule, as_schedule
+from shardema.schedules.base import check_positive
+from shardema.schedules.profiles import Profile, decays, weight_profile
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
+except ImportError as error:
+    raise ImportError(
+        "shardema.cli.plot needs matplotlib: pip install matplotlib", name=error.name
+    ) from error
+
+_SEEN = 0.005  # share of the weights before step 1 that is worth a word in the legend
+_WIDTH = 104  # characters of a line of the legend
+
+
+def profile(
+    rules: Sequence[Any] | Mapping[str, Any],
+    steps: int,
+    *,
+    dt: float | None = None,
+    log: bool = False,
+) -> Figure:
+    """Draws how much each step of a run weighs in the average at its end.
+
+    The area below a curve is the share of the average; with what is there of the weights before
+    the first update, in the legend, it sums to 1. A spike of a step that was copied is cut at the
+    height of the others, and its share is in the legend.
+
+    Args:
+        rules: schedules, decays, callables ``(t, dt) -> decay``, or texts that
+            `shardema.cli.spec.rules` reads, presets too; a mapping gives them labels.
+        steps: updates of the run.
+        dt: samples, tokens, ... of one step, for schedules that count them.
+        log: a logarithmic axis of weights, for averages of very different lengths.
+
+    Raises:
+        ValueError: no rules, a text that is not one, or a ``dt`` that is missing or of no use.
+
+    >>> figure = profile(["power(std=0.10)", 0.999], 1000)
+    >>> figure.axes[0].get_xlabel()
+    'step'
+    """
+    clocks = _clocks(rules, dt)
+    figure, axes = _figure()
+    highest = lowest = 0.0
+    for number, (label, (rule, increment)) in enumerate(clocks.items()):
+        found = weight_profile(rule, steps, dt=increment)
+        edges, heights = _merged(found)
+        rest = heights[edges[1:] != found.began]
+        peak = float((rest if rest.any() else heights).max())
+        label = f"{label}:  {_said(found, peak)}"
+        axes.stairs(heights, edges, baseline=None, label=label, **_style(number))
+        highest, lowest = max(highest, peak), min(lowest or peak, peak)
+    axes.set(xlim=(0, steps), ylim=(0, 1.08 * highest or 1))
+    if log and highest:
+        axes.set(yscale="log", ylim=((lowest or highest) / 1000, 2 * highest))
+    axes.set_title(f"What the average after {steps:,} {_plural(steps, 'step')} is made of")
+    axes.set_ylabel("weight of one step in the average")
+    return _finish(figure, axes, clocks)
+
+
+def decay(
+    rules: Sequence[Any] | Mapping[str, Any], steps: int, *, dt: float | None = None
+) -> Figure:
+    """Draws the decay of the updates of a run, and on the right the horizon, 1 / (1 - decay).
+
+    The axis counts nines: 0.9, 0.99, 0.999 are equally far apart. Updates that leave the average
+    alone have no point.
+
+    Args:
+        rules: as in `profile`.
+        steps: updates of the run.
+        dt: samples, tokens, ... of one step, for schedules that count them.
+
+    Raises:
+        ValueError: no rules, a text that is not one, or a ``dt`` that is missing or of no use.
+
+    >>> figure = decay({"slow": 0.999, "fast": 0.9}, 1000)
+    >>> [line.get_label() for line in figure.axes[0].lines]
+    ['slow', 'fast']
+    """
+    clocks = _clocks(rules, dt)
+    figure, axes = _figure()
+    nines = [0.0]
+    for number, (label, (rule, increment)) in enumerate(clocks.items()):
+        at, values = decays(rule, steps, dt=increment)
+        label = label if len(at) else f"{label}:  never moves"
+        axes.plot(at, values, label=label, marker=_dots(at, 50), **_style(number))
+        nines += _nines(values).tolist()
+    axes.set(xscale="log" if steps >= 10 else "linear", xlim=(1, max(2, steps)))
+    axes.set_title(f"Decay of each update, over {steps:,} {_plural(steps, 'step')}")
+    _nines_axis(axes, "decay", "{decay}", max(nines))
+    _nines_axis(axes.twinx(), "horizon, 1 / (1 - decay), in updates", "{horizon:,}", max(nines))
+    return _finish(figure, axes, clocks)
+
+
+def curves(
+    log: str | os.PathLike[str] | Sequence[logs.Row],
+    *,
+    raw: str | None = None,
+    averaged: str | None = None,
+    step: str | None = None,
+    unit: str = "",
+) -> Figure:
+    """Draws what a run has logged with raw and with averaged weights, a panel for each quantity.
+
+    A column of how far the average is from the weights, ``..._distance``, has a panel of its own.
+
+    Args:
+        log: a file that `shardema.cli.logs.read` reads, or its rows, ``{column: number}``.
+        raw: column of the raw weights; None takes all pairs whose names say so, as ``raw_loss``
+            and ``ema_loss``, ``eval_loss`` and ``eval_ema_loss``.
+        averaged: column of the average.
+        step: column of the horizontal axis; None takes step, global_step or epoch.
+        unit: of the quantities, for the vertical axis.
+
+    Raises:
+        ValueError: no log, a column that it lacks, or no pair of columns.
+        OSError: the log cannot be read.
+
+    >>> rows = [{"step": 10.0, "raw_loss": 2.0, "ema_loss": 1.5}]
+    >>> [axes.get_ylabel() for axes in curves(rows, unit="nats").axes]
+    ['loss (nats)']
+    """
+    rows = logs.read(log) if isinstance(log, str | os.PathLike) else list(log)
+    across = logs.step_column(rows, step)
+    found = logs.pairs(rows, raw, averaged)
+    apart = [n for n in logs.columns(rows) if n.endswith("distance")]
+    apart = [n for n in apart if np.isfinite(logs.curve(rows, across, n)[1]).any()]
+    figure = Figure(figsize=(6 * len(found + apart) + 1, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(found) + len(apart), squeeze=False)[0]
+    for axes, pair in zip(panels, found, strict=False):
+        for name, kind, color in zip(pair, ("raw", "average"), ("0.55", "C0"), strict=True):
+            steps, values = logs.curve(rows, across, name)
+            label = f"{kind}: {name}, {values[-1]:.4g} at the end" if len(values) else kind
+            axes.plot(steps, values, color=color, marker=_dots(steps), label=label)
+        quantity = _quantity(*pair)
+        axes.set_title(f"Raw and averaged weights: {quantity}", parse_math=False)
+        axes.set_ylabel(f"{quantity} ({unit})" if unit else quantity, parse_math=False)
+        for text in axes.legend().get_texts():
+            text.set_parse_math(False)
+    for axes, name in zip(panels[len(found) :], apart, strict=True):
+        steps, values = logs.curve(rows, across, name)
+        axes.plot(steps, values, color="C0", marker=_dots(steps))
+        axes.set_title("How far the average is from the weights")
+        axes.set_ylabel(f"{name} (share of their norm)", parse_math=False)
+        axes.set_ylim(bottom=0)
+    for axes in panels:
+        axes.set_xlabel(across, parse_math=False)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _clocks(rules: Any, dt: float | None) -> dict[str, tuple[Schedule, float]]:
+    """Schedules by label, with the progress of one step of the run on the clock of each."""
+    found: dict[str, Schedule] = {}
+    for label, rule in _labelled(rules):
+        if label in found:
+            raise ValueError(f"rules: got {label!r} twice, expected each once")
+        found[label] = rule
+    if not found:
+        raise ValueError("rules: got none, expected one schedule or more")
+    units = sorted({rule.unit for rule in found.values()} - {"step"})
+    if len(units) > 1:
+        raise ValueError(f"rules: got schedules in {units}, expected steps and one other unit")
+    if units and dt is None:
+        raise ValueError(f"dt: a schedule counts {units[0]}s, so say how many one step has")
+    if not units and dt is not None:
+        raise ValueError(f"dt: got {dt}, but every schedule counts steps")
+    if dt is not None:
+        check_positive(dt, "dt")
+    increment = 1 if dt is None else int(dt) if dt == int(dt) else dt
+    return {label: (rule, 1 if rule.unit == "step" else increment) for label, rule in found.items()}
+
+
+def _labelled(rules: Any) -> Iterable[tuple[str, Schedule]]:
+    if isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise ValueError(f"rules: got {rules!r}, expected a list of schedules or a mapping")
+    if isinstance(rules, Mapping):
+        for label, rule in rules.items():
+            yield str(label), spec.schedule(rule) if isinstance(rule, str) else as_schedule(rule)
+        return
+    for rule in rules:
+        if isinstance(rule, str):
+            yield from spec.rules(rule).items()
+        else:
+            yield str(rule), as_schedule(rule)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(9, 5), layout="constrained")  # not pyplot: there may be no display
+    return figure, figure.subplots()
+
+
+def _finish(figure: Figure, axes: Axes, clocks: Mapping[str, tuple[Schedule, float]]) -> Figure:
+    units = {rule.unit: increment for rule, increment in clocks.values() if rule.unit != "step"}
+    per_step = "".join(f" (of {n:,} {_plural(n, unit)})" for unit, n in units.items())
+    axes.set_xlabel(f"step{per_step}", parse_math=False)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    wrapped = [textwrap.fill(label, _WIDTH, subsequent_indent="    ") for label in labels]
+    legend = figure.legend(handles, wrapped, loc="outside lower left", frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def _style(number: int) -> dict[str, Any]:
+    # equal curves stay visible below one another
+    style = ("-", "--", "-.", ":")[number % 4]
+    return {"linestyle": style, "color": f"C{number % 10}", "linewidth": 1.6}
+
+
+def _plural(count: float, unit: str) -> str:
+    return unit if count == 1 else f"{unit}s"
+
+
+def _merged(found: Profile) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Edges [n + 1], and the weight per step [n] between them.
+
+    Steps that leave the average alone go with the one after them that moves it: the weight of a
+    rule that moves every k steps is spread over the k.
+    """
+    moves = found.kept < 1
+    if not moves.any():
+        moves[-1] = True
+    edges = np.append(0, found.edges[1:][moves])
+    return edges, found.mass[moves] / np.diff(edges)
+
+
+def _said(found: Profile, peak: float) -> str:
+    """The figures of a profile; where the average began, if that stands out of what followed."""
+    said = f"relative std {found.relative_std:#.3g}, mean age {_steps(found.mean_age)}"
+    if found.began and found.beginning > 2 * peak:
+        return f"{said}, {100 * found.beginning:.3g} % from step {found.began:,}, a copy"
+    if not found.began and found.initial >= _SEEN:
+        return f"{said}, {100 * found.initial:.3g} % from before step 1"
+    return said
+
+
+def _steps(count: float) -> str:
+    digits = 0 if count >= 1000 else 1
+    return f"{count:,.{digits}f} steps"
+
+
+def _nines(decay: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How many nines a decay begins with: 0 for 0, 1 for 0.9, 2 for 0.99."""
+    return -np.log10(np.clip(1 - np.asarray(decay, np.float64), 1e-17, None))
+
+
+def _decay_of(nines: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 1 - 10.0 ** -np.asarray(nines, np.float64)
+
+
+def _nines_axis(axes: Axes, label: str, tick: str, most: float) -> None:
+    """A vertical axis of decays, equal steps from nine to nine, up to ``most`` nines."""
+    top = max(1, math.ceil(most - 1e-9))
+    axes.set_yscale("function", functions=(_nines, _decay_of))
+    numbers = range(top + 1)
+    written = [f"{1 - 10.0**-n:.{n}f}" for n in numbers]
+    labels = [tick.format(decay=written[n], horizon=10**n) for n in numbers]
+    axes.set_yticks([float(text) for text in written], labels)
+    axes.yaxis.set_minor_locator(NullLocator())
+    low, high = _decay_of(np.array([-0.04 * top, 1.04 * top]))
+    axes.set_ylim(low, high)
+    axes.set_ylabel(label)
+
+
+def _dots(steps: NDArray[Any], most: int = 200) -> str:
+    """A marker for each point, where they are few: one point alone has no line."""
+    return "." if len(steps) <= most else ""
+
+
+def _quantity(raw: str, averaged: str) -> str:
+    """What both names have in common: loss of raw_loss and ema_loss."""
+    if raw.replace("raw", "") == raw:
+        return raw
+    return raw.replace("raw", "").strip("_/.- ") or "value"

@@ -1,0 +1,263 @@
+"""Our own checkpoint folder: every rank writes its shards, any layout reads them again.
+
+::
+
+    run/ema-000100/
+        shardema.json                        what is where, with checksums; see manifest.py
+        rank-00000-of-00002.safetensors      keys fqn, or fqn#k for the k-th box
+        rank-00001-of-00002.safetensors
+        config.json                          of a transformers model, for a later export
+
+A save goes into a folder of its own, which is synced before it counts (see folder.py), so under
+the final name there is a whole checkpoint or nothing. A load reads and verifies into staging of
+the shadows' size; only when every rank has all of its own is anything copied.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from shardema.errors import abbreviate
+from shardema.files import manifest as manifests
+from shardema.files.folder import new_folder
+from shardema.files.manifest import (
+    BLOCK,
+    Manifest,
+    Reading,
+    Stored,
+    StoredAverage,
+    StoredFile,
+    StoredPiece,
+)
+from shardema.files.safetensors import NewFile, layout, reporting, write_file
+from shardema.ranks.agree import Ranks
+from shardema.ranks.gather import Holdings, Item, Plan, raw_bytes
+from shardema.shards.boxes import Box, split_box
+from shardema.shards.shard import Shard
+
+_CHUNK = BLOCK  # bytes that travel from a device at a time
+
+
+@dataclass(frozen=True)
+class Source:
+    """One set of tensors to save: an average, or what the averages leave out (``name`` None).
+
+    Attributes:
+        plan: who holds what of this set.
+        items: which of the plan's items are in it.
+        dtype: of an item's values in this set.
+    """
+
+    name: str | None
+    plan: Plan
+    items: Sequence[int]
+    holdings: Holdings
+    dtype: Callable[[Item], torch.dtype]
+
+
+def save(
+    folder: str | os.PathLike[str],
+    sources: Sequence[Source],
+    averages: Mapping[str, StoredAverage],
+    left_out: Sequence[str],
+    ranks: Ranks,
+    *,
+    extra: Callable[[str], None],
+    overwrite: bool,
+) -> None:
+    """Writes a checkpoint. Collective over ``ranks``.
+
+    Args:
+        folder: where; must not exist. Its parent is made.
+        extra: called on the leader with the temporary folder, to write what else belongs in it.
+        overwrite: a complete checkpoint may be there, and is replaced.
+
+    Raises:
+        CheckpointError: on all ranks, if any could not write; nothing is left behind.
+    """
+    tensors = _tensors(sources)
+    with new_folder(folder, "save", ranks, overwrite=overwrite) as new:
+
+        def finish(entries: list[dict[str, Any] | None]) -> None:
+            files = tuple(_stored_file(entry, tensors) for entry in entries if entry is not None)
+            save_id = secrets.token_hex(16)
+            manifest = Manifest(
+                save_id, ranks.size, dict(averages), tensors, tuple(left_out), files, new.place
+            )
+            with reporting(new.path, "save to"):
+                extra(new.path)
+                write_file(os.path.join(new.path, manifests.NAME), manifests.pack(manifest))
+            new.commit()
+
+        def write() -> dict[str, Any] | None:
+            return _write_rank(new.path, sources, ranks)
+
+        ranks.agree("save (writing)", write, finish, nbytes=_busiest(sources, ranks.size))
+
+
+def _busiest(sources: Sequence[Source], size: int) -> int:
+    """Bytes that the rank which writes most of all writes."""
+    loads = (source.plan.loads(size, source.items, source.dtype) for source in sources)
+    return max(map(sum, zip(*loads, strict=True)))
+
+
+def _write_rank(temporary: str, sources: Sequence[Source], ranks: Ranks) -> dict[str, Any] | None:
+    """Writes this rank's file and returns its entry for the manifest; None if it owns nothing."""
+    found = []  # key, dtype, number of the tensor, box, values
+    first = 0
+    several = sum(source.name is not None for source in sources) > 1
+    for source in sources:
+        prefix = f"{source.name}/" if several and source.name is not None else ""
+        for number, index in enumerate(source.items):
+            item = source.plan.items[index]
+            pairs = zip(item.holders, source.plan.writers[index], strict=True)
+            boxes = [box for (box, _), writer in pairs if writer == ranks.index]
+            for k, box in enumerate(boxes):
+                key = f"{prefix}{item.fqn}" + (f"#{k}" if len(boxes) > 1 else "")
+                values = source.holdings(index, box)
+                found.append((key, values.dtype, first + number, box, values))
+        first += len(source.items)
+    if not found:
+        return None
+    head, entries = layout([(key, dtype, box.sizes) for key, dtype, _, box, _ in found])
+    found.sort(key=lambda part: entries[part[0]].start)
+    size = len(head) + sum(entries[part[0]].nbytes for part in found)
+    name = f"rank-{ranks.index:05d}-of-{ranks.size:05d}.safetensors"
+    path = os.path.join(temporary, name)
+    blocks: list[str] = []
+    with reporting(path, "writing"), NewFile(path, size) as file:
+        offset = 0
+        for block in _in_blocks(head, (part[4] for part in found)):
+            blocks.append(xxhash.xxh3_128_hexdigest(block))
+            file.write_at(offset, block)
+            offset += len(block)
+        file.sync()
+    pieces = [[number, box.offsets, box.sizes] for _, _, number, box, _ in found]
+    return {"name": name, "size": size, "head": len(head), "blocks": blocks, "pieces": pieces}
+
+
+def _in_blocks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
+    """The bytes of a file in blocks of `BLOCK`, the last one shorter."""
+    block = bytearray(BLOCK)
+    view, used = memoryview(block), 0
+    for chunk in _chunks(head, tensors):
+        while chunk:
+            n = min(len(chunk), BLOCK - used)
+            view[used : used + n] = chunk[:n]
+            chunk, used = chunk[n:], used + n
+            if used == BLOCK:
+                yield view
+                used = 0
+    if used:
+        yield view[:used]
+
+
+def _chunks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
+    yield memoryview(head)
+    for tensor in tensors:
+        limit = max(1, _CHUNK // tensor.dtype.itemsize)
+        for part in split_box(Box((0,) * tensor.dim(), tuple(tensor.shape)), limit):
+            yield raw_bytes(part.view(tensor).cpu())
+
+
+def _tensors(sources: Sequence[Source]) -> tuple[Stored, ...]:
+    """The tensors of a checkpoint, numbered source by source."""
+    tensors = []
+    for source in sources:
+        for index in source.items:
+            item = source.plan.items[index]
+            dtype = source.dtype(item)
+            tensors.append(
+                Stored(
+                    source.name,
+                    item.fqn,
+                    item.file_name,
+                    item.role,
+                    item.shape,
+                    dtype,
+                    item.aliases,
+                    item.stem,
+                )
+            )
+    return tuple(tensors)
+
+
+def _stored_file(entry: dict[str, Any], tensors: Sequence[Stored]) -> StoredFile:
+    pieces = []
+    start = entry["head"]
+    for number, offsets, sizes in entry["pieces"]:
+        box = Box(tuple(offsets), tuple(sizes))
+        pieces.append(StoredPiece(number, box, start))
+        start += box.numel * tensors[number].dtype.itemsize
+    blocks = tuple(entry["blocks"])
+    return StoredFile(entry["name"], entry["size"], entry["head"], blocks, tuple(pieces))
+
+
+def readings(manifest: Manifest, average: str, shards: Sequence[Shard]) -> list[Reading]:
+    """What this rank is to read of an average."""
+    numbers = _numbers(manifest, average)
+    return manifests.readings(manifest, {numbers[s.fqn]: list(s.boxes) for s in shards})
+
+
+def read_average(
+    manifest: Manifest,
+    average: str,
+    found: list[Reading],
+    shards: Sequence[Shard],
+    targets: Mapping[str, Tensor],
+) -> None:
+    """Reads this rank's part of an average into ``targets``, tensors laid out like the shards.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or damaged.
+    """
+    numbers = _numbers(manifest, average)
+    places = {numbers[s.fqn]: list(s.pieces(targets[s.fqn])) for s in shards}
+    for number, box, values in manifests.parts(manifest, found):
+        for held, target in places[number]:
+            common = held.intersect(box)
+            if common is not None:
+                part = common.relative_to(box.offsets).view(values)
+                common.relative_to(held.offsets).view(target).copy_(part)
+
+
+def _numbers(manifest: Manifest, average: str) -> dict[str, int]:
+    return {t.fqn: n for n, t in enumerate(manifest.tensors) if t.average == average}
+
+
+def check_same_tensors(
+    folder: str,
+    manifest: Manifest,
+    average: str,
+    items: Sequence[Item],
+    dtype: Callable[[Item], torch.dtype],
+) -> None:
+    """Raises ValueError unless the checkpoint's average has the tensors of ``items``."""
+    stored = {t.fqn: t for t in manifest.tensors if t.average == average}
+    here = {item.fqn: item for item in items}
+    for names, text in (
+        (here.keys() - stored.keys(), "which the model has, are missing in it"),
+        (stored.keys() - here.keys(), "which it holds, are unknown to the model"),
+    ):
+        if names:
+            raise ValueError(
+                f"load from {folder}: {abbreviate(sorted(names))}, {text} (average {average!r}); "
+                "it is a "
+                "checkpoint of another model, or of another select= or buffers="
+            )
+    for fqn, item in here.items():
+        there = stored[fqn]
+        if (there.shape, there.dtype) != (item.shape, dtype(item)):
+            raise ValueError(
+                f"load from {folder}: {fqn} of average {average!r} has shape {there.shape} and "
+                f"dtype {there.dtype}, expected {item.shape} and {dtype(item)}; build the model "
+                "and the ShadowPolicy as they were at the save"
+            )

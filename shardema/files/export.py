@@ -1,0 +1,396 @@
+"""One consolidated safetensors file (or HF shards of it), written by all ranks at once.
+
+The head of a safetensors file follows from names and shapes alone, so every rank knows where in
+the file each of its boxes belongs, and writes it there: no full tensor, no collective on data::
+
+    rank 0   [head][== w ==..........][== b ==....]
+    rank 1         [..........== w ==][....== b ==]     the same file
+
+That needs one host and a local file system: network file systems write whole pages back and
+clobber the neighbours. Elsewhere the same bytes are streamed through the leader, bucket by bucket.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shardema.files.folder import new_folder
+from shardema.files.safetensors import (
+    WHOLE,
+    Entry,
+    NewFile,
+    close_quietly,
+    layout,
+    make_folders,
+    open_existing,
+    reporting,
+    write_all,
+    write_file,
+)
+from shardema.ranks.agree import Ranks
+from shardema.ranks.gather import (
+    BUCKET_BYTES,
+    Holdings,
+    Item,
+    Plan,
+    Prepared,
+    prepare,
+    raw_bytes,
+    stream,
+)
+from shardema.shards.boxes import Box, Dims, contiguous_runs, split_box
+
+Mode = Literal["auto", "direct", "stream"]
+
+# File systems on which ranks of one host may write into one file side by side.
+_LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "f2fs", "ramfs"}
+_SMALL_RUN = 4096  # bytes; tensors whose boxes are shorter stretches than this are streamed
+_CHUNK = 16 << 20  # bytes that are converted or fetched from a device at a time
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One safetensors file of an export: its head and where each tensor goes.
+
+    Attributes:
+        stem: of its name, which may have a folder; the files of one stem make one set.
+    """
+
+    stem: str
+    name: str
+    head: bytes
+    entries: Mapping[str, Entry]
+
+    @property
+    def size(self) -> int:
+        return max((e.start + e.nbytes for e in self.entries.values()), default=len(self.head))
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as ``"5GB"`` or ``"512MiB"``.
+
+    Raises:
+        ValueError: it is no size, or not above zero.
+
+    >>> parse_size("5GB")
+    5000000000
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    unit = (
+        _UNITS.get(match[2].upper().removesuffix("B") + "B" if match[2] else "") if match else None
+    )
+    value = int(float(match[1]) * unit) if match and unit else 0
+    if value <= 0:
+        raise ValueError(f"max_shard_size: got {size!r}, expected a size such as '5GB' or '512MiB'")
+    return value
+
+
+def plan_targets(
+    tensors: Sequence[tuple[str, str, torch.dtype, Dims]], max_shard_size: int
+) -> tuple[list[Target], dict[str, bytes]]:
+    """The files of an export, and by name their indices where one file is not enough.
+
+    Args:
+        tensors: stem, name, dtype and shape of each; without a stem it is not written.
+    """
+    by_stem: dict[str, list[tuple[str, torch.dtype, Dims]]] = {}
+    for stem, name, dtype, shape in tensors:
+        if stem:
+            by_stem.setdefault(stem, []).append((name, dtype, shape))
+    targets: list[Target] = []
+    indices: dict[str, bytes] = {}
+    for stem, group in by_stem.items():
+        # what reads adapters reads one file
+        limit = max_shard_size if stem in WHOLE else None
+        made, index = _targets(stem, group, limit)
+        targets += made
+        if index is not None:
+            indices[f"{stem}.safetensors.index.json"] = index
+    return targets, indices
+
+
+def _targets(
+    stem: str, tensors: Sequence[tuple[str, torch.dtype, Dims]], max_shard_size: int | None
+) -> tuple[list[Target], bytes | None]:
+    """The files of one stem and the bytes of their index.
+
+    As transformers does it: tensors fill a file in order until the next would pass the limit; a
+    tensor larger than the limit has a file of its own.
+    """
+    groups: list[list[tuple[str, torch.dtype, Dims]]] = [[]]
+    used = total = 0
+    for name, dtype, shape in tensors:
+        nbytes = Box(shape, shape).numel * dtype.itemsize
+        if max_shard_size is not None and groups[-1] and used + nbytes > max_shard_size:
+            groups.append([])
+            used = 0
+        groups[-1].append((name, dtype, shape))
+        used += nbytes
+        total += nbytes
+    metadata = {"format": "pt"}
+    if len(groups) == 1:
+        return [Target(stem, f"{stem}.safetensors", *layout(groups[0], metadata))], None
+    targets = [
+        Target(stem, f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", *layout(group, metadata))
+        for i, group in enumerate(groups, start=1)
+    ]
+    places = {name: target.name for target in targets for name in target.entries}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    return targets, (json.dumps(index, indent=2) + "\n").encode()
+
+
+def write_box(
+    fd: int, entry: Entry, box: Box, values: Tensor, done: Callable[[int], object]
+) -> None:
+    """Writes ``values [*box.sizes]`` of a tensor to its places in the file.
+
+    Args:
+        done: told the number of bytes after each stretch or chunk.
+    """
+    itemsize = entry.dtype.itemsize
+    for part in split_box(box, max(1, _CHUNK // itemsize)):
+        chunk = part.relative_to(box.offsets).view(values)
+        data = raw_bytes(chunk.to(device="cpu", dtype=entry.dtype))
+        numel, starts = contiguous_runs(entry.shape, part)
+        step = numel * itemsize
+        for number, start in enumerate(starts):
+            stretch = data[number * step : (number + 1) * step]
+            write_all(fd, entry.start + start * itemsize, stretch)
+        done(len(data))
+
+
+def export(
+    folder: str | os.PathLike[str],
+    plan: Plan,
+    chosen: Sequence[int],
+    holdings: Holdings,
+    ranks: Ranks,
+    *,
+    out_dtype: Callable[[Item], torch.dtype],
+    max_shard_size: int,
+    mode: Mode,
+    progress: bool,
+    extra: Callable[[str], None],
+) -> None:
+    """Writes the chosen items in the HF layout. Collective over ``ranks``.
+
+    Args:
+        folder: where; must not exist.
+        out_dtype: the dtype that an item is written in.
+        mode: ``"direct"`` lets every rank write its own boxes, ``"stream"`` brings them to the
+            leader, ``"auto"`` takes the first where it is safe.
+        progress: show a bar on the leader once the export has taken a second.
+        extra: called on the leader with the temporary folder, to write what else belongs in it.
+
+    Raises:
+        ValueError: ``mode="direct"`` on several hosts or a file system that is not local.
+        CheckpointError: on all ranks, if any could not write; nothing is left behind.
+    """
+    chosen = [index for index in chosen if plan.items[index].stem]
+    tensors = [(i.stem, i.file_name, out_dtype(i), i.shape) for i in _items(plan, chosen)]
+    targets, indices = plan_targets(tensors, max_shard_size)
+    total = sum(entry.nbytes for target in targets for entry in target.entries.values())
+    bar = tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="export",
+        delay=1,
+        leave=False,
+        disable=not (progress and ranks.leader),
+    )
+    with (
+        new_folder(folder, "export", ranks) as new,
+        Writer(new.path, targets, bar.update) as writer,
+    ):
+        direct = _choose_mode(new.path, mode, ranks) == "direct"
+        by_hand, streamed = _divide(plan, chosen, direct, out_dtype)
+        prepared: list[Prepared] = []
+
+        def make_room() -> None:
+            if ranks.leader:
+                reserve(new.path, targets)
+            if streamed:
+                limit = BUCKET_BYTES
+                prepared.append(prepare(plan, streamed, holdings, out_dtype, ranks, limit=limit))
+
+        ranks.agree("export (reserving)", make_room)
+        with bar:
+            ranks.agree(
+                "export (writing)",
+                lambda: _write_own(plan, by_hand, holdings, ranks, writer),
+                nbytes=max(plan.loads(ranks.size, by_hand, out_dtype)),
+            )
+            failed = _write_streamed(plan, prepared[0], writer) if streamed else None
+
+        def sync() -> None:
+            if failed is not None:
+                raise failed
+            writer.sync()
+
+        def finish(_: list[None]) -> None:
+            with reporting(new.path, "export to"):
+                for name, index in indices.items():
+                    write_file(os.path.join(new.path, name), index)
+                extra(new.path)
+            new.commit()
+
+        # one rank's sync writes what all wrote to the file
+        ranks.agree("export (finishing)", sync, finish, nbytes=total)
+
+
+def _items(plan: Plan, chosen: Sequence[int]) -> Iterator[Item]:
+    return (plan.items[index] for index in chosen)
+
+
+def _choose_mode(temporary: str, mode: Mode, ranks: Ranks) -> str:
+    def facts() -> list[Any]:
+        with reporting(temporary, "export to"):
+            return [host_id(), is_local(temporary)]
+
+    def choose(found: list[list[Any]]) -> str:
+        hosts = {host for host, _ in found}
+        local = all(is_here for _, is_here in found)
+        if mode == "direct" and (len(hosts) > 1 or not local):
+            raise ValueError(
+                f"export: got mode='direct' with ranks on {len(hosts)} host(s) and "
+                f"{'a' if local else 'no'} local file system; ranks may write side by side only "
+                "on one host and a local file system: leave mode='auto'"
+            )
+        if mode == "auto":
+            return "direct" if len(hosts) == 1 and local else "stream"
+        return mode
+
+    return str(ranks.agree("export (choosing)", facts, choose))
+
+
+def host_id() -> str:
+    """A name that the processes of one host share, and only they."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{socket.gethostname()}/{file.read().strip()}"
+    except OSError:
+        return socket.gethostname()
+
+
+def is_local(path: str) -> bool:
+    """Whether ``path`` is on a file system that this host alone writes to."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo") as file:
+            lines = [line.split() for line in file]
+    except OSError:
+        return False
+    kinds = [line[line.index("-") + 1] for line in lines if line[2] == wanted]
+    return bool(kinds) and kinds[-1] in _LOCAL
+
+
+def _divide(
+    plan: Plan, chosen: Sequence[int], direct: bool, out_dtype: Callable[[Item], torch.dtype]
+) -> tuple[list[int], list[int]]:
+    """Items that their holders write, and items that the leader does: those in tiny stretches."""
+    by_hand: list[int] = []
+    streamed: list[int] = []
+    for index in chosen:
+        item = plan.items[index]
+        small = False
+        for box, _ in item.holders:
+            numel, starts = contiguous_runs(item.shape, box) if len(item.holders) > 1 else (0, [])
+            if len(starts) > 1 and numel * out_dtype(item).itemsize < _SMALL_RUN:
+                small = True
+                break
+        (by_hand if direct and not small else streamed).append(index)
+    return by_hand, streamed
+
+
+def reserve(temporary: str, targets: Sequence[Target]) -> None:
+    """Makes the files with their heads and reserves their space. On one rank only.
+
+    Where the file system cannot reserve, that is done by writing, over what others wrote.
+    """
+    for target in targets:
+        path = os.path.join(temporary, target.name)
+        with reporting(path, "writing"):
+            make_folders(os.path.dirname(path), [])
+        with reporting(path, "writing"), NewFile(path, target.size) as file:
+            file.write_at(0, target.head)
+
+
+class Writer:
+    """The files of an export, opened when first written to and closed at the end of a ``with``."""
+
+    def __init__(
+        self, folder: str, targets: Sequence[Target], done: Callable[[int], object]
+    ) -> None:
+        self._folder = folder
+        self._places = {(t.stem, name): t for t in targets for name in t.entries}
+        self._fds: dict[str, int] = {}
+        self._done = done
+
+    def write(self, stem: str, name: str, box: Box, values: Tensor) -> None:
+        """Writes a box of the tensor that has this name in the files of this stem."""
+        target = self._places[stem, name]
+        path = os.path.join(self._folder, target.name)
+        if target.name not in self._fds:
+            self._fds[target.name] = open_existing(path, write=True)
+        with reporting(path, "writing"):
+            write_box(self._fds[target.name], target.entries[name], box, values, self._done)
+
+    def sync(self) -> None:
+        """Syncs and closes what this rank wrote to."""
+        while self._fds:
+            name, fd = self._fds.popitem()
+            with reporting(os.path.join(self._folder, name), "writing"):
+                try:
+                    os.fsync(fd)
+                except BaseException:
+                    close_quietly(fd)
+                    raise
+                os.close(fd)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._fds:  # after an error, which is told
+            close_quietly(self._fds.popitem()[1])
+
+
+def _write_own(
+    plan: Plan,
+    chosen: Sequence[int],
+    holdings: Holdings,
+    ranks: Ranks,
+    writer: Writer,
+) -> None:
+    for index in chosen:
+        item = plan.items[index]
+        for (box, _), owner in zip(item.holders, plan.writers[index], strict=True):
+            if owner == ranks.index:
+                writer.write(item.stem, item.file_name, box, holdings(index, box))
+
+
+def _write_streamed(plan: Plan, prepared: Prepared, writer: Writer) -> Exception | None:
+    """Writes what arrives, on the leader; returns what went wrong, for all ranks to hear."""
+    failed: Exception | None = None
+    for piece, values in stream(prepared, "export"):
+        if failed is None:  # after a failure go on receiving, so that no sender waits for ever
+            try:
+                item = plan.items[piece.item]
+                writer.write(item.stem, item.file_name, piece.box, values)
+            except Exception as error:
+                failed = error
+    return failed

@@ -1,0 +1,490 @@
+"""``shardema.json``: what a checkpoint holds, where it lies, and a checksum of every block.
+
+::
+
+    {"checksum": "<xxh3_128 of the body's bytes>", "body": {
+        "format": "shardema", "version": [1, 1], "save_id": ..., "world_size": ...,
+        "averages": {name: {"schedule": ..., "t": ..., "num_updates": ..., "dtype": ...}},
+        "tensors":  [{"average": name or null, "fqn", "file_name", "role", "shape",
+                      "dtype", "aliases", "stem"}, ...],
+        "left_out": [fqn, ...],
+        "place":    "",  or the folder in the folder that the files are in
+        "files":    [{"name", "size", "head", "blocks": [xxh3_128 of 4 MiB, ...],
+                      "pieces": [[tensor, offsets, sizes], ...]}, ...]}}
+
+The pieces of a file lie one after the other behind its head, row-major. Nothing in it is trusted:
+every number is checked before it is used. A checksum finds damage; it is not a signature, and
+whoever can write the folder can write the manifest too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+import stat
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+
+from shardema.errors import CheckpointError
+from shardema.files.safetensors import (
+    BROKEN,
+    DTYPES,
+    MODEL,
+    NAMES,
+    STEM,
+    checked_int,
+    checked_shape,
+    checked_text,
+    local_path,
+    opened,
+    parse_json,
+    read_at,
+    read_whole,
+    reporting,
+)
+from shardema.shards.boxes import Box, Dims, check_covered, flat_boxes
+from shardema.shards.shard import Role
+
+NAME = "shardema.json"
+VERSION = (1, 1)  # 1.1: "stem" of a tensor, where its export has another name than "model"
+BLOCK = 4 << 20  # bytes that one checksum covers
+MAX_MANIFEST = 1 << 30  # bytes
+_START = b'{"checksum":"'
+_MIDDLE = b'","body":'
+_END = b"}\n"
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+PLACE = re.compile(r"save-[0-9a-f]{16}")  # of the files of a save that replaced another one
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        average: None for buffers and frozen parameters.
+        file_name: the name that an export writes it under; one of the fqn and its aliases.
+        stem: of the file that an export writes it to; empty, to none.
+    """
+
+    average: str | None
+    fqn: str
+    file_name: str
+    role: Role
+    shape: Dims
+    dtype: torch.dtype
+    aliases: tuple[str, ...]
+    stem: str = MODEL
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPiece:
+    """A box of tensor number ``tensor``; ``start`` is its first byte in the file."""
+
+    tensor: int
+    box: Box
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One safetensors file of a checkpoint."""
+
+    name: str
+    size: int
+    head: int
+    blocks: tuple[str, ...]
+    pieces: tuple[StoredPiece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAverage:
+    """Progress and schedule of one average."""
+
+    schedule: dict[str, Any]
+    t: float
+    num_updates: int
+    dtype: str
+    moved_at: float = 0  # progress when it last moved, at most ``t``
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known of a checkpoint without reading a tensor.
+
+    Attributes:
+        place: the folder in the checkpoint's that its files are in, "" if they are beside this.
+        home: the path of the folder that its files are in, where it was read.
+    """
+
+    save_id: str
+    world_size: int
+    averages: dict[str, StoredAverage]
+    tensors: tuple[Stored, ...]
+    left_out: tuple[str, ...]
+    files: tuple[StoredFile, ...]
+    place: str = ""
+    home: str = ""
+
+
+def pack(manifest: Manifest) -> bytes:
+    """The bytes of the manifest's file."""
+    body = {
+        "format": "shardema",
+        "version": list(VERSION),
+        "save_id": manifest.save_id,
+        "world_size": manifest.world_size,
+        "block": BLOCK,
+        "averages": {
+            name: {
+                "schedule": a.schedule,
+                "t": a.t,
+                "num_updates": a.num_updates,
+                "dtype": a.dtype,
+                "moved_at": a.moved_at,
+            }
+            for name, a in manifest.averages.items()
+        },
+        "tensors": [
+            {
+                "average": t.average,
+                "fqn": t.fqn,
+                "file_name": t.file_name,
+                "role": t.role,
+                "shape": t.shape,
+                "dtype": NAMES[t.dtype],
+                "aliases": t.aliases,
+                **({} if t.stem == MODEL else {"stem": t.stem}),
+            }
+            for t in manifest.tensors
+        ],
+        "left_out": manifest.left_out,
+        "place": manifest.place,
+        "files": [
+            {
+                "name": f.name,
+                "size": f.size,
+                "head": f.head,
+                "blocks": f.blocks,
+                "pieces": [[p.tensor, p.box.offsets, p.box.sizes] for p in f.pieces],
+            }
+            for f in manifest.files
+        ],
+    }
+    text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    return _START + xxhash.xxh3_128_hexdigest(text).encode() + _MIDDLE + text + _END
+
+
+def read(folder: str | os.PathLike[str], op: str = "load") -> Manifest:
+    """The manifest of the checkpoint in ``folder``, checked.
+
+    Raises:
+        CheckpointError: no checkpoint, a damaged manifest, a version that is not known, or files
+            that are missing or of another size.
+        ValueError: the path of ``op`` is no local one.
+    """
+    folder = local_path(op, folder)
+    path = os.path.join(folder, NAME)
+    with reporting(folder, "reading"):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointError(_missing(folder), path=folder) from None
+    data = read_whole(path, MAX_MANIFEST)
+    begin, middle = len(_START), len(_START) + 32
+    body = data[middle + len(_MIDDLE) : -len(_END)]
+    framed = (
+        data.startswith(_START)
+        and data[middle : middle + len(_MIDDLE)] == _MIDDLE
+        and data.endswith(_END)
+        and data[begin:middle] == xxhash.xxh3_128_hexdigest(body).encode()
+    )
+    if not framed:
+        raise CheckpointError(
+            f"reading {path}: its checksum does not fit: the file is damaged; load another step",
+            path=path,
+        )
+    try:
+        manifest = _parse(parse_json(body), folder)
+    except BROKEN as error:
+        raise CheckpointError(
+            f"reading {path}: {error!r:.300} in the manifest; it is not of ema.save", path=path
+        ) from error
+    with reporting(folder, "reading"):
+        _check_files(manifest)
+    return manifest
+
+
+def _missing(folder: str) -> str:
+    try:
+        inside = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return f"reading {folder}: no such folder; give the folder that ema.save wrote"
+    text = f"reading {folder}: no {NAME} in it, so this is no finished checkpoint of ema.save"
+    nested = [name for name in inside if os.path.exists(os.path.join(folder, name, NAME))]
+    return f"{text}; did you mean {os.path.join(folder, nested[-1])}?" if nested else text
+
+
+def _parse(body: Any, folder: str) -> Manifest:
+    if body["format"] != "shardema":
+        raise ValueError(f"format {reprlib.repr(body['format'])}, expected 'shardema'")
+    major, minor = (checked_int(n) for n in body["version"])
+    if major != VERSION[0]:
+        path = os.path.join(folder, NAME)
+        raise CheckpointError(
+            f"reading {path}: format version {major}.{minor}, this shardema reads "
+            f"{VERSION[0]}.x; install the version that wrote it",
+            path=path,
+        )
+    if body["block"] != BLOCK:
+        raise ValueError(f"block {reprlib.repr(body['block'])}, expected {BLOCK}")
+    place = checked_text(body.get("place", ""))
+    if place and not PLACE.fullmatch(place):
+        raise ValueError(f"place {reprlib.repr(place)}")
+    averages = {checked_text(name): _average(a) for name, a in body["averages"].items()}
+    tensors = tuple(_tensor(value, averages) for value in body["tensors"])
+    _check_names(tensors, averages)
+    files = tuple(_file(value, tensors) for value in body["files"])
+    if len({file.name for file in files}) != len(files):
+        raise ValueError("a file is listed twice")
+    boxes: list[list[Box]] = [[] for _ in tensors]
+    for file in files:
+        for piece in file.pieces:
+            boxes[piece.tensor].append(piece.box)
+    for tensor, held in zip(tensors, boxes, strict=True):
+        check_covered(tensor.fqn, tensor.shape, held)
+    return Manifest(
+        checked_text(body["save_id"]),
+        checked_int(body["world_size"]),
+        averages,
+        tensors,
+        tuple(checked_text(fqn) for fqn in body["left_out"]),
+        files,
+        place,
+        os.path.join(folder, place) if place else folder,
+    )
+
+
+def _average(value: Any) -> StoredAverage:
+    t = _number(value["t"])
+    moved_at = _number(value.get("moved_at", t))
+    if moved_at > t:
+        raise ValueError(f"an average that moved at {moved_at}, at progress {t}")
+    count = checked_int(value["num_updates"])
+    dtype = checked_text(value["dtype"])
+    return StoredAverage(_schedule(value["schedule"]), t, count, dtype, moved_at)
+
+
+def _schedule(value: Any) -> dict[str, Any]:
+    checked_text(value["name"])
+    if type(value["params"]) is not dict:
+        raise ValueError(f"a schedule with the params {reprlib.repr(value['params'])}")
+    return dict(value)
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
+        raise ValueError(f"expected a number, got {reprlib.repr(value)}")
+    number: float = value
+    return number
+
+
+def _tensor(value: Any, averages: dict[str, StoredAverage]) -> Stored:
+    average = value["average"]
+    if average is not None and average not in averages:
+        raise ValueError(f"unknown average {reprlib.repr(average)}")
+    role = value["role"]
+    if role not in ("parameter", "frozen", "buffer"):
+        raise ValueError(f"unknown role {reprlib.repr(role)}")
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"unknown dtype {reprlib.repr(value['dtype'])}")
+    aliases = tuple(checked_text(alias) for alias in value["aliases"])
+    fqn, file_name = checked_text(value["fqn"]), checked_text(value["file_name"])
+    if file_name not in (fqn, *aliases):
+        raise ValueError(f"{fqn} has the file name {file_name!r}")
+    stem = value.get("stem", MODEL)
+    if not isinstance(stem, str) or (stem and not STEM.fullmatch(stem)):
+        raise ValueError(f"{fqn} has the file {reprlib.repr(stem)}")
+    shape = checked_shape(value["shape"])
+    return Stored(average, fqn, file_name, role, shape, DTYPES[value["dtype"]], aliases, stem)
+
+
+def _check_names(tensors: tuple[Stored, ...], averages: dict[str, StoredAverage]) -> None:
+    """What an average is exported as has no name twice: its own tensors, and those of none."""
+    for attribute in ("fqn", "file_name"):
+        names = [
+            (t.average, getattr(t, attribute) if attribute == "fqn" else (t.stem, t.file_name))
+            for t in tensors
+            if t.stem or attribute == "fqn"
+        ]
+        common = {name for average, name in names if average is None}
+        own = {(average, name) for average, name in names if name not in common}
+        if len(common) + len(own) != len(names):
+            raise ValueError(f"a tensor is listed twice, by its {attribute}")
+
+
+def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:
+    name = value["name"]
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+        raise ValueError(f"file name {reprlib.repr(name)}")
+    size, head = checked_int(value["size"]), checked_int(value["head"])
+    start = head
+    pieces = []
+    for number, offsets, sizes in value["pieces"]:
+        tensor = tensors[checked_int(number)]
+        box = Box(tuple(checked_int(n) for n in offsets), tuple(checked_int(n) for n in sizes))
+        inside = len(box.offsets) == len(box.sizes) == len(tensor.shape) and all(
+            n > 0 and o + n <= full
+            for o, n, full in zip(box.offsets, box.sizes, tensor.shape, strict=True)
+        )
+        if not inside:
+            raise ValueError(f"{box!r:.200} is not inside {tensor.fqn} of shape {tensor.shape}")
+        pieces.append(StoredPiece(number, box, start))
+        start += box.numel * tensor.dtype.itemsize
+    blocks = tuple(checked_text(block) for block in value["blocks"])
+    if start != size:
+        raise ValueError(f"{name}: {size} bytes, its head and pieces are {start}")
+    if len(blocks) != -(-size // BLOCK):
+        raise ValueError(f"{name}: {len(blocks)} checksums, expected {-(-size // BLOCK)}")
+    return StoredFile(name, size, head, blocks, tuple(pieces))
+
+
+def _check_files(manifest: Manifest) -> None:
+    if manifest.place and not stat.S_ISDIR(os.lstat(manifest.home).st_mode):
+        raise CheckpointError(
+            f"reading {manifest.home}: not a folder; the checkpoint is damaged", path=manifest.home
+        )
+    for file in manifest.files:
+        path = os.path.join(manifest.home, file.name)
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"reading {path}: {error.strerror}; the checkpoint is not whole",
+                path=path,
+                errno=error.errno,
+            ) from error
+        if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
+            raise CheckpointError(
+                f"reading {path}: {found.st_size} bytes, expected a regular file of {file.size}; "
+                "the checkpoint is damaged",
+                path=path,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is to be read of one file: ``(first byte, last-plus-one, piece)`` in its order."""
+
+    file: StoredFile
+    needed: tuple[tuple[int, int, StoredPiece], ...]
+
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks that are read, ascending."""
+        stretches = ((start // BLOCK, -(-stop // BLOCK)) for start, stop, _ in self.needed)
+        return sorted({block for first, last in stretches for block in range(first, last)})
+
+
+def readings(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[Reading]:
+    """What is to be read for boxes by number of the tensor."""
+    found = []
+    for file in manifest.files:
+        needed = []
+        for piece in file.pieces:
+            reach = _reach(piece, wanted.get(piece.tensor, ()))
+            if reach is not None:
+                itemsize = manifest.tensors[piece.tensor].dtype.itemsize
+                start, stop = (piece.start + edge * itemsize for edge in reach)
+                needed.append((start, stop, piece))
+        if needed:
+            found.append(Reading(file, tuple(needed)))
+    return found
+
+
+def parts(manifest: Manifest, found: list[Reading]) -> Iterator[tuple[int, Box, torch.Tensor]]:
+    """Reads blocks, verified, once each, in the files' order.
+
+    Yields:
+        ``(tensor, box, values)``: values ``[*box.sizes]`` of a box of that tensor, valid until
+        the next one. The boxes cover the wanted ones; they may reach beyond.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or damaged.
+    """
+    for reading in found:
+        yield from _read_file(os.path.join(manifest.home, reading.file.name), reading, manifest)
+
+
+def _reach(piece: StoredPiece, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
+    """First and last-plus-one element of the piece that any of the boxes touches."""
+    low, high = piece.box.numel, 0
+    for box in boxes:
+        common = piece.box.intersect(box)
+        if common is None:
+            continue
+        inner = common.relative_to(piece.box.offsets)
+        first = last = 0
+        for offset, size, full in zip(inner.offsets, inner.sizes, piece.box.sizes, strict=True):
+            first = first * full + offset
+            last = last * full + offset + size - 1
+        low, high = min(low, first), max(high, last + 1)
+    return (low, high) if high > low else None
+
+
+def _read_file(
+    path: str, reading: Reading, manifest: Manifest
+) -> Iterator[tuple[int, Box, torch.Tensor]]:
+    file, needed = reading.file, reading.needed
+    with opened(path) as fd:
+        next_needed = 0
+        for block in reading.blocks:
+            begin = block * BLOCK
+            end = min(begin + BLOCK, file.size)
+            data = read_at(fd, begin, end - begin, path)
+            if xxhash.xxh3_128_hexdigest(data) != file.blocks[block]:
+                raise CheckpointError(
+                    f"reading {path}: bytes {begin} to {end} do not fit their checksum "
+                    f"({_names_in(needed, begin, end, manifest)}): the file is damaged; load "
+                    "another step",
+                    path=path,
+                )
+            while next_needed < len(needed) and needed[next_needed][1] <= begin:
+                next_needed += 1
+            for number in range(next_needed, len(needed)):
+                start, stop, piece = needed[number]
+                if start >= end:
+                    break
+                yield from _part(piece, max(start, begin), min(stop, end), begin, data, manifest)
+
+
+def _names_in(
+    needed: tuple[tuple[int, int, StoredPiece], ...], begin: int, end: int, manifest: Manifest
+) -> str:
+    names = [
+        manifest.tensors[p.tensor].fqn for start, stop, p in needed if start < end and stop > begin
+    ]
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _part(
+    piece: StoredPiece, start: int, stop: int, begin: int, data: bytearray, manifest: Manifest
+) -> Iterator[tuple[int, Box, torch.Tensor]]:
+    """The elements of ``piece`` in bytes ``[start, stop)``; ``data`` begins at ``begin``."""
+    dtype = manifest.tensors[piece.tensor].dtype
+    count = (stop - start) // dtype.itemsize
+    if count == 0:
+        return
+    flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start - begin)
+    first = (start - piece.start) // dtype.itemsize
+    done = 0
+    for box in flat_boxes(piece.box.sizes, first, count):
+        values = flat[done : done + box.numel].view(box.sizes)
+        done += box.numel
+        yield piece.tensor, box.shifted(piece.box.offsets), values

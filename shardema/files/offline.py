@@ -1,0 +1,123 @@
+"""A consolidated export from a checkpoint folder alone: one process, no model code, one block."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+
+import torch
+from torch import distributed as dist
+
+from shardema.errors import CheckpointError, abbreviate
+from shardema.files import manifest as manifests
+from shardema.files.export import Writer, parse_size, plan_targets, reserve
+from shardema.files.folder import new_folder
+from shardema.files.manifest import Manifest, Stored
+from shardema.files.safetensors import WHOLE, read_whole, reporting, write_file
+from shardema.ranks.agree import Ranks
+from shardema.shards.boxes import whole
+
+_CONFIGS = ("config.json", "generation_config.json")
+_ADAPTER = "adapter_config.json"
+_MAX_CONFIG = 10_000_000  # bytes
+
+
+def export_checkpoint(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    average: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    partial: bool = False,
+    done: Callable[[int], object] = lambda n: None,
+) -> Manifest:
+    """Writes one average of a checkpoint in the HF layout, as ``ema.export`` does.
+
+    Args:
+        folder: what ``ema.save`` wrote.
+        out: the folder to write; must not exist.
+        average: which one; may be None where there is one.
+        dtype: of the averages and frozen parameters; None keeps the stored ones.
+        max_shard_size: bytes, or a size such as ``"5GB"``.
+        partial: go on though the checkpoint lacks the parameters that are not averaged.
+        done: told the number of bytes after each part.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, or ``out`` exists.
+        ValueError: no average of this name, or parameters that the checkpoint lacks.
+    """
+    limit = parse_size(max_shard_size)
+    stored = manifests.read(folder, "export")
+    name = _choose(stored, average)
+    if stored.left_out and not partial:
+        raise ValueError(
+            f"{folder} lacks {abbreviate(stored.left_out)}: parameters that are not averaged; "
+            "save with "
+            "ema.save(folder, include_frozen=True), or export without them (--partial)"
+        )
+    numbers = [n for n, t in enumerate(stored.tensors) if t.average in (name, None) and t.stem]
+    wanted = {n: list(whole(stored.tensors[n].shape)) for n in numbers}
+
+    def out_dtype(tensor: Stored) -> torch.dtype:
+        cast = dtype is not None and tensor.role != "buffer" and tensor.dtype.is_floating_point
+        return dtype if cast and dtype is not None else tensor.dtype
+
+    tensors = [
+        (t.stem, t.file_name, out_dtype(t), t.shape) for t in (stored.tensors[n] for n in numbers)
+    ]
+    averaged = (stored.tensors[n] for n in numbers if stored.tensors[n].average == name)
+    written = next((out_dtype(t) for t in averaged), None)
+    targets, indices = plan_targets(tensors, limit)
+    alone = Ranks((dist.get_rank() if dist.is_initialized() else 0,))
+    with (
+        new_folder(out, "export", alone) as new,
+        Writer(new.path, targets, done) as writer,
+    ):
+        reserve(new.path, targets)
+        for number, box, values in manifests.parts(stored, manifests.readings(stored, wanted)):
+            tensor = stored.tensors[number]
+            writer.write(tensor.stem, tensor.file_name, box, values)
+        writer.sync()
+        with reporting(new.path, "export to"):
+            for file_name, index in indices.items():
+                write_file(os.path.join(new.path, file_name), index)
+            _copy_configs(stored.home, new.path, {target.stem for target in targets}, written)
+        new.commit()
+    return stored
+
+
+def _choose(stored: Manifest, average: str | None) -> str:
+    names = list(stored.averages)
+    if average is None and len(names) > 1:
+        raise ValueError(f"there are several averages, choose one of {names}")
+    if average is not None and average not in names:
+        raise ValueError(f"got average {average!r}, expected one of {names}")
+    return names[0] if average is None else average
+
+
+def _copy_configs(folder: str, temporary: str, stems: set[str], dtype: torch.dtype | None) -> None:
+    """Copies the configs that stand beside files of these stems, with the dtype written now."""
+    adapters = [os.path.dirname(stem) for stem in stems if stem not in WHOLE]
+    for name in [os.path.join(place, _ADAPTER) for place in adapters] or _CONFIGS:
+        path = os.path.join(folder, name)
+        if not os.path.lexists(path) or os.path.islink(os.path.dirname(path)):
+            continue
+        data = read_whole(path, _MAX_CONFIG)
+        write_file(os.path.join(temporary, name), _with_dtype(data, path, dtype))
+
+
+def _with_dtype(data: bytes, path: str, dtype: torch.dtype | None) -> bytes:
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"reading {path}: it is no JSON ({error!r:.300})", path=path
+        ) from error
+    stated = [key for key in ("dtype", "torch_dtype") if isinstance(config, dict) and key in config]
+    if dtype is None or not stated:
+        return data
+    for key in stated:
+        config[key] = str(dtype).removeprefix("torch.")
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,466 @@
+"""Files that are either whole or not there, and the safetensors layout.
+
+Everything is written with pwrite into space that was reserved before (never through mmap, where
+a full disk kills the process), synced, and renamed into place by the caller. Files are opened
+only if they are regular files, and through a symlink only where the caller says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import reprlib
+import stat
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardema.errors import CheckpointError
+from shardema.shards.boxes import Dims
+
+# In the order of the safetensors format: tensors are laid out from the last dtype to the first.
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+MAX_NUMBER = 1 << 53  # no count, size or offset in a file of ours is larger
+_MAX_DIMS = 64
+_MAX_DIGITS = 400  # of an integer in JSON; no float is longer
+# What pathlib makes of a URL has one slash; a single letter before one is a Windows drive.
+_URL = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.:_-]*://|[A-Za-z0-9][A-Za-z0-9+.:_-]+:/")
+_FILE_URL = re.compile(r"file:(//(localhost)?(?=/))?", re.IGNORECASE)
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def local_path(op: str, path: str | os.PathLike[str]) -> str:
+    """``path`` as the file system takes it; that of a ``file:///`` URL is in it.
+
+    Raises:
+        ValueError: it is empty, or the URL of something that is not a local file.
+        TypeError: it is no path.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"{op}: got {path!r}, expected a path as str or pathlib.Path")
+    if not text:
+        raise ValueError(f"{op}: got an empty path")
+    found = _FILE_URL.match(text) if _URL.match(text) else None
+    if found is not None:
+        if found[1] is None:
+            raise ValueError(
+                f"{op}: got {text!r}, expected file:/// and an absolute path, as a str since "
+                "pathlib drops slashes, or the path alone"
+            )
+        return os.fsdecode(urllib.parse.unquote_to_bytes(text[found.end() :]))
+    if _URL.match(text):
+        raise ValueError(
+            f"{op}: got {text!r}: remote storage is not supported yet; give a local path, and copy "
+            "the folder from there or to there"
+        )
+    return text
+
+
+@contextlib.contextmanager
+def reporting(path: str | os.PathLike[str], doing: str) -> Iterator[None]:
+    """Turns an OSError into a CheckpointError that says what was done to which path."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename or path
+        raise CheckpointError(
+            f"{doing} {name}: {error.strerror or error}", path=str(name), errno=error.errno
+        ) from error
+
+
+class NewFile:
+    """A file that must not exist yet, with its space reserved.
+
+    Args:
+        path: where; its folder must exist.
+        size: bytes to reserve, so that a full disk shows before the first byte is written.
+    """
+
+    def __init__(self, path: str, size: int) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.path = path
+        self._fd = os.open(path, flags, 0o666)
+        try:
+            _reserve(self._fd, size)
+        except BaseException:
+            close_quietly(self._fd)
+            raise
+
+    def write_at(self, offset: int, data: memoryview | bytes) -> None:
+        """Writes all of ``data`` at ``offset``."""
+        write_all(self._fd, offset, data)
+
+    def sync(self) -> None:
+        """Returns when the bytes are on the disk."""
+        os.fsync(self._fd)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            os.close(self._fd)  # where a network file system says that the disk is full
+        else:
+            close_quietly(self._fd)
+
+
+def close_quietly(fd: int) -> None:
+    """Closes a descriptor after an error that is to be told in place of this one's."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+def _reserve(fd: int, size: int) -> None:
+    if size == 0:
+        return
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        os.ftruncate(fd, size)
+        return
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, size)
+
+
+def write_all(fd: int, offset: int, data: memoryview | bytes) -> None:
+    """pwrite, until all bytes are written."""
+    view = memoryview(data).cast("B")
+    while view:
+        n = os.pwrite(fd, view[: 1 << 30], offset)
+        view, offset = view[n:], offset + n
+
+
+def write_file(path: str, data: bytes) -> None:
+    """A new file with these bytes, synced."""
+    with NewFile(path, len(data)) as file:
+        file.write_at(0, data)
+        file.sync()
+
+
+def open_existing(path: str, *, write: bool = False, follow: bool = False) -> int:
+    """A descriptor of a regular file; a FIFO, device or folder is refused.
+
+    Args:
+        follow: a symlink to a regular file is one.
+
+    Raises:
+        CheckpointError: it is not a regular file, or it cannot be opened.
+    """
+    # O_NONBLOCK: opening a FIFO would wait for a writer
+    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC
+    with reporting(path, "opening"):
+        fd = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
+        try:
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        except BaseException:
+            close_quietly(fd)
+            raise
+    if not regular:
+        close_quietly(fd)
+        raise CheckpointError(f"opening {path}: not a regular file", path=path)
+    return fd
+
+
+@contextlib.contextmanager
+def opened(path: str, *, follow: bool = False) -> Iterator[int]:
+    """`open_existing` for reading, with all that is wrong inside reported, and closed after it."""
+    with reporting(path, "reading"):
+        fd = open_existing(path, follow=follow)
+        try:
+            yield fd
+        finally:
+            close_quietly(fd)  # what was read is here
+
+
+def read_at(fd: int, offset: int, size: int, path: str) -> bytearray:
+    """``size`` bytes from ``offset``.
+
+    Raises:
+        CheckpointError: the file ends before.
+    """
+    data = bytearray(size)
+    view = memoryview(data)
+    done = 0
+    with reporting(path, "reading"):
+        while done < size:
+            n = os.preadv(fd, [view[done:]], offset + done)
+            if n == 0:
+                raise CheckpointError(
+                    f"reading {path}: it ends at byte {offset + done}, expected "
+                    f"{offset + size} or more: the file was cut short",
+                    path=path,
+                )
+            done += n
+    return data
+
+
+def read_whole(path: str, limit: int, *, follow: bool = False) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        CheckpointError: it is not one, or it has more than ``limit`` bytes.
+    """
+    with opened(path, follow=follow) as fd:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise CheckpointError(
+                f"reading {path}: {size} bytes, expected at most {limit}", path=path
+            )
+        return bytes(read_at(fd, 0, size, path))
+
+
+def sync_path(path: str) -> None:
+    """Returns when the bytes of a file, or the names in a folder, are on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # some network file systems have no such call for folders, whose names they send at once
+        if error.errno not in _CANNOT_SYNC or not stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise
+    finally:
+        close_quietly(fd)
+
+
+def sync_tree(path: str) -> None:
+    """`sync_path` of a folder and of all that is in it."""
+    for name in os.listdir(path):
+        inside = os.path.join(path, name)
+        if stat.S_ISDIR(os.lstat(inside).st_mode):
+            sync_tree(inside)
+        else:
+            sync_path(inside)
+    sync_path(path)
+
+
+def make_folders(path: str, made: list[str]) -> None:
+    """Makes a folder and those above it that are missing, each durably.
+
+    Args:
+        made: those that were made are noted here, one by one.
+    """
+    try:
+        os.stat(path)
+        return
+    except FileNotFoundError:
+        parent = os.path.dirname(path)
+        if parent != path:
+            make_folders(parent, made)
+    try:
+        os.mkdir(path)
+    except FileExistsError:  # someone else made it meanwhile
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            raise
+        return
+    made.append(path)
+    sync_path(os.path.dirname(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor in a safetensors file: ``start`` is its first byte in the file."""
+
+    dtype: torch.dtype
+    shape: Dims
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def layout(
+    tensors: Sequence[tuple[str, torch.dtype, Dims]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, Entry]]:
+    """The head of a safetensors file (length and header) and where each tensor lies behind it.
+
+    The same bytes as the safetensors package writes: widest dtype first, then by name.
+
+    Raises:
+        ValueError: a dtype that the format does not have.
+    """
+    for name, dtype, _ in tensors:
+        if dtype not in NAMES:
+            raise ValueError(
+                f"{name}: safetensors has no dtype for {dtype}; give dtype=, or leave the tensor "
+                "out of the model's state"
+            )
+    place = {dtype: i for i, dtype in enumerate(DTYPES.values())}
+    order = sorted(tensors, key=lambda t: (-place[t[1]], t[0]))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name, dtype, shape in order:
+        stop = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ValueError(
+            f"a safetensors header of {len(text)} bytes is over the format's limit of "
+            f"{MAX_HEADER}; give a smaller max_shard_size"
+        )
+    head = len(text).to_bytes(8, "little") + text
+    entries = {
+        name: Entry(dtype, shape, len(head) + header[name]["data_offsets"][0])
+        for name, dtype, shape in order
+    }
+    return head, entries
+
+
+def read_header(fd: int, path: str) -> dict[str, Entry]:
+    """The tensors of a safetensors file, checked as the safetensors package does.
+
+    Raises:
+        CheckpointError: it is not a whole safetensors file.
+    """
+    size = os.fstat(fd).st_size
+    length = int.from_bytes(read_at(fd, 0, 8, path), "little") if size >= 8 else MAX_NUMBER
+    if length > min(MAX_HEADER, size - 8):
+        raise CheckpointError(f"reading {path}: not a safetensors file", path=path)
+    try:
+        return _entries(parse_json(read_at(fd, 8, length, path)), 8 + length, size)
+    except BROKEN as error:
+        raise CheckpointError(
+            f"reading {path}: its safetensors header is broken ({error!r:.300})", path=path
+        ) from error
+
+
+def _entries(header: Any, begin: int, size: int) -> dict[str, Entry]:
+    """The entries of a header; the tensors behind it lie one after the other and fill the file."""
+    _check_metadata(header.pop("__metadata__", {}))
+    places = []
+    for name, value in header.items():
+        start, stop = (checked_int(n) for n in value["data_offsets"])
+        places.append((start, stop, checked_text(name), value))
+    entries = {}
+    at = 0
+    for start, stop, name, value in sorted(places, key=lambda place: place[:3]):
+        if start != at:
+            raise ValueError(f"{name:.100}: it begins at byte {start}, expected {at}")
+        if value["dtype"] not in DTYPES:
+            raise ValueError(f"{name:.100}: dtype {reprlib.repr(value['dtype'])} is not known")
+        entry = Entry(DTYPES[value["dtype"]], checked_shape(value["shape"]), begin + start)
+        if start + entry.nbytes != stop:
+            raise ValueError(f"{name:.100}: offsets do not fit its shape")
+        entries[name] = entry
+        at = stop
+    if begin + at != size:
+        raise ValueError(f"the file has {size} bytes, expected {begin + at}")
+    return entries
+
+
+# Stems of the safetensors files of a model, as transformers, diffusers and PEFT call them; PEFT
+# keeps a further adapter in a folder of its name.
+MODEL = "model"
+DIFFUSERS = "diffusion_pytorch_model"
+ADAPTER = "adapter_model"
+WHOLE = (MODEL, DIFFUSERS)
+STEM = re.compile(rf"{MODEL}|{DIFFUSERS}|(?:[A-Za-z0-9][A-Za-z0-9._-]*/)?{ADAPTER}")
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:
+        return
+    if type(metadata) is not dict or any(type(value) is not str for value in metadata.values()):
+        raise ValueError("its __metadata__ is not text by text")
+
+
+# What parsing and checking what others wrote may raise.
+BROKEN = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+
+def parse_json(data: bytes | bytearray) -> Any:
+    """JSON without what parsers read in different ways, or for minutes.
+
+    Raises:
+        ValueError: a key twice in one object, NaN, infinity, an endless number, or no JSON.
+    """
+    return json.loads(
+        data.decode(),
+        object_pairs_hook=_object,
+        parse_int=_integer,
+        parse_constant=_constant,
+    )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"the number {name}")
+
+
+def checked_int(value: Any) -> int:
+    """``value`` if it is a count that can be true.
+
+    Raises:
+        ValueError: it is not an integer in [0, 2^53].
+    """
+    if type(value) is not int or not 0 <= value <= MAX_NUMBER:
+        raise ValueError(f"expected a count, got {reprlib.repr(value)}")
+    return value
+
+
+def checked_shape(value: Any) -> Dims:
+    """``value`` if it is the shape of a tensor that can be.
+
+    Raises:
+        ValueError: it is not.
+    """
+    numel = 1
+    for count, size in enumerate(value, start=1):
+        numel *= checked_int(size)
+        if count > _MAX_DIMS or numel > MAX_NUMBER:
+            raise ValueError(f"shape {reprlib.repr(value)} is out of reach")
+    return tuple(value)
+
+
+def checked_text(value: Any) -> str:
+    """``value`` if it is a text that can be printed.
+
+    Raises:
+        ValueError: it is not a string of Unicode characters.
+    """
+    if type(value) is not str:
+        raise ValueError(f"expected a text, got {reprlib.repr(value)}")
+    value.encode()
+    return value

@@ -1,0 +1,1 @@
+"""What is averaged of a model, read as shards, and written."""

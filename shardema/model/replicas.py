@@ -1,0 +1,219 @@
+"""Each replica averages its slice of what all of them hold, and the slices are put together again.
+
+::
+
+    a tensor on 3 replicas, in memory   [0 1 2 3 4 5 6]     on each of them
+    slices                              [0 1 2] [3 4 5] [6]
+    slice_of   shard -> shard           a flat local, and the boxes of its elements
+    Spread     tensor -> tensor         each slice as its replica has it, on all of them
+
+A slice is a shard like any other: it is averaged, gathered, saved and exported as one. With several
+groups (a mesh that replicates along two axes) the slice of the first is sliced by the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from shardema.ranks.agree import Ranks, device_for
+from shardema.shards.boxes import Box, Dims, flat_boxes
+from shardema.shards.shard import Shard
+from shardema.shards.strides import dense_like, memory_order
+
+BUCKET_BYTES = 64 << 20
+
+
+def sliced(shard: Shard) -> bool:
+    """Whether other ranks are declared to hold the same, and it can be cut into slices.
+
+    Buffers may differ between replicas.
+    """
+    dense = shard.local.stride() == dense_like(shard.local)  # else a slice is no stretch of memory
+    cut = dense and shard.role != "buffer" and not shard.corners and not shard.opaque
+    replicas = shard.replicas if cut else ()
+    return any(dist.get_world_size(group) > 1 for group in replicas)
+
+
+def slice_of(shard: Shard) -> Shard:
+    """This replica's part of ``shard``; the shard itself where it has no replicas."""
+    if not sliced(shard):
+        return shard
+    start, stop = _span(shard.local.numel(), shard.replicas)[-1]
+    order = shard.order
+    if shard.local.dim() and len(shard.boxes) == 1 and shard.local.shape == shard.boxes[0].sizes:
+        order = order or memory_order(shard.local.shape, shard.local.stride())
+    boxes = tuple(_boxes_between(shard.boxes, order, start, stop))
+    weights = None if shard.weights is None else flat(shard.weights)[start:stop]
+    local = flat(shard.local)[start:stop]
+    return replace(shard, local=local, weights=weights, boxes=boxes, order=order, replicas=())
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of memory: ``[numel]``, a view."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _span(numel: int, groups: Sequence[dist.ProcessGroup]) -> list[tuple[int, int]]:
+    """First and last element of all, of this rank's slice by the first group, by the second..."""
+    spans = [(0, numel)]
+    for group in groups:
+        begin, end = spans[-1]
+        size = _size(end - begin, dist.get_world_size(group))
+        start = min(begin + dist.get_rank(group) * size, end)
+        spans.append((start, min(start + size, end)))
+    return spans
+
+
+def _size(numel: int, count: int) -> int:
+    return -(-numel // count)
+
+
+def _boxes_between(boxes: Sequence[Box], order: Dims, start: int, stop: int) -> Iterator[Box]:
+    """Boxes of the elements [start, stop) of those that ``boxes`` hold one after the other."""
+    first = 0
+    for box in boxes:
+        begin, end = max(start, first), min(stop, first + box.numel)
+        if begin < end:
+            dims = order or tuple(range(len(box.sizes)))
+            stored = flat_boxes(tuple(box.sizes[d] for d in dims), begin - first, end - begin)
+            inverse = sorted(range(len(dims)), key=dims.__getitem__)
+            for part in stored:
+                offsets = tuple(part.offsets[i] for i in inverse)
+                yield Box(offsets, tuple(part.sizes[i] for i in inverse)).shifted(box.offsets)
+        first += box.numel
+
+
+@dataclass(frozen=True)
+class _Region:
+    """A stretch of memory that the ranks of a group hold, each of them up to date in its slice."""
+
+    values: Tensor  # [numel]
+    size: int  # elements of a slice; the last ones may be shorter
+
+    def part(self, rank: int, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a rank's slice, fewer where it ends."""
+        end = min((rank + 1) * self.size, self.values.numel())
+        begin = min(rank * self.size + start, end)
+        return self.values[begin : min(rank * self.size + stop, end)]
+
+
+class Spread:
+    """Brings each replica's slice to the others, as often as it is called.
+
+    Args:
+        pairs: whole dense tensors, and the groups whose ranks hold them: `Shard.replicas`. Their
+            order must be the same on all ranks.
+        ranks: the ranks of all groups together.
+
+    All that it needs is allocated here: two buffers of `BUCKET_BYTES` at most for each device, one
+    of them times the ranks of a group. So a call fails on no rank for want of memory.
+    """
+
+    def __init__(
+        self, pairs: Sequence[tuple[Tensor, Sequence[dist.ProcessGroup]]], ranks: Ranks
+    ) -> None:
+        self._ranks = ranks
+        self._steps: list[_Step] = []
+        depth = max((len(groups) for _, groups in pairs), default=0)
+        for level in reversed(range(depth)):  # what was sliced last is put together first
+            alike: dict[tuple[dist.ProcessGroup, torch.dtype, torch.device], list[_Region]] = {}
+            for tensor, groups in pairs:
+                if len(groups) <= level or dist.get_world_size(groups[level]) == 1:
+                    continue
+                begin, end = _span(tensor.numel(), groups[:level])[-1]
+                size = _size(end - begin, dist.get_world_size(groups[level]))
+                if size:
+                    key = (groups[level], tensor.dtype, _travels(groups[level], tensor))
+                    alike.setdefault(key, []).append(_Region(flat(tensor)[begin:end], size))
+            for (group, dtype, device), regions in alike.items():
+                limit = max(1, BUCKET_BYTES // (dtype.itemsize * dist.get_world_size(group)))
+                buckets = list(_buckets(regions, limit))
+                width = max(sum(stop - start for _, start, stop in bucket) for bucket in buckets)
+                self._steps.append(_Step(group, dtype, device, buckets, width))
+        self._mine: dict[torch.device, Tensor] = {}
+        self._theirs: dict[torch.device, Tensor] = {}
+        for device in {step.device for step in self._steps}:
+            here = [step for step in self._steps if step.device == device]
+            own = max(step.width * step.dtype.itemsize for step in here)
+            all_of = max(
+                step.width * step.dtype.itemsize * dist.get_world_size(step.group) for step in here
+            )
+            self._mine[device] = torch.zeros(own, dtype=torch.uint8, device=device)
+            self._theirs[device] = torch.empty(all_of, dtype=torch.uint8, device=device)
+
+    def __call__(self, op: str) -> None:
+        """Brings them there. Collective over the groups.
+
+        Raises:
+            RankError: a rank did not take part.
+        """
+        for step in self._steps:
+            for bucket in step.buckets:
+                self._gather(op, step, bucket)
+
+    def _gather(self, op: str, step: _Step, bucket: Sequence[tuple[_Region, int, int]]) -> None:
+        group, dtype, device = step.group, step.dtype, step.device
+        count, rank = dist.get_world_size(group), dist.get_rank(group)
+        places, used = [], 0
+        for _, start, stop in bucket:
+            places.append(used)
+            used += stop - start
+        sent = self._mine[device][: used * dtype.itemsize]
+        came = self._theirs[device][: count * used * dtype.itemsize]
+        mine, rows = sent.view(dtype), came.view(dtype)
+        own = [region.part(rank, start, stop) for region, start, stop in bucket]
+        slots = [mine[at : at + part.numel()] for at, part in zip(places, own, strict=True)]
+        torch._foreach_copy_(slots, own)
+        # as bytes: not every dtype travels by every backend
+        self._ranks.transfer(op, lambda: _all_gather(came, sent, group), device)
+        parts, values = [], []
+        for other in (other for other in range(count) if other != rank):
+            for (region, start, stop), at in zip(bucket, places, strict=True):
+                parts.append(region.part(other, start, stop))
+                begin = other * used + at
+                values.append(rows[begin : begin + parts[-1].numel()])
+        torch._foreach_copy_(parts, values)
+
+
+def _travels(group: dist.ProcessGroup, tensor: Tensor) -> torch.device:
+    """The tensor's device, or the group's: weights in host memory, ranks that GPUs connect."""
+    device = device_for(group, tensor.device.type)
+    return tensor.device if device.type == tensor.device.type else device
+
+
+def _all_gather(rows: Tensor, mine: Tensor, group: dist.ProcessGroup) -> None:
+    dist.all_gather_into_tensor(rows, mine, group=group)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Regions of one dtype that one group exchanges, in buckets."""
+
+    group: dist.ProcessGroup
+    dtype: torch.dtype
+    device: torch.device  # that they travel on: not always theirs
+    buckets: list[list[tuple[_Region, int, int]]]
+    width: int  # elements of a rank's part of the largest bucket
+
+
+def _buckets(regions: Sequence[_Region], limit: int) -> Iterator[list[tuple[_Region, int, int]]]:
+    """Parts [start, stop) of slices, in groups of at most ``limit`` elements."""
+    bucket: list[tuple[_Region, int, int]] = []
+    used = 0
+    for region in regions:
+        start = 0
+        while start < region.size:
+            stop = min(region.size, start + limit - used)
+            bucket.append((region, start, stop))
+            used += stop - start
+            start = stop
+            if used == limit:
+                yield bucket
+                bucket, used = [], 0
+    if bucket:
+        yield bucket

@@ -1,0 +1,236 @@
+"""Which of a model's tensors are averaged, and whether the model is still the same one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import distributed as dist
+
+from shardema.errors import abbreviate
+from shardema.schedules import by_pattern
+from shardema.shards.boxes import Dims
+from shardema.shards.patterns import Pattern, fits, text_of
+from shardema.shards.shard import Shard
+from shardema.shards.strides import overlaps
+
+Buffers = Literal["copy", "average", "ignore"]
+Select = Pattern | Sequence[Pattern] | Callable[[str, Dims], bool]
+
+
+class Missed(dict[str, str]):
+    """What found nothing on this rank: a message for each.
+
+    Args:
+        partly: this rank holds chunks of the model, so another one may hold what was missed;
+            `by_all` tells. Else nothing is noted and the message raised.
+    """
+
+    def __init__(self, partly: bool) -> None:
+        super().__init__()
+        self._partly = partly
+
+    def note(self, what: str, message: str) -> None:
+        """Raises ValueError where this rank holds the whole model."""
+        if not self._partly:
+            several = dist.is_available() and dist.is_initialized()
+            remedy = "; a stage of a pipeline is given as a list" if several else ""
+            raise ValueError(f"{message}{remedy}")
+        self[what] = message
+
+
+def missed_by_all(told: Sequence[Mapping[str, str]]) -> None:
+    """Raises ValueError for what no rank has found."""
+    for what, message in told[0].items():
+        if all(what in theirs for theirs in told):
+            raise ValueError(message)
+
+
+def same_rules(told: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where the ranks keep other averages, or by other schedules."""
+    for index, rules in enumerate(told):
+        if rules != told[0]:
+            raise ValueError(
+                f"the ranks keep other averages: rank {index} of those that share the model has "
+                f"{dict(rules)}, the first one {dict(told[0])}; give all of them the same schedules"
+            )
+
+
+def choose(shards: Sequence[Shard], select: Select | None, missed: Missed) -> frozenset[str]:
+    """The fqns to average: what ``select`` takes of the floating-point parameters.
+
+    Raises:
+        ValueError: a pattern that matches nothing, nothing to average, or what cannot be.
+    """
+    floating = [s for s in shards if s.role != "buffer" and s.local.is_floating_point()]
+    trainable = [s for s in floating if s.role == "parameter"]
+    if select is None:
+        chosen = trainable
+    elif callable(select):
+        chosen = [s for s in floating if select(s.fqn, s.shape)]
+    else:
+        patterns = [select] if isinstance(select, str | re.Pattern) else list(select)
+        chosen = []
+        for pattern in patterns:
+            hits = [s for s in floating if fits(pattern, s.names)]
+            if not hits:
+                known = abbreviate([s.fqn for s in floating])
+                text = f"select: {text_of(pattern)!r} matches no floating-point parameter"
+                missed.note(text, f"{text} of {known}")
+            chosen += hits
+    unmade = [s.fqn for s in chosen if s.local.device.type == "meta"]
+    if unmade:
+        raise ValueError(
+            f"{abbreviate(unmade)}: on the meta device, without values to average; "
+            "materialise the model first (to_empty and its initialisation, or a checkpoint)"
+        )
+    opaque = [s for s in chosen if s.opaque]
+    if opaque:
+        raise ValueError(
+            f"{abbreviate([s.fqn for s in opaque])}: {opaque[0].opaque} does not declare one plain "
+            "tensor of its own shape and dtype that holds its values (__tensor_flatten__), so "
+            "they cannot be averaged; freeze them or leave them out with select=, or average the "
+            "model in the form that it had before (bfloat16, float32)"
+        )
+    if not chosen:
+        text = "nothing to average: the model has no trainable floating-point parameter"
+        missed.note(text, text + ("" if select is None else " that select= takes"))
+    complex_ones = [s.fqn for s in shards if s.local.is_complex() and s.role != "buffer"]
+    if select is None and complex_ones:
+        raise ValueError(
+            f"{abbreviate(complex_ones)}: complex parameters are not averaged; keep them "
+            "as pairs of real numbers (torch.view_as_real), or leave them out with select="
+        )
+    return frozenset(shard.fqn for shard in chosen)
+
+
+def sort_buffers(
+    shards: Sequence[Shard], buffers: Buffers | Mapping[Pattern, Buffers], missed: Missed
+) -> dict[str, Buffers]:
+    """What becomes of each buffer, by fqn. Waits for the device where some may be averaged.
+
+    Only floating-point buffers without inf and NaN are averaged: a counter, a table of indices, a
+    flag or a mask would not survive it. The others are then the model's own, as with ``"copy"``.
+
+    Raises:
+        ValueError: another word than the three, a pattern that matches no buffer, or an expanded
+            buffer that is to be averaged.
+    """
+    rules = _rules(buffers)
+    here = [shard for shard in shards if shard.role == "buffer"]
+    for pattern, word in rules.items():
+        if word not in ("copy", "average", "ignore"):
+            raise ValueError(
+                f"buffers: got {word!r}, expected 'copy', 'average' or 'ignore', or "
+                "{pattern: one of these}"
+            )
+        if isinstance(buffers, Mapping) and not any(fits(pattern, s.names) for s in here):
+            text = f"buffers: {text_of(pattern)!r} matches no buffer"
+            missed.note(text, f"{text} of {abbreviate([s.fqn for s in here])}")
+    return {shard.fqn: _word(shard, rules) for shard in here}
+
+
+def _word(shard: Shard, rules: Mapping[Pattern, Buffers]) -> Buffers:
+    word = _wanted(shard, rules)
+    if word != "average":
+        return word
+    floating = shard.local.is_floating_point() and not shard.opaque
+    if not (floating and bool(shard.local.isfinite().all())):
+        return "copy"
+    if overlaps(shard.local):
+        raise ValueError(
+            f"{shard.fqn}: a buffer that shares memory between elements cannot be averaged; give "
+            f'it storage of its own (tensor.clone()), or buffers={{"{shard.fqn}": "copy"}}'
+        )
+    return word
+
+
+def _wanted(shard: Shard, rules: Mapping[Pattern, Buffers]) -> Buffers:
+    return next((word for pattern, word in rules.items() if fits(pattern, shard.names)), "copy")
+
+
+def ignored(shard: Shard, buffers: Buffers | Mapping[Pattern, Buffers]) -> bool:
+    """Whether a buffer that came after the EMA was built is left out; it is copied else."""
+    return _wanted(shard, _rules(buffers)) == "ignore"
+
+
+def _rules(buffers: Buffers | Mapping[Pattern, Buffers]) -> Mapping[Pattern, Buffers]:
+    return buffers if isinstance(buffers, Mapping) else {"*": buffers}
+
+
+def check_rule(name: str, rule: Any, shards: Sequence[Shard], missed: Missed) -> None:
+    """Notes the patterns of a `by_pattern` that decide about no averaged tensor."""
+    if not isinstance(rule, by_pattern):
+        return
+    used = {rule.index(shard.names) for shard in shards}
+    for place, (pattern, _) in enumerate(rule.rules, 1):
+        if place not in used:
+            text = f"by_pattern: {text_of(pattern)!r} decides about no averaged tensor"
+            missed.note(
+                f"{name}: {text}",
+                f"schedule of average {name!r}: {text} of {abbreviate([s.fqn for s in shards])} "
+                "(the "
+                "first pattern that takes a name does)",
+            )
+
+
+def facts(shard: Shard) -> tuple[Any, ...]:
+    """What must not change under an EMA; requires_grad may (the choice was made at the start)."""
+    local = shard.source
+    place = (shard.boxes, shard.order, tuple(local.shape), shard.weights is not None)
+    names = tuple(sorted(shard.names))
+    return (
+        shard.fqn,
+        shard.shape,
+        shard.role == "buffer",
+        local.dtype,
+        local.device,
+        *place,
+        names,
+    )
+
+
+_WORDS = (
+    "fqn",
+    "shape",
+    "kind (buffer or not)",
+    "dtype",
+    "device",
+    "boxes",
+    "memory order",
+    "local shape",
+    "master",
+    "tied names",
+)
+
+
+def as_before(before: Sequence[Shard], now: Sequence[Shard]) -> list[Shard]:
+    """``now`` in the order of ``before`` and by its names, where only the order has changed.
+
+    A block that is taken out and put in again comes last; of tied names another one comes first
+    then. Whatever else is in ``now`` keeps its place.
+    """
+    then = {frozenset(shard.names): shard for shard in before}
+    known = {names: s for s in now if (names := frozenset(s.names)) in then}
+    found = iter(
+        replace(known[names], fqn=old.fqn, aliases=old.aliases)
+        for names, old in then.items()
+        if names in known
+    )
+    return [next(found) if frozenset(shard.names) in known else shard for shard in now]
+
+
+def difference(before: list[tuple[Any, ...]], now: list[tuple[Any, ...]]) -> str:
+    """What changed between two lists of `facts`, and the remedy."""
+    then, today = {f[0]: f for f in before}, {f[0]: f for f in now}
+    remedy = "; build the EMA after the model has its final form, and a new one when it changes"
+    for word, names in (("is new", today.keys() - then.keys()), ("is gone", then.keys() - today)):
+        if names:
+            return f"{abbreviate(sorted(names))} {word} since the EMA was built{remedy}"
+    for fqn, was in then.items():
+        for word, a, b in zip(_WORDS, was, today[fqn], strict=True):
+            if a != b:
+                return f"{fqn}: got {word} {b}, expected {a} as when the EMA was built{remedy}"
+    return f"the order of the model's tensors changed{remedy}"

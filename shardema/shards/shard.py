@@ -1,0 +1,156 @@
+"""What one rank holds of a tensor, and where it sits in the full tensor.
+
+The words of the whole library:
+
+* ``fqn``    clean, fully qualified name: what the unwrapped model calls the tensor
+* ``shape``  always the full shape; ``local`` is what this rank holds of it
+* ``Box``    offsets and sizes of a block inside the full tensor
+* ``Shard``  ``local`` and the boxes that its elements fill, in order
+* ``shadow`` the averaged twin of a shard: the same boxes, other storage
+* ``axis``   of a mesh; ``dim`` of a tensor
+
+::
+
+    full [4, 6]            rank 0: one box            rank 1 of a flat layout: three boxes
+    . . . . . .            Box((0, 0), (2, 6))        Box((1, 4), (1, 2))
+    . . . . x x                                       Box((2, 0), (1, 6))
+    x x x x x x                                       Box((3, 0), (1, 3))
+    x x x . . .
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor
+from torch import distributed as dist
+
+from shardema.shards.boxes import Box, Dims
+
+Role = Literal["parameter", "frozen", "buffer"]
+
+REPLACED = -1  # what `Shard.address` gives when the model holds another tensor now
+
+
+@dataclass(frozen=True, eq=False)
+class Loan:
+    """Storage that is away, on a disk, but for the time that it is asked for.
+
+    Args:
+        hold: ``hold(write)`` brings it back for the length of a ``with`` block, as a flat tensor;
+            with ``write=True`` what the block wrote is kept.
+    """
+
+    hold: Callable[[bool], AbstractContextManager[Tensor]]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Shard:
+    """What this rank holds of one tensor of the model.
+
+    Args:
+        fqn: clean, fully qualified name.
+        local: the live storage on this rank: what the optimizer steps. With one box it has the
+            box's sizes (any dense stride) or is flat; with several boxes it is a contiguous 1-D
+            tensor that holds them one after the other, or has ``corners``. Empty if ``boxes`` is.
+        shape: the full shape.
+        boxes: where the elements of ``local`` sit in the full tensor, in order.
+        role: ``"parameter"`` (trainable), ``"frozen"`` or ``"buffer"``.
+        aliases: further names of the same tensor (tied weights).
+        order: the dims of the full tensor from slowest to fastest in a flat ``local``; row-major
+            if empty. FSDP1 flattens a channels_last weight in the order of its memory.
+        address: gives the address of the live storage now, `REPLACED` if the model holds another
+            tensor under this name; tells `update` when to read the model again.
+        weights: what the forward computes with, where that is another tensor than ``local``: the
+            16-bit copy of an fp32 master, laid out alike. None where ``local`` is it.
+        reads_weights: the average is of ``weights``, not of ``local``.
+        away: where ``local`` is lent and where it starts in the loan; ``local`` itself is then a
+            stand-in of the same size without values. See `present`.
+        replicas: the groups of ranks that are declared to hold the same ``local``: DDP's group,
+            the replicated axes of a mesh.
+        corners: where each box begins inside ``local``, which has the dims of the full tensor
+            then; empty where the boxes lie one after the other.
+        opaque: the class of a tensor that keeps its values in a form of its own (quantised
+            weights); ``local`` is that tensor itself, of which nothing is read. Empty elsewhere.
+    """
+
+    fqn: str
+    local: Tensor
+    shape: Dims
+    boxes: tuple[Box, ...]
+    role: Role = "parameter"
+    aliases: tuple[str, ...] = ()
+    order: Dims = ()
+    address: Callable[[], int] = field(default=lambda: 0, repr=False)
+    weights: Tensor | None = None
+    reads_weights: bool = False
+    away: tuple[Loan, int] | None = field(default=None, repr=False)
+    replicas: tuple[dist.ProcessGroup, ...] = field(default=(), repr=False)
+    corners: tuple[Dims, ...] = ()
+    opaque: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the tensor; tied ones have several."""
+        return (self.fqn, *self.aliases)
+
+    @property
+    def own(self) -> Tensor:
+        """The model's own tensor: what its forward computes with."""
+        return self.local if self.weights is None else self.weights
+
+    @property
+    def source(self) -> Tensor:
+        """What is averaged."""
+        return self.own if self.reads_weights else self.local
+
+    def pieces(self, local: Tensor | None = None) -> Iterator[tuple[Box, Tensor]]:
+        """Each box with the view of ``local`` that fills it, ``[*box.sizes]``.
+
+        ``local`` may be any tensor laid out like this shard's (its shadow, a staging buffer).
+        """
+        local = self.local if local is None else local
+        if self.corners:
+            for box, corner in zip(self.boxes, self.corners, strict=True):
+                yield box, Box(corner, box.sizes).view(local)
+            return
+        if len(self.boxes) == 1 and tuple(local.shape) == self.boxes[0].sizes and not self.order:
+            yield self.boxes[0], local
+            return
+        start = 0
+        for box in self.boxes:
+            flat = local.narrow(0, start, box.numel)
+            start += box.numel
+            if self.order:
+                stored = flat.view([box.sizes[dim] for dim in self.order])
+                inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+                yield box, stored.permute(inverse)
+            else:
+                yield box, flat.view(box.sizes)
+        assert start == local.numel(), (self.fqn, start, local.numel())
+
+
+def present(shards: Sequence[Shard], *, write: bool = False) -> Iterator[list[Shard]]:
+    """The shards in groups; while a group is at hand, the ``local`` of each is really there.
+
+    Args:
+        write: what is written into ``local`` is to be kept.
+    """
+    here: list[Shard] = []
+    lent: dict[Loan, list[tuple[Shard, int]]] = {}
+    for shard in shards:
+        if shard.away is None:
+            here.append(shard)
+        else:
+            lent.setdefault(shard.away[0], []).append((shard, shard.away[1]))
+    if here:
+        yield here
+    for loan, group in lent.items():
+        with loan.hold(write) as flat:
+            yield [
+                replace(s, local=flat.narrow(0, start, s.local.numel()), away=None)
+                for s, start in group
+            ]

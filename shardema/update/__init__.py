@@ -1,0 +1,1 @@
+"""The averages and what moves them."""

@@ -1,0 +1,244 @@
+"""Updates that follow the optimizers by themselves.
+
+::
+
+    round     o1 steps, o2 steps | o1 steps, o2 skips | o1 steps, o2 steps
+    update                       ^ both stepped       ^ a forward, a reader, or o1 steps again
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from shardema.backends.passes import in_backward
+from shardema.update.stepping import Steps, torch_optimizer
+from shardema.update.watch import Holds, Others
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = 100  # updates that an attached optimizer may miss without a word
+
+
+class Source(Protocol):
+    """What a handle follows; see `Rounds` and `Engine`."""
+
+    @property
+    def what(self) -> str: ...
+
+    @property
+    def others(self) -> Others | None: ...
+
+    def close(self) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def remove(self) -> None: ...
+
+
+class Rounds:
+    """One update for each round of steps of several optimizers.
+
+    A round ends when every optimizer has really stepped once; or before, when one is about to step
+    again, at the next forward of the models, and when something reads the average: some optimizer
+    skipped its step then. In the middle of a backward an update would free what it needs, so there
+    a round that ended waits for the next of these occasions.
+
+    Args:
+        optimizers: torch optimizers, or wrappers of them as accelerate has.
+        models: whose forward ends a round.
+        holds: of each optimizer, whether it steps an averaged tensor; only those are followed.
+        update: called at the end of a round.
+        guard: called before every step, and between an update and a step; raises where a step
+            must not happen, waits while something reads the weights.
+        leader: whether this rank logs.
+
+    Raises:
+        TypeError: as `torch_optimizer`.
+        ValueError: no optimizer, one twice, or none that steps an averaged tensor.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Any],
+        models: Sequence[nn.Module],
+        holds: Holds,
+        update: Callable[[], None],
+        guard: Callable[[], None],
+        leader: bool,
+    ) -> None:
+        if not optimizers:
+            raise ValueError("attach: got no optimizer, expected one or more")
+        given = [torch_optimizer(optimizer) for optimizer in optimizers]
+        if len({id(optimizer) for optimizer in given}) != len(given):
+            raise ValueError("attach: got the same optimizer twice")
+        held = holds(given)
+        followed = [optimizer for optimizer, one in zip(given, held, strict=True) if one]
+        self.what = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in followed))
+        if not followed:
+            kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in given))
+            raise ValueError(
+                f"attach: {kinds} holds none of the averaged parameters; give the optimizer that "
+                "steps them, made after the model was wrapped, or, where it steps copies of them, "
+                "call ema.update() after each step"
+            )
+        self._names = {id(o): f"{type(o).__name__} {i}" for i, o in enumerate(followed)}
+        self._roots = [module for model in models for module in _called(model)]
+        self._update, self._guard, self._leader = update, guard, leader
+        self._stepped: set[int] = set()
+        self._due = 0  # rounds that ended in a backward
+        self._missed = dict.fromkeys(self._names, 0)  # updates since each optimizer stepped
+        self._thread = threading.get_ident()  # the one that steps; others may only look
+        self._steps = [Steps(optimizer, self._before, self._after) for optimizer in followed]
+        self._forwards: list[Any] = []
+        self.others = Others(holds, followed, self._steps)
+        if len(followed) > 1:
+            self._watch_forwards()
+
+    def close(self) -> None:
+        """Makes the update of a round in which something stepped."""
+        if in_backward() or threading.get_ident() != self._thread:
+            return
+        if self._stepped:
+            self._end_round()
+        while self._due:
+            self._due -= 1
+            self.others.forget()
+            self._update()
+
+    def clear(self) -> None:
+        """Forgets the steps of the open round: what they moved was replaced."""
+        self._stepped.clear()
+        self._due = 0
+        self.others.forget()
+
+    def remove(self) -> None:
+        """Ends the calls."""
+        for handle in (*self._steps, *self._forwards, self.others):
+            handle.remove()
+
+    def _before(self, optimizer: Optimizer) -> None:
+        again = id(optimizer) in self._stepped
+        if in_backward():
+            if again:
+                self._end_round()
+        else:
+            self._thread = threading.get_ident()
+            if again or self._due:
+                self._guard()
+                self.close()
+        self._guard()
+
+    def _after(self, optimizer: Optimizer) -> None:
+        self._missed[id(optimizer)] = 0
+        self.others.passed()
+        self._stepped.add(id(optimizer))
+        if in_backward():
+            self._watch_forwards()
+        if len(self._stepped) == len(self._names):
+            self._end_round()
+            self.close()
+
+    def _end_round(self) -> None:
+        for missing in self._missed.keys() - self._stepped:
+            self._missed[missing] += 1
+            if self._missed[missing] == _PATIENCE and self._leader:
+                log.warning(
+                    "attach: %s of the attached optimizers has not stepped for %d updates: was it "
+                    "replaced? A round waits for it until the next forward or step; handle."
+                    "remove(), and attach those that step",
+                    self._names[missing],
+                    _PATIENCE,
+                )
+        self._stepped.clear()
+        self._due += 1
+
+    def _watch_forwards(self) -> None:
+        if not self._forwards:
+            hook = _BeforeForward(self)
+            # first, so that an update comes before FSDP gathers for the forward
+            self._forwards = [m.register_forward_pre_hook(hook, prepend=True) for m in self._roots]
+
+    def before_forward(self) -> None:
+        """The weights are final: no optimizer steps between here and the next backward."""
+        if not in_backward():  # else activation checkpointing computes a part again
+            self._thread = threading.get_ident()
+            self.close()
+
+
+class _BeforeForward:
+    """A hook that neither keeps the EMA alive nor travels with a copy or a pickle of the model."""
+
+    def __init__(self, rounds: Rounds | None = None) -> None:
+        self._rounds = (lambda: None) if rounds is None else weakref.ref(rounds)
+
+    def __call__(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # the model inside torch.compile: no graph break
+            return
+        rounds = self._rounds()
+        if rounds is not None:
+            rounds.before_forward()
+
+    def __reduce__(self) -> tuple[type[_BeforeForward], tuple[()]]:
+        return _BeforeForward, ()
+
+
+def _called(module: nn.Module) -> list[nn.Module]:
+    """The modules whose forward is called: of a list or dict of modules, which has none, its own.
+
+    A wrapper of such a container (``fully_shard``) has none either.
+    """
+    if getattr(module.forward, "__func__", module.forward) is not nn.Module.forward:
+        return [module]
+    return [inner for child in module.children() for inner in _called(child)]
+
+
+class Engine:
+    """One update after each step of a DeepSpeed engine."""
+
+    what = "the engine"
+
+    def __init__(self, hook: Any) -> None:
+        self._hook = hook
+        self.others: Others | None = None
+
+    def close(self) -> None:
+        """Nothing is open between two steps."""
+
+    def clear(self) -> None:
+        """As `close`."""
+
+    def remove(self) -> None:
+        """Ends the calls."""
+        self._hook.remove()
+
+
+class Attached:
+    """Handle of `ShardedEMA.attach`.
+
+    Args:
+        source: makes the updates.
+        ended: called once, at the end.
+    """
+
+    def __init__(self, source: Source, ended: Callable[[], None]) -> None:
+        self._source = source
+        self._ended: Callable[[], None] | None = ended
+
+    def remove(self) -> None:
+        """Ends the updates. The steps of a round that is open make none: read before, if they are
+        to count.
+        """
+        ended, self._ended = self._ended, None
+        if ended is None:
+            return
+        self._source.remove()
+        ended()
+        self._source.clear()

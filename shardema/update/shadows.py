@@ -1,0 +1,158 @@
+"""The averaged twins of the shards: one flat buffer per device and dtype, a view for each shard.
+
+::
+
+    shards      [conv.weight]   [norm.bias] []        local tensors of the model, any dense stride
+    flat        |------------|--|---------|--|        one buffer; neighbours in the model's memory
+                                                      are neighbours here, the rest starts on
+                                                      64 bytes
+    views        conv.weight     norm.bias            same sizes and strides as the shard
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardema.policy import ShadowPolicy
+from shardema.shards.shard import Shard, present
+from shardema.shards.strides import dense_like
+
+_ALIGN = 64  # bytes
+
+
+@dataclass(frozen=True)
+class Shadows:
+    """Flat buffers and their views by fqn. The tensors change in place, the record does not.
+
+    Attributes:
+        following: of each view that holds something the next one in its flat buffer.
+    """
+
+    flats: tuple[Tensor, ...]
+    views: Mapping[str, Tensor]
+    following: Mapping[str, str]
+
+    def copy_from(self, shards: Sequence[Shard]) -> None:
+        """Sets every shadow to its shard's present value."""
+        for group in present(shards):
+            for shard in group:
+                self.views[shard.fqn].copy_(shard.source)
+
+    def copy_all(self, other: Shadows) -> None:
+        """Sets every shadow to that of ``other``, which is of the same shards."""
+        for fqn, mine in self.views.items():  # the flats may lie in another order
+            mine.copy_(other.views[fqn])
+
+    def runs(self, shards: Sequence[Shard]) -> tuple[list[Tensor], list[Tensor]]:
+        """Shadows and sources of ``shards``, as few tensors as their memory allows.
+
+        Neighbours in memory become one flat tensor: a whole flat partition is one.
+        """
+        pairs: list[tuple[Tensor, Tensor]] = []
+        end: str | None = None  # the last shadow of the last pair
+        for shard in sorted((s for s in shards if s.source.numel()), key=_place):
+            shadow, source = self.views[shard.fqn], shard.source
+            # what lies between the two is nobody's: padding is written too
+            next_door = end is not None and self.following.get(end) == shard.fqn
+            joined = _joined(*pairs[-1], shadow, source) if next_door else None
+            if joined is None:
+                pairs.append((shadow, source))
+            else:
+                pairs[-1] = joined
+            end = shard.fqn
+        return [shadow for shadow, _ in pairs], [source for _, source in pairs]
+
+
+def allocate(shards: Sequence[Shard], policy: ShadowPolicy, *, pin: bool = True) -> Shadows:
+    """Zeroed shadows of ``shards``, on the devices of what they average or in host memory.
+
+    What lies together in memory does so among the shadows too, small gaps included. With ``pin``
+    host memory is pinned where the weights are on a GPU.
+    """
+    ends: dict[_Key, int] = {}
+    last: dict[_Key, Shard] = {}
+    following: dict[str, str] = {}
+    starts: dict[str, tuple[_Key, int]] = {}
+    for shard in sorted(shards, key=_place):
+        source = shard.source
+        key = (_device(source, policy), policy.dtype_for(source.dtype))
+        start = ends.setdefault(key, 0)
+        if source.numel() == 0:
+            starts[shard.fqn] = (key, start)
+            continue
+        step = _ALIGN // key[1].itemsize
+        gap = _gap(last[key], shard) if key in last else None
+        start = -(-start // step) * step if gap is None else start + gap
+        starts[shard.fqn] = (key, start)
+        ends[key] = start + source.numel()
+        if key in last:
+            following[last[key].fqn] = shard.fqn
+        last[key] = shard
+    # what the host averages by itself does not travel, and torch pins powers of two
+    travels = pin and policy.compute == "device"
+    pinned = travels and any(s.source.device.type == "cuda" for s in shards)
+    flats = {
+        key: torch.zeros(n, dtype=key[1], device=key[0], pin_memory=pinned)
+        for key, n in ends.items()
+    }
+    views = {}
+    for shard in shards:
+        key, start = starts[shard.fqn]
+        strides = dense_like(shard.source)
+        views[shard.fqn] = flats[key].as_strided(shard.source.shape, strides, start)
+    return Shadows(tuple(flats.values()), views, following)
+
+
+_Key = tuple[torch.device, torch.dtype]
+
+
+def _device(source: Tensor, policy: ShadowPolicy) -> torch.device:
+    return torch.device("cpu") if policy.device == "cpu" else source.device
+
+
+def _place(shard: Shard) -> tuple[int, int]:
+    """Where the source lies: in which storage, at which byte."""
+    size = shard.source.element_size()
+    if shard.away is not None and not shard.reads_weights:
+        return id(shard.away[0]), shard.away[1] * size
+    return shard.source.untyped_storage().data_ptr(), int(shard.source.storage_offset()) * size
+
+
+def _gap(before: Shard, shard: Shard) -> int | None:
+    """Elements of padding between two sources, None where they are no neighbours."""
+    (storage, start), (other, place) = _place(before), _place(shard)
+    size = before.source.element_size()
+    gap = place - start - before.source.numel() * size
+    near = storage == other and 0 <= gap < _ALIGN and gap % size == 0
+    return gap // size if near and before.source.dtype == shard.source.dtype else None
+
+
+def _joined(
+    shadow: Tensor, source: Tensor, next_shadow: Tensor, next_source: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The two pairs as one, with the padding between them; None where that is not possible.
+
+    The padding is averaged too, and never read. In the model other tensors may lie there, which
+    are read to no effect; among the shadows nothing may.
+    """
+    here, there = source.untyped_storage(), next_source.untyped_storage()
+    if (here.data_ptr(), here.nbytes()) != (there.data_ptr(), there.nbytes()):
+        return None
+    dense = all(
+        a.stride() == b.stride() == dense_like(a)
+        for a, b in ((shadow, source), (next_shadow, next_source))
+    )
+    steps = [
+        b.storage_offset() - a.storage_offset()
+        for a, b in ((shadow, next_shadow), (source, next_source))
+    ]
+    gap = steps[0] - source.numel()
+    near = 0 <= gap < _ALIGN // source.dtype.itemsize
+    if not (dense and near and steps[0] == steps[1] and source.dtype == next_source.dtype):
+        return None
+    numel = steps[0] + next_source.numel()
+    return tuple(t.as_strided((numel,), (1,)) for t in (shadow, source))  # type: ignore[return-value]
