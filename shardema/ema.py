@@ -1143,7 +1143,7 @@ class ShardedEMA:
             checkpoint.save(
                 folder,
                 sources,
-                {a.name: a.stored() for a in self._averages.values()},
+                {a.name: checkpoint.progress_of(a) for a in self._averages.values()},
                 left_out,
                 self._ranks,
                 extra=lambda place: pretrained.write_config(module, place, None),

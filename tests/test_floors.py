@@ -1,110 +1,142 @@
-"""Imports only go down: a file may import its own floor and those below."""
+"""Imports only go down, as the table of floors in docs/design.md has it."""
 
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import shardema
 
 ROOT = Path(shardema.__file__).parent
-FLOORS = {
-    "shard": 0,
-    "patterns": 0,
-    "schedules": 0,
-    "kernels": 0,
-    "errors": 0,
-    "deadline": 0,
-    "words": 1,
-    "rounds": 1,
-    "callers": 0,
-    "modes": 0,
-    "backends": 1,
-    "shadows": 1,
-    "replicas": 1,
-    "staging": 1,
-    "offload": 1,
-    "swap": 1,
-    "agree": 1,
-    "files": 1,
-    "stepping": 1,
-    "watch": 1,
-    "attach": 1,
-    "layout": 1,
-    "profiles": 1,
-    "logs": 1,
-    "arguments": 2,
-    "manifest": 2,
-    "gather": 2,
-    "folder": 2,
-    "checkpoint": 2,
-    "export": 2,
-    "consolidated": 2,
-    "offline": 2,
-    "dcp": 2,
-    "functional": 2,
-    "metrics": 2,
-    "updater": 2,
-    "weights": 2,
-    "own_state": 2,
-    "pretrained": 2,
-    "average": 2,
-    "ema": 3,
-    "batchnorm": 4,
-    "presets": 4,
-    "texts": 4,
-    "integrations": 4,
-    "plot": 5,
-    "cli": 5,
-    "__init__": 6,
-}
+DESIGN = ROOT.parent / "docs" / "design.md"
 # optional packages, and the one file that may import each
 OPTIONAL = {
     "deepspeed": "backends/zero.py",
     "accelerate": "integrations/accelerate.py",
     "transformers": "integrations/transformers.py",
     "lightning": "integrations/lightning.py",
-    "matplotlib": "plot.py",
+    "matplotlib": "cli/plot.py",
     "triton": "kernels/fused_gpu.py",
-    "peft": "pretrained.py",
+    "peft": "files/pretrained.py",
 }
 
 
+def table() -> dict[str, tuple[int, list[str]]]:
+    """``{room: (floor, its files, lowest first)}``, from the rows ``| 3 | `files/` | a b c | ... |``."""
+    rows = re.findall(r"^\| (\d+) \| `([\w./]+)` \|([\w ,]*)\|", DESIGN.read_text(), re.MULTILINE)
+    return {
+        room.removesuffix("/").removesuffix(".py"): (int(floor), re.findall(r"\w+", files))
+        for floor, room, files in rows
+    }
+
+
+FLOORS = table()
+
+
+def place(path: Path) -> tuple[str, str]:
+    """The room that a file belongs to, and its name in there."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0], parts[1] if len(parts) > 1 else ""
+
+
 def imports(path: Path) -> list[tuple[int, str]]:
+    """The modules that a file imports, with the line of each."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: write imports in full"
-            found.append((node.lineno, node.module or ""))
-            if node.module == "shardema":
-                found += [(node.lineno, f"shardema.{alias.name}") for alias in node.names]
+            module = node.module or ""
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            inside = [name for name in names if module_file(name)]
+            found += [(node.lineno, name) for name in inside or [module]]
     return found
 
 
+def module_file(name: str) -> Path | None:
+    """The file of a module of the package."""
+    parts = name.split(".")
+    if parts[0] != "shardema":
+        return None
+    stem = ROOT.joinpath(*parts[1:])
+    return next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.exists()), None)
+
+
+def climbing(path: Path) -> list[str]:
+    """Imports of a file that do not go down."""
+    room, name = place(path)
+    floor, files = FLOORS[room]
+    wrong = []
+    for line, module in imports(path):
+        target = module_file(module)
+        if target is None or target == path:
+            continue
+        other, its_name = place(target)
+        if other != room:
+            low = FLOORS[other][0] < floor
+        else:  # inside a folder: its files in their order, `__init__` above all of them
+            order = [*files, "__init__"]
+            low = order.index(its_name) < order.index(name)
+        if not low:
+            wrong.append(f"{path}:{line}: {room} on floor {floor} imports {module}, not below it")
+    return wrong
+
+
 def test_imports_only_go_down() -> None:
-    climbing = []
-    for path in sorted(ROOT.rglob("*.py")):
-        here = path.relative_to(ROOT).with_suffix("").parts[0]
+    found = [line for path in sorted(ROOT.rglob("*.py")) for line in climbing(path)]
+    assert found == []
+
+
+def test_an_import_that_goes_up_or_across_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("errors.py", "model/weights.py", "model/selection.py", "files/folder.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    for importing, module, wrong in (
+        ("errors.py", "shardema.model.weights", True),
+        ("model/weights.py", "shardema.errors", False),
+        ("model/weights.py", "shardema.files.folder", True),
+        ("model/weights.py", "shardema.model.selection", False),
+        ("model/selection.py", "shardema.model.weights", True),
+    ):
+        path = tmp_path / importing
+        folder, _, leaf = module.rpartition(".")
+        path.write_text(f"def late():\n    from {folder} import {leaf}\n")
+        assert len(climbing(path)) == wrong, (importing, module)
+        path.write_text("")
+
+
+def test_the_table_names_every_file_once() -> None:
+    there: dict[str, set[str]] = {}
+    for path in ROOT.rglob("*.py"):
+        room, name = place(path)
+        there.setdefault(room, set()).update({name} - {"", "__init__"})
+    assert {room: set(files) for room, (_, files) in FLOORS.items()} == there
+    assert all(len(files) == len(set(files)) for _, files in FLOORS.values())
+
+
+def test_every_folder_says_in_one_sentence_what_it_is() -> None:
+    for path in ROOT.glob("*/__init__.py"):
+        first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
+        assert first.endswith("."), path
+
+
+def test_optional_packages_are_imported_in_one_file_each() -> None:
+    for path in ROOT.rglob("*.py"):
         for line, name in imports(path):
-            parts = name.split(".")
-            if parts[0] in OPTIONAL and str(path.relative_to(ROOT)) != OPTIONAL[parts[0]]:
-                climbing.append(f"{path}:{line}: {name} is optional")
-            if parts[0] == "shardema" and len(parts) > 1 and FLOORS[parts[1]] > FLOORS[here]:
-                climbing.append(f"{path}:{line}: {here} imports {name}, a floor above")
-    assert climbing == []
-
-
-def test_every_file_has_a_floor() -> None:
-    names = {p.relative_to(ROOT).with_suffix("").parts[0] for p in ROOT.rglob("*.py")}
-    assert names == set(FLOORS)
+            only = OPTIONAL.get(name.split(".")[0], "")
+            assert only in ("", str(path.relative_to(ROOT))), f"{path}:{line}: {name} is optional"
 
 
 def test_the_import_needs_no_optional_package() -> None:
-    import subprocess
-
     code = (
         "import sys, shardema; "
         f"print([m for m in {sorted(OPTIONAL.keys() | {'rich', 'click'})} if m in sys.modules])"

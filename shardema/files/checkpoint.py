@@ -40,8 +40,10 @@ from shardema.files.manifest import (
 from shardema.files.safetensors import NewFile, layout, reporting, write_file
 from shardema.ranks.agree import Ranks
 from shardema.ranks.gather import Holdings, Item, Plan, raw_bytes
+from shardema.schedules import describe
 from shardema.shards.boxes import Box, split_box
 from shardema.shards.shard import Shard
+from shardema.update.average import Average
 
 _CHUNK = BLOCK  # bytes that travel from a device at a time
 
@@ -61,6 +63,17 @@ class Source:
     items: Sequence[int]
     holdings: Holdings
     dtype: Callable[[Item], torch.dtype]
+
+
+def progress_of(average: Average) -> StoredAverage:
+    """What the manifest keeps of an average beside its tensors."""
+    return StoredAverage(
+        describe(average.schedule),
+        average.t,
+        average.num_updates,
+        str(average.policy.dtype).removeprefix("torch."),
+        average.moved_at,
+    )
 
 
 def save(

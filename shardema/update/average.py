@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shardema.files.manifest import StoredAverage
 from shardema.policy import ShadowPolicy
-from shardema.schedules import Schedule, by_pattern, describe
+from shardema.schedules import Schedule, by_pattern
 from shardema.shards.shard import Shard
 from shardema.update.shadows import Shadows
 
@@ -137,9 +136,3 @@ class Average:
         """Sets the clock; the last update was another one's."""
         self.t, self.num_updates, self.decays = t, num_updates, None
         self.moved_at = t if moved_at is None else moved_at
-
-    def stored(self) -> StoredAverage:
-        """What a checkpoint keeps of it beside the tensors."""
-        dtype = str(self.policy.dtype).removeprefix("torch.")
-        rule = describe(self.schedule)
-        return StoredAverage(rule, self.t, self.num_updates, dtype, self.moved_at)
