@@ -19,12 +19,14 @@ Private attributes of torch's FSDP and of DeepSpeed are named in their one file 
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from shardema.backends import fsdp1, fsdp2, plain, zero
+from shardema.backends import plain
 from shardema.backends.tree import refuse_unknown_wrappers
 from shardema.shards.shard import Shard
 
@@ -69,14 +71,43 @@ class Backend(Protocol):
     def engine(self, models: Models) -> Engine | None: ...
 
 
-BACKENDS: dict[str, Backend] = {"plain": plain, "fsdp1": fsdp1, "fsdp2": fsdp2, "zero": zero}
+class _Late:
+    """A backend whose module is imported for models that may be of its kind.
+
+    A model is made of classes that somebody has imported. Where nobody did, `import shardema` need
+    not: torch's FSDP and DTensor take a second.
+    """
+
+    def __init__(self, name: str, package: str) -> None:
+        self._name, self._package = name, package
+
+    def may_match(self) -> bool:
+        return self._package in sys.modules
+
+    def matches(self, models: Models) -> bool:
+        return self.may_match() and bool(self._module().matches(models))
+
+    def _module(self) -> Any:
+        return importlib.import_module(f"shardema.backends.{self._name}")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module(), name)
+
+
+_LATE = {
+    "fsdp1": _Late("fsdp1", "torch.distributed.fsdp"),
+    "fsdp2": _Late("fsdp2", "torch.distributed.tensor"),
+    "zero": _Late("zero", "deepspeed"),
+}
+BACKENDS: dict[str, Backend] = {"plain": plain, **cast("dict[str, Backend]", _LATE)}
 
 
 def refuse_unknown(models: Models) -> None:
     """Raises ValueError for wrappers that are not known, and for a part of a sharded module."""
     refuse_unknown_wrappers(models)
-    fsdp1.refuse_parts(models)
-    fsdp2.refuse_parts(models)
+    for late in (_LATE["fsdp1"], _LATE["fsdp2"]):
+        if late.may_match():
+            late.refuse_parts(models)
 
 
 def find(models: Models, name: str = "auto") -> tuple[str, Backend]:

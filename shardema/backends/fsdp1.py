@@ -26,12 +26,17 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.utils import _free_storage
 
 from shardema.backends.passes import in_backward, in_forward
-from shardema.backends.tree import named_tensors, refuse_part, tie_shared_storage, walk, whole_shard
+from shardema.backends.tree import (
+    FLAT,
+    named_tensors,
+    refuse_part,
+    tie_shared_storage,
+    walk,
+    whole_shard,
+)
 from shardema.shards.boxes import Box, Dims, flat_boxes
 from shardema.shards.shard import REPLACED, Shard
 from shardema.shards.strides import memory_order
-
-FLAT = "_flat_param"  # where FSDP registers what the optimizer steps with use_orig_params=False
 
 
 def matches(models: Sequence[nn.Module]) -> bool:

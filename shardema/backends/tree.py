@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from shardema.shards.boxes import whole
 from shardema.shards.shard import REPLACED, Role, Shard
@@ -23,6 +22,8 @@ from shardema.shards.strides import overlaps, share_memory
 
 # (where the type lives, its name, the child that it wraps); looked up in sys.modules, since a
 # model can only be wrapped by a type that was imported, and importing them all takes seconds.
+FLAT = "_flat_param"  # where FSDP1 registers what is stepped with use_orig_params=False
+
 _WRAPPERS = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
@@ -137,9 +138,16 @@ def _wraps_by_name(module: nn.Module) -> bool:
     """Whether a module does nothing but hold another one, and its type says that it shards."""
     if len(module._modules) != 1 or len(module._parameters):
         return False
-    # fully_shard makes types of its own: FSDPLinear of Linear
-    names = [t.__name__ for t in type(module).__mro__ if not issubclass(t, FSDPModule)]
+    names = [t.__name__ for t in original_class(module).__mro__]
     return any(_SOUNDS_FOREIGN.search(name) for name in names)
+
+
+def original_class(module: nn.Module) -> type:
+    """The class as it was before ``fully_shard`` put its own in front: FSDPLinear of Linear."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing is of its classes
+    if fsdp is None:
+        return type(module)
+    return next(c for c in type(module).__mro__ if not issubclass(c, fsdp.FSDPModule))
 
 
 def refuse_part(models: Sequence[nn.Module], root: nn.Module | None, how: str) -> NoReturn:

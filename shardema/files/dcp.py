@@ -8,19 +8,17 @@ write, which to read, where a chunk is in memory).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from shardema.shards.boxes import Box, Dims
 from shardema.shards.shard import Shard
+
+if TYPE_CHECKING:  # DCP is slow to import, and asks only when it is there
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
 
 _REMEDY = (
     "it holds this rank's shards only, so a pickle would keep one rank's and give them to all; "
@@ -106,6 +104,13 @@ class BoxedTensor(torch.Tensor):
         yield from self._shard().pieces()
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            MetadataIndex,
+            TensorProperties,
+        )
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         items: list[WriteItem] = []
         if not self.saved:
             return items
@@ -121,6 +126,8 @@ class BoxedTensor(torch.Tensor):
         return items
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
         return [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in self.places]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:

@@ -14,7 +14,6 @@ imported for a model that is not theirs.
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from shardema.backends.tree import unwrap
+from shardema.backends.tree import original_class, unwrap
 from shardema.errors import abbreviate
 from shardema.files.safetensors import ADAPTER, DIFFUSERS, MODEL
 from shardema.model.own_state import Skeletons
@@ -160,21 +159,13 @@ def _altered(module: nn.Module) -> bool:
     return bool(odd)
 
 
-def _original_class(module: nn.Module) -> type:
-    """The class as it was before ``fully_shard`` put its own in front."""
-    from torch.distributed.fsdp import FSDPModule
-
-    classes = itertools.dropwhile(lambda c: issubclass(c, FSDPModule), type(module).__mro__)
-    return next(classes)
-
-
 # ---- configs ----------------------------------------------------------------------------------
 
 
 def _write_model_config(module: nn.Module, folder: str, dtype: torch.dtype | None) -> None:
     config: Any = copy.deepcopy(module.config)
     if getattr(config, "architectures", False) is None:
-        config.architectures = [_original_class(module).__name__]
+        config.architectures = [original_class(module).__name__]
     if dtype is not None and hasattr(config, "dtype"):
         config.dtype = dtype
     config.save_pretrained(folder)
@@ -186,9 +177,9 @@ def _write_model_config(module: nn.Module, folder: str, dtype: torch.dtype | Non
 def _write_diffusers_config(module: nn.Module, folder: str) -> None:
     model: Any = module
     config = json.loads(model.to_json_string())
-    config["_class_name"] = _original_class(module).__name__
+    config["_class_name"] = original_class(module).__name__
     for key in EMA_MODEL:  # the model may come from a folder of EMAModel: these are not its own
-        if key not in _arguments(_original_class(module)):
+        if key not in _arguments(original_class(module)):
             config.pop(key, None)
     with open(os.path.join(folder, model.config_name), "w", encoding="utf-8") as file:
         file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -257,7 +248,7 @@ def _write_adapter_configs(module: nn.Module, folder: str) -> None:
             config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
         mapping = None
         if whole and config.task_type is None:
-            cls = _original_class(unwrap(base))
+            cls = original_class(unwrap(base))
             mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
         place = os.path.join(folder, os.path.dirname(_stem(adapter)))
         os.makedirs(place, exist_ok=True)

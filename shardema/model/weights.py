@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shardema import backends
-from shardema.backends.fsdp1 import FLAT
-from shardema.backends.tree import Form, named_tensors
+from shardema.backends.tree import FLAT, Form, named_tensors
 from shardema.model import own_state, replicas, selection
 from shardema.model.selection import Buffers, Select
 from shardema.policy import ShadowPolicy
