@@ -117,6 +117,7 @@ SETTINGS: dict[str, dict[str, tuple[Any, Draw]]] = {
     },
     "fabric": COMMON
     | {
+        "skips": ((), lambda rng: ()),
         "rates": ((), RATES),
         "by_call": (False, lambda rng: rng.random() < 0.3),  # update() in place of attach()
     },
@@ -135,7 +136,7 @@ def draw(seed: int, trainer: str = "", kills: bool = False) -> Case:
     averages = {}
     for key in ["ema"] if rng.random() < 0.6 else ["fast", "slow"]:
         averages[key] = {
-            "rule": rng.choice(_RULES[1:3] if settings.get("samples") else _RULES),
+            "rule": "half_life" if settings.get("samples") else rng.choice(_RULES),
             "decay": rng.choice([0.5, 0.75, 0.9]),
             "update_every": rng.choice([1, 1, 1, 2]),
             "float64": rng.random() < 0.2,
@@ -160,6 +161,13 @@ def draw(seed: int, trainer: str = "", kills: bool = False) -> Case:
         )
     if kills and rng.random() < 0.1:
         lives[0] = replace(lives[0], ends="kill")
-    if sharded and kinds == ["fsdp2"]:
-        settings["skips"] = ()  # a GradScaler needs more than gloo has for shards
+    _reconcile(name, settings, sharded=bool(sharded and kinds))
     return Case(seed, name, averages, settings, tuple(lives))
+
+
+def _reconcile(trainer: str, settings: dict[str, Any], sharded: bool) -> None:
+    """Puts settings back to their plain value that do not go with others."""
+    if sharded or settings.get("rates"):
+        settings["skips"] = ()  # one GradScaler is for one optimizer of whole gradients
+    if trainer == "lightning" and settings["rates"]:
+        settings["accumulate"] = 1  # Lightning accumulates only in automatic optimization

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shardema import ShadowPolicy
+from shardema.schedules import half_life
 from tests.soak import averages
 from tests.soak.averages import Truth
 from tests.soak.trainers.cases import FINISHES, Case, Life
@@ -80,11 +81,16 @@ def optimizers(case: Case, net: nn.Module) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(part, lr=0.05) for part in parts]
 
 
+def samples(case: Case) -> bool:
+    """Whether the clock of the averages counts samples."""
+    return case.trainer == "transformers" and bool(case["samples"])
+
+
 def schedules(case: Case) -> Any:
     """The averages of a case as the library is given them."""
     rules = {name: averages.rule(settings) for name, settings in case.averages.items()}
-    if case.trainer == "transformers" and case["samples"]:
-        rules = {n: dataclasses.replace(rule, unit="sample") for n, rule in rules.items()}
+    if samples(case):
+        rules = {name: half_life(rule.length, unit="sample") for name, rule in rules.items()}
     return rules if list(rules) != ["ema"] else rules["ema"]
 
 
@@ -174,8 +180,7 @@ def advance(case: Case, state: State, life: Life) -> None:
             if now:
                 optimizer.step()
     if counted(case, state.step):
-        samples = case.trainer == "transformers" and case["samples"]
-        dt = BATCH * life.ranks * case["accumulate"] if samples else 1
+        dt = BATCH * life.ranks * case["accumulate"] if samples(case) else 1
         for truth in state.truths.values():
             truth.update(state.weights(), dt)
     state.step += 1
@@ -295,7 +300,7 @@ def plans(case: Case) -> list[Plan]:
 
 
 def _begun(case: Case, number: int, life: Life, disk: dict[Key, State]) -> Plan:
-    shared = case.trainer != "transformers" or case["shared"]
+    shared = case.trainer == "accelerate" or (case.trainer == "transformers" and case["shared"])
     folder = 0 if shared else number
     there = sorted(disk)
     start = there[int(life.start * len(there))] if there and life.start is not None else None

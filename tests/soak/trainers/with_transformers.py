@@ -71,6 +71,7 @@ def live(case: Case, plan: Plan, root: Path) -> None:
         assert plan.ends == FINISHES, "it did not stop"
     except (checks.Stop, KeyboardInterrupt):
         assert plan.ends in ("exception", "interrupt")
+    trainer.callback_handler.pop_callback(watch)
     if dist.is_initialized():
         dist.barrier()
     _check_history(case, plan, trainer, watch)
@@ -251,7 +252,6 @@ def _train_again(
     trainer.args.max_steps = again.steps
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.args.eval_on_start = trainer.args.load_best_model_at_end = False
-    trainer.callback_handler.pop_callback(Watch)
     trainer.train()
     checks.weights(checks.full(trainer.model), state, "after a second train()")
     checks.average(callback.ema, state, "after a second train()")
