@@ -152,7 +152,9 @@ def draw(seed: int, trainer: str = "", kills: bool = False) -> Case:
             Life(
                 ranks=2 if two else 1,
                 kind=kind,
-                start=None if not number or rng.random() < 0.1 else rng.choice([0.99, rng.random()]),
+                start=None
+                if not number or rng.random() < 0.1
+                else rng.choice([0.99, rng.random()]),
                 steps=steps,
                 ends=rng.choice([FINISHES, FINISHES, "exception", "interrupt"]),
                 where=rng.choice(["train", "train", "evaluate"]),
@@ -167,7 +169,12 @@ def draw(seed: int, trainer: str = "", kills: bool = False) -> Case:
 
 def _reconcile(trainer: str, settings: dict[str, Any], sharded: bool) -> None:
     """Puts settings back to their plain value that do not go with others."""
+    if trainer == "accelerate" and sharded:
+        settings["rates"] = ()  # its FSDP2 saves as many optimizers as there are models
     if sharded or settings.get("rates"):
         settings["skips"] = ()  # one GradScaler is for one optimizer of whole gradients
     if trainer == "lightning" and settings["rates"]:
         settings["accumulate"] = 1  # Lightning accumulates only in automatic optimization
+        settings["limit"] = False  # which is ModelCheckpoint's, and that counts every optimizer
+    if trainer == "lightning" and sharded and settings["part"]:
+        settings["module"] = False  # a part of what fully_shard was given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,12 +28,10 @@ class Stop(Exception):
 def stop(plan: Plan) -> None:
     """Ends a life where and how its plan says: raises, or kills this process."""
     if plan.ends == "kill":
-        os.kill(os.getpid(), 9)
+        if dist.is_initialized():
+            dist.barrier()  # what the others still write is not this test's
+        os.kill(os.getpid(), signal.SIGKILL)
     raise KeyboardInterrupt if plan.ends == "interrupt" else Stop
-
-
-def main() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def weights(got: Mapping[str, Tensor], state: State, what: str) -> None:
@@ -87,10 +86,15 @@ def stored(
     rename: Rename = lambda name: name,
 ) -> None:
     """The average in a folder, as a plain model reads it. Collective."""
-    select = {"select": rename("down.weight").replace("weight", "*")} if case["part"] else {}
+    # a child that is averaged alone is all that there is
+    select = {"select": pattern} if case["part"] and (pattern := _select(rename)) != "*" else {}
     ema = ShardedEMA(build(), plain.schedules(case), **plain.options(case), **select)
     ema.load(folder)
     average(ema, state, what, rename)
+
+
+def _select(rename: Rename) -> str:
+    return rename("down.weight").removesuffix("weight") + "*"
 
 
 def loss(got: float, state: State, name: str | None, what: str, second: bool = False) -> None:

@@ -309,7 +309,7 @@ def _begun(case: Case, number: int, life: Life, disk: dict[Key, State]) -> Plan:
     life = dataclasses.replace(life, steps=total)
     last, ends, in_evaluation = total, life.ends, False
     if case.trainer == "transformers" and first == total and first % per_epoch(case, life.ranks):
-        last += 1  # the Trainer of a finished run makes a step before it looks, except at an epoch's end
+        last += 1  # it looks after a step, or at the end of an epoch, whether it is done
     steps = [k for k in range(first + 1, total + 1) if evaluates(case, life, k)]
     if ends != FINISHES and first == total:
         ends = FINISHES
@@ -330,9 +330,7 @@ def _live(case: Case, plan: Plan, disk: dict[Key, State]) -> None:
         plan.states[state.step] = state.copy()
 
 
-def _checkpoint(
-    case: Case, plan: Plan, state: State, disk: dict[Key, State], broken: bool
-) -> None:
+def _checkpoint(case: Case, plan: Plan, state: State, disk: dict[Key, State], broken: bool) -> None:
     step, key = state.step, (plan.folder, state.step)
     now = saves(case, plan.life, step)
     best = case["best"] if case.trainer == "transformers" else ""

@@ -20,6 +20,7 @@ from shardema.integrations.transformers import FOLDER, EMACallback
 from tests.soak.trainers import checks, plain
 from tests.soak.trainers.cases import FINISHES, Case
 from tests.soak.trainers.plain import Plan
+from tests.soak.trainers.with_accelerate import fresh
 
 
 class Planned(Trainer):
@@ -103,11 +104,8 @@ def _saved(case: Case) -> str:
     return names[0] if choice == "" else names[int(choice * len(names))]
 
 
-def _trainer(
-    case: Case, plan: Plan, folder: Path, callback: EMACallback, watch: Watch
-) -> Planned:
-    if dist.is_initialized():
-        os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
+def _trainer(case: Case, plan: Plan, folder: Path, callback: EMACallback, watch: Watch) -> Planned:
+    fresh()
     order = {"bind": [], "first": [callback], "last": []}[case["callbacks"]]
     order = [*order, watch, *([callback] if case["callbacks"] == "last" else [])]
     net = plain.Net()
