@@ -169,8 +169,13 @@ def draw(seed: int, trainer: str = "", kills: bool = False) -> Case:
 
 def _reconcile(trainer: str, settings: dict[str, Any], sharded: bool) -> None:
     """Puts settings back to their plain value that do not go with others."""
-    if trainer == "accelerate" and sharded:
-        settings["rates"] = ()  # its FSDP2 saves as many optimizers as there are models
+    if trainer == "accelerate":
+        if sharded:
+            settings["rates"] = ()  # its FSDP2 saves as many optimizers as there are models
+        if settings["naming"]:
+            settings["alone"] = False  # accelerate waits for all ranks before it writes
+    if sharded and settings["rates"]:
+        settings["rates"] = (1, 1)  # torch reads no state of an optimizer that never stepped
     if sharded or settings.get("rates"):
         settings["skips"] = ()  # one GradScaler is for one optimizer of whole gradients
     if trainer == "lightning" and settings["rates"]:

@@ -172,7 +172,9 @@ def advance(case: Case, state: State, life: Life) -> None:
     passes = micro_batches(case, state.step, life.ranks)
     scale = len(passes) if case.trainer == "transformers" else case["accumulate"]
     state.net.zero_grad()
-    for reduced in _gradients(state.net, passes, scale, each=life.kind == "fsdp2"):
+    # accelerate's accumulate() holds the reduction back for FSDP2 too
+    each = life.kind == "fsdp2" and case.trainer != "accelerate"
+    for reduced in _gradients(state.net, passes, scale, each):
         for param, grad in reduced:
             param.grad = grad if param.grad is None else param.grad + grad
     if state.step not in case["skips"]:

@@ -34,7 +34,7 @@ class FabricLoop(Loop):
     def build(self) -> None:
         case, life = self.case, self.plan.life
         strategy: Any = {"plain": "auto", "ddp": "ddp"}.get(life.kind)
-        strategy = strategy or ModelParallelStrategy(parallelize_fn=_sharded)
+        strategy = strategy or ModelParallelStrategy(_sharded, life.ranks, 1)
         self.fabric = Fabric(accelerator="cpu", devices=life.ranks, strategy=strategy)
         self.fabric.launch()
         assert self.fabric.world_size == life.ranks
