@@ -87,7 +87,7 @@ def live(case: Case, plan: Plan, root: Path) -> None:
     if plan.ends == FINISHES:
         _evaluate(case, end, trainer)
         if case["twice"]:
-            _train_again(case, plan, end, trainer, callback)
+            _train_again(case, plan, trainer, callback)
 
 
 def _callback(case: Case) -> EMACallback:
@@ -158,7 +158,11 @@ def _arguments(case: Case, plan: Plan, folder: Path) -> TrainingArguments:
         report_to=[],
         disable_tqdm=True,
         **(best if case["best"] else {}),
-        **({"ddp_backend": "gloo"} if dist.is_initialized() else {}),
+        **(
+            {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+            if dist.is_initialized()
+            else {}
+        ),
     )
 
 
@@ -237,11 +241,10 @@ def _evaluate(case: Case, state: plain.State, trainer: Planned) -> None:
     checks.weights(checks.full(trainer.model), state, "after predict()")
 
 
-def _train_again(
-    case: Case, plan: Plan, state: plain.State, trainer: Planned, callback: EMACallback
-) -> None:
+def _train_again(case: Case, plan: Plan, trainer: Planned, callback: EMACallback) -> None:
     """A further train() begins a new average, of the weights that the model has."""
-    state = state.copy()
+    state = plan.end.copy()
+    state.net.load_state_dict(checks.full(trainer.model))  # the best, with the last moments
     plain.restart_averages(case, state)
     state.step, state.best = 0, None
     again = dataclasses.replace(plan.life, steps=2)
