@@ -6,6 +6,7 @@ Exit codes: 0 nothing was found, 1 a fault, whose script is on the disk, 2 the c
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -65,5 +66,17 @@ def _show(tally: Tally, seconds: float) -> None:
     )
 
 
+def command(words: list[str]) -> int:
+    """The exit status of a command line."""
+    try:
+        main(words, standalone_mode=False)
+    except click.UsageError as error:
+        click.echo(f"soak: {error.format_message()}", err=True)
+        return 2
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0  # of --help
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(command(sys.argv[1:]))

@@ -119,7 +119,9 @@ class Machine:
 
     def shorten(self, fault: Fault, tries: int = 80) -> Fault:
         """The plainest case found that still fails."""
-        best, again = fault, True
+        case = fault.case
+        others = {k: v for k, v in case.settings.items() if v != PLAIN[case.trainer][k]}
+        best, again = Fault(case.with_settings(others), fault.said), True
         while again:
             again = False
             for case in plainer(best.case):
@@ -139,9 +141,8 @@ def plainer(case: Case) -> Iterator[Case]:
     if any(life.ranks > 1 for life in lives):
         yield case.with_lives([replace(life, ranks=1, kind="plain") for life in lives])
     for name in case.settings:
-        if case[name] != PLAIN[case.trainer][name]:
-            rest = {key: value for key, value in case.settings.items() if key != name}
-            yield case.with_settings(rest)
+        rest = {key: value for key, value in case.settings.items() if key != name}
+        yield case.with_settings(rest)
     if len(case.averages) > 1:
         for name in case.averages:
             yield replace(case, averages={"ema": case.averages[name]})
