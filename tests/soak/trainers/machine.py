@@ -158,6 +158,8 @@ def plainer(case: Case) -> Iterator[Case]:
 def _plainer(life: Life) -> Iterator[Life]:
     if life.ends != FINISHES:
         yield replace(life, ends=FINISHES, where="train", at=0.5)
+    if life.start is not None:
+        yield replace(life, start=None)
     if life.start not in (None, 0.99):
         yield replace(life, start=0.99)
     if life.steps > 1:
