@@ -99,6 +99,7 @@ SETTINGS: dict[str, dict[str, tuple[Any, Draw]]] = {
         "skips": ((), lambda rng: ()),
         "rates": ((), RATES),
         "order": (0.0, lambda rng: rng.random()),  # of the callbacks
+        "raw_last": (False, lambda rng: rng.random() < 0.5),  # of two dataloaders
         "limit": (False, lambda rng: rng.random() < 0.2),  # only the newest checkpoint is kept
         "last": (False, lambda rng: rng.random() < 0.3),  # a last.ckpt that is written over
         "module": (False, lambda rng: rng.random() < 0.4),  # the child alone is averaged

@@ -176,12 +176,14 @@ def _names(case: Case) -> checks.Rename:
 def _sides(case: Case) -> list[str | None]:
     """What each dataloader is evaluated with: None are the weights themselves."""
     names = plain.evals_with(case)
-    return names if len(names) == 1 else [None, names[-1]]
+    both = [names[-1], None] if case["raw_last"] else [None, names[-1]]
+    return names if len(names) == 1 else both
 
 
 def _average(case: Case) -> str:
     """The one that evaluates and is exported."""
-    return _sides(case)[-1] or next(iter(case.averages))
+    averages = [name for name in _sides(case) if name is not None]
+    return averages[0] if averages else next(iter(case.averages))
 
 
 def _callback(case: Case, plan: Plan, root: Path) -> EMACallback:
