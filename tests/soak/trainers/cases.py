@@ -26,6 +26,7 @@ class Life:
         ends: ``exception``, ``interrupt`` or ``kill``, or empty: it finishes.
         where: in ``train``, in the forward of a step, or in ``evaluate``.
         at: in the middle of which step, as a number below 1 of those that it would make.
+        data: which of three training sets it reads, so what it writes over is something else.
     """
 
     ranks: int = 1
@@ -35,6 +36,7 @@ class Life:
     ends: str = FINISHES
     where: str = "train"
     at: float = 0.5
+    data: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def draw(seed: int, trainer: str = "", kills: bool = False) -> Case:
                 ends=rng.choice([FINISHES, FINISHES, "exception", "interrupt"]),
                 where=rng.choice(["train", "train", "evaluate"]),
                 at=rng.random(),
+                data=rng.randrange(3),
             )
         )
     if kills and rng.random() < 0.1:

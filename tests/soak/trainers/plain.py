@@ -47,9 +47,9 @@ def _samples(seed: int, batches: int) -> list[Batch]:
     return [(rows[:, :5].contiguous(), rows[:, 5:].contiguous()) for rows in drawn]
 
 
-def train_set(case: Case) -> list[Batch]:
+def train_set(case: Case, life: Life) -> list[Batch]:
     """The batches of an epoch, of all ranks together."""
-    return _samples(case.seed, case["batches"])
+    return _samples(3 * case.seed + life.data, case["batches"])
 
 
 def eval_set(second: bool = False) -> list[Batch]:
@@ -143,9 +143,10 @@ def per_epoch(case: Case, ranks: int) -> int:
     return -(-(case["batches"] // ranks) // case["accumulate"])
 
 
-def micro_batches(case: Case, step: int, ranks: int) -> list[list[Batch]]:
+def micro_batches(case: Case, step: int, life: Life) -> list[list[Batch]]:
     """What a step is made of: for each pass that is accumulated, the batch of each rank."""
-    batches, passes, mine = train_set(case), case["accumulate"], case["batches"] // ranks
+    batches, passes, ranks = train_set(case, life), case["accumulate"], life.ranks
+    mine = case["batches"] // ranks
     if case.trainer == "lightning":  # whose loader has no end
         numbers = [(step * passes + n) % mine for n in range(passes)]
     else:
@@ -169,7 +170,7 @@ def counted(case: Case, step: int) -> bool:
 
 def advance(case: Case, state: State, life: Life) -> None:
     """One step of the loop."""
-    passes = micro_batches(case, state.step, life.ranks)
+    passes = micro_batches(case, state.step, life)
     scale = len(passes) if case.trainer == "transformers" else case["accumulate"]
     state.net.zero_grad()
     # accelerate's accumulate() holds the reduction back for FSDP2 too

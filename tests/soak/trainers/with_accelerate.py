@@ -46,7 +46,8 @@ class AccelerateLoop(Loop):
         if case["skips"]:  # accelerate makes none on the CPU
             self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         net = plain.Net()
-        rows = [(x, y) for xs, ys in plain.train_set(case) for x, y in zip(xs, ys, strict=True)]
+        batches = plain.train_set(case, self.plan.life)
+        rows = [(x, y) for xs, ys in batches for x, y in zip(xs, ys, strict=True)]
         self.model, self.loader, *self.optimizers = self.accelerator.prepare(
             net, DataLoader(rows, batch_size=plain.BATCH), *plain.optimizers(case, net)
         )

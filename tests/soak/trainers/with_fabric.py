@@ -56,7 +56,7 @@ class FabricLoop(Loop):
         ranks = self.plan.life.ranks
         rank = dist.get_rank() if ranks > 1 else 0
         while True:
-            passes = plain.micro_batches(self.case, step, ranks)
+            passes = plain.micro_batches(self.case, step, self.plan.life)
             for number, one in enumerate(passes):
                 self.ended = number == len(passes) - 1
                 yield one[rank]

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from shardema.integrations.lightning import EMACallback
 from tests.soak.trainers import checks, plain
-from tests.soak.trainers.cases import FINISHES, Case
+from tests.soak.trainers.cases import FINISHES, Case, Life
 from tests.soak.trainers.plain import Batch, Plan
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -32,13 +32,13 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 class Batches(IterableDataset[Batch]):
     """This rank's batches, from a step on, without an end."""
 
-    def __init__(self, case: Case, ranks: int, start: int) -> None:
-        self.case, self.ranks, self.start = case, ranks, start
+    def __init__(self, case: Case, life: Life, start: int) -> None:
+        self.case, self.life, self.start = case, life, start
 
     def __iter__(self) -> Iterator[Batch]:
         step = self.start
         while True:
-            for one in plain.micro_batches(self.case, step, self.ranks):
+            for one in plain.micro_batches(self.case, step, self.life):
                 yield one[_rank()]
             step += 1
 
@@ -80,7 +80,7 @@ class Module(pl.LightningModule):
         return plain.optimizers(self.case, self.net)
 
     def train_dataloader(self) -> Any:
-        return DataLoader(Batches(self.case, self.plan.life.ranks, self.done), batch_size=None)
+        return DataLoader(Batches(self.case, self.plan.life, self.done), batch_size=None)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Any:
         step = self.done

@@ -114,7 +114,7 @@ def _trainer(case: Case, plan: Plan, folder: Path, callback: EMACallback, watch:
     trainer = Planned(
         net,
         _arguments(case, plan, folder),
-        train_dataset=_rows(plain.train_set(case)),
+        train_dataset=_rows(plain.train_set(case, plan.life)),
         eval_dataset=sets if case["sets"] else sets["one"],
         callbacks=order,
         optimizers=(optimizer, None),
