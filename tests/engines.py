@@ -81,11 +81,11 @@ class Config:
     def autocast(self) -> bool:
         return "torch_autocast" in self.more
 
-    def engine(self, **more: Any) -> Any:
-        """A new engine. Collective."""
+    def engine(self, module: nn.Module | None = None, **more: Any) -> Any:
+        """A new engine, over the zoo's model if no other is given. Collective."""
         import deepspeed
 
-        module = model()
+        module = model() if module is None else module
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_allow_untested_optimizer": True,
@@ -222,6 +222,25 @@ def masters(engine: Any) -> dict[str, Tensor]:
             full[name_of[id(param)]] = part.clone().view(param.shape)
             start += param.numel() + gap
     return full
+
+
+def held(engine: Any) -> list[Tensor]:
+    """All memory of this rank that holds weights: masters, 16-bit copies, what stays gathered."""
+    opt = engine.optimizer
+    masters = {
+        "FP16_UnfusedOptimizer": lambda: [p for group in opt.fp32_groups for p in group],
+        "FP16_Optimizer": lambda: list(opt.fp32_groups_flat),
+        "BF16_Optimizer": lambda: list(opt.fp32_groups_flat_partition),
+        _12: lambda: list(opt.single_partition_of_fp32_groups),
+        _3: lambda: list(opt.fp32_partitioned_groups_flat),
+    }.get(type(opt).__name__, list)()
+    parts = []
+    for param in engine.module.parameters():
+        if hasattr(param, "ds_tensor"):
+            parts.append(param.ds_tensor)
+        if not hasattr(param, "ds_tensor") or param.ds_persist:
+            parts.append(param)
+    return [part.detach() for part in (*masters, *parts)]
 
 
 def _gathered(partitions: list[Tensor]) -> list[Tensor]:

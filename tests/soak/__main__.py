@@ -14,15 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from tests.layouts import LAYOUTS
 from tests.soak.cases import KINDS, Case
+from tests.soak.layouts import ALL
 from tests.soak.machine import Tally, cases, script, shorten, soak
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--operations", type=click.IntRange(1), default=2000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--layout", type=click.Choice(list(LAYOUTS)), help="This one only.")
+@click.option("--layout", type=click.Choice(list(ALL)), help="This one only.")
 @click.option("--out", type=click.Path(file_okay=False), default=".", help="For scripts of faults.")
 @click.option("--shorten/--no-shorten", "shorter", default=True, help="Shorten what fails.")
 def main(operations: int, seed: int, layout: str | None, out: str, shorter: bool) -> None:
@@ -50,9 +50,9 @@ def main(operations: int, seed: int, layout: str | None, out: str, shorter: bool
 
 def _show(tally: Tally) -> None:
     console = Console()
-    table = Table("kind", *(f"{n}" for n in LAYOUTS))
+    table = Table("kind", *(f"{n}" for n in ALL))
     for kind in KINDS:
-        counts = [tally.operations[name, kind] for name in LAYOUTS]
+        counts = [tally.operations[name, kind] for name in ALL]
         table.add_row(kind, *(str(n) if n else "" for n in counts))
     console.print(table)
     missing = tally.missing_pairs()

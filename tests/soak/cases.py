@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.layouts import LAYOUTS
+from tests.soak.layouts import ALL, ENGINES
 
 FLAT = ("fsdp1-flat",)  # a flat parameter trains, freezes and is stepped as one
 WHOLE = ("plain", "ddp", "ddp-slices", "ddp-travelling-slices")
@@ -80,6 +81,9 @@ def _train(rng: random.Random, case: Case) -> dict[str, Any]:
     hows = ["plain"] * 5 + ["closure"]
     hows += ["skipped"] if case.layout in ("plain", "ddp") else []
     hows += ["in_backward"] if case.layout in ("plain", "fsdp2") else []
+    if case.layout in ENGINES:  # one optimizer, whose steps are the engine's
+        overflows = ENGINES[case.layout].config.looks_for_overflow
+        hows = ["plain"] * 5 + (["skipped"] if overflows else [])
     return {
         "seed": rng.randrange(1000),
         "stepped": stepped,
@@ -91,6 +95,8 @@ def _train(rng: random.Random, case: Case) -> dict[str, Any]:
 
 def _under(case: Case) -> list[str]:
     """FSDP cannot go on from what it allocated in a first forward under inference mode."""
+    if case.layout in ENGINES:  # whose forward turns autocast off
+        return ["no_grad"]
     return ["no_grad", "autocast"] + (["inference_mode"] if case.layout in WHOLE else [])
 
 
@@ -159,7 +165,15 @@ def _older(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _other(rng: random.Random, case: Case) -> dict[str, Any]:
-    return {"layout": rng.choice(["plain", "ddp", "fsdp2", "fsdp1"])}
+    others = ["plain", "ddp", "fsdp2", "fsdp1"]
+    if case.layout in ENGINES:  # the model is of the dtype that the engine trains
+        bf16 = case.model["bf16"]
+        others += [name for name, engine in ENGINES.items() if engine.bf16 == bf16]
+    return {"layout": rng.choice(others)}
+
+
+def _rollback(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {"back": rng.randrange(3), "average": rng.random() < 0.5}
 
 
 KINDS: dict[str, Kind] = {
@@ -177,7 +191,7 @@ KINDS: dict[str, Kind] = {
     "export": Kind(1, _export),
     "save": Kind(2, lambda rng, case: {"frozen": rng.random() < 0.3}),
     "load": Kind(2, _older),
-    "load_elsewhere": Kind(0.7, _other, layouts=tuple(n for n in LAYOUTS if n != "fsdp2-tp")),
+    "load_elsewhere": Kind(0.7, _other, layouts=tuple(n for n in ALL if n != "fsdp2-tp")),
     "load_full": Kind(1, lambda rng, case: {**_named(rng, case), "file": rng.random() < 0.5}),
     "dcp": Kind(0.7),
     "state_dict": Kind(0.7),
@@ -208,6 +222,9 @@ KINDS: dict[str, Kind] = {
     "prefetch": Kind(0.7, layouts=FSDP2),
     "unshard": Kind(0.7, _unit, layouts=FSDP2),
     "summon": Kind(0.5, layouts=FSDP1, refuses=True),
+    "save_checkpoint": Kind(2, layouts=tuple(ENGINES)),
+    "load_checkpoint": Kind(2, _rollback, tuple(ENGINES)),
+    "engine_refuses": Kind(0.7, layouts=tuple(ENGINES), refuses=True),
 }
 
 _RULES = ["constant", "half_life", "power", "ramp", "warmup", "debiased", "by_pattern"]
@@ -216,17 +233,19 @@ _RULES = ["constant", "half_life", "power", "ramp", "warmup", "debiased", "by_pa
 def draw(seed: int, layout: str = "", length: int = 40) -> Case:
     """The case of a seed, on ``layout`` if it is given."""
     rng = random.Random(seed)
-    name = rng.choice(list(LAYOUTS))
+    name = rng.choice(list(ALL))
     name = layout or name
-    chosen = LAYOUTS[name]
+    chosen = ALL[name]
     ranks = rng.choice(chosen.worlds)
-    bf16 = rng.random() < 0.25 and name != "fsdp2-tp"
+    engine = ENGINES.get(name)
+    bf16 = engine.bf16 if engine else rng.random() < 0.25 and name != "fsdp2-tp"
     model = {
         "bf16": bf16,
         "experts": rng.choice([0, 0, 2, 3]) if name not in FLAT else 0,
-        "all_experts": name in ("ddp", "ddp-slices", "ddp-travelling-slices"),
+        "all_experts": name in ("ddp", "ddp-slices", "ddp-travelling-slices", *ENGINES),
         "tied": rng.random() < 0.7,
-        "norm": rng.random() < 0.6,
+        # of BatchNorm's statistics in bf16 engines see `tests.engines.model`
+        "norm": rng.random() < 0.6 and not (engine and engine.bf16),
         "odd": rng.random() < 0.4,
         **{option: rng.random() < 0.5 for option in chosen.options},
     }

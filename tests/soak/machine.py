@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests import world
 from tests.soak.cases import KINDS, Action, Case, draw
+from tests.soak.layouts import ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 12  # cases of one world
@@ -77,7 +78,7 @@ def run(cases: Sequence[Case]) -> Iterator[tuple[Case, str]]:
 
     A rank that fails may leave the others out of step, so the cases after a fault get a new world.
     """
-    for ranks, same in itertools.groupby(cases, key=lambda case: case.ranks):
+    for (ranks, _), same in itertools.groupby(cases, key=_world):
         left = list(same)
         while left:
             batch = left[:BATCH]
@@ -101,7 +102,12 @@ def cases(operations: int, seed: int, layout: str = "", length: int = 40) -> lis
     """Cases of so many operations together, those of one size of world side by side."""
     count = max(1, -(-operations // length))
     drawn = [draw(seed + n, layout, min(length, operations)) for n in range(count)]
-    return sorted(drawn, key=lambda case: case.ranks)
+    return sorted(drawn, key=_world)
+
+
+def _world(case: Case) -> tuple[int, bool]:
+    """What cases of one world have in common; DeepSpeed is imported in some only."""
+    return case.ranks, case.layout in ENGINES
 
 
 def soak(

@@ -6,6 +6,7 @@ A public read would flush, free or close what is open, and hide the fault that i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,18 @@ from torch.distributed.tensor import DTensor
 
 from shardema import ShardedEMA
 from shardema.shard import Box
+from tests import engines
+
+
+def is_engine(model: Any) -> bool:
+    """Whether DeepSpeed steps the model."""
+    return hasattr(model, "micro_steps")
 
 
 def local_parts(model: nn.Module) -> list[Tensor]:
     """What the optimizer steps on this rank, whatever a forward has left gathered."""
+    if is_engine(model):
+        return engines.held(model)
     parts: list[Tensor] = []
     seen: set[int] = set()
     for module in model.modules():
@@ -41,6 +50,9 @@ def local_parts(model: nn.Module) -> list[Tensor]:
 
 def reshard(model: nn.Module) -> None:
     """Frees what a forward has left gathered, so that what is written to the parts is seen."""
+    if is_engine(model):
+        model.empty_partition_cache()
+        return
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()  # an all-gather that is under way would be used by the next forward
@@ -52,6 +64,8 @@ def reshard(model: nn.Module) -> None:
 
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Full parameters by clean name, by torch's own means. Collective; frees what is gathered."""
+    if is_engine(model):
+        return engines.weights(model)
     if isinstance(model, FSDP):
         return _full_of_fsdp1(model)
     reshard(model)
@@ -60,6 +74,12 @@ def full_parameters(model: nn.Module) -> dict[str, Tensor]:
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in inner.named_parameters()
     }
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Full parameters as the optimizer steps them: an engine's masters. Collective."""
+    full = full_parameters(model)
+    return full | engines.masters(model) if is_engine(model) else full
 
 
 def shadows(ema: ShardedEMA, name: str) -> Iterator[tuple[str, Box, Tensor]]:
@@ -88,8 +108,13 @@ def _full_of_fsdp1(model: FSDP) -> dict[str, Tensor]:
 _WRAPPED = "_fsdp_wrapped_module"
 
 
-def own_tensors(ema: ShardedEMA) -> list[Tensor]:
-    """The model's own tensors of what is averaged, as far as this rank holds them."""
+def own_tensors(ema: ShardedEMA, model: nn.Module) -> list[Tensor]:
+    """The model's own tensors of what is averaged, as far as this rank holds them.
+
+    Of an engine those that are not parted: the parts of others are no user's to write.
+    """
+    if is_engine(model):
+        return [p for p in model.parameters() if p.requires_grad and not hasattr(p, "ds_id")]
     return [s.own for s in ema._weights.mine if s.own.numel() and s.role != "buffer"]
 
 

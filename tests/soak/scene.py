@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from shardema import ShardedEMA
-from tests import zoo
-from tests.layouts import LAYOUTS, Layout
+from tests import engines, zoo
+from tests.layouts import Layout
 from tests.soak import averages as kept
 from tests.soak import models, peek
 from tests.soak.cases import Case
+from tests.soak.layouts import ALL, ENGINES, Engine
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9),
@@ -41,6 +42,15 @@ class Saved:
 
 
 @dataclass
+class Checkpoint:
+    """A checkpoint of the engine, one of its average beside it, and what it trained then."""
+
+    folder: str
+    average: Saved
+    weights: dict[str, Tensor]
+
+
+@dataclass
 class Scene:
     """A case in this rank.
 
@@ -52,6 +62,10 @@ class Scene:
         open: those of them that have stepped since the last update.
         grown: elements of the buffer that grows.
         was_frozen: a part was frozen or unfrozen.
+        engine: how the engine was made, where it is one.
+        checkpoints: of the engine.
+        applied: number of the engine's last step, if it moved the weights.
+        counted: the one that the average has counted last.
     """
 
     case: Case
@@ -69,12 +83,17 @@ class Scene:
     count: int = 0
     grown: int = 2
     was_frozen: bool = False
+    engine: Engine | None = None
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    steps: int = 0
+    applied: int | None = None
+    counted: int | None = None
 
     # ---- what is true -------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
         """What is averaged, in full, as the twin has it. Collective."""
-        full = peek.full_parameters(self.twin)
+        full = peek.trained(self.twin)
         full |= dict(unwrapped(self.twin).named_buffers())
         return full
 
@@ -83,6 +102,24 @@ class Scene:
         now = self.weights()
         for truth in self.truths.values():
             truth.update(now, dt)
+
+    def engine_stepped(self) -> None:
+        """The engine was asked to step: what it did, it says itself."""
+        self.steps += 1
+        self.applied = self.steps if self.twin.was_step_applied() else None
+        if self.attached is not None:
+            self.engine_updated()
+
+    def engine_updated(self, dt: float = 1) -> None:
+        """The truth of an update that counts if a step was applied, and was not counted."""
+        if self.applied not in (None, self.counted):
+            self.updated(dt)
+            self.counted = self.applied
+
+    def loaded(self) -> None:
+        """Steps up to here are none of the average's that was loaded."""
+        self.open.clear()
+        self.counted = self.applied
 
     def stepped(self, number: int) -> None:
         """An optimizer stepped: the round that it belongs to may be complete."""
@@ -196,6 +233,8 @@ def deal(case: Case, model: nn.Module) -> list[list[nn.Parameter]]:
 def both_optimizers(
     case: Case, model: nn.Module, twin: nn.Module
 ) -> tuple[list[torch.optim.Optimizer], list[torch.optim.Optimizer]]:
+    if case.layout in ENGINES:  # which has its own
+        return [], []
     made = [
         [OPTIMIZERS[k](hand) for k, hand in zip(case.optimizers, deal(case, m), strict=True)]
         for m in (model, twin)
@@ -204,8 +243,8 @@ def both_optimizers(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside of DDP or FSDP1's root, whose buffers keep their names."""
-    while isinstance(model, nn.parallel.DistributedDataParallel):
+    """The module inside of DDP, an engine or FSDP1's root, whose buffers keep their names."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or peek.is_engine(model):
         model = model.module
     inner = getattr(model, "_fsdp_wrapped_module", None)
     return model if inner is None else inner
@@ -224,13 +263,16 @@ def state_buffers(model: nn.Module) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def scene(case: Case) -> Iterator[Scene]:
     """The beginning of a case, and afterwards its end: nothing is left open."""
-    layout = LAYOUTS[case.layout]
+    layout = ALL[case.layout]
+    if case.layout in ENGINES:
+        engines.prepare()
     told = [tempfile.mkdtemp(prefix="soak-") if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(told, src=0)
     torch.manual_seed(case.seed)
     model, twin = (layout.wrap(models.make(dict(case.model))) for _ in range(2))
     ema = build_ema(case, model, layout)
     at = Scene(case, layout, told[0], model, twin, ema, {}, both_optimizers(case, model, twin))
+    at.engine = ENGINES.get(case.layout)
     start = at.weights()
     names = peek.averaged(ema)
     for name, settings in case.averages.items():
