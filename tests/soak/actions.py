@@ -532,6 +532,7 @@ def copy_to_model(at: Scene, *, name: str) -> None:
         pairs = (peek.local_parts(m) for m in (at.twin, at.model))
         for theirs, ours in zip(*pairs, strict=True):
             theirs.copy_(ours)
+        peek.gather(at.twin)
         for key, buffer in unwrapped(at.twin).named_buffers():
             buffer.copy_(unwrapped(at.model).get_buffer(key))
 

@@ -18,10 +18,12 @@ class Engine:
     Attributes:
         config: how it is made, of `tests.engines`.
         micro_steps: forwards and backwards of a step.
+        worlds: numbers of ranks.
     """
 
     config: Config
     micro_steps: int = 1
+    worlds: tuple[int, ...] = (2,)
 
     @property
     def bf16(self) -> bool:
@@ -35,19 +37,19 @@ class Engine:
 ENGINES = {
     "zero0": Engine(CONFIGS["0-fp32"], 2),
     "zero0-bf16": Engine(CONFIGS["0-bf16"]),
-    "zero1": Engine(CONFIGS["1-bf16"], 2),
+    "zero1": Engine(CONFIGS["1-bf16"], 2, (2, 3)),
     "zero1-fp32-accumulation": Engine(CONFIGS["1-bf16-fp32-accumulation"], 2),
     "zero2": Engine(CONFIGS["2-fp32"]),
     "zero2-round-robin": Engine(CONFIGS["2-round-robin"], 2),
     "zero2-offload": Engine(CONFIGS["2-cpu-adam"]),
-    "zero3": Engine(CONFIGS["3-fp32"]),
+    "zero3": Engine(CONFIGS["3-fp32"], 1, (2, 3)),
     "zero3-persistent": Engine(CONFIGS["3-persistent"], 2),
     "zero3-sub-groups": Engine(CONFIGS["3-sub-groups"]),
     "zero3-offload": Engine(CONFIGS["3-offload"], 2),
 }
 
 ALL: dict[str, Layout] = LAYOUTS | {
-    name: Layout(name, "zero", (2, 3), engine.wrap) for name, engine in ENGINES.items()
+    name: Layout(name, "zero", engine.worlds, engine.wrap) for name, engine in ENGINES.items()
 }
 
 

@@ -15,7 +15,7 @@ from tests.soak.cases import KINDS, Action, Case, draw
 from tests.soak.layouts import ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
-BATCH = 12  # cases of one world
+BATCH = 40  # cases of one world
 CASE_SECONDS = 120.0
 
 

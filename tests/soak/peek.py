@@ -48,6 +48,17 @@ def local_parts(model: nn.Module) -> list[Tensor]:
     return [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in model.parameters()]
 
 
+def gathered_for_good(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of an engine's weights that a forward does not gather again."""
+    return engines.persistent(model) if is_engine(model) else {}
+
+
+def gather(model: nn.Module) -> None:
+    """What was written to an engine's parts is what it computes with. Collective."""
+    if is_engine(model):
+        engines.gather_persistent(model)
+
+
 def reshard(model: nn.Module) -> None:
     """Frees what a forward has left gathered, so that what is written to the parts is seen."""
     if is_engine(model):
@@ -65,7 +76,9 @@ def reshard(model: nn.Module) -> None:
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Full parameters by clean name, by torch's own means. Collective; frees what is gathered."""
     if is_engine(model):
-        return engines.weights(model)
+        full = engines.weights(model)
+        engines.gather_persistent(model)
+        return full
     if isinstance(model, FSDP):
         return _full_of_fsdp1(model)
     reshard(model)

@@ -159,6 +159,9 @@ class Scene:
         assert len(ours) == len(theirs)
         for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             assert peek.equal(a, b), f"weights: part {number} differs from the twin's"
+        mine, its = (peek.gathered_for_good(model) for model in (self.model, self.twin))
+        for name in mine.keys() & its.keys():
+            assert peek.equal(mine[name], its[name]), f"weights: {name} was not gathered anew"
         buffers = dict(unwrapped(self.twin).named_buffers())
         for name, buffer in unwrapped(self.model).named_buffers():
             assert peek.equal(buffer, buffers[name]), f"buffer {name} differs from the twin's"
