@@ -225,7 +225,7 @@ def masters(engine: Any) -> dict[str, Tensor]:
 
 
 def held(engine: Any) -> list[Tensor]:
-    """All memory of this rank that holds weights: masters, and 16-bit copies, gathered or parted."""
+    """All memory of this rank that holds weights: masters, and 16-bit copies or parts of them."""
     opt = engine.optimizer
     masters = {
         "FP16_UnfusedOptimizer": lambda: [p for group in opt.fp32_groups for p in group],

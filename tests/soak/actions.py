@@ -432,7 +432,7 @@ def save(at: Scene, *, frozen: bool) -> None:
 @action
 def load(at: Scene, *, back: int) -> None:
     if not at.saved:
-        return
+        save(at, frozen=False)
     saved = at.saved[-1 - back % len(at.saved)]
     at.ema.load(saved.folder)
     at.truths = {name: truth.copy() for name, truth in saved.truths.items()}
@@ -444,7 +444,7 @@ def load(at: Scene, *, back: int) -> None:
 def load_elsewhere(at: Scene, *, layout: str) -> None:
     """The newest checkpoint in a model that is sharded in another way."""
     if not at.saved:
-        return
+        save(at, frozen=True)
     saved = at.saved[-1]
     other = ALL[layout]
     options = dict(at.case.model)
@@ -701,7 +701,7 @@ def save_checkpoint(at: Scene) -> None:
 def load_checkpoint(at: Scene, *, back: int, average: bool) -> None:
     """The engine goes back to an older step, alone or with its average."""
     if not at.checkpoints:
-        return
+        save_checkpoint(at)
     found = at.checkpoints[-1 - back % len(at.checkpoints)]
     for model, kind in ((at.twin, "twin"), (at.model, "model")):
         model.load_checkpoint(f"{found.folder}/{kind}", tag="it")
@@ -780,10 +780,10 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     """A signal's exception in the middle of a call: it is made whole, or not at all."""
     at.close_round()
     at.detach()
+    if call == "load" and not at.saved:
+        save(at, frozen=False)
     before = _truths(at)
     after = _truths(at)
-    if call == "load" and not at.saved:
-        return
     full = at.ema.full_state_dict(name, all_ranks=True) if call == "load_full" else {}
     if call == "load":
         after = {key: truth.copy() for key, truth in at.saved[0].truths.items()}

@@ -6,6 +6,7 @@ sequence may be cut anywhere, and a case prints as the Python that makes it agai
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -227,16 +228,51 @@ KINDS: dict[str, Kind] = {
     "engine_refuses": Kind(0.7, layouts=tuple(ENGINES), refuses=True),
 }
 
+_SEVERAL = ("differ", "late", "missing")  # of several ranks
 _RULES = ["constant", "half_life", "power", "ramp", "warmup", "debiased", "by_pattern"]
 
 
-def draw(seed: int, layout: str = "", length: int = 40) -> Case:
-    """The case of a seed, on ``layout`` if it is given."""
+_BOOST = 12  # weight of a pair that was not drawn yet
+
+
+def possible(layout: str) -> list[str]:
+    """The kinds of actions that a layout takes."""
+    alone = ALL[layout].worlds == (1,)
+    return [
+        name
+        for name, kind in KINDS.items()
+        if (not kind.layouts or layout in kind.layouts) and not (alone and name in _SEVERAL)
+    ]
+
+
+def possible_pairs(layouts: Sequence[str] = tuple(ALL)) -> set[tuple[str, str]]:
+    """Kinds that may follow each other on some layout."""
+    return {
+        pair for layout in layouts for pair in itertools.product(possible(layout), possible(layout))
+    }
+
+
+def draw(
+    seed: int,
+    layout: str = "",
+    length: int = 40,
+    *,
+    kinds: Sequence[str] = (),
+    layouts: Sequence[str] = tuple(ALL),
+    seen: set[tuple[str, str]] | None = None,
+) -> Case:
+    """The case of a seed.
+
+    Args:
+        layout: on this one.
+        kinds: of these only.
+        layouts: that it is drawn from.
+        seen: pairs of kinds that were drawn; others are drawn rather, and are added.
+    """
     rng = random.Random(seed)
-    name = rng.choice(list(ALL))
-    name = layout or name
+    name = layout or _layout(rng, layouts, seen)
     chosen = ALL[name]
-    ranks = rng.choice(chosen.worlds)
+    ranks = rng.choice([*chosen.worlds, chosen.worlds[0]])
     engine = ENGINES.get(name)
     bf16 = engine.bf16 if engine else rng.random() < 0.25 and name != "fsdp2-tp"
     model = {
@@ -264,11 +300,31 @@ def draw(seed: int, layout: str = "", length: int = 40) -> Case:
         settings["buffers"] = "average" if average_buffers else "copy"
     optimizers = [rng.choice(["sgd", "adam"]) for _ in range(rng.choice([1, 1, 2]))]
     case = Case(seed, name, ranks, model, averages, optimizers, ())
-    possible = [k for k, kind in KINDS.items() if not kind.layouts or name in kind.layouts]
-    if ranks == 1:
-        possible = [k for k in possible if k not in ("differ", "late", "missing")]
-    weights = [KINDS[k].weight for k in possible]
-    actions = []
-    for kind in rng.choices(possible, weights, k=length):
+    among = [kind for kind in possible(name) if not kinds or kind in kinds]
+    actions: list[Action] = []
+    for _ in range(length):
+        kind = _next(rng, among, actions[-1].kind if actions else "", seen)
         actions.append(Action(kind, KINDS[kind].draw(rng, case)))
     return case.with_actions(actions)
+
+
+def _layout(rng: random.Random, layouts: Sequence[str], seen: set[tuple[str, str]] | None) -> str:
+    if seen is None or rng.random() < 0.7:
+        return rng.choice(list(layouts))
+    lacks = {name: len(possible_pairs([name]) - seen) for name in layouts}
+    return rng.choice([name for name in layouts if lacks[name] == max(lacks.values())])
+
+
+def _next(
+    rng: random.Random, among: Sequence[str], last: str, seen: set[tuple[str, str]] | None
+) -> str:
+    weights = [KINDS[kind].weight for kind in among]
+    if seen is None or not last:
+        return rng.choices(among, weights)[0]
+    boosted = [
+        weight if (last, kind) in seen else 3 * weight + _BOOST
+        for weight, kind in zip(weights, among, strict=True)
+    ]
+    kind = rng.choices(among, boosted)[0]
+    seen.add((last, kind))
+    return kind

@@ -5,11 +5,14 @@ A public read would flush, free or close what is open, and hide the fault that i
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp._runtime_utils import _reshard
@@ -129,6 +132,19 @@ def own_tensors(ema: ShardedEMA, model: nn.Module) -> list[Tensor]:
     if is_engine(model):
         return [p for p in model.parameters() if p.requires_grad and not hasattr(p, "ds_id")]
     return [s.own for s in ema._weights.mine if s.own.numel() and s.role != "buffer"]
+
+
+def left_in_store() -> list[str]:
+    """Keys of shardema's in the store of the process group."""
+    keys: list[str] = dist.distributed_c10d._get_default_store().list_keys()
+    return [key for key in keys if "shardema" in key]
+
+
+def held_now() -> tuple[int, int, int]:
+    """Bytes of all tensors, threads, and open files of this process."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return size, len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
 
 def wait(ema: ShardedEMA) -> None:

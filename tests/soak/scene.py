@@ -7,9 +7,11 @@ the truth, in float64, says what the averages are.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +29,8 @@ from tests.soak import models, peek
 from tests.soak.cases import Case
 from tests.soak.layouts import ALL, ENGINES, Engine
 
+_EVERY = 4  # cases, of which one is checked for growth
+_TURNS = 8  # caches and threads may come late; what grows at each of them leaks
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9),
     "adam": lambda params: torch.optim.AdamW(params, lr=0.003),
@@ -66,6 +70,7 @@ class Scene:
         checkpoints: of the engine.
         applied: number of the engine's last step, if it moved the weights.
         counted: the one that the average has counted last.
+        emas: all that were built.
     """
 
     case: Case
@@ -88,6 +93,7 @@ class Scene:
     steps: int = 0
     applied: int | None = None
     counted: int | None = None
+    emas: list[weakref.ref[ShardedEMA]] = field(default_factory=list)
 
     # ---- what is true -------------------------------------------------------------------------
 
@@ -186,6 +192,47 @@ class Scene:
         bound += torch.finfo(got.dtype).eps * self.truths[name].largest[fqn]  # one more rounding
         assert error <= bound, f"{name}: {fqn} is {error:.3g} from the truth, bound {bound:.3g}"
 
+    def check_store(self) -> None:
+        """Calls leave the store of the process group as they found it. Collective."""
+        self.ema.metrics(self.ema.names[0])  # takes away what a round left that somebody missed
+        dist.barrier()
+        left = peek.left_in_store()
+        assert not left, f"left in the store: {left}"
+        dist.barrier()
+
+    def check_growth(self) -> None:
+        """Calls that are made over and over hold no more each time. Collective."""
+        self.detach()
+        name, folder = self.ema.names[0], self.path("growth")
+        before = (0, 0, 0)
+        told = []
+        for turn in range(_TURNS):
+            self.ema.update()
+            with self.ema.swap(name):
+                pass
+            self.ema.full_state_dict(name, all_ranks=True)
+            self.ema.metrics(name)
+            self.ema.save(f"{folder}-{turn}")
+            self.ema.load(f"{folder}-{turn}")
+            self.ema.reset()
+            gc.collect()
+            now = peek.held_now()
+            told.append(now)
+            grew = torch.tensor([turn < 2 or any(b > a for a, b in zip(before, now, strict=True))])
+            dist.all_reduce(grew, dist.ReduceOp.MAX)  # all go on, or none
+            if not grew:
+                return
+            before = now
+        raise AssertionError(f"bytes of tensors, threads and files grow at every turn: {told}")
+
+    def check_gone(self) -> None:
+        """An average that nobody holds is gone, with all it held."""
+        self.detach()
+        del self.ema
+        gc.collect()
+        left = [ema for ema in (known() for known in self.emas) if ema is not None]
+        assert not left, f"{len(left)} of {len(self.emas)} EMAs are still held"
+
     # ---- doing --------------------------------------------------------------------------------
 
     def both(self, work: Callable[[nn.Module], Any]) -> tuple[Any, Any]:
@@ -199,7 +246,9 @@ class Scene:
         return os.path.join(self.folder, f"{kind}-{self.count:03d}")
 
     def new_ema(self, model: nn.Module | None = None, layout: Layout | None = None) -> ShardedEMA:
-        return build_ema(self.case, model or self.model, layout or self.layout)
+        ema = build_ema(self.case, model or self.model, layout or self.layout)
+        self.emas.append(weakref.ref(ema))
+        return ema
 
     def make_optimizers(self) -> None:
         self.both(peek.reshard)  # else `parameters` are what a forward has left gathered
@@ -273,15 +322,20 @@ def scene(case: Case) -> Iterator[Scene]:
     dist.broadcast_object_list(told, src=0)
     torch.manual_seed(case.seed)
     model, twin = (layout.wrap(models.make(dict(case.model))) for _ in range(2))
-    ema = build_ema(case, model, layout)
-    at = Scene(case, layout, told[0], model, twin, ema, {}, both_optimizers(case, model, twin))
+    optimizers = both_optimizers(case, model, twin)
+    at = Scene(case, layout, told[0], model, twin, build_ema(case, model, layout), {}, optimizers)
+    at.emas.append(weakref.ref(at.ema))
     at.engine = ENGINES.get(case.layout)
     start = at.weights()
-    names = peek.averaged(ema)
+    names = peek.averaged(at.ema)
     for name, settings in case.averages.items():
         at.truths[name] = kept.Truth(settings, {fqn: start[fqn] for fqn in sorted(names)})
     try:
         yield at
+        at.check_store()
+        if case.seed % _EVERY == 0:
+            at.check_growth()
+        at.check_gone()
     finally:
         at.detach()
         dist.barrier()
