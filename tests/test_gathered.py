@@ -354,6 +354,26 @@ def a_part_that_is_sharded_by_itself_is_averaged() -> None:
     ShardedEMA(outer.module.unet, 0.5).update()
 
 
+def a_chunk_that_ran_is_read_as_its_shards_beside_one_that_did_not() -> None:
+    """As with pipeline chunks, of which a rank has run some only."""
+    kept = functools.partial(
+        FSDP,
+        device_id=torch.device("cpu"),
+        use_orig_params=True,
+        sharding_strategy=ShardingStrategy.SHARD_GRAD_OP,
+    )
+    for ran in (0, 1):
+        chunks = [kept(nn.Linear(4, 4)), kept(nn.Linear(4, 3))]
+        ema = ShardedEMA(nn.ModuleDict(dict(zip("ab", chunks, strict=True))), 0.0)
+        forward(chunks[ran])  # keeps gathered what it gathers
+        ema.update()
+        with torch.no_grad(), FSDP.summon_full_params(chunks[ran]):
+            full = {n: p.clone() for n, p in chunks[ran].named_parameters()}
+        averages = ema.full_state_dict(all_ranks=True)
+        for name, value in full.items():
+            assert torch.equal(averages[f"{'ab'[ran]}.{name}"], value), (ran, name)
+
+
 # ---- DTensors ---------------------------------------------------------------------------------
 
 
@@ -640,6 +660,7 @@ FACTS = [
             fsdp1_keeps_as_many_events_as_ever,
             a_part_of_a_group_is_refused_with_what_to_do,
             a_part_that_is_sharded_by_itself_is_averaged,
+            a_chunk_that_ran_is_read_as_its_shards_beside_one_that_did_not,
             parts_of_several_stretches_are_gathered_as_torch_does,
             a_flattened_dtensor_is_gathered_as_torch_does,
             parts_that_torch_has_not_cut_are_refused_by_name,
