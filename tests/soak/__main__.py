@@ -20,6 +20,7 @@ from tests.soak.cases import KINDS, Case, possible, possible_pairs
 from tests.soak.layouts import ALL, ENGINES, impossible
 from tests.soak.machine import Fault, Tally, cases, script, shorten, soak
 
+_MOST = 40  # pairs that are listed; the table has them all
 PRELOAD = ["torch._dynamo", "torch._inductor.compile_fx", "tests.soak.actions"]
 
 
@@ -43,13 +44,16 @@ def command(
     tally = Tally()
     with tqdm(total=sum(len(case.actions) for case in drawn), unit="op") as bar:
 
+        def heard(case: Case) -> None:
+            if bar.n < bar.total:  # cases after a fault run again
+                bar.update(len(case.actions))
+
         def done(case: Case, said: str) -> None:
-            bar.update(len(case.actions))
             if said:
                 path = _write(Fault(case, said), out)
                 tqdm.write(f"fault: layout {case.layout}, {case.ranks} ranks: {path}")
 
-        soak(drawn, tally, done, preload)
+        soak(drawn, tally, done, preload, heard)
     _show(tally, layouts, chosen)
     for fault in tally.faults:
         told = shorten(fault) if shorter else fault
@@ -110,7 +114,9 @@ def _show(tally: Tally, layouts: Sequence[str], kinds: Sequence[str]) -> None:
     )
     missing = tally.missing_pairs(able)
     if missing:
-        console.print("pairs still missing:", ", ".join(f"{a} {b}" for a, b in missing))
+        told = ", ".join(f"{a} {b}" for a, b in missing[:_MOST])
+        more = f" and {len(missing) - _MOST} more" if len(missing) > _MOST else ""
+        console.print(f"pairs still missing: {told}{more}")
     console.print(
         f"{tally.total} operations, {tally.refusals} of them refused as they must, "
         f"{len(tally.faults)} faults; {len(able) - len(missing)} of {len(able)} pairs "

@@ -454,7 +454,10 @@ def load_elsewhere(at: Scene, *, layout: str) -> None:
     if "scalar" in at.case.model:
         options["scalar"] = at.case.model["scalar"]
     options["all_experts"] = True
-    model = other.wrap(models.make(options))
+    plain = models.make(options)
+    for fqn, param in plain.named_parameters():  # what the average holds, frozen since or not
+        param.requires_grad_(fqn in saved.truths[at.ema.names[0]].full)
+    model = other.wrap(plain)
     unwrapped(model).queue = torch.zeros(at.grown)
     ema = build_ema(at.case, model, other)
     ema.load(saved.folder)

@@ -98,7 +98,11 @@ def run(
             batch = left[:BATCH]
             facts = [world.Fact(str(n), live, (case,)) for n, case in enumerate(batch)]
             told = world.judge(
-                facts, ranks, timeout=CASE_SECONDS * len(batch), preload=preload
+                facts,
+                ranks,
+                timeout=CASE_SECONDS * len(batch),
+                preload=preload,
+                heard=lambda name, batch=batch: heard(batch[int(name)]),
             ).told
             done = 0
             for number, case in enumerate(batch):
@@ -146,9 +150,10 @@ def soak(
     tally: Tally,
     done: Callable[[Case, str], None] = lambda case, said: None,
     preload: Sequence[str] = (),
+    heard: Callable[[Case], None] = lambda case: None,
 ) -> Tally:
-    """Runs the cases and tallies them; ``preload`` as `world.judge` takes it."""
-    for case, said in run(drawn, preload):
+    """Runs the cases and tallies them; ``preload`` and ``heard`` as for `run`."""
+    for case, said in run(drawn, preload, heard):
         if said:
             tally.faults.append(Fault(case, said))
         else:

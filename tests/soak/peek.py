@@ -79,6 +79,7 @@ def reshard(model: nn.Module) -> None:
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Full parameters by clean name, by torch's own means. Collective; frees what is gathered."""
     if is_engine(model):
+        reshard(model)  # what a forward that ended early has left in flight cannot be parted
         full = engines.weights(model)
         engines.gather_persistent(model)
         return full
