@@ -245,8 +245,8 @@ class Scene:
         self.count += 1
         return os.path.join(self.folder, f"{kind}-{self.count:03d}")
 
-    def new_ema(self, model: nn.Module | None = None, layout: Layout | None = None) -> ShardedEMA:
-        ema = build_ema(self.case, model or self.model, layout or self.layout)
+    def new_ema(self) -> ShardedEMA:
+        ema = build_ema(self.case, self.model, self.layout)
         self.emas.append(weakref.ref(ema))
         return ema
 
