@@ -325,6 +325,7 @@ STORIES = {
             contract(3, "ddp-slices"),
             files("reshard"),
             files("gathered"),
+            files("collectives"),
         ),
     ),
     "swap.py": Story(
@@ -354,8 +355,12 @@ STORIES = {
             files("gathered"),
         ),
     ),
-    "backends/fsdp2.py": Story(5, (contract(2, "fsdp2-keep"), contract(4, "fsdp2-tp"))),
-    "backends/plain.py": Story(3, (contract(2, "ddp"), files("errors"), contract(1, "plain"))),
+    "backends/fsdp2.py": Story(
+        5, (contract(2, "fsdp2-keep"), files("gathered"), contract(4, "fsdp2-tp"))
+    ),
+    "backends/plain.py": Story(
+        3, (contract(2, "ddp"), files("errors", "gathered"), contract(1, "plain"))
+    ),
     "backends/tree.py": Story(
         5, (files("errors", "kinds"), files("gathered"), files("zero_errors"), contract(2, "fsdp1"))
     ),
