@@ -936,6 +936,9 @@ def missing(at: Scene) -> None:
     finally:
         ranks.timeout = known
     dist.barrier()
+    # the ranks that came have freed what a forward left gathered, the other has not: the next
+    # forward would gather on some of them only
+    at.both(peek.reshard)
 
 
 ACTIONS["dcp"] = dcp_round
