@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sequences of calls that nobody thought of, against an oracle:
-# ./launch/soak.sh --operations N --seed S [--layout NAME]
+# ./launch/soak.sh --operations N --seed S [--layout NAME] [--kinds a,b]
 # and runs of trainers, against a plain loop and the oracle:
 # ./launch/soak.sh trainers --runs N --seed S [--trainer NAME]
 set -euo pipefail

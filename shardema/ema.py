@@ -1611,14 +1611,14 @@ class ShardedEMA:
 
         def ready() -> list[dict[str, str]] | None:
             self._not_inside(op)
+            reads = op not in _WRITERS
+            # before anything that may be refused on one rank only: the others close it too
+            if reads or (len(self._averages) > 1 and op != "load"):  # a writer, of the others
+                self._close_round()
             average = self._named(name)
             check_dtype(op, dtype)
-            if op not in _WRITERS:
-                self._close_round()
-                if op not in ("swap", "copy_to_model"):  # which tell themselves
-                    self._tell_what_was_missed(op, average if op in ("save", "export") else None)
-            elif len(self._averages) > 1 and op != "load":
-                self._close_round()  # of the others
+            if reads and op not in ("swap", "copy_to_model"):  # which tell themselves
+                self._tell_what_was_missed(op, average if op in ("save", "export") else None)
             same.update(name=average.name, dtype=str(dtype), **given())
             if clocks:
                 same.update(self._clocks())

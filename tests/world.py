@@ -92,11 +92,20 @@ def _main(rank: int, size: int, folder: str, facts: Sequence[Fact], told: Any, d
 
 
 def judge(
-    facts: Sequence[Fact], ranks: int, timeout: float = 280.0, device: str = "cpu"
+    facts: Sequence[Fact],
+    ranks: int,
+    timeout: float = 280.0,
+    device: str = "cpu",
+    preload: Sequence[str] = (),
+    heard: Callable[[str], None] = lambda name: None,
 ) -> Verdicts:
-    """Runs the facts in a world of ``ranks`` processes, with models on ``device``."""
+    """Runs the facts in a world of ``ranks`` processes, with models on ``device``.
+
+    Modules to ``preload`` are imported once for all worlds, if this one is the first. ``heard`` is
+    told the name of each fact that the first rank is done with.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload([*PRELOAD, *preload])
     silent = [f"no word from this rank in {timeout:.0f} s"] * ranks
     told: dict[str, list[str]] = {fact.name: list(silent) for fact in facts}
     assert len(told) == len(facts), "two facts of one name"
@@ -123,6 +132,8 @@ def judge(
             told[name][rank] = text
             slow.append((seconds, name))
             expected -= 1
+            if rank == 0:
+                heard(name)
         for process in processes:
             process.join(max(0.1, min(20.0, end - time.monotonic())))
             if process.is_alive():
