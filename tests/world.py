@@ -7,6 +7,7 @@ true. Ranks are forked from a server that imported torch once, so a world starts
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import tempfile
@@ -92,9 +93,18 @@ def _main(rank: int, size: int, folder: str, facts: Sequence[Fact], told: Any, d
 
 
 def judge(
-    facts: Sequence[Fact], ranks: int, timeout: float = 280.0, device: str = "cpu"
+    facts: Sequence[Fact],
+    ranks: int,
+    timeout: float = 280.0,
+    device: str = "cpu",
+    grace: float = math.inf,
 ) -> Verdicts:
-    """Runs the facts in a world of ``ranks`` processes, with models on ``device``."""
+    """Runs the facts in a world of ``ranks`` processes, with models on ``device``.
+
+    Args:
+        timeout: seconds for all facts.
+        grace: seconds that the others have once a rank has failed.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     silent = [f"no word from this rank in {timeout:.0f} s"] * ranks
@@ -121,6 +131,8 @@ def judge(
                 continue
             name, rank, text, seconds = words.get()
             told[name][rank] = text
+            if text:
+                end = min(end, time.monotonic() + grace)
             slow.append((seconds, name))
             expected -= 1
         for process in processes:
