@@ -68,8 +68,17 @@ def _loss(at: Scene, model: nn.Module, seed: int, expert: int) -> Tensor:
 
 @action
 def train(
-    at: Scene, *, seed: int, stepped: list[int], accumulate: int, how: str, expert: int
+    at: Scene,
+    *,
+    seed: int,
+    stepped: list[int],
+    accumulate: int,
+    how: str,
+    expert: int,
+    other: bool,
 ) -> None:
+    if other:
+        at.other.step()
     if how == "in_backward":
         _train_in_backward(at, seed, expert)
         return
@@ -139,7 +148,7 @@ def _train_in_backward(at: Scene, seed: int, expert: int) -> None:
                 at.updated()
     for hook in hooks:
         hook.remove()
-    assert at.ema.num_updates == at.truths[at.ema.names[0]].num_updates
+    assert at.ema.num_updates == max(truth.num_updates for truth in at.truths.values())
     handle.remove()
 
 
@@ -154,9 +163,29 @@ def update(at: Scene, *, dt: int | None) -> None:
 
 
 @action
-def attach(at: Scene, *, all: bool) -> None:
+def chase(at: Scene, *, name: str, call: str) -> None:
+    """The average is read as soon as an update returns, which may still be under way."""
+    at.close_round()
+    at.detach()
+    at.ema.update()
+    if call == "swap":
+        with at.ema.swap(name):
+            found = [(fqn, box, part.clone()) for fqn, box, part in peek.parts(at.ema)]
+    else:
+        full = at.ema.full_state_dict(name, all_ranks=True)
+    at.updated()
+    if call == "swap":
+        for fqn, box, part in found:
+            at.assert_close(name, fqn, part, box.view(at.truths[name].full[fqn]))
+    else:
+        _assert_full(at, name, full, None, peek.full_parameters(at.twin))
+
+
+@action
+def attach(at: Scene, *, all: bool, other: bool) -> None:
     chosen = tuple(range(len(at.optimizers[0]))) if all else (0,)
     optimizers = [at.optimizers[0][number] for number in chosen]
+    optimizers += [at.other] if other else []
     if at.attached is not None:
         with refuse(RuntimeError, "attach"):
             at.ema.attach(*optimizers)
@@ -272,9 +301,16 @@ class Planned(Exception):
 
 
 @action
-def swap(at: Scene, *, name: str, forwards: list[dict[str, Any]], ends: str) -> None:
+def swap(at: Scene, *, name: str, forwards: list[dict[str, Any]], ends: str, around: bool) -> None:
+    """All of it under one autocast where ``around`` is set, which remembers what it has cast."""
     at.close_round()
     at.both(lambda model: model.eval())
+    with _context("autocast" if around else ""):
+        _swap(at, name, forwards, ends)
+    at.both(lambda model: model.train())
+
+
+def _swap(at: Scene, name: str, forwards: list[dict[str, Any]], ends: str) -> None:
     before = _forward_of_both(at)
     plain = _plain(at, name)
     leaves = refuse(Planned, "planned") if ends == "exception" else contextlib.nullcontext()
@@ -292,7 +328,6 @@ def swap(at: Scene, *, name: str, forwards: list[dict[str, Any]], ends: str) -> 
                     refused()
     after = _forward_of_both(at)
     assert peek.equal(before, after), "a forward after a swap differs from one before it"
-    at.both(lambda model: model.train())
 
 
 @action
@@ -335,18 +370,20 @@ def _assert_full(
     at: Scene, name: str, full: dict[str, Tensor], dtype: str | None, params: dict[str, Tensor]
 ) -> None:
     averaged = at.truths[name].full
-    buffers = state_buffers(at.twin)
-    expected = {*params, *buffers, *at.aliases()}
+    buffers, own = state_buffers(at.twin), at.own_state()
+    expected = {*params, *buffers, *at.aliases(), *own}
     lacks, odd = expected - set(full), set(full) - expected
     assert (lacks, odd) == (set(), set())
     for fqn, value in full.items():
         key = at.aliases().get(fqn, fqn)
         assert value.device.type == "cpu", fqn
-        if key in averaged:
-            own = buffers[key].dtype if key in buffers else params[key].dtype
+        if key in own:
+            assert peek.equal(value, own[key]), fqn
+        elif key in averaged:
+            kept = buffers[key].dtype if key in buffers else params[key].dtype
             wide = torch.float64 if at.truths[name].settings["float64"] else torch.float32
-            cast = torch.bfloat16 if dtype == "bfloat16" and key in params else own
-            want = {None: wide, "model": own}.get(dtype, cast if key in params else wide)
+            cast = torch.bfloat16 if dtype == "bfloat16" and key in params else kept
+            want = {None: wide, "model": kept}.get(dtype, cast if key in params else wide)
             if key in params or dtype is None:
                 assert value.dtype == want, (fqn, value.dtype, want)
             # of averaged buffers, in which ranks may differ, the first rank's are the model's
@@ -441,7 +478,7 @@ def load_elsewhere(at: Scene, *, layout: str) -> None:
 
 
 @action
-def load_full(at: Scene, *, name: str, file: bool) -> None:
+def load_full(at: Scene, *, name: str, file: bool, clock: str, steps: int) -> None:
     at.close_round()
     full = at.ema.full_state_dict(name, all_ranks=True)
     if file:
@@ -450,11 +487,16 @@ def load_full(at: Scene, *, name: str, file: bool) -> None:
     else:
         source = full
     truth = at.truths[name]
-    clock = {"t": truth.t, "num_updates": truth.num_updates}
-    at.ema.load_full(source, name, **clock)
-    moves, largest = truth.moves, truth.largest
-    truth.set(truth.full, **clock)
-    truth.moves, truth.largest = moves, largest
+    if clock == "unknown":
+        if truth.begins_with_a_copy():
+            with refuse(ValueError, "forgets everything"):
+                at.ema.load_full(source, name)
+            return
+        at.ema.load_full(source, name)
+    else:
+        now = (truth.t, truth.num_updates) if clock == "as_it_is" else (steps, steps)
+        at.ema.load_full(source, name, t=now[0], num_updates=now[1])
+        truth.t, truth.num_updates, truth.moved_at = *now, now[0]
     at.take_first_ranks_buffers(name)
 
 
@@ -537,6 +579,7 @@ def write(at: Scene, *, step: int) -> None:
     values = {fqn: value * 0.3 for fqn, value in zoo.script(like, step).items()}
     for second, first in at.aliases().items():
         values[second] = values[first]
+    values |= at.own_state()  # else torch hands out a stand-in for it
     full = StateDictOptions(full_state_dict=True, strict=False)
     at.both(peek.reshard)  # frees what a forward left gathered, which torch cannot write
     at.both(lambda model: set_model_state_dict(model, dict(values), options=full))
@@ -668,6 +711,17 @@ def unshard(at: Scene, *, unit: str) -> None:
 
 
 @action
+def post_optim_event(at: Scene, *, name: str) -> None:
+    """What the next all-gather is to wait for comes before a write, which it must wait for too."""
+    at.close_round()
+    at.model.set_post_optim_event(torch.Event(zoo.DEVICE))
+    with at.ema.swap(name):
+        assert peek.awaited(at.model) is None
+        at.model.set_post_optim_event(torch.Event(zoo.DEVICE))
+    assert peek.awaited(at.model) is None
+
+
+@action
 def summon(at: Scene) -> None:
     at.close_round()
     at.detach()
@@ -683,6 +737,9 @@ class TimeLimit(Exception):
     """What a signal handler raises."""
 
 
+_COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_lerp_.Scalar)
+
+
 class _SignalAtCopy(TorchDispatchMode):
     """Sends this process a signal right after the in-place copy of this number, once."""
 
@@ -694,7 +751,7 @@ class _SignalAtCopy(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.copy_.default:
+        if func in _COPIES:
             self.left -= 1
             if self.left == -1:
                 os.kill(os.getpid(), signal.SIGUSR1)
@@ -713,10 +770,13 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     full = at.ema.full_state_dict(name, all_ranks=True) if call == "load_full" else {}
     if call == "load":
         after = {key: truth.copy() for key, truth in at.saved[0].truths.items()}
-    if call == "reset":
+    if call in ("reset", "update"):
         weights = at.weights()
         for truth in after.values():
-            truth.set(weights)
+            if call == "reset":
+                truth.set(weights)
+            else:
+                truth.update(weights, 1)
     clock = {"t": before[name].t, "num_updates": before[name].num_updates}
     if call == "load_full":
         after[name].moved_at = before[name].t
@@ -732,6 +792,7 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
             pass
 
     calls = {
+        "update": at.ema.update,
         "swap": swap,
         "load": lambda: at.ema.load(at.saved[0].folder),
         "reset": at.ema.reset,
@@ -749,13 +810,14 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     finally:
         signal.signal(signal.SIGUSR1, known)
     dist.barrier()
+    if call in ("load", "load_full"):
+        at.truths = after
+        at.take_first_ranks_buffers(*(after if call == "load" else [name]))
     at.truths = before
     try:
         at.check_averages()
     except AssertionError:
         at.truths = after  # it was made whole before the exception came out
-        if call in ("load", "load_full"):
-            at.take_first_ranks_buffers()
         at.check_averages()
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, at.truths is before)
@@ -844,6 +906,7 @@ def late(at: Scene, *, name: str) -> None:
 def missing(at: Scene) -> None:
     """A rank does not come: the others are told, and the next call of all works."""
     at.close_round()
+    at.both(peek.reshard)  # the others would free, and so gather, what this rank keeps gathered
     ranks = at.ema._ranks
     known, ranks.timeout = ranks.timeout, 1.0
     try:

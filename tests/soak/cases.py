@@ -86,6 +86,7 @@ def _train(rng: random.Random, case: Case) -> dict[str, Any]:
         "accumulate": rng.choice([1, 1, 1, 2]),
         "how": rng.choice(hows),
         "expert": rng.randrange(3),
+        "other": rng.random() < 0.2,
     }
 
 
@@ -117,6 +118,7 @@ def _swap(rng: random.Random, case: Case) -> dict[str, Any]:
             for _ in range(rng.randrange(3))
         ],
         "ends": rng.choice(["well", "well", "well", "exception", "nested", "refused"]),
+        "around": case.layout in ("plain", "ddp") and rng.random() < 0.3,
     }
 
 
@@ -141,7 +143,7 @@ def _unit(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _stop(rng: random.Random, case: Case) -> dict[str, Any]:
-    calls = ["swap", "load", "reset", "load_full", "copy_to_model"]
+    calls = ["update", "swap", "load", "reset", "load_full", "copy_to_model"]
     return {"call": rng.choice(calls), "copy": rng.randrange(30), **_named(rng, case)}
 
 
@@ -152,6 +154,19 @@ def _refusal(rng: random.Random, case: Case) -> dict[str, Any]:
 
 def _differ(rng: random.Random, case: Case) -> dict[str, Any]:
     return {"call": rng.choice(["dtype", "all_ranks", "frozen", "refused", "update"])}
+
+
+def _import(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {
+        **_named(rng, case),
+        "file": rng.random() < 0.5,
+        "clock": rng.choice(["as_it_is", "another", "unknown"]),
+        "steps": rng.randrange(20),
+    }
+
+
+def _chase(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {**_named(rng, case), "call": rng.choice(["swap", "full_state_dict"])}
 
 
 def _older(rng: random.Random, case: Case) -> dict[str, Any]:
@@ -166,7 +181,8 @@ KINDS: dict[str, Kind] = {
     "train": Kind(10, _train),
     "forward": Kind(4, _forward),
     "update": Kind(5, lambda rng, case: {"dt": rng.choice([None, None, 1, 2, 0])}),
-    "attach": Kind(2, lambda rng, case: {"all": rng.random() < 0.7}),
+    "chase": Kind(1, _chase),
+    "attach": Kind(2, lambda rng, case: {"all": rng.random() < 0.7, "other": rng.random() < 0.3}),
     "detach": Kind(1),
     "swap": Kind(5, _swap),
     "swap_written": Kind(0.5, _named),
@@ -178,7 +194,7 @@ KINDS: dict[str, Kind] = {
     "save": Kind(2, lambda rng, case: {"frozen": rng.random() < 0.3}),
     "load": Kind(2, _older),
     "load_elsewhere": Kind(0.7, _other, layouts=tuple(n for n in LAYOUTS if n != "fsdp2-tp")),
-    "load_full": Kind(1, lambda rng, case: {**_named(rng, case), "file": rng.random() < 0.5}),
+    "load_full": Kind(1, _import),
     "dcp": Kind(0.7),
     "state_dict": Kind(0.7),
     "copy_to_model": Kind(1, _named),
@@ -207,6 +223,7 @@ KINDS: dict[str, Kind] = {
     "missing": Kind(0.1, refuses=True),
     "prefetch": Kind(0.7, layouts=FSDP2),
     "unshard": Kind(0.7, _unit, layouts=FSDP2),
+    "post_optim_event": Kind(0.5, _named, layouts=FSDP2),
     "summon": Kind(0.5, layouts=FSDP1, refuses=True),
 }
 
@@ -228,6 +245,7 @@ def draw(seed: int, layout: str = "", length: int = 40) -> Case:
         "tied": rng.random() < 0.7,
         "norm": rng.random() < 0.6,
         "odd": rng.random() < 0.4,
+        "own": rng.random() < 0.4,
         **{option: rng.random() < 0.5 for option in chosen.options},
     }
     averages: dict[str, Any] = {}
@@ -237,12 +255,18 @@ def draw(seed: int, layout: str = "", length: int = 40) -> Case:
             "decay": rng.choice([0.5, 0.75, 0.9, 0.99]),
             "update_every": rng.choice([1, 1, 1, 3]),
             "float64": rng.random() < 0.2,
+            "pattern": rng.choice(
+                ["embed.*", "*bias", *(["norm.weight"] if model["norm"] else [])]
+            ),
             "buffers": "copy",
         }
     average_buffers = rng.random() < 0.3
+    slow = name == "fsdp2-offload" and rng.random() < 0.5
     for settings in averages.values():
         settings["buffers"] = "average" if average_buffers else "copy"
-    optimizers = [rng.choice(["sgd", "adam"]) for _ in range(rng.choice([1, 1, 2]))]
+        settings["slow"] = slow
+    steppers = ["sgd", "adam"] + (["fused"] if name in ("plain", "ddp") else [])
+    optimizers = [rng.choice(steppers) for _ in range(rng.choice([1, 1, 2]))]
     case = Case(seed, name, ranks, model, averages, optimizers, ())
     possible = [k for k, kind in KINDS.items() if not kind.layouts or name in kind.layouts]
     if ranks == 1:

@@ -93,6 +93,19 @@ def own_tensors(ema: ShardedEMA) -> list[Tensor]:
     return [s.own for s in ema._weights.mine if s.own.numel() and s.role != "buffer"]
 
 
+def parts(ema: ShardedEMA) -> Iterator[tuple[str, Box, Tensor]]:
+    """What this rank's model computes with of what is averaged: tensor, place, values."""
+    for shard in ema._weights.mine:
+        for box, values in shard.pieces(shard.own):
+            yield shard.fqn, box, values
+
+
+def awaited(model: FSDPModule) -> torch.Event | None:
+    """What the next all-gather waits for in place of the present stream."""
+    event: torch.Event | None = model._get_fsdp_state()._state_ctx.post_optim_event
+    return event
+
+
 def wait(ema: ShardedEMA) -> None:
     """Returns when averages in host memory are up to date; ends no round, as `flush` does."""
     ema._flush("check")

@@ -10,7 +10,8 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from shardema import ShardedEMA
+from shardema.kernels import KERNELS, Lerp
 from tests import zoo
 from tests.layouts import LAYOUTS, Layout
 from tests.soak import averages as kept
@@ -29,7 +31,26 @@ from tests.soak.cases import Case
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9),
     "adam": lambda params: torch.optim.AdamW(params, lr=0.003),
+    "fused": lambda params: torch.optim.AdamW(params, lr=0.003, fused=True),
 }
+
+
+def _slow(shadows: Any, params: Any, slots: Any) -> Lerp:
+    """A kernel on a busy host: what does not wait for it comes first."""
+    lerp_ = KERNELS["foreach"](shadows, params, slots)
+
+    def late(weights: Sequence[float]) -> None:
+        time.sleep(0.02)
+        lerp_(weights)
+
+    return Lerp(late, lerp_.runs)
+
+
+KERNELS["slow"] = _slow
+
+
+def _elsewhere() -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
 
 
 @dataclass
@@ -52,6 +73,7 @@ class Scene:
         open: those of them that have stepped since the last update.
         grown: elements of the buffer that grows.
         was_frozen: a part was frozen or unfrozen.
+        other: an optimizer of another model.
     """
 
     case: Case
@@ -68,6 +90,7 @@ class Scene:
     saved: list[Saved] = field(default_factory=list)
     count: int = 0
     grown: int = 2
+    other: torch.optim.Optimizer = field(default_factory=_elsewhere)
     was_frozen: bool = False
 
     # ---- what is true -------------------------------------------------------------------------
@@ -105,6 +128,11 @@ class Scene:
     def aliases(self) -> dict[str, str]:
         """Second names of tied weights, and their first one."""
         return {"head.weight": "embed.weight"} if self.case.model["tied"] else {}
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What a module of the model writes into its state itself."""
+        own = unwrapped(self.twin).own
+        return {} if own is None else {f"own.{k}": v for k, v in own.state_dict().items()}
 
     def take_first_ranks_buffers(self, *names: str) -> None:
         """What was stored of averaged buffers, in which ranks may differ, is the first rank's."""
@@ -180,9 +208,8 @@ def build_ema(case: Case, model: nn.Module, layout: Layout) -> ShardedEMA:
     rules = {name: kept.rule(s) for name, s in case.averages.items()}
     policies = {name: kept.policy(s, layout.policy) for name, s in case.averages.items()}
     buffers = next(iter(case.averages.values()))["buffers"]
-    return ShardedEMA(
-        model, rules, shadow=policies, kernel=layout.kernel, buffers=buffers, timeout=15.0
-    )
+    kernel = "slow" if any(s["slow"] for s in case.averages.values()) else layout.kernel
+    return ShardedEMA(model, rules, shadow=policies, kernel=kernel, buffers=buffers, timeout=15.0)
 
 
 def deal(case: Case, model: nn.Module) -> list[list[nn.Parameter]]:
