@@ -227,7 +227,7 @@ KINDS: dict[str, Kind] = {
     "summon": Kind(0.5, layouts=FSDP1, refuses=True),
 }
 
-_RULES = ["constant", "half_life", "power", "ramp", "warmup", "debiased", "by_pattern"]
+_RULES = ["constant", "half_life", "power", "ramp", "warmup", "debiased", *["by_pattern"] * 3]
 
 
 def draw(seed: int, layout: str = "", length: int = 40) -> Case:
@@ -256,7 +256,7 @@ def draw(seed: int, layout: str = "", length: int = 40) -> Case:
             "update_every": rng.choice([1, 1, 1, 3]),
             "float64": rng.random() < 0.2,
             "pattern": rng.choice(
-                ["embed.*", "*bias", *(["norm.weight"] if model["norm"] else [])]
+                ["embed.*", "*bias", "norm.weight" if model["norm"] else "*bias"]
             ),
             "buffers": "copy",
         }

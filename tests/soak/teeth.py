@@ -379,7 +379,8 @@ def hunt(seed: int, layouts: Sequence[str], operations: int) -> Hunt:
     layout = layouts[seed % len(layouts)]
     count = -(-operations // LENGTH)
     drawn = [draw(1000 * seed + number, layout, LENGTH) for number in range(count)]
-    drawn = [dataclasses.replace(case, ranks=drawn[0].ranks) for case in drawn]
+    ranks = min(LAYOUTS[layout].worlds)
+    drawn = [dataclasses.replace(case, ranks=ranks) for case in drawn]
     done = 0
     for case, said in run(drawn):
         if said:
