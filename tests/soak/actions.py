@@ -487,12 +487,17 @@ def load_full(at: Scene, *, name: str, file: bool, clock: str, steps: int) -> No
     else:
         source = full
     truth = at.truths[name]
-    if clock == "unknown":
+    kept = truth.copy()
+    if clock == "begins":  # what another library kept goes into a new EMA
+        at.ema.reset(name)
+        truth.set(at.weights())
+    if clock in ("begins", "unknown"):
         if truth.begins_with_a_copy():
             with refuse(ValueError, "forgets everything"):
                 at.ema.load_full(source, name)
             return
         at.ema.load_full(source, name)
+        truth.full, truth.moves, truth.largest = kept.full, kept.moves, kept.largest
     else:
         now = (truth.t, truth.num_updates) if clock == "as_it_is" else (steps, steps)
         at.ema.load_full(source, name, t=now[0], num_updates=now[1])
@@ -853,7 +858,7 @@ def refused(at: Scene, *, call: str) -> None:
     elif call == "dt" and at.attached is None:
         with refuse(ValueError, "dt"):
             ema.update(dt=-1)
-    elif call == "positional" and at.attached is None:
+    elif call == "positional":
         with refuse(TypeError, "dt"):
             ema.update(at.count)
     elif call == "every":
@@ -883,7 +888,8 @@ def differ(at: Scene, *, call: str) -> None:
     elif call == "refused":
         with refuse(ValueError, "dtype"):
             ema.full_state_dict(name, dtype=torch.int8 if odd else None)
-    elif call == "update" and at.attached is None:
+    elif call == "update":
+        at.detach()
         if odd:
             ema.update()
         with refuse(RuntimeError, "num_updates|updates"):

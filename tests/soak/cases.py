@@ -144,7 +144,9 @@ def _unit(rng: random.Random, case: Case) -> dict[str, Any]:
 
 def _stop(rng: random.Random, case: Case) -> dict[str, Any]:
     calls = ["update", "swap", "load", "reset", "load_full", "copy_to_model"]
-    return {"call": rng.choice(calls), "copy": rng.randrange(30), **_named(rng, case)}
+    call = rng.choice(calls)
+    copies = 3 if call == "update" else 30
+    return {"call": call, "copy": rng.randrange(copies), **_named(rng, case)}
 
 
 def _refusal(rng: random.Random, case: Case) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def _import(rng: random.Random, case: Case) -> dict[str, Any]:
     return {
         **_named(rng, case),
         "file": rng.random() < 0.5,
-        "clock": rng.choice(["as_it_is", "another", "unknown"]),
+        "clock": rng.choice(["as_it_is", "another", "unknown", "begins"]),
         "steps": rng.randrange(20),
     }
 
@@ -181,7 +183,7 @@ KINDS: dict[str, Kind] = {
     "train": Kind(10, _train),
     "forward": Kind(4, _forward),
     "update": Kind(5, lambda rng, case: {"dt": rng.choice([None, None, 1, 2, 0])}),
-    "chase": Kind(1, _chase),
+    "chase": Kind(1.5, _chase),
     "attach": Kind(2, lambda rng, case: {"all": rng.random() < 0.7, "other": rng.random() < 0.3}),
     "detach": Kind(1),
     "swap": Kind(5, _swap),
@@ -194,8 +196,8 @@ KINDS: dict[str, Kind] = {
     "save": Kind(2, lambda rng, case: {"frozen": rng.random() < 0.3}),
     "load": Kind(2, _older),
     "load_elsewhere": Kind(0.7, _other, layouts=tuple(n for n in LAYOUTS if n != "fsdp2-tp")),
-    "load_full": Kind(1, _import),
-    "dcp": Kind(0.7),
+    "load_full": Kind(2, _import),
+    "dcp": Kind(1.2),
     "state_dict": Kind(0.7),
     "copy_to_model": Kind(1, _named),
     "reset": Kind(1.5, lambda rng, case: {"name": rng.choice([None, *case.averages])}),
@@ -216,9 +218,9 @@ KINDS: dict[str, Kind] = {
     "freeze": Kind(0.7, _unit, layouts=("plain", "fsdp2-tp", *FSDP2)),
     "grow": Kind(0.7),
     "rebuild": Kind(0.7),
-    "stopped": Kind(1, _stop),
-    "refused": Kind(1.5, _refusal, refuses=True),
-    "differ": Kind(0.5, _differ, refuses=True),
+    "stopped": Kind(2.5, _stop),
+    "refused": Kind(2.5, _refusal, refuses=True),
+    "differ": Kind(1.5, _differ, refuses=True),
     "late": Kind(0.3, _named),
     "missing": Kind(0.1, refuses=True),
     "prefetch": Kind(0.7, layouts=FSDP2),
@@ -266,7 +268,7 @@ def draw(seed: int, layout: str = "", length: int = 40) -> Case:
         settings["buffers"] = "average" if average_buffers else "copy"
         settings["slow"] = slow
     steppers = ["sgd", "adam"] + (["fused"] if name in ("plain", "ddp") else [])
-    optimizers = [rng.choice(steppers) for _ in range(rng.choice([1, 1, 2]))]
+    optimizers = [rng.choice(steppers) for _ in range(rng.choice([1, 2]))]
     case = Case(seed, name, ranks, model, averages, optimizers, ())
     possible = [k for k, kind in KINDS.items() if not kind.layouts or name in kind.layouts]
     if ranks == 1:
