@@ -468,7 +468,7 @@ def load_elsewhere(at: Scene, *, layout: str) -> None:
     ema = build_ema(at.case, model, other)
     ema.load(saved.folder)
     for name, truth in saved.truths.items():
-        assert peek.clock(ema, name) == (truth.t, truth.num_updates)
+        assert peek.clock(ema, name) == truth.clock
         full = ema.full_state_dict(name, all_ranks=True)
         buffers = state_buffers(at.twin)
         for fqn, value in truth.full.items():

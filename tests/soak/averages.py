@@ -64,6 +64,11 @@ class Truth:
             peak = float(value.abs().max()) if value.numel() else 0.0
             self.largest[fqn] = max(self.largest.get(fqn, 0.0), peak)
 
+    @property
+    def clock(self) -> tuple[float, int, float]:
+        """``t``, number of updates, ``t`` of the last move."""
+        return self.t, self.num_updates, self.moved_at
+
     def retention(self, fqn: str, t0: float, t1: float) -> float:
         given = rule(self.settings)
         if isinstance(given, float):

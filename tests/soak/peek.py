@@ -111,10 +111,10 @@ def wait(ema: ShardedEMA) -> None:
     ema._flush("check")
 
 
-def clock(ema: ShardedEMA, name: str) -> tuple[float, int]:
-    """``t`` and the number of updates, without an update that is still to be made."""
+def clock(ema: ShardedEMA, name: str) -> tuple[float, int, float]:
+    """``t``, number of updates and ``t`` of the last move, without an update still to be made."""
     average = ema._averages[name]
-    return average.t, average.num_updates
+    return average.t, average.num_updates, average.moved_at
 
 
 def inside(ema: ShardedEMA) -> str | None:
