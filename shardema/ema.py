@@ -644,9 +644,9 @@ class ShardedEMA:
         """
         if not self._is_collective():
             self._not_inside(op)
+            self._close_round()
             average = self._named(name)
             given()
-            self._close_round()
             with writable():
                 return work(average)
         done: list[_T] = []
@@ -1603,20 +1603,22 @@ class ShardedEMA:
 
         def ready() -> list[dict[str, str]] | None:
             self._not_inside(op)
+            # before anything is refused, on some ranks perhaps: all of them gather again in the
+            # next forward, and have made the update of an open round
+            with writable():
+                self._weights.ensure_sharded()
+            # of a writer for the other averages
+            if op not in _WRITERS or (len(self._averages) > 1 and op != "load"):
+                self._close_round()
             average = self._named(name)
             check_dtype(op, dtype)
-            if op not in _WRITERS:
-                self._close_round()
-                if op not in ("swap", "copy_to_model"):  # which tell themselves
-                    self._tell_what_was_missed(op, average if op in ("save", "export") else None)
-            elif len(self._averages) > 1 and op != "load":
-                self._close_round()  # of the others
+            if op not in (*_WRITERS, "swap", "copy_to_model"):  # the two tell themselves
+                self._tell_what_was_missed(op, average if op in ("save", "export") else None)
             same.update(name=average.name, dtype=str(dtype), **given())
             if clocks:
                 same.update(self._clocks())
             with writable():
                 if planned:
-                    self._weights.ensure_sharded()
                     self._follow(self._weights.read_again(self._ranks.rank))
                 else:
                     self._refresh()

@@ -165,7 +165,6 @@ def update(at: Scene, *, dt: int | None) -> None:
 @action
 def chase(at: Scene, *, name: str, call: str) -> None:
     """The average is read as soon as an update returns, which may still be under way."""
-    at.close_round()
     at.detach()
     at.ema.update()
     if call == "swap":
@@ -463,7 +462,11 @@ def load_elsewhere(at: Scene, *, layout: str) -> None:
     if "scalar" in at.case.model:
         options["scalar"] = at.case.model["scalar"]
     options["all_experts"] = True
-    model = other.wrap(models.make(options))
+    drawn = models.make(options)
+    averaged = set(next(iter(saved.truths.values())).full)
+    for key, param in drawn.named_parameters():
+        param.requires_grad_(key in averaged)
+    model = other.wrap(drawn)
     unwrapped(model).queue = torch.zeros(at.grown)
     ema = build_ema(at.case, model, other)
     ema.load(saved.folder)
@@ -641,7 +644,6 @@ def exchange(at: Scene, *, unit: str) -> None:
 def cast(at: Scene) -> None:
     """Another dtype is refused; with the old one again all goes on."""
     own = next(at.model.parameters()).dtype
-    at.close_round()
     at.detach()
     at.both(lambda model: model.to(torch.float64))
     with refuse(RuntimeError, "dtype"):
@@ -652,7 +654,6 @@ def cast(at: Scene) -> None:
 @action
 def cast_in_swap(at: Scene, *, name: str) -> None:
     """The end of a swap gives the weights back into what the model holds then."""
-    at.close_round()
     at.detach()
     own = next(at.model.parameters()).dtype
     with contextlib.suppress(RuntimeError), at.ema.swap(name):
@@ -728,7 +729,6 @@ def post_optim_event(at: Scene, *, name: str) -> None:
 
 @action
 def summon(at: Scene) -> None:
-    at.close_round()
     at.detach()
     told = refuse(RuntimeError, "summon_full_params")
     with FSDP.summon_full_params(at.model, writeback=False), told:
@@ -766,7 +766,6 @@ class _SignalAtCopy(TorchDispatchMode):
 @action
 def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     """A signal's exception in the middle of a call: it is made whole, or not at all."""
-    at.close_round()
     at.detach()
     before = _truths(at)
     after = _truths(at)
@@ -838,7 +837,7 @@ def refused(at: Scene, *, call: str) -> None:
     """A wrong call is refused by its documented error and changes nothing."""
     ema = at.ema
     name = ema.names[0]
-    if call not in ("decay", "dt", "positional", "every"):
+    if call in ("dtype", "name", "path", "every"):
         at.close_round()  # it comes to the average, and is refused then
     if call == "dtype":
         with refuse(ValueError, "dtype"):
@@ -874,7 +873,8 @@ def refused(at: Scene, *, call: str) -> None:
 def differ(at: Scene, *, call: str) -> None:
     """One rank gives another argument: all ranks are told, nothing is done."""
     ema, name = at.ema, at.ema.names[0]
-    at.close_round()
+    if call != "update":
+        at.close_round()
     odd = dist.get_rank() == 1
     if call == "dtype":
         with refuse((ValueError, RuntimeError), "dtype"):
