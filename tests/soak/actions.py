@@ -770,7 +770,7 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     before = _truths(at)
     after = _truths(at)
     if call == "load" and not at.saved:
-        return
+        save(at, frozen=False)
     full = at.ema.full_state_dict(name, all_ranks=True) if call == "load_full" else {}
     if call == "load":
         after = {key: truth.copy() for key, truth in at.saved[0].truths.items()}
@@ -809,8 +809,9 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
 
     known = signal.signal(signal.SIGUSR1, on_signal)
     try:
-        with contextlib.suppress(TimeLimit, RankError), _SignalAtCopy(copy):
-            calls[call]()
+        for number in range(copy, copy + (3 if call == "swap" else 1)):  # an exchange is of three
+            with contextlib.suppress(TimeLimit, RankError), _SignalAtCopy(number):
+                calls[call]()
     finally:
         signal.signal(signal.SIGUSR1, known)
     dist.barrier()

@@ -143,9 +143,9 @@ def _unit(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _stop(rng: random.Random, case: Case) -> dict[str, Any]:
-    calls = ["update", "swap", "load", "reset", "load_full", "copy_to_model"]
+    calls = ["update", "swap", "swap", "load", "reset", "load_full", "copy_to_model"]
     call = rng.choice(calls)
-    copies = 3 if call == "update" else 30
+    copies = {"update": 3, "load": 60}.get(call, 30)
     return {"call": call, "copy": rng.randrange(copies), **_named(rng, case)}
 
 

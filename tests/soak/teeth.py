@@ -17,7 +17,7 @@ import json
 import re
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -394,7 +394,7 @@ def _failed_at(case: Case, said: str) -> int:
     return 1 + min(numbers, default=len(case.actions) - 1)
 
 
-def hunts(bench: Bench, patch: Patch, seeds: Sequence[int], operations: int) -> Iterator[Hunt]:
+def hunts(bench: Bench, patch: Patch, seeds: Sequence[int], operations: int) -> Generator[Hunt]:
     """The seeds, on the copy of the tree with the patch."""
     with bench.having(patch.mutant()):
         for seed in seeds:
