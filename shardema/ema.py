@@ -389,6 +389,8 @@ class ShardedEMA:
             RuntimeError: an update failed in the background; the averages may be half updated, so
                 load a checkpoint or call `reset`.
         """
+        if self._due is not None:
+            self._end_swap("flush")
         self._close_round()
         self._flush("flush")
         self._copied()
@@ -673,6 +675,7 @@ class ShardedEMA:
         """
         lost: dict[str, Tensor] = {}
         failed: list[BaseException | None] = []
+        looked: list[list[str]] = []
 
         def take_out() -> None:
             with writable():
@@ -681,6 +684,8 @@ class ShardedEMA:
                 except Exception as error:  # a forward that was left half way: not the shards'
                     failed.append(error)
                 self._weights.await_copies()
+                if not looked:  # once, while the model has the average
+                    looked.append(self._weights.replaced(mine))
                 exchange.swap_out()
 
         def arrive() -> None:
@@ -712,6 +717,14 @@ class ShardedEMA:
                     "belong; the average is as before",
                     weights=lost,
                 )
+        if any(looked):
+            log.warning(
+                "rank %d: %s: replaced inside swap() by other values, as by "
+                "load_state_dict(assign=True); these are gone, since the weights are again "
+                "what they were before it: load weights outside of a swap",
+                self._ranks.rank,
+                few(looked[0]),
+            )
         for cause in filter(None, failed):
             raise cause
 
@@ -1085,9 +1098,8 @@ class ShardedEMA:
         """
 
         def given() -> dict[str, Any]:
-            place = absolute(folder, "save")
             return {
-                "path": place,
+                "path": absolute(folder, "save"),
                 "include_frozen": bool(include_frozen),
                 "overwrite": bool(overwrite),
             }
@@ -1095,11 +1107,7 @@ class ShardedEMA:
         self._begin(
             "save",
             self.names[0],
-            given=lambda: {
-                "path": absolute(folder, "save"),
-                "include_frozen": bool(include_frozen),
-                "overwrite": bool(overwrite),
-            },
+            given=given,
             compared=lambda _: list(self._averages.values()),
         )
         with writable(), self._ranks.together("save"):

@@ -25,7 +25,7 @@ import functools
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -214,21 +214,20 @@ class Block(contextlib.ContextDecorator):
         self._enter, self._dropped = enter, dropped
         self._used = False
 
+    # Both end the block where an interrupt kept its own end from beginning. Nothing is called
+    # outside of their `try`: handlers of signals run when a call returns.
     def __enter__(self) -> None:
         self._used = True
         self._inner: Any = self._enter()
-        with self._closing():
+        try:
             self._inner.__enter__()
+        except BaseException:
+            self._inner.gen.close()
+            raise
 
     def __exit__(self, *raised: Any) -> bool | None:
-        with self._closing():
-            return bool(self._inner.__exit__(*raised))
-
-    @contextlib.contextmanager
-    def _closing(self) -> Iterator[None]:
-        """Ends the block where an interrupt kept its own end from beginning."""
         try:
-            yield
+            return bool(self._inner.__exit__(*raised))
         except BaseException:
             self._inner.gen.close()
             raise

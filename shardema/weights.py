@@ -318,7 +318,7 @@ class Weights:
         """
         if self.at_home():
             return {}
-        places = {name: shard for shard in self._whatever_is_there() for name in shard.names}
+        places = self._places()
         own = {shard.local.data_ptr() for shard in held}  # the exchange has brought these back
         lost = {}
         for old in held:
@@ -330,6 +330,26 @@ class Weights:
                 if torch.promote_types(old.local.dtype, new.local.dtype) != new.local.dtype:
                     lost[old.fqn] = old.local
         return {fqn: local for fqn, local in lost.items() if local.numel()}
+
+    def replaced(self, held: Sequence[Shard]) -> list[str]:
+        """Names of ``held`` in whose place the model has another tensor now, of other values."""
+        if self.at_home():
+            return []
+        places = self._places()
+        own = {shard.local.data_ptr() for shard in held}
+        pairs = ((old, places[old.fqn]) for old in held if old.fqn in places)
+        return [
+            old.fqn
+            for old, new in pairs
+            if _takes(new, old)
+            and new.weights is None
+            and new.local.data_ptr() not in own
+            and not _alike(new.local, old.local)
+        ]
+
+    def _places(self) -> dict[str, Shard]:
+        """Where the model keeps each name now."""
+        return {name: shard for shard in self._whatever_is_there() for name in shard.names}
 
     def _whatever_is_there(self) -> list[Shard]:
         """The shards of the model as it is now, whether the EMA can go on with them or not."""
@@ -351,6 +371,12 @@ class Weights:
         """Tells everyone who may hold copies of the weights that they changed."""
         self._backend.mark_written(self.models)
         torch.clear_autocast_cache()
+
+
+def _alike(new: Tensor, old: Tensor) -> bool:
+    """Whether they are equal, but for a cast to 16 bits and back."""
+    same = old.to(new.device, new.dtype)
+    return torch.allclose(new, same, rtol=2**-7, atol=2**-14, equal_nan=True)
 
 
 def _takes(new: Shard, old: Shard) -> bool:

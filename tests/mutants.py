@@ -358,10 +358,20 @@ STORIES = {
     "attach.py": Story(6, (files("attach"), files("rounds"), files("elsewhere"))),
     "offload.py": Story(7, (files("offload"), files("elsewhere"))),
     "backends/fsdp1.py": Story(
-        6, (contract(2, "fsdp1-flat"), contract(2, "fsdp1-grad-op"), contract(3, "fsdp1"))
+        6,
+        (
+            contract(2, "fsdp1-flat"),
+            contract(2, "fsdp1-grad-op"),
+            contract(3, "fsdp1"),
+            files("gathered"),
+        ),
     ),
-    "backends/fsdp2.py": Story(5, (contract(2, "fsdp2-keep"), contract(4, "fsdp2-tp"))),
-    "backends/plain.py": Story(3, (contract(2, "ddp"), files("errors"), contract(1, "plain"))),
+    "backends/fsdp2.py": Story(
+        5, (contract(2, "fsdp2-keep"), files("gathered"), contract(4, "fsdp2-tp"))
+    ),
+    "backends/plain.py": Story(
+        3, (contract(2, "ddp"), files("errors", "gathered"), contract(1, "plain"))
+    ),
     "backends/tree.py": Story(
         5, (files("errors", "kinds"), files("gathered"), files("zero_errors"), contract(2, "fsdp1"))
     ),

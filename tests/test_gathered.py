@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -22,6 +23,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 from shardema import ShardedEMA, schedules
+from shardema.backends.fsdp2 import _groups_of
 from tests import kinds, world
 from tests.contract import shared_folder
 from tests.world import Fact
@@ -381,6 +383,32 @@ def a_part_that_is_sharded_by_itself_is_averaged() -> None:
     ShardedEMA(outer.module.unet, 0.5).update()
 
 
+def a_chunk_that_ran_is_read_as_its_shards_beside_one_that_did_not() -> None:
+    """As with pipeline chunks, of which a rank has run some only."""
+    kept = functools.partial(
+        FSDP,
+        device_id=torch.device("cpu"),
+        use_orig_params=True,
+        sharding_strategy=ShardingStrategy.SHARD_GRAD_OP,
+    )
+    for ran in (0, 1):
+        chunks = [kept(nn.Linear(4, 4)), kept(nn.Linear(4, 3))]
+        ema = ShardedEMA(nn.ModuleDict(dict(zip("ab", chunks, strict=True))), 0.5)
+        with FSDP.summon_full_params(chunks[ran]), torch.no_grad():
+            for param in chunks[ran].parameters():
+                param.add_(1)
+        ema.update()
+        full = ema.full_state_dict(all_ranks=True)
+        before = forward(chunks[ran])  # keeps gathered what it gathers
+        with ema.swap():
+            inside = forward(chunks[ran])
+        key = "ab"[ran]
+        assert torch.equal(
+            inside, nn.functional.linear(X, full[f"{key}.weight"], full[f"{key}.bias"])
+        )
+        assert torch.equal(forward(chunks[ran]), before)
+
+
 # ---- DTensors ---------------------------------------------------------------------------------
 
 
@@ -490,6 +518,45 @@ def parts_that_say_where_they_are_are_taken_at_their_word() -> None:
     net.w._local_tensor.__create_chunk_list__ = lambda: [chunk]  # as Megatron-FSDP does
     ema = ShardedEMA(net, 0.5)
     assert torch.equal(ema.full_state_dict(all_ranks=True)["w"], full)
+
+
+def an_empty_dtensor_is_gathered_saved_and_loaded() -> None:
+    net = Holder(torch.zeros(4, 0))
+    net.v = nn.Parameter(torch.ones(3))
+    fully_shard(net)
+    ema = ShardedEMA(net, 0.5)
+    ema.update()
+    full = ema.full_state_dict(all_ranks=True)
+    assert {fqn: value.shape for fqn, value in full.items()} == {"w": (4, 0), "v": (3,)}
+    with shared_folder() as folder:
+        ema.save(f"{folder}/a")
+        ema.load(f"{folder}/a")
+    assert ema.num_updates == 1
+
+
+def a_mesh_of_some_ranks_makes_those_the_ranks_of_the_model() -> None:
+    """Without a group: the others take no part in its calls."""
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    mesh = DeviceMesh.from_group(alone[dist.get_rank()], "cpu")
+    net = fully_shard(nn.Linear(4, 4), mesh=mesh)
+    ema = ShardedEMA(net, 0.5, timeout=10.0)
+    if dist.get_rank() == 0:
+        assert set(ema.full_state_dict()) == {"weight", "bias"}
+
+
+def an_unshard_that_is_under_way_is_waited_for() -> None:
+    """Another rank comes late to it: it cannot have ended by itself."""
+    net = fsdp2()
+    ema = ShardedEMA(net, 0.5)
+    train(net, ema)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        time.sleep(0.5)
+    net.l1.unshard(async_op=True)
+    (group,) = _groups_of(net.l1._get_fsdp_state())
+    work = group._all_gather_result.all_gather_work
+    ema.update()
+    assert work.is_completed()
 
 
 # ---- tensor subclasses ------------------------------------------------------------------------
@@ -628,6 +695,23 @@ def fabrics_module_is_seen_through_to_its_wrapper() -> None:
         assert torch.equal(forward(module), before)
 
 
+# ---- DDP --------------------------------------------------------------------------------------
+
+
+def a_tied_parameter_that_ddp_ignores_under_one_name_is_a_replica() -> None:
+    """DDP reduces it by its other name, so ranks that differ are told."""
+    net = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    net["b"].weight = net["a"].weight
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["a.weight"])
+    ema = ShardedEMA(DistributedDataParallel(net), 0.5)
+    ema.full_state_dict()
+    with torch.no_grad():
+        net["a"].weight.add_(dist.get_rank())
+    ema.update()
+    with pytest.raises(RuntimeError, match=r"a\.weight"):
+        ema.full_state_dict()
+
+
 # ---- neighbours -------------------------------------------------------------------------------
 
 
@@ -669,6 +753,11 @@ FACTS = [
             fsdp1_keeps_as_many_events_as_ever,
             a_part_of_a_group_is_refused_with_what_to_do,
             a_part_that_is_sharded_by_itself_is_averaged,
+            an_empty_dtensor_is_gathered_saved_and_loaded,
+            a_mesh_of_some_ranks_makes_those_the_ranks_of_the_model,
+            an_unshard_that_is_under_way_is_waited_for,
+            a_tied_parameter_that_ddp_ignores_under_one_name_is_a_replica,
+            a_chunk_that_ran_is_read_as_its_shards_beside_one_that_did_not,
             parts_of_several_stretches_are_gathered_as_torch_does,
             a_flattened_dtensor_is_gathered_as_torch_does,
             parts_that_torch_has_not_cut_are_refused_by_name,

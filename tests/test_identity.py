@@ -236,10 +236,23 @@ ENDS: list[tuple[Callable[[Net], None], str]] = [
 ]
 
 
+PUTS_OTHER_VALUES = {
+    loaded,
+    head_made_anew,
+    parent_made_anew,
+    weight_norm_off_and_on,  # the norm's factors are computed anew
+    adapter_deleted_and_added,
+    tensor_made_anew,
+}
+
+
 @pytest.mark.parametrize(("change", "lost"), ENDS, ids=[end[0].__name__ for end in ENDS])
 @pytest.mark.parametrize("policy", [ShadowPolicy(), OFFLOAD], ids=["beside", "offload"])
 def test_the_end_of_a_swap_gives_the_weights_back(
-    change: Callable[[Net], None], lost: str, policy: ShadowPolicy
+    change: Callable[[Net], None],
+    lost: str,
+    policy: ShadowPolicy,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = Net()
     ema = ShardedEMA(model, 0.5, shadow=policy)
@@ -259,6 +272,8 @@ def test_the_end_of_a_swap_gives_the_weights_back(
         error, text = raised.weights, str(raised)
     assert bool(error) == bool(lost)
     assert text.startswith("rank 0: " if lost else "")
+    told = "replaced inside swap() by other values" in caplog.text
+    assert told == (change in PUTS_OTHER_VALUES)
     after = values(model)
     for fqn, value in before.items():
         if lost == "all" or (lost and fqn.startswith(lost)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import inspect
+import linecache
 import os
 import signal
 import sys
@@ -54,11 +56,13 @@ class Signals(meters._Dispatched):
     def __init__(self, operation: str, at: int, number: int = signal.SIGALRM) -> None:
         super().__init__(self._see)
         self._operation, self._left, self._number = operation, at, number
+        self.came = False
 
     def _see(self, func: Any, _: Any) -> None:
         if self._operation in str(func):
             self._left -= 1
             if self._left == -1:
+                self.came = True
                 os.kill(os.getpid(), self._number)
 
 
@@ -79,27 +83,39 @@ def signal_in_the_transfer(number: int) -> Iterator[None]:
         replicas._all_gather = gather
 
 
-@contextlib.contextmanager
-def signal_at_line(at: int) -> Iterator[list[int]]:
+class SignalAtLine:
     """Raises SIGALRM at the line of this number that runs in those files."""
-    seen = [0]
 
-    def look(frame: FrameType, event: str, _: object) -> Any:
-        if frame.f_code.co_filename not in LOOKED_AT:
+    def __init__(self, at: int) -> None:
+        self._left = at
+        self.came = False  # what it raises in a generator that is thrown away is lost
+
+    def __enter__(self) -> SignalAtLine:
+        self._before = sys.gettrace()
+        sys.settrace(self._look)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _look(self, frame: FrameType, event: str, _: object) -> Any:
+        file = frame.f_code.co_filename
+        if file not in LOOKED_AT:
             return None
-        if event in ("line", "return"):
-            seen[0] += 1
-            if seen[0] - 1 == at:
+        # raised at a yield, it would end the generator without its `finally`: no handler does that
+        ends = event == "return" and not frame.f_code.co_flags & inspect.CO_GENERATOR
+        if ends or (event == "line" and not _is_one_step(file, frame.f_lineno)):
+            self._left -= 1
+            if self._left == -1:
+                self.came = True
                 sys.settrace(None)
                 signal.raise_signal(signal.SIGALRM)
-        return look
+        return self._look
 
-    before = sys.gettrace()
-    sys.settrace(look)
-    try:
-        yield seen
-    finally:
-        sys.settrace(before)
+
+def _is_one_step(file: str, line: int) -> bool:
+    """Python calls handlers at calls and at jumps back: nothing comes before this line alone."""
+    return "self._due = put_back" in linecache.getline(file, line)
 
 
 class Kept:
@@ -178,8 +194,9 @@ def interrupted_everywhere(
         before = kept.weights(), kept.averages()
         clone = [t.clone() for t in before[0]], [t.clone() for t in before[1]]
         raised = False
+        signals = at(moment)
         try:
-            with at(moment):
+            with signals:
                 call(kept)
         except (TimeLimit, RankError) as error:  # by way of the ranks' agreement
             raised = isinstance(error, TimeLimit) or "TimeLimit" in str(error)
@@ -187,9 +204,9 @@ def interrupted_everywhere(
         if kept.ema._due is not None:
             kept.ema.flush()
         now = kept.weights(), kept.averages()
-        if not raised:
+        if not signals.came:
             break
-        hit += 1
+        hit += raised
         if call is not swapping:
             # the whole call, or nothing of it
             if not (same(now[0], clone[0]) and same(now[1], clone[1])):
@@ -243,12 +260,13 @@ def test_a_time_limit_at_any_copy_leaves_nothing_half_done(
 def test_a_time_limit_at_any_line_leaves_nothing_half_done(name: str, tmp_path: Path) -> None:
     kept = Kept(POLICIES["beside"], tmp_path)
     with handled():
-        hit = interrupted_everywhere(kept, CALLS[name], signal_at_line, 100_000)
+        hit = interrupted_everywhere(kept, CALLS[name], SignalAtLine, 100_000)
     assert hit > 50
 
 
+@pytest.mark.parametrize("ending", [lambda ema: ema.metrics("a"), lambda ema: ema.flush()])
 def test_the_end_of_a_swap_that_was_kept_from_beginning_is_made_by_the_next_call(
-    tmp_path: Path,
+    ending: Callable[[ShardedEMA], object], tmp_path: Path
 ) -> None:
     kept = Kept(POLICIES["beside"], tmp_path)
     weights, averages = kept.weights(), kept.averages()
@@ -259,9 +277,40 @@ def test_the_end_of_a_swap_that_was_kept_from_beginning_is_made_by_the_next_call
         kept.ema.update()
     # as where two interrupts come at once, the second one between the lines of the `finally`
     kept.ema._due = swap._inner.gen.gi_frame.f_locals["put_back"]  # type: ignore[attr-defined]
-    kept.ema.metrics("a")
+    ending(kept.ema)
     assert same(kept.weights(), weights)
     assert same(kept.averages(), averages)
+
+
+@pytest.mark.parametrize("entering", [True, False])
+def test_a_swap_that_is_kept_ends_wherever_it_was_interrupted(
+    entering: bool, tmp_path: Path
+) -> None:
+    """Nothing else would end it: the block lives on in a variable."""
+    kept = Kept(POLICIES["beside"], tmp_path)
+    weights = kept.weights()
+    outside = 0
+    with handled():
+        for moment in range(100_000):
+            swap = kept.ema.swap("a")
+            signals = SignalAtLine(moment)
+            with contextlib.suppress(TimeLimit):
+                if entering:
+                    with signals:
+                        swap.__enter__()
+                else:
+                    swap.__enter__()
+                    with signals:
+                        swap.__exit__(None, None, None)
+            if not signals.came:
+                break
+            kept.ema.flush()
+            if kept.ema._inside:  # before the first line of its end, behind the last of its start
+                outside += 1
+                swap.__exit__(None, None, None)
+            assert same(kept.weights(), weights), moment
+    assert moment > 50
+    assert outside == 1
 
 
 def test_an_exchange_that_fails_is_not_tried_for_ever_and_nothing_goes_on_from_it() -> None:
