@@ -226,7 +226,7 @@ class Bench:
     """A copy of the tree in ``folder``, in which one mutant at a time is tested."""
 
     def __init__(self, folder: Path, root: Path = ROOT) -> None:
-        self._folder = folder
+        self.folder = folder
         self._seconds: dict[tuple[str, ...], float] = {}
         ignore = shutil.ignore_patterns("__pycache__", "results", "*.png")
         for name in TREE:
@@ -248,7 +248,7 @@ class Bench:
     @contextlib.contextmanager
     def having(self, mutant: Mutant) -> Iterator[None]:
         """The copy has the mutant until the block ends."""
-        path = self._folder / "shardema" / mutant.file
+        path = self.folder / "shardema" / mutant.file
         original = path.read_text()
         lines = original.splitlines(keepends=True)
         assert lines[mutant.line - 1].rstrip("\n") == mutant.before
@@ -279,11 +279,11 @@ class Bench:
         """``python -m`` in the copy: how it ended, None if it took too long, and its output."""
         process = subprocess.Popen(
             [sys.executable, "-m", *words],
-            cwd=self._folder,
+            cwd=self.folder,
             # compiled files are told apart by size and second: too little for mutants
             env={
                 **os.environ,
-                "PYTHONPATH": str(self._folder),
+                "PYTHONPATH": str(self.folder),
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",

@@ -396,7 +396,7 @@ def _failed_at(case: Case, said: str) -> int:
 
 def hunts(bench: Bench, patch: Patch, seeds: Sequence[int], operations: int) -> Generator[Hunt]:
     """The seeds, on the copy of the tree with the patch."""
-    with bench.having(patch.mutant()):
+    with bench.having(patch.mutant(bench.folder)):
         for seed in seeds:
             words = ["tests.soak.teeth", "--hunt", f"{seed}", "--operations", f"{operations}"]
             code, said = bench.run([*words, patch.name], SECONDS * operations / OPERATIONS)
