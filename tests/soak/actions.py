@@ -745,18 +745,27 @@ class TimeLimit(Exception):
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_lerp_.Scalar)
 
 
-class _SignalAtCopy(TorchDispatchMode):
-    """Sends this process a signal right after the in-place copy of this number, once."""
+def _address(written: Any) -> int:
+    first: Tensor = written[0] if isinstance(written, list) else written
+    return first.untyped_storage().data_ptr()
 
-    def __init__(self, number: int) -> None:
+
+class _SignalAtCopy(TorchDispatchMode):
+    """Sends this process a signal right after the in-place copy of this number, once.
+
+    Args:
+        into: addresses of the memory that the copies go into; any if empty.
+    """
+
+    def __init__(self, number: int, into: set[int]) -> None:
         super().__init__()
-        self.left = number
+        self.left, self.into = number, into
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _COPIES:
+        if func in _COPIES and (not self.into or _address(args[0]) in self.into):
             self.left -= 1
             if self.left == -1:
                 os.kill(os.getpid(), signal.SIGUSR1)
@@ -807,10 +816,12 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     def on_signal(*_: Any) -> None:
         raise TimeLimit
 
+    into = peek.flats(at.ema) if call in ("load", "load_full", "reset") else set()
+
     known = signal.signal(signal.SIGUSR1, on_signal)
     try:
         for number in range(copy, copy + (3 if call == "swap" else 1)):  # an exchange is of three
-            with contextlib.suppress(TimeLimit, RankError), _SignalAtCopy(number):
+            with contextlib.suppress(TimeLimit, RankError), _SignalAtCopy(number, into):
                 calls[call]()
     finally:
         signal.signal(signal.SIGUSR1, known)

@@ -145,7 +145,7 @@ def _unit(rng: random.Random, case: Case) -> dict[str, Any]:
 def _stop(rng: random.Random, case: Case) -> dict[str, Any]:
     calls = ["update", "swap", "swap", "load", "reset", "load_full", "copy_to_model"]
     call = rng.choice(calls)
-    copies = {"update": 3, "load": 60}.get(call, 30)
+    copies = {"update": 3, "copy_to_model": 30, "swap": 30}.get(call, 15)
     return {"call": call, "copy": rng.randrange(copies), **_named(rng, case)}
 
 
@@ -162,7 +162,7 @@ def _import(rng: random.Random, case: Case) -> dict[str, Any]:
     return {
         **_named(rng, case),
         "file": rng.random() < 0.5,
-        "clock": rng.choice(["as_it_is", "another", "unknown", "begins"]),
+        "clock": rng.choice(["as_it_is", "another", "unknown", "begins", "begins"]),
         "steps": rng.randrange(20),
     }
 
@@ -196,7 +196,7 @@ KINDS: dict[str, Kind] = {
     "save": Kind(2, lambda rng, case: {"frozen": rng.random() < 0.3}),
     "load": Kind(2, _older),
     "load_elsewhere": Kind(0.7, _other, layouts=tuple(n for n in LAYOUTS if n != "fsdp2-tp")),
-    "load_full": Kind(2, _import),
+    "load_full": Kind(3, _import),
     "dcp": Kind(1.2),
     "state_dict": Kind(0.7),
     "copy_to_model": Kind(1, _named),
@@ -218,7 +218,7 @@ KINDS: dict[str, Kind] = {
     "freeze": Kind(0.7, _unit, layouts=("plain", "fsdp2-tp", *FSDP2)),
     "grow": Kind(0.7),
     "rebuild": Kind(0.7),
-    "stopped": Kind(2.5, _stop),
+    "stopped": Kind(3, _stop),
     "refused": Kind(2.5, _refusal, refuses=True),
     "differ": Kind(1.5, _differ, refuses=True),
     "late": Kind(0.3, _named),
@@ -229,7 +229,8 @@ KINDS: dict[str, Kind] = {
     "summon": Kind(0.5, layouts=FSDP1, refuses=True),
 }
 
-_RULES = ["constant", "half_life", "power", "ramp", "warmup", "debiased", *["by_pattern"] * 3]
+_RULES = ["constant", "half_life", "ramp", "warmup"]
+_RULES += ["power", "debiased"] * 2 + ["by_pattern"] * 3  # which begin with a copy; neighbours
 
 
 def draw(seed: int, layout: str = "", length: int = 40) -> Case:

@@ -93,6 +93,12 @@ def own_tensors(ema: ShardedEMA) -> list[Tensor]:
     return [s.own for s in ema._weights.mine if s.own.numel() and s.role != "buffer"]
 
 
+def flats(ema: ShardedEMA) -> set[int]:
+    """Addresses of the memory that the averages lie in."""
+    found = (flat for average in ema._averages.values() for flat in average.shadows.flats)
+    return {flat.untyped_storage().data_ptr() for flat in found}
+
+
 def parts(ema: ShardedEMA) -> Iterator[tuple[str, Box, Tensor]]:
     """What this rank's model computes with of what is averaged: tensor, place, values."""
     for shard in ema._weights.mine:
