@@ -143,7 +143,7 @@ def _unit(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _stop(rng: random.Random, case: Case) -> dict[str, Any]:
-    calls = ["update", "swap", "swap", "load", "reset", "load_full", "copy_to_model"]
+    calls = ["update", "swap", "swap", "load", "load", "reset", "load_full", "copy_to_model"]
     call = rng.choice(calls)
     copies = {"update": 3, "copy_to_model": 30, "swap": 30}.get(call, 15)
     return {"call": call, "copy": rng.randrange(copies), **_named(rng, case)}
@@ -155,7 +155,7 @@ def _refusal(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _differ(rng: random.Random, case: Case) -> dict[str, Any]:
-    return {"call": rng.choice(["dtype", "all_ranks", "frozen", "refused", "update"])}
+    return {"call": rng.choice(["dtype", "all_ranks", "frozen", "refused", "update", "update"])}
 
 
 def _import(rng: random.Random, case: Case) -> dict[str, Any]:
@@ -197,7 +197,7 @@ KINDS: dict[str, Kind] = {
     "load": Kind(2, _older),
     "load_elsewhere": Kind(0.7, _other, layouts=tuple(n for n in LAYOUTS if n != "fsdp2-tp")),
     "load_full": Kind(3, _import),
-    "dcp": Kind(1.2),
+    "dcp": Kind(1.5),
     "state_dict": Kind(0.7),
     "copy_to_model": Kind(1, _named),
     "reset": Kind(1.5, lambda rng, case: {"name": rng.choice([None, *case.averages])}),
@@ -263,7 +263,7 @@ def draw(seed: int, layout: str = "", length: int = 40) -> Case:
             ),
             "buffers": "copy",
         }
-    average_buffers = rng.random() < 0.3
+    average_buffers = rng.random() < 0.4
     slow = name == "fsdp2-offload" and rng.random() < 0.5
     for settings in averages.values():
         settings["buffers"] = "average" if average_buffers else "copy"
