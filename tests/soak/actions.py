@@ -624,8 +624,11 @@ def data(at: Scene) -> None:
 
 
 @action
-def exchange(at: Scene, *, unit: str) -> None:
-    """A part of the model is made anew, with the same names and shapes."""
+def exchange(at: Scene, *, unit: str, update: bool) -> None:
+    """A part of the model is made anew, with the same names and shapes.
+
+    An update that follows at once is the first to notice it.
+    """
     for model in (at.twin, at.model):
         inner = unwrapped(model)
         old = getattr(inner, unit)
@@ -638,6 +641,9 @@ def exchange(at: Scene, *, unit: str) -> None:
             param.requires_grad_(old.get_parameter(key).requires_grad)
         setattr(inner, unit, new)
     _new_optimizers(at)
+    if update:
+        at.ema.update()
+        at.updated()
 
 
 @action

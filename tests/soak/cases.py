@@ -212,9 +212,11 @@ KINDS: dict[str, Kind] = {
     "assign": Kind(1, layouts=("plain", *FSDP2)),  # DDP's reducer knows the old parameters
     "data": Kind(0.7, layouts=("plain",)),
     # a part that is sharded anew is none of the root's groups: torch trains it apart
-    "exchange": Kind(0.7, _unit, layouts=("plain",)),
+    "exchange": Kind(
+        1, lambda rng, case: {**_unit(rng, case), "update": rng.random() < 0.5}, layouts=("plain",)
+    ),
     "cast": Kind(0.5, layouts=("plain",)),
-    "cast_in_swap": Kind(0.3, _named, layouts=("plain",)),
+    "cast_in_swap": Kind(0.7, _named, layouts=("plain",)),
     "freeze": Kind(0.7, _unit, layouts=("plain", "fsdp2-tp", *FSDP2)),
     "grow": Kind(0.7),
     "rebuild": Kind(0.7),
