@@ -152,6 +152,12 @@ def _train_in_backward(at: Scene, seed: int, expert: int) -> None:
     handle.remove()
 
 
+def _open_round(at: Scene) -> None:
+    """One of several optimizers that are followed has stepped."""
+    attach(at, all=True, other=False)
+    train(at, seed=1, stepped=[0], accumulate=1, how="plain", expert=0, other=False)
+
+
 @action
 def update(at: Scene, *, dt: int | None) -> None:
     if at.attached is not None:
@@ -438,9 +444,11 @@ def save(at: Scene, *, frozen: bool) -> None:
 
 
 @action
-def load(at: Scene, *, back: int) -> None:
+def load(at: Scene, *, back: int, stepped: bool) -> None:
     if not at.saved:
         return
+    if stepped:
+        _open_round(at)
     saved = at.saved[-1 - back % len(at.saved)]
     at.ema.load(saved.folder)
     at.truths = {name: truth.copy() for name, truth in saved.truths.items()}
@@ -529,7 +537,9 @@ def state_dict(at: Scene) -> None:
 
 
 @action
-def reset(at: Scene, *, name: str | None) -> None:
+def reset(at: Scene, *, name: str | None, stepped: bool) -> None:
+    if stepped:
+        _open_round(at)
     if name is not None and len(at.truths) > 1:
         at.close_round()  # the other averages keep the step
     at.ema.reset(name)

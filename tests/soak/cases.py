@@ -172,7 +172,11 @@ def _chase(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _older(rng: random.Random, case: Case) -> dict[str, Any]:
-    return {"back": rng.randrange(3)}
+    return {"back": rng.randrange(3), "stepped": rng.random() < 0.3}
+
+
+def _reset(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {"name": rng.choice([None, *case.averages]), "stepped": rng.random() < 0.3}
 
 
 def _other(rng: random.Random, case: Case) -> dict[str, Any]:
@@ -200,7 +204,7 @@ KINDS: dict[str, Kind] = {
     "dcp": Kind(1.5),
     "state_dict": Kind(0.7),
     "copy_to_model": Kind(1, _named),
-    "reset": Kind(1.5, lambda rng, case: {"name": rng.choice([None, *case.averages])}),
+    "reset": Kind(1.5, _reset),
     "metrics": Kind(1.5, _named),
     "flush": Kind(0.5),
     # under NO_SHARD torch itself does not write a frozen unit after a forward
@@ -258,7 +262,7 @@ def draw(seed: int, layout: str = "", length: int = 40) -> Case:
         averages[key] = {
             "rule": rng.choice(_RULES),
             "decay": rng.choice([0.5, 0.75, 0.9, 0.99]),
-            "update_every": rng.choice([1, 1, 1, 3]),
+            "update_every": rng.choice([1, 1, 3]),
             "float64": rng.random() < 0.2,
             "pattern": rng.choice(
                 ["embed.*", "*bias", "norm.weight" if model["norm"] else "*bias"]

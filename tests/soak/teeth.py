@@ -197,13 +197,12 @@ PATCHES = {
             "the steps of a round that was open before a load or reset count after it",
         ),
         Patch(
-            "backward",
+            "forward",
             "attach.py",
-            "_after",
-            "self._watch_forwards()",
+            "before_forward",
+            "self.close()",
             "pass",
-            "a round of steps in a backward is not closed by the next forward",
-            ("plain", "fsdp2"),
+            "a forward does not end an open round, whose update then sees later weights",
         ),
         Patch(
             "fused_skip",
