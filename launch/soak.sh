@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sequences of calls that nobody thought of, against an oracle:
-# ./launch/soak.sh --operations N --seed S [--layout NAME]
+# ./launch/soak.sh --operations N --seed S [--layout NAME] [--kinds a,b]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 

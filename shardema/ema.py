@@ -1611,16 +1611,16 @@ class ShardedEMA:
 
         def ready() -> list[dict[str, str]] | None:
             self._not_inside(op)
-            # before anything is refused, on some ranks perhaps: all of them gather again in the
-            # next forward, and have made the update of an open round
+            reads = op not in _WRITERS
+            # before anything that may be refused on one rank only: the others free too what the
+            # next forward gathers, and close the round too
             with writable():
                 self._weights.ensure_sharded()
-            # of a writer for the other averages
-            if op not in _WRITERS or (len(self._averages) > 1 and op != "load"):
+            if reads or (len(self._averages) > 1 and op != "load"):  # a writer, of the others
                 self._close_round()
             average = self._named(name)
             check_dtype(op, dtype)
-            if op not in (*_WRITERS, "swap", "copy_to_model"):  # the two tell themselves
+            if reads and op not in ("swap", "copy_to_model"):  # which tell themselves
                 self._tell_what_was_missed(op, average if op in ("save", "export") else None)
             same.update(name=average.name, dtype=str(dtype), **given())
             if clocks:

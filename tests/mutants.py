@@ -337,6 +337,7 @@ STORIES = {
             contract(3, "ddp-slices"),
             files("reshard"),
             files("gathered"),
+            files("collectives"),
         ),
     ),
     "swap.py": Story(

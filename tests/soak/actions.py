@@ -32,9 +32,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardema import RankError
 from tests import zoo
-from tests.layouts import LAYOUTS
 from tests.soak import models, peek
+from tests.soak.layouts import ALL
 from tests.soak.scene import (
+    Checkpoint,
     Saved,
     Scene,
     build_ema,
@@ -82,6 +83,9 @@ def train(
     if how == "in_backward":
         _train_in_backward(at, seed, expert)
         return
+    if at.engine is not None:
+        _train_engine(at, seed, accumulate, how == "skipped", expert)
+        return
     at.close_round()  # the forward does
     losses: list[list[float]] = [[], []]
     for which, model in ((1, at.twin), (0, at.model)):
@@ -119,6 +123,21 @@ def _skip(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
     scaler.scale(torch.ones((), device=zoo.DEVICE))
     scaler.step(optimizer)
     scaler.update()
+
+
+def _train_engine(at: Scene, seed: int, times: int, skipped: bool, expert: int) -> None:
+    """Forwards and backwards, of which the engine steps after some."""
+    for micro in range(times):
+        losses = []
+        for model in (at.twin, at.model):
+            model.train()
+            loss = _loss(at, model, seed + micro, expert) * (torch.inf if skipped else 1.0)
+            model.backward(loss)
+            model.step()
+            losses.append(str(loss.item()))  # NaN is equal to NaN
+        assert losses[0] == losses[1], f"loss {losses[1]}, the twin's {losses[0]}"
+        at.engine_stepped()
+        assert not (skipped and at.applied), "a step with gradients that are not finite"
 
 
 def _train_in_backward(at: Scene, seed: int, expert: int) -> None:
@@ -165,7 +184,10 @@ def update(at: Scene, *, dt: int | None) -> None:
             at.ema.update() if dt is None else at.ema.update(dt=dt)
         return
     at.ema.update() if dt is None else at.ema.update(dt=dt)
-    at.updated(1 if dt is None else dt)
+    if at.engine is None:
+        at.updated(1 if dt is None else dt)
+    else:
+        at.engine_updated(1 if dt is None else dt)
 
 
 @action
@@ -189,8 +211,10 @@ def chase(at: Scene, *, name: str, call: str) -> None:
 @action
 def attach(at: Scene, *, all: bool, other: bool) -> None:
     chosen = tuple(range(len(at.optimizers[0]))) if all else (0,)
-    optimizers = [at.optimizers[0][number] for number in chosen]
-    optimizers += [at.other] if other else []
+    optimizers: list[Any] = [at.model]
+    if at.engine is None:
+        optimizers = [at.optimizers[0][number] for number in chosen]
+        optimizers += [at.other] if other else []
     if at.attached is not None:
         with refuse(RuntimeError, "attach"):
             at.ema.attach(*optimizers)
@@ -339,11 +363,15 @@ def _swap(at: Scene, name: str, forwards: list[dict[str, Any]], ends: str) -> No
 def swap_written(at: Scene, *, name: str) -> None:
     """A write inside is told, the weights are as before; `reset` mends the average."""
     at.close_round()
-    mine = peek.own_tensors(at.ema)
-    leaves = refuse(RuntimeError, "written inside swap") if mine else contextlib.nullcontext()
-    with leaves, at.ema.swap(name), torch.no_grad():
-        for tensor in mine:
-            tensor.add_(1.0)
+    written, told = False, ""
+    try:
+        with at.ema.swap(name), torch.no_grad():
+            for tensor in peek.own_tensors(at.ema, at.model):  # as the swap has found them
+                tensor.add_(1.0)
+                written = True
+    except RuntimeError as error:
+        told = str(error)
+    assert ("written inside swap" in told) == written, told or "a write inside a swap is not told"
     at.ema.reset()
     full = at.weights()
     for truth in at.truths.values():
@@ -446,23 +474,23 @@ def save(at: Scene, *, frozen: bool) -> None:
 @action
 def load(at: Scene, *, back: int, stepped: bool) -> None:
     if not at.saved:
-        return
-    if stepped:
+        save(at, frozen=False)
+    if stepped and at.engine is None:
         _open_round(at)
     saved = at.saved[-1 - back % len(at.saved)]
     at.ema.load(saved.folder)
     at.truths = {name: truth.copy() for name, truth in saved.truths.items()}
     at.take_first_ranks_buffers()
-    at.open.clear()
+    at.loaded()
 
 
 @action
 def load_elsewhere(at: Scene, *, layout: str) -> None:
     """The newest checkpoint in a model that is sharded in another way."""
     if not at.saved:
-        return
+        save(at, frozen=True)
     saved = at.saved[-1]
-    other = LAYOUTS[layout]
+    other = ALL[layout]
     options = dict(at.case.model)
     options = {k: v for k, v in options.items() if k not in ("channels_last", "scalar")}
     if at.case.model.get("scalar") and "scalar" not in other.options:
@@ -470,11 +498,10 @@ def load_elsewhere(at: Scene, *, layout: str) -> None:
     if "scalar" in at.case.model:
         options["scalar"] = at.case.model["scalar"]
     options["all_experts"] = True
-    drawn = models.make(options)
-    averaged = set(next(iter(saved.truths.values())).full)
-    for key, param in drawn.named_parameters():
-        param.requires_grad_(key in averaged)
-    model = other.wrap(drawn)
+    plain = models.make(options)
+    for fqn, param in plain.named_parameters():  # what the average holds, frozen since or not
+        param.requires_grad_(fqn in saved.truths[at.ema.names[0]].full)
+    model = other.wrap(plain)
     unwrapped(model).queue = torch.zeros(at.grown)
     ema = build_ema(at.case, model, other)
     ema.load(saved.folder)
@@ -514,6 +541,7 @@ def load_full(at: Scene, *, name: str, file: bool, clock: str, steps: int) -> No
         at.ema.load_full(source, name, t=now[0], num_updates=now[1])
         truth.t, truth.num_updates, truth.moved_at = *now, now[0]
     at.take_first_ranks_buffers(name)
+    at.loaded()
 
 
 @action
@@ -526,6 +554,7 @@ def dcp_round(at: Scene) -> None:
     dcp.load({"ema": at.ema}, checkpoint_id=folder)
     at.truths = truths
     at.take_first_ranks_buffers()
+    at.loaded()
 
 
 @action
@@ -533,12 +562,12 @@ def state_dict(at: Scene) -> None:
     at.close_round()
     state = at.ema.state_dict()
     at.ema.load_state_dict(state)
-    at.open.clear()
+    at.loaded()
 
 
 @action
 def reset(at: Scene, *, name: str | None, stepped: bool) -> None:
-    if stepped:
+    if stepped and at.engine is None:
         _open_round(at)
     if name is not None and len(at.truths) > 1:
         at.close_round()  # the other averages keep the step
@@ -562,6 +591,7 @@ def copy_to_model(at: Scene, *, name: str) -> None:
         pairs = (peek.local_parts(m) for m in (at.twin, at.model))
         for theirs, ours in zip(*pairs, strict=True):
             theirs.copy_(ours)
+        peek.gather(at.twin)
         for key, buffer in unwrapped(at.twin).named_buffers():
             buffer.copy_(unwrapped(at.model).get_buffer(key))
 
@@ -693,6 +723,7 @@ def grow(at: Scene) -> None:
     for model in (at.twin, at.model):
         inner = unwrapped(model)
         inner.queue = torch.zeros(at.grown, dtype=inner.queue.dtype)
+    at.checkpoints.clear()  # of another shape
     if at.case.averages[at.ema.names[0]]["buffers"] == "average":
         rebuild(at)
 
@@ -702,6 +733,7 @@ def rebuild(at: Scene) -> None:
     """Another EMA in place of the first one, as a script that is run again makes it."""
     at.detach()
     at.ema = at.new_ema()
+    at.loaded()
     full = at.weights()
     for truth in at.truths.values():
         truth.full = {fqn: full[fqn] for fqn in truth.full}
@@ -712,6 +744,47 @@ def rebuild(at: Scene) -> None:
         truth.largest = {}
         truth._note()
     at.saved.clear()
+    at.checkpoints.clear()
+
+
+# ---- engines ------------------------------------------------------------------------------------
+
+
+@action
+def save_checkpoint(at: Scene) -> None:
+    """The engine's, and the average's beside it, as the documentation says."""
+    folder = at.path("engine")
+    for model, kind in ((at.twin, "twin"), (at.model, "model")):
+        model.save_checkpoint(f"{folder}/{kind}", tag="it")
+    at.ema.save(f"{folder}/ema")
+    average = Saved(f"{folder}/ema", _truths(at))
+    at.checkpoints.append(Checkpoint(folder, average, at.weights()))
+
+
+@action
+def load_checkpoint(at: Scene, *, back: int, average: bool) -> None:
+    """The engine goes back to an older step, alone or with its average."""
+    if not at.checkpoints:
+        save_checkpoint(at)
+    found = at.checkpoints[-1 - back % len(at.checkpoints)]
+    for model, kind in ((at.twin, "twin"), (at.model, "model")):
+        model.load_checkpoint(f"{found.folder}/{kind}", tag="it")
+    for fqn, value in at.weights().items():
+        assert peek.equal(value, found.weights[fqn]), f"{fqn}: not as the engine has saved it"
+    if average:
+        at.saved.append(found.average)
+        load(at, back=0)
+        at.saved.pop()
+
+
+@action
+def engine_refuses(at: Scene) -> None:
+    """What steps nothing by itself is not attached, and an engine does not step inside a swap."""
+    at.detach()
+    with refuse(TypeError, "attach the engine that"):
+        at.ema.attach(at.twin)
+    with at.ema.swap(at.ema.names[0]), refuse(RuntimeError, "an optimizer step inside swap"):
+        at.model.step()
 
 
 # ---- all-gathers under way ----------------------------------------------------------------------
@@ -792,10 +865,10 @@ class _SignalAtCopy(TorchDispatchMode):
 def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     """A signal's exception in the middle of a call: it is made whole, or not at all."""
     at.detach()
-    before = _truths(at)
-    after = _truths(at)
     if call == "load" and not at.saved:
         save(at, frozen=False)
+    before = _truths(at)
+    after = _truths(at)
     full = at.ema.full_state_dict(name, all_ranks=True) if call == "load_full" else {}
     if call == "load":
         after = {key: truth.copy() for key, truth in at.saved[0].truths.items()}
@@ -853,6 +926,9 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
         at.check_averages()
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, at.truths is before)
+    if at.engine is not None:
+        at.ema.load_state_dict(at.ema.state_dict())  # whether the last step counts is known again
+        at.loaded()
     if len(set(told)) > 1:  # one rank was stopped after the copy, the other before it
         at.ema.reset()
         weights = at.weights()
@@ -918,6 +994,8 @@ def differ(at: Scene, *, call: str) -> None:
             ema.full_state_dict(name, dtype=torch.int8 if odd else None)
     elif call == "update":
         at.detach()
+        if at.engine is not None and at.applied in (None, at.counted):
+            return  # an update of nothing
         if odd:
             ema.update()
         with refuse(RuntimeError, "num_updates|updates"):
@@ -925,6 +1003,7 @@ def differ(at: Scene, *, call: str) -> None:
         if not odd:
             ema.update()
         at.updated()
+        at.counted = at.applied
 
 
 @action
@@ -940,7 +1019,9 @@ def late(at: Scene, *, name: str) -> None:
 def missing(at: Scene) -> None:
     """A rank does not come: the others are told, and the next call of all works."""
     at.close_round()
-    at.both(peek.reshard)  # the others would free, and so gather, what this rank keeps gathered
+    # those that come free what a forward has left gathered and the other does not: the next forward
+    # would gather on some ranks only, so nothing is gathered here
+    at.both(peek.reshard)
     ranks = at.ema._ranks
     known, ranks.timeout = ranks.timeout, 1.0
     try:
