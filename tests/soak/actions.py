@@ -773,7 +773,7 @@ def load_checkpoint(at: Scene, *, back: int, average: bool) -> None:
         assert peek.equal(value, found.weights[fqn]), f"{fqn}: not as the engine has saved it"
     if average:
         at.saved.append(found.average)
-        load(at, back=0)
+        load(at, back=0, stepped=False)
         at.saved.pop()
 
 
