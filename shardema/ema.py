@@ -646,9 +646,9 @@ class ShardedEMA:
         """
         if not self._is_collective():
             self._not_inside(op)
+            self._close_round()
             average = self._named(name)
             given()
-            self._close_round()
             with writable():
                 return work(average)
         done: list[_T] = []
@@ -1612,7 +1612,10 @@ class ShardedEMA:
         def ready() -> list[dict[str, str]] | None:
             self._not_inside(op)
             reads = op not in _WRITERS
-            # before anything that may be refused on one rank only: the others close it too
+            # before anything that may be refused on one rank only: the others free too what the
+            # next forward gathers, and close the round too
+            with writable():
+                self._weights.ensure_sharded()
             if reads or (len(self._averages) > 1 and op != "load"):  # a writer, of the others
                 self._close_round()
             average = self._named(name)
@@ -1624,7 +1627,6 @@ class ShardedEMA:
                 same.update(self._clocks())
             with writable():
                 if planned:
-                    self._weights.ensure_sharded()
                     self._follow(self._weights.read_again(self._ranks.rank))
                 else:
                     self._refresh()

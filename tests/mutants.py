@@ -226,7 +226,7 @@ class Bench:
     """A copy of the tree in ``folder``, in which one mutant at a time is tested."""
 
     def __init__(self, folder: Path, root: Path = ROOT) -> None:
-        self._folder = folder
+        self.folder = folder
         self._seconds: dict[tuple[str, ...], float] = {}
         ignore = shutil.ignore_patterns("__pycache__", "results", "*.png")
         for name in TREE:
@@ -238,20 +238,26 @@ class Bench:
 
     def survives(self, mutant: Mutant, selections: Sequence[Sequence[str]]) -> bool:
         """Whether all tests of the selections pass with it."""
-        path = self._folder / "shardema" / mutant.file
+        for selection in selections:
+            limit = PATIENCE * self.seconds(selection) + 30
+            with self.having(mutant):
+                if not self._passes(selection, limit):
+                    return False
+        return True
+
+    @contextlib.contextmanager
+    def having(self, mutant: Mutant) -> Iterator[None]:
+        """The copy has the mutant until the block ends."""
+        path = self.folder / "shardema" / mutant.file
         original = path.read_text()
         lines = original.splitlines(keepends=True)
         assert lines[mutant.line - 1].rstrip("\n") == mutant.before
         lines[mutant.line - 1] = mutant.after + "\n"
-        for selection in selections:
-            limit = PATIENCE * self.seconds(selection) + 30
-            path.write_text("".join(lines))
-            try:
-                if not self._passes(selection, limit):
-                    return False
-            finally:
-                path.write_text(original)
-        return True
+        path.write_text("".join(lines))
+        try:
+            yield
+        finally:
+            path.write_text(original)
 
     def seconds(self, selection: Sequence[str]) -> float:
         """How long it takes without a mutant; it must pass then."""
@@ -264,33 +270,39 @@ class Bench:
         return self._seconds[key]
 
     def _passes(self, selection: Sequence[str], limit: float) -> bool:
-        words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        code, _ = self.run(["pytest", "-x", "-q", "-p", "no:cacheprovider", *selection], limit)
+        if code in WRONG:
+            raise RuntimeError(f"pytest {' '.join(selection)} ended with {code}")
+        return code == 0
+
+    def run(self, words: Sequence[str], limit: float) -> tuple[int | None, str]:
+        """``python -m`` in the copy: how it ended, None if it took too long, and its output."""
         process = subprocess.Popen(
-            [*words, *selection],
-            cwd=self._folder,
+            [sys.executable, "-m", *words],
+            cwd=self.folder,
             # compiled files are told apart by size and second: too little for mutants
             env={
                 **os.environ,
-                "PYTHONPATH": str(self._folder),
+                "PYTHONPATH": str(self.folder),
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",
             },
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            text=True,
             start_new_session=True,  # its ranks end with it
         )
+        said = ""
         try:
-            code = process.wait(limit)
+            said, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            return False
+            return None, said
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        if code in WRONG:
-            raise RuntimeError(f"pytest {' '.join(selection)} ended with {code}")
-        return code == 0
+        return process.returncode, said
 
 
 # ---- what should notice -----------------------------------------------------------------------

@@ -7,6 +7,7 @@ true. Ranks are forked from a server that imported torch once, so a world starts
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import tempfile
@@ -96,13 +97,17 @@ def judge(
     ranks: int,
     timeout: float = 280.0,
     device: str = "cpu",
+    grace: float = math.inf,
     preload: Sequence[str] = (),
     heard: Callable[[str], None] = lambda name: None,
 ) -> Verdicts:
     """Runs the facts in a world of ``ranks`` processes, with models on ``device``.
 
-    Modules to ``preload`` are imported once for all worlds, if this one is the first. ``heard`` is
-    told the name of each fact that the first rank is done with.
+    Args:
+        timeout: seconds for all facts.
+        grace: seconds that the others have once a rank has failed.
+        preload: modules that are imported once for all worlds, if this one is the first.
+        heard: told the name of each fact that the first rank is done with.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, *preload])
@@ -130,6 +135,8 @@ def judge(
                 continue
             name, rank, text, seconds = words.get()
             told[name][rank] = text
+            if text:
+                end = min(end, time.monotonic() + grace)
             slow.append((seconds, name))
             expected -= 1
             if rank == 0:

@@ -91,6 +91,7 @@ def _train(rng: random.Random, case: Case) -> dict[str, Any]:
         "accumulate": rng.choice([1, 1, 1, 2]),
         "how": rng.choice(hows),
         "expert": rng.randrange(3),
+        "other": rng.random() < 0.2,
     }
 
 
@@ -124,6 +125,7 @@ def _swap(rng: random.Random, case: Case) -> dict[str, Any]:
             for _ in range(rng.randrange(3))
         ],
         "ends": rng.choice(["well", "well", "well", "exception", "nested", "refused"]),
+        "around": case.layout in ("plain", "ddp") and rng.random() < 0.3,
     }
 
 
@@ -148,8 +150,10 @@ def _unit(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _stop(rng: random.Random, case: Case) -> dict[str, Any]:
-    calls = ["swap", "load", "reset", "load_full", "copy_to_model"]
-    return {"call": rng.choice(calls), "copy": rng.randrange(30), **_named(rng, case)}
+    calls = ["update", "swap", "swap", "load", "load", "reset", "load_full", "copy_to_model"]
+    call = rng.choice(calls[1:] if case.layout in ENGINES else calls)
+    copies = {"update": 3, "copy_to_model": 30, "swap": 30}.get(call, 15)
+    return {"call": call, "copy": rng.randrange(copies), **_named(rng, case)}
 
 
 def _refusal(rng: random.Random, case: Case) -> dict[str, Any]:
@@ -158,11 +162,29 @@ def _refusal(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _differ(rng: random.Random, case: Case) -> dict[str, Any]:
-    return {"call": rng.choice(["dtype", "all_ranks", "frozen", "refused", "update"])}
+    return {"call": rng.choice(["dtype", "all_ranks", "frozen", "refused", "update", "update"])}
+
+
+def _import(rng: random.Random, case: Case) -> dict[str, Any]:
+    clocks = ["as_it_is", "another", "unknown", "begins", "begins"]
+    return {
+        **_named(rng, case),
+        "file": rng.random() < 0.5,
+        "clock": "as_it_is" if case.layout in ENGINES else rng.choice(clocks),
+        "steps": rng.randrange(20),
+    }
+
+
+def _chase(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {**_named(rng, case), "call": rng.choice(["swap", "full_state_dict"])}
 
 
 def _older(rng: random.Random, case: Case) -> dict[str, Any]:
-    return {"back": rng.randrange(3)}
+    return {"back": rng.randrange(3), "stepped": rng.random() < 0.5}
+
+
+def _reset(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {"name": rng.choice([None, *case.averages]), "stepped": rng.random() < 0.5}
 
 
 def _other(rng: random.Random, case: Case) -> dict[str, Any]:
@@ -181,7 +203,8 @@ KINDS: dict[str, Kind] = {
     "train": Kind(10, _train),
     "forward": Kind(4, _forward),
     "update": Kind(5, lambda rng, case: {"dt": rng.choice([None, None, 1, 2, 0])}),
-    "attach": Kind(2, lambda rng, case: {"all": rng.random() < 0.7}),
+    "chase": Kind(1.5, _chase, tuple(LAYOUTS)),  # an engine updates after its steps only
+    "attach": Kind(2, lambda rng, case: {"all": rng.random() < 0.7, "other": rng.random() < 0.3}),
     "detach": Kind(1),
     "swap": Kind(5, _swap),
     "swap_written": Kind(0.5, _named),
@@ -193,11 +216,11 @@ KINDS: dict[str, Kind] = {
     "save": Kind(2, lambda rng, case: {"frozen": rng.random() < 0.3}),
     "load": Kind(2, _older),
     "load_elsewhere": Kind(0.7, _other, layouts=tuple(n for n in ALL if n != "fsdp2-tp")),
-    "load_full": Kind(1, lambda rng, case: {**_named(rng, case), "file": rng.random() < 0.5}),
-    "dcp": Kind(0.7),
+    "load_full": Kind(3, _import),
+    "dcp": Kind(1.5),
     "state_dict": Kind(0.7),
     "copy_to_model": Kind(1, _named),
-    "reset": Kind(1.5, lambda rng, case: {"name": rng.choice([None, *case.averages])}),
+    "reset": Kind(1.5, _reset),
     "metrics": Kind(1.5, _named),
     "flush": Kind(0.5),
     # under NO_SHARD torch itself does not write a frozen unit after a forward
@@ -209,19 +232,22 @@ KINDS: dict[str, Kind] = {
     "assign": Kind(1, layouts=("plain", *FSDP2)),  # DDP's reducer knows the old parameters
     "data": Kind(0.7, layouts=("plain",)),
     # a part that is sharded anew is none of the root's groups: torch trains it apart
-    "exchange": Kind(0.7, _unit, layouts=("plain",)),
+    "exchange": Kind(
+        1, lambda rng, case: {**_unit(rng, case), "update": rng.random() < 0.5}, layouts=("plain",)
+    ),
     "cast": Kind(0.5, layouts=("plain",)),
-    "cast_in_swap": Kind(0.3, _named, layouts=("plain",)),
+    "cast_in_swap": Kind(0.7, _named, layouts=("plain",)),
     "freeze": Kind(0.7, _unit, layouts=("plain", "fsdp2-tp", *FSDP2)),
     "grow": Kind(0.7),
     "rebuild": Kind(0.7),
-    "stopped": Kind(1, _stop),
-    "refused": Kind(1.5, _refusal, refuses=True),
-    "differ": Kind(0.5, _differ, refuses=True),
+    "stopped": Kind(3, _stop),
+    "refused": Kind(2.5, _refusal, refuses=True),
+    "differ": Kind(1.5, _differ, refuses=True),
     "late": Kind(0.3, _named),
     "missing": Kind(0.1, refuses=True),
     "prefetch": Kind(0.7, layouts=FSDP2),
     "unshard": Kind(0.7, _unit, layouts=FSDP2),
+    "post_optim_event": Kind(0.5, _named, layouts=FSDP2),
     "summon": Kind(0.5, layouts=FSDP1, refuses=True),
     "save_checkpoint": Kind(2, layouts=tuple(ENGINES)),
     "load_checkpoint": Kind(2, _rollback, tuple(ENGINES)),
@@ -229,7 +255,8 @@ KINDS: dict[str, Kind] = {
 }
 
 _SEVERAL = ("differ", "late", "missing")  # of several ranks
-_RULES = ["constant", "half_life", "power", "ramp", "warmup", "debiased", "by_pattern"]
+_RULES = ["constant", "half_life", "ramp", "warmup"]
+_RULES += ["power", "debiased"] * 2 + ["by_pattern"] * 3  # which begin with a copy; neighbours
 
 
 _BOOST = 12  # weight of a pair that was not drawn yet
@@ -284,6 +311,7 @@ def draw(
         "norm": rng.random() < 0.6 and not (engine and engine.bf16),
         # ZeRO-3 does not find parameters of a ParameterList where the forward takes them
         "odd": rng.random() < 0.4 and not (engine and engine.config.stage == 3),
+        "own": rng.random() < 0.4 and not engine,
         **{option: rng.random() < 0.5 for option in chosen.options},
     }
     averages: dict[str, Any] = {}
@@ -291,14 +319,20 @@ def draw(
         averages[key] = {
             "rule": rng.choice(_RULES),
             "decay": rng.choice([0.5, 0.75, 0.9, 0.99]),
-            "update_every": rng.choice([1, 1, 1, 3]),
+            "update_every": rng.choice([1, 1, 3]),
             "float64": rng.random() < 0.2,
+            "pattern": rng.choice(
+                ["embed.*", "*bias", "norm.weight" if model["norm"] else "*bias"]
+            ),
             "buffers": "copy",
         }
-    average_buffers = rng.random() < 0.3
+    average_buffers = rng.random() < 0.4
+    slow = name == "fsdp2-offload" and rng.random() < 0.5
     for settings in averages.values():
         settings["buffers"] = "average" if average_buffers else "copy"
-    optimizers = [rng.choice(["sgd", "adam"]) for _ in range(rng.choice([1, 1, 2]))]
+        settings["slow"] = slow
+    steppers = ["sgd", "adam"] + (["fused"] if name in ("plain", "ddp") else [])
+    optimizers = [rng.choice(steppers) for _ in range(rng.choice([1, 2]))]
     case = Case(seed, name, ranks, model, averages, optimizers, ())
     among = [kind for kind in possible(name) if not kinds or kind in kinds]
     actions: list[Action] = []

@@ -20,6 +20,7 @@ from tests.soak.layouts import ALL, ENGINES
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 40  # cases of one world
 CASE_SECONDS = 120.0
+GRACE = 5.0  # for the ranks that wait for one that has failed
 
 
 def live(case: Case) -> None:
@@ -101,6 +102,7 @@ def run(
                 facts,
                 ranks,
                 timeout=CASE_SECONDS * len(batch),
+                grace=GRACE,
                 preload=preload,
                 heard=lambda name, batch=batch: heard(batch[int(name)]),
             ).told

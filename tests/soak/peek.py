@@ -135,6 +135,25 @@ def own_tensors(ema: ShardedEMA, model: nn.Module) -> list[Tensor]:
     return [s.own for s in ema._weights.mine if s.own.numel() and s.role != "buffer"]
 
 
+def flats(ema: ShardedEMA) -> set[int]:
+    """Addresses of the memory that the averages lie in."""
+    found = (flat for average in ema._averages.values() for flat in average.shadows.flats)
+    return {flat.untyped_storage().data_ptr() for flat in found}
+
+
+def parts(ema: ShardedEMA) -> Iterator[tuple[str, Box, Tensor]]:
+    """What this rank's model computes with of what is averaged: tensor, place, values."""
+    for shard in ema._weights.mine:
+        for box, values in shard.pieces(shard.own):
+            yield shard.fqn, box, values
+
+
+def awaited(model: FSDPModule) -> torch.Event | None:
+    """What the next all-gather waits for in place of the present stream."""
+    event: torch.Event | None = model._get_fsdp_state()._state_ctx.post_optim_event
+    return event
+
+
 def left_in_store() -> list[str]:
     """Keys of shardema's in the store of the process group."""
     keys: list[str] = dist.distributed_c10d._get_default_store().list_keys()
@@ -153,10 +172,10 @@ def wait(ema: ShardedEMA) -> None:
     ema._flush("check")
 
 
-def clock(ema: ShardedEMA, name: str) -> tuple[float, int]:
-    """``t`` and the number of updates, without an update that is still to be made."""
+def clock(ema: ShardedEMA, name: str) -> tuple[float, int, float]:
+    """``t``, number of updates and ``t`` of the last move, without an update still to be made."""
     average = ema._averages[name]
-    return average.t, average.num_updates
+    return average.t, average.num_updates, average.moved_at
 
 
 def inside(ema: ShardedEMA) -> str | None:
