@@ -1609,13 +1609,10 @@ class ShardedEMA:
                 gather.end_iterations(op)
         same: dict[str, Any] = {}
 
-        def ready() -> list[dict[str, str]] | None:
+        def arrive() -> None:
             self._not_inside(op)
             reads = op not in _WRITERS
-            # before anything that may be refused on one rank only: the others free too what the
-            # next forward gathers, and close the round too
-            with writable():
-                self._weights.ensure_sharded()
+            # before anything that may be refused on one rank only: the others close the round too
             if reads or (len(self._averages) > 1 and op != "load"):  # a writer, of the others
                 self._close_round()
             average = self._named(name)
@@ -1625,8 +1622,11 @@ class ShardedEMA:
             same.update(name=average.name, dtype=str(dtype), **given())
             if clocks:
                 same.update(self._clocks())
+
+        def ready() -> list[dict[str, str]] | None:
             with writable():
                 if planned:
+                    self._weights.ensure_sharded()
                     self._follow(self._weights.read_again(self._ranks.rank))
                 else:
                     self._refresh()
@@ -1659,7 +1659,17 @@ class ShardedEMA:
                 return None  # a plan first
             return [gather.differing(words) for words in zip(*columns, strict=True)]
 
-        found = self._ranks.agree(op, ready, suspects, same=same)
+        def arrive_ready() -> list[dict[str, str]] | None:
+            arrive()
+            return ready()
+
+        if self._weights.gathers:
+            # nobody frees what a forward has gathered unless all do: the next one would gather on
+            # some ranks only
+            self._ranks.agree(op, arrive, same=same)
+            found = self._ranks.agree(f"{op} (reading)", ready, suspects)
+        else:
+            found = self._ranks.agree(op, arrive_ready, suspects, same=same)
         if found is None:
             self._make_plans(op)
             found = self._ranks.agree(f"{op} (preparing)", prepared, suspects)

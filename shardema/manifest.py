@@ -49,7 +49,7 @@ from shardema.files import (
     read_whole,
     reporting,
 )
-from shardema.shard import Box, Dims, Role, check_covered, flat_boxes
+from shardema.shard import Box, Dims, Role, check_covered, few, flat_boxes
 
 NAME = "shardema.json"
 VERSION = (1, 1)  # 1.1: "stem" of a tensor, where its export has another name than "model"
@@ -466,10 +466,8 @@ def _read_file(
 def _names_in(
     needed: tuple[tuple[int, int, StoredPiece], ...], begin: int, end: int, manifest: Manifest
 ) -> str:
-    names = [
-        manifest.tensors[p.tensor].fqn for start, stop, p in needed if start < end and stop > begin
-    ]
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    inside = [piece for start, stop, piece in needed if start < end and stop > begin]
+    return few([manifest.tensors[piece.tensor].fqn for piece in inside])
 
 
 def _part(

@@ -1019,9 +1019,6 @@ def late(at: Scene, *, name: str) -> None:
 def missing(at: Scene) -> None:
     """A rank does not come: the others are told, and the next call of all works."""
     at.close_round()
-    # those that come free what a forward has left gathered and the other does not: the next forward
-    # would gather on some ranks only, so nothing is gathered here
-    at.both(peek.reshard)
     ranks = at.ema._ranks
     known, ranks.timeout = ranks.timeout, 1.0
     try:
