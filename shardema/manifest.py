@@ -434,7 +434,7 @@ def _reach(piece: StoredPiece, boxes: list[Box] | tuple[()]) -> tuple[int, int] 
             first = first * full + offset
             last = last * full + offset + size - 1
         low, high = min(low, first), max(high, last + 1)
-    return (low, high) if high > low else None
+    return (low, high) if high else None
 
 
 def _read_file(
