@@ -408,7 +408,7 @@ def the_leader_has_no_room_for_the_result() -> None:
         works(ema)
 
 
-def no_room(plan: Any, chosen: Any, arriving: Any, *rest: Any) -> Iterator[Any]:
+def no_room(contents: Any, arriving: Any) -> Iterator[Any]:
     next(iter(arriving))
     raise torch.OutOfMemoryError("no room for the result")
     yield
