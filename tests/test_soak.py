@@ -134,7 +134,7 @@ def test_a_fault_ends_with_status_1_and_its_script(tmp_path: Path) -> None:
     """In a copy of the checkout, of a library that counts no update."""
     for part in ("shardema", "tests"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("*.pyc"))
-    average = tmp_path / "shardema" / "average.py"
+    average = tmp_path / "shardema" / "update" / "average.py"
     average.write_text(average.read_text().replace("self.num_updates += 1", "pass"))
     args = ("--operations", "2", "--layout", "plain", "--kinds", "update,flush")
     done = command(tmp_path, *args, root=tmp_path)
