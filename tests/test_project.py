@@ -79,7 +79,7 @@ def test_every_key_of_a_manifest_is_documented_and_the_other_way_round(tmp_path:
     assert set(keys(complete(saved(tmp_path / "ema")), set(table))) == set(table)
 
 
-TYPES = {
+TYPES: dict[str, Any] = {
     "string": str,
     "int": int,
     "number": (int, float),
@@ -90,7 +90,7 @@ TYPES = {
 
 def holders(body: Any, path: str) -> list[tuple[dict[str, Any], str]]:
     """The objects in which the last key of ``path`` is, with that key."""
-    found = [{"body": body}]
+    found: list[Any] = [{"body": body}]
     *way, last = path.split(".")
     for step in way:
         name = step.removesuffix("[]")
@@ -180,7 +180,8 @@ def test_where_to_look_leads_to_a_function_of_that_name() -> None:
 def test_every_file_that_design_names_is_there() -> None:
     named = set(re.findall(r"`((?:shardema|tests|launch|benchmarks|docs)/[\w./-]*)`", DESIGN))
     assert len(named) > 20
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    lost = [name for name in sorted(named) if not (ROOT / name).exists()]
+    assert [name for name in lost if "NAME" not in name] == []  # of what is to be added
 
 
 # ---- versions ------------------------------------------------------------------------------------
