@@ -215,7 +215,7 @@ ROWS: dict[str, Callable[[Path], None]] = {
     "`ema.full_state_dict()`, `ema(x)`": calls_and_gathers,
     "`ema.save(folder)`, `ema.load(folder)`; `state_dict` for DCP": saves,
     "`ema.reset()`": resets,
-    "`ema.reset()`, which also takes the present weights": resets,
+    "`ema.reset()`, which also copies the current weights": resets,
     "`ema.export(path)`": exports,
     "`ema.load_full(path)`, counters included": loads_full,
     "`with ema.swap():`, `ema.copy_to_model()`": swap_or_copy,
