@@ -37,7 +37,7 @@ import models
 from harness import Table, Target, arguments, everywhere, finish, say, turns, world
 from rows import MIB, PeakMemory
 from shardema import ShardedEMA
-from shardema.ranks.gather import BUCKET_BYTES
+from shardema.ranks.transfer import BUCKET_BYTES
 
 REFERENCE = "gather_save_file"
 _FILE = "model.safetensors"

@@ -22,7 +22,7 @@ import models
 from harness import Table, Target, arguments, attempt, clock, everywhere, finish, rank, world
 from models import MIB
 from shardema import ShardedEMA
-from shardema.ranks.gather import BUCKET_BYTES
+from shardema.ranks.transfer import BUCKET_BYTES
 from tests import meters
 
 REFERENCE = "state_dict"

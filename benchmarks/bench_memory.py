@@ -25,7 +25,7 @@ from models import MIB
 from rivals import DTYPES, OTHERS, Average, Build, shardema
 from rows import PeakMemory
 from shardema import ShardedEMA
-from shardema.ranks.gather import BUCKET_BYTES
+from shardema.ranks.transfer import BUCKET_BYTES
 from tests import meters
 
 BUCKET = BUCKET_BYTES / MIB

@@ -34,7 +34,7 @@ from harness import Table, Target, arguments, finish, say
 from shardema import backends
 from shardema.policy import ShadowPolicy
 from shardema.ranks.agree import Ranks
-from shardema.ranks.gather import make_plan
+from shardema.ranks.plan import make_plan
 from shardema.shards.boxes import Box
 from shardema.shards.shard import Shard
 from shardema.update.shadows import allocate

@@ -143,19 +143,18 @@ def update_bn(
         >>> print(model.running_mean.item(), model.running_var.item())
         0.0 1.0
     """
-    ranks = ema._ranks
+    calls, averages = ema.internal.calls, ema.internal.averages
+    ranks, weights = averages.ranks, averages.weights
     layers: dict[str, _BatchNorm] = {}
     same: dict[str, Any] = {}
 
     def look() -> list[tuple[str, int]]:
-        ema._not_inside("update_bn")
-        same.update(name=ema._named(name).name, **ema._clocks())
-        if not any(unwrap(model) is unwrap(known) for known in ema._weights.models):
+        calls.check_allowed("update_bn")
+        same.update(name=averages.named(name).name, **averages.clocks())
+        if not any(unwrap(model) is unwrap(known) for known in weights.models):
             raise ValueError("update_bn: got a model that the EMA was not built for")
         layers.update(_layers(model))
-        averaged = [
-            fqn for fqn in layers if f"{fqn}.running_mean".lstrip(".") in ema._weights.averaged
-        ]
+        averaged = [fqn for fqn in layers if f"{fqn}.running_mean".lstrip(".") in weights.averaged]
         if averaged:
             raise ValueError(
                 f"update_bn: {abbreviate(averaged)}: the running statistics are averaged, so "

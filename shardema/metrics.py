@@ -2,8 +2,9 @@
 
 ::
 
-    shadows, sources of this rank  -sums->  one row of sums for each top-level module
-    rows of all ranks              -total-> {"decay": ..., "distance": ..., "unmoved": ..., ...}
+    shadows, sources of this rank  -sums->     one row of sums for each top-level module
+    rows of all ranks              -total->    {"distance": ..., "unmoved": ..., ...}
+    these, decays and clock        -measure->  what `ShardedEMA.metrics` returns
 
 Every element counts once: of several ranks that hold a box, the first one counts it.
 """
@@ -12,16 +13,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardema.ranks.gather import Holdings, Plan
+from shardema.ranks.plan import Holdings, Plan
+from shardema.schedules import by_pattern
+from shardema.scopes import writable
 from shardema.shards.boxes import Box, split_box
+from shardema.shards.patterns import text_of
 from shardema.shards.shard import Shard, present
+from shardema.update.average import Average
+from shardema.update.averages import Averages
 
 _CHUNK_NUMEL = 1 << 20  # elements of scratch
 Row = list[float]  # squared distance, squared weights, elements that stand still, non-finite, all
+
+
+def measure(
+    plan: Plan, average: Average, averages: Averages, kernels: tuple[str, ...]
+) -> dict[str, float]:
+    """See `ShardedEMA.metrics`. Collective: one exchange.
+
+    Args:
+        plan: who holds what of the average.
+        kernels: those that run on this rank.
+    """
+    decays = average.decays or average.next_decays()
+    weights = {shard.fqn: 1 - decays[average.index(shard)] for shard in averages.weights.mine}
+
+    def local() -> tuple[dict[str, Any], tuple[str, ...]]:
+        held, views = averages.held(average), average.shadows.views
+        with writable():
+            rows = sums(plan, averages.ranks.index, held, views, weights)
+        return dict(rows), kernels
+
+    def joined(told: list[tuple[dict[str, Any], tuple[str, ...]]]) -> dict[str, float]:
+        kernels_that_run = sorted({name for _, names in told for name in names})
+        runs = {f"kernel/{name}": 1.0 for name in kernels_that_run}
+        return {**total([rows for rows, _ in told]), **runs}
+
+    told: dict[str, float] = averages.ranks.agree("metrics", local, joined)
+    horizon = 1 / (1 - decays[0]) if decays[0] < 1 else math.inf
+    rules = average.schedule.rules if isinstance(average.schedule, by_pattern) else ()
+    patterns = {
+        f"decay/{text_of(pattern)}": decay
+        for (pattern, _), decay in zip(rules, decays[1:], strict=True)
+    }
+    progress = {"t": average.t, "num_updates": average.num_updates}
+    return {"decay": decays[0], "horizon": horizon, **patterns, **told, **progress}
 
 
 def sums(
@@ -54,20 +95,6 @@ def sums(
                 weight = weights[item.fqn]
                 found += [_row(*parts, weight) for parts in _parts(box, *pairs)]
     return {name: torch.stack(found).sum(0).tolist() for name, found in rows.items()}
-
-
-def not_finite(shards: Sequence[Shard]) -> list[Shard]:
-    """Those of the shards, none of them empty, whose source is not all finite.
-
-    Waits once for each device.
-    """
-    found = []
-    for device in {shard.source.device for shard in shards}:
-        here = [shard for shard in shards if shard.source.device == device]
-        largest = torch._foreach_norm([shard.source for shard in here], math.inf)
-        told = torch.stack([norm.double() for norm in largest]).isfinite().tolist()
-        found += [shard for shard, finite in zip(here, told, strict=True) if not finite]
-    return found
 
 
 def _parts(box: Box, average: Tensor, source: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from shardema import RankError, ShadowPolicy, ShardedEMA, schedules
 from shardema.backends.tree import unwrap
-from shardema.ranks import gather
+from shardema.ranks import transfer
 from shardema.scopes import writable
 from tests import meters, oracle, zoo
 from tests.layouts import LAYOUTS, Layout
@@ -103,7 +103,7 @@ def scripted_updates_equal_the_unsharded_run(layout: Layout, **options: bool) ->
     model = layout.build(**options)
     schedule = schedules.ramp(0.9)
     ema = keep(model, schedule)
-    assert ema._weights.name == layout.backend
+    assert ema.internal.averages.weights.name == layout.backend
     alone = ShardedEMA(plain, schedule, backend="plain", kernel="reference")
     like = parameters_of(plain)
     trainable = {fqn for fqn, p in plain.named_parameters() if p.requires_grad}
@@ -120,7 +120,7 @@ def scripted_updates_equal_the_unsharded_run(layout: Layout, **options: bool) ->
     full = same_everywhere(ema.full_state_dict())
     weights = [1 - schedule.retention(n, n + 1) for n in range(STEPS)]
     truth = oracle.average(history, weights)
-    shadows = alone._averages["ema"].shadows.views
+    shadows = alone.internal.averages["ema"].shadows.views
     assert shadows.keys() == truth.keys()
     for fqn, value in truth.items():
         assert full[fqn].dtype == torch.float32
@@ -170,13 +170,13 @@ def leaving_iter_full_early_hangs_nobody(layout: Layout) -> None:
 
 def a_gather_needs_its_result_and_one_bucket(layout: Layout) -> None:
     _, ema, _ = trained(layout)
-    original, gather.BUCKET_BYTES = gather.BUCKET_BYTES, 700
+    original, transfer.BUCKET_BYTES = transfer.BUCKET_BYTES, 700
     full: dict[str, Any] = {}
     try:
         ema.full_state_dict()  # makes the plan
         grown = meters.peak(lambda: full.update(ema.full_state_dict()))
     finally:
-        gather.BUCKET_BYTES = original
+        transfer.BUCKET_BYTES = original
     result = sum(t.untyped_storage().nbytes() for t in {id(t): t for t in full.values()}.values())
     assert grown <= result + 700 + 16, (grown, result)
     assert_same(same_everywhere(full), ema.full_state_dict(all_ranks=True))
@@ -295,7 +295,7 @@ def an_ema_built_under_inference_mode_works(layout: Layout) -> None:
     write(model, zoo.script(like, 1))
     ema.update()
     with torch.inference_mode(), ema.swap():
-        ema_inside = ema._inside
+        ema_inside = ema.internal.calls.swap.inside
     assert ema_inside == "ema"
     ema.update()
     assert ema.num_updates == 2
@@ -332,7 +332,7 @@ def a_write_inside_swap_is_reported(layout: Layout) -> None:
     model, ema, _ = trained(layout)
     before = forward(model.eval())
     with pytest.raises(RuntimeError, match=r"written inside swap"), ema.swap(), torch.no_grad():
-        next(s for s in ema._weights.mine if s.local.numel()).local.add_(1)
+        next(s for s in ema.internal.averages.weights.mine if s.local.numel()).local.add_(1)
     assert torch.equal(forward(model), before)
 
 
@@ -377,7 +377,9 @@ def metrics_are_those_of_the_whole_model(layout: Layout) -> None:
     model, ema, values = trained(layout)
     told = ema.metrics()
     full = {
-        k: v for k, v in ema.full_state_dict(all_ranks=True).items() if k in ema._weights.averaged
+        k: v
+        for k, v in ema.full_state_dict(all_ranks=True).items()
+        if k in ema.internal.averages.weights.averaged
     }
     apart = {k: (v - values[k]).double().square().sum() for k, v in full.items()}
     size = {k: values[k].double().square().sum() for k in full}
@@ -400,8 +402,8 @@ def metrics_are_those_of_the_whole_model(layout: Layout) -> None:
     still.update()
     assert still.metrics()["unmoved"] > 0.99
     with writable():
-        for shard in still._weights.mine:
-            still._averages["ema"].shadows.views[shard.fqn].fill_(torch.nan)
+        for shard in still.internal.averages.weights.mine:
+            still.internal.averages["ema"].shadows.views[shard.fqn].fill_(torch.nan)
     count = sum(v.numel() for v in full.values())
     assert still.metrics()["nonfinite"] == count
 
@@ -609,12 +611,12 @@ def a_replica_that_is_none_is_refused(layout: Layout) -> None:
     inner = unwrap(model)
     ema = keep(model, 0.5)
     with writable():
-        view = next(iter(ema._averages["ema"].shadows.views.values()))
-        shards = ema._weights.mine
+        view = next(iter(ema.internal.averages["ema"].shadows.views.values()))
+        shards = ema.internal.averages.weights.mine
     ema.full_state_dict()
     replicated = [
         (item.fqn, holders)
-        for item in ema._plans[False].items
+        for item in ema.internal.calls.plan.items
         if item.averaged
         for _, holders in item.holders
         if len(holders) > 1
@@ -626,7 +628,7 @@ def a_replica_that_is_none_is_refused(layout: Layout) -> None:
     if dist.get_rank() == holders[-1]:
         shard = next(s for s in shards if s.fqn == fqn)
         # of slices there are no replicas: the weights that they are of are compared
-        view = ema._averages["ema"].shadows.views[shard.fqn]
+        view = ema.internal.averages["ema"].shadows.views[shard.fqn]
         (shard.local if POLICY.shard_replicas else view).add_(1)
     for call in (ema.full_state_dict, lambda: ema.save("/nonexistent/x")):
         with pytest.raises(RuntimeError, match=rf"{fqn}: ranks \[.*{holders[-1]}.*\] hold other"):

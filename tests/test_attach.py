@@ -137,7 +137,7 @@ def test_a_forward_of_a_part_of_a_container_ends_a_round() -> None:
 
 def inside(ema: ShardedEMA) -> dict[str, torch.Tensor]:
     with ema.swap():
-        return weights(ema._weights.models[0])
+        return weights(ema.internal.averages.weights.models[0])
 
 
 READS = {
@@ -165,7 +165,7 @@ def test_whatever_reads_ends_the_round_once(read: str, tmp_path: Path) -> None:
     for fqn, value in weights(model).items():
         expected[fqn].lerp_(value, 0.5)
     told = READS[read](ema, tmp_path)
-    average = ema._averages["ema"]
+    average = ema.internal.averages["ema"]
     assert (average.num_updates, average.t) == (1, 1)
     if read == "swap":
         assert_same(told, expected)
@@ -217,7 +217,7 @@ def test_optimizers_that_step_in_the_backward_are_averaged_after_it() -> None:
     def step(p: torch.Tensor) -> None:
         own[p].step()
         p.grad = None
-        seen.append(ema._averages["ema"].num_updates)
+        seen.append(ema.internal.averages["ema"].num_updates)
 
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(step)
@@ -226,9 +226,9 @@ def test_optimizers_that_step_in_the_backward_are_averaged_after_it() -> None:
     expected = weights(model)
     for number in range(6):  # two heads in turns, and a part that is never used
         head = "ab"[number % 2]
-        before = ema._averages["ema"].num_updates
+        before = ema.internal.averages["ema"].num_updates
         loss = model[head](trunk(torch.ones(1, 2))).square().sum()
-        assert ema._averages["ema"].num_updates == number, before
+        assert ema.internal.averages["ema"].num_updates == number, before
         seen.clear()
         loss.backward()
         assert set(seen) == {number}
@@ -261,7 +261,7 @@ def test_one_optimizer_that_steps_in_the_backward_is_averaged_after_it() -> None
     def step(_: torch.Tensor) -> None:
         optimizer.step()
         optimizer.zero_grad()
-        counts.append(ema._averages["ema"].num_updates)
+        counts.append(ema.internal.averages["ema"].num_updates)
 
     first.register_post_accumulate_grad_hook(step)
     ema.attach(optimizer)
@@ -289,9 +289,9 @@ def test_a_model_with_attached_optimizers_is_copied_and_pickled_without_the_ema(
     ema.attach(*optimizers)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         train(model, optimizers[0])
-        before = ema._averages["ema"].num_updates
+        before = ema.internal.averages["ema"].num_updates
         twin(torch.ones(1, 2))
-        assert ema._averages["ema"].num_updates == before
+        assert ema.internal.averages["ema"].num_updates == before
 
 
 def test_an_update_by_hand_or_a_second_attach_is_refused_until_the_handle_is_removed() -> None:
@@ -326,7 +326,7 @@ def test_only_optimizers_of_averaged_tensors_are_followed() -> None:
             steps_c.step()
             if number % 3 == 2:
                 steps_g.step()
-                assert ema._averages["ema"].num_updates == (number + 1) // 3
+                assert ema.internal.averages["ema"].num_updates == (number + 1) // 3
         assert ema.num_updates == 3
         handle.remove()
         with pytest.raises(ValueError, match=r"attach: SGD holds none of the averaged parameters"):
@@ -695,7 +695,7 @@ def test_a_swap_that_is_dropped_without_with_is_told_once(told: Callable[[], lis
 
     @other.swap()
     def evaluate() -> str | None:
-        return other._inside
+        return other.internal.calls.swap.inside
 
     assert evaluate() == "ema"
     assert evaluate() == "ema"

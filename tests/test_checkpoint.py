@@ -48,7 +48,7 @@ def moved(ema: ShardedEMA, net: nn.Module) -> ShardedEMA:
 
 
 def bits(ema: ShardedEMA) -> bytes:
-    parts = [f.numpy().tobytes() for a in ema._averages.values() for f in a.shadows.flats]
+    parts = [f.numpy().tobytes() for a in ema.internal.averages.values() for f in a.shadows.flats]
     return b"".join(parts) + repr((ema.t, ema.num_updates)).encode()
 
 
@@ -604,13 +604,13 @@ def each_rank_reads_what_it_needs(folder: str) -> None:
     fully_shard(net)
     ema = ShardedEMA(net, 0.5)
     moved_bytes = {}
-    agree = ema._ranks.agree
+    agree = ema.internal.averages.ranks.agree
 
     def noted(op: str, *args: object, nbytes: int = 0, **options: object) -> object:
         moved_bytes[op] = nbytes
         return agree(op, *args, nbytes=nbytes, **options)
 
-    ema._ranks.agree = noted
+    ema.internal.averages.ranks.agree = noted
     ema.save(f"{folder}/ema")
     seen = []
     original = manifest.read_at

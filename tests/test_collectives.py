@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA
 from shardema.model import replicas
-from shardema.ranks import gather, rounds
+from shardema.ranks import plan, rounds, transfer
 from shardema.ranks.agree import Ranks
 from tests import world
 
@@ -194,7 +194,7 @@ def live(rank: int, case: Case, folder: str, port: int, words: Any) -> None:
         if rank == 0:
             os.rename(f"{folder}/full/model.safetensors", f"{folder}/full.safetensors")
     dist.barrier()
-    ema._ranks.timeout = TIMEOUT
+    ema.internal.averages.ranks.timeout = TIMEOUT
     if rank == case.victim:
         arm(case)
     here = told(lambda: call.run(ema, folder))
@@ -350,7 +350,7 @@ def memory_runs_out_before_a_transfer() -> None:
             ema = sharded(timeout=15.0)
             with shared_folder() as folder:
                 here = dist.get_rank() == poor
-                with mock.patch.object(gather._Transfer, "reserve", full) if here else nothing():
+                with mock.patch.object(transfer._Transfer, "reserve", full) if here else nothing():
                     kind, rank, text = told(functools.partial(CALLS[name].run, ema, folder))
                 assert (kind, rank) == ("RankError", poor), (name, kind, text)
                 assert "OutOfMemoryError: no room for a bucket" in text
@@ -359,12 +359,12 @@ def memory_runs_out_before_a_transfer() -> None:
             works(ema)
         for name in ("swap", "copy"):
             ema = sliced(timeout=15.0)
-            before = [p.clone() for p in ema._weights.models[0].parameters()]
+            before = [p.clone() for p in ema.internal.averages.weights.models[0].parameters()]
             here = dist.get_rank() == poor
             with mock.patch.object(replicas, "_buckets", full) if here else nothing():
                 kind, rank, text = told(functools.partial(CALLS[name].run, ema, ""))
             assert (kind, rank) == ("RankError", poor), (name, kind, text)
-            after = ema._weights.models[0].parameters()
+            after = ema.internal.averages.weights.models[0].parameters()
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
             works(ema)
 
@@ -375,7 +375,7 @@ def nothing() -> contextlib.AbstractContextManager[None]:
 
 def a_rank_fails_in_the_middle_of_a_transfer() -> None:
     """It sends what it has all the same, so that nobody waits and the group stays whole."""
-    real = gather.Holdings.__call__
+    real = plan.Holdings.__call__
 
     def fails(self: Any, index: int, box: Any) -> Any:
         if index == 2:
@@ -386,9 +386,9 @@ def a_rank_fails_in_the_middle_of_a_transfer() -> None:
         for name in ("full_state_dict", "all_ranks", "iter_full", "stream"):
             ema = sharded(timeout=15.0)
             ema.metrics()
-            with shared_folder() as folder, mock.patch.object(gather, "BUCKET_BYTES", 512):
+            with shared_folder() as folder, mock.patch.object(transfer, "BUCKET_BYTES", 512):
                 here = dist.get_rank() == poor
-                with mock.patch.object(gather.Holdings, "__call__", fails) if here else nothing():
+                with mock.patch.object(plan.Holdings, "__call__", fails) if here else nothing():
                     kind, rank, text = told(functools.partial(CALLS[name].run, ema, folder))
                 assert (kind, rank) == ("RankError", poor), (name, kind, text)
                 assert "no room to convert" in text
@@ -400,8 +400,8 @@ def the_leader_has_no_room_for_the_result() -> None:
     ema.metrics()
     here = dist.get_rank() == 0
     for all_ranks in (False, True):
-        full = mock.patch.object(gather, "assemble", no_room) if here else nothing()
-        with mock.patch.object(gather, "BUCKET_BYTES", 512), full:
+        full = mock.patch.object(transfer, "assemble", no_room) if here else nothing()
+        with mock.patch.object(transfer, "BUCKET_BYTES", 512), full:
             kind, rank, text = told(functools.partial(ema.full_state_dict, all_ranks=all_ranks))
         assert (kind, rank) == ("RankError", 0), (kind, text)
         assert "no room for the result" in text
@@ -422,11 +422,11 @@ def ranks_that_missed_a_call_are_in_step_again() -> None:
     for call in (ema.metrics, ema.full_state_dict, lambda: ema.save("/nowhere/x")):
         for lonely in (0, last_rank()):
             if dist.get_rank() == lonely:
-                ema._ranks.timeout = 0.3
+                ema.internal.averages.ranks.timeout = 0.3
                 kind, _, text = told(call)
                 assert kind == "RankError", text
                 assert "did not call " in text
-                ema._ranks.timeout = 15.0
+                ema.internal.averages.ranks.timeout = 15.0
             dist.barrier()
             for again in (ema, other, sharded(timeout=15.0)):
                 works(again)
@@ -437,14 +437,14 @@ def a_call_that_others_left_is_no_trap() -> None:
     """Two ranks give up one after the other, and one comes late: each is told, then all works."""
     ema = sharded(timeout=15.0)
     ema.metrics()
-    ema._ranks.timeout = 0.3
+    ema.internal.averages.ranks.timeout = 0.3
     for turn in range(dist.get_world_size()):
         if dist.get_rank() == turn:
             kind, _, text = told(ema.metrics)
             assert kind == "RankError"
             assert "did not call metrics within 0.3 s" in text
         dist.barrier()
-    ema._ranks.timeout = 15.0
+    ema.internal.averages.ranks.timeout = 15.0
     works(ema)
 
 
@@ -459,10 +459,10 @@ def a_rank_that_comes_late_raises_alone() -> None:
         assert "did not call metrics within 0.3 s" in text
         assert f"rank {last_rank()} called it later, alone" in text
     else:
-        ema._ranks.timeout = 0.3
+        ema.internal.averages.ranks.timeout = 0.3
         kind, _, text = told(ema.metrics)
         assert kind == "RankError"
-        ema._ranks.timeout = 15.0
+        ema.internal.averages.ranks.timeout = 15.0
         dist.barrier()
     assert len(ema.full_state_dict(all_ranks=True)) == 4
     works(ema)
@@ -558,7 +558,7 @@ def ranks_out_of_step_are_told_their_counts() -> None:
     if is_last():
         ema.update()
         two.update()
-        looking._averages["ema"].num_updates += 1
+        looking.internal.averages["ema"].num_updates += 1
     clock = r"out of step: clock of 'ema' \(t, num_updates, moved_at\)"
     text = rf"{clock} is rank.* 0.*: \[0, 0, 0\]; rank {last}: \[1, "
     with shared_folder() as folder:
@@ -627,7 +627,7 @@ def ranks_in_different_calls_are_told() -> None:
     works(ema)
     works(other)
     if is_last():
-        ema._ranks._calls -= 1  # as if it had missed one
+        ema.internal.averages.ranks._calls -= 1  # as if it had missed one
     with pytest.raises(
         RankError, match=rf"rank {last_rank()} calls metrics.*rank {last_rank()} has missed a call"
     ):
@@ -660,10 +660,10 @@ def a_slow_consumer_is_waited_for() -> None:
     ema = sharded(timeout=3.0)
     ema.metrics()
     start = time.monotonic()
-    with mock.patch.object(gather, "BUCKET_BYTES", 512):
+    with mock.patch.object(transfer, "BUCKET_BYTES", 512):
         for _ in ema.iter_full():
             time.sleep(1.2)  # four tensors; the other ranks' loops have no turn
-    assert time.monotonic() - start > ema._ranks.timeout
+    assert time.monotonic() - start > ema.internal.averages.ranks.timeout
     works(ema)
 
 

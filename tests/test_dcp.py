@@ -42,7 +42,7 @@ def load_empty(folder: str) -> None:
     for how in ("fsdp2", "plain"):
         for name in ("fsdp2", "plain", "fsdp2-async", "plain-async"):
             ema = shapes(how)
-            for flat in ema._averages["ema"].shadows.flats:
+            for flat in ema.internal.averages["ema"].shadows.flats:
                 flat.zero_()
             dcp.load({"ema": ema}, checkpoint_id=f"{folder}/{name}")
             got = ema.full_state_dict(all_ranks=True)
@@ -82,7 +82,7 @@ def the_first_ranks_buffers_are_saved(how: str) -> None:
                 again.load(f"{folder}/own")
             else:
                 dcp.load({"ema": again}, checkpoint_id=f"{folder}/{name}")
-            views = again._averages["ema"].shadows.views
+            views = again.internal.averages["ema"].shadows.views
             means = {fqn: view for fqn, view in views.items() if "running_mean" in fqn}
             assert len(means) == 4
             for fqn, view in means.items():  # on every rank

@@ -71,8 +71,8 @@ def test_a_step_waits_until_its_weights_were_read(policy: ShadowPolicy, attached
     start = {fqn: p.detach().clone() for fqn, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     ema = ShardedEMA(model, 0.5, shadow=policy)
-    ema._bind_kernel = slowly
-    ema._rebind()
+    ema.internal.updates.bind_kernel = slowly
+    ema.internal.updates.rebind()
     handle = ema.attach(optimizer) if attached else None
     for number in range(1, 4):
         for param in model.parameters():
@@ -94,7 +94,7 @@ def test_a_step_waits_until_its_weights_were_read(policy: ShadowPolicy, attached
 @pytest.mark.parametrize("policy", OFFLOADS, ids=lambda p: p.compute)
 def test_the_policy_bounds_the_buffers_of_an_ema(policy: ShadowPolicy) -> None:
     ema = ShardedEMA(nn.Linear(1024, 1024), 0.5, shadow=policy)  # 4 MiB
-    (behind,) = ema._updater._behind
+    (behind,) = ema.internal.updates.updater._behind
     assert policy.staging_bytes // 2 < behind.nbytes <= policy.staging_bytes
 
 
@@ -102,8 +102,8 @@ def test_flush_lets_the_weights_be_written_by_hand() -> None:
     model = nn.Linear(1024, 1024, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     ema = ShardedEMA(model, 0.5, shadow=OFFLOADS[0])
-    ema._bind_kernel = slowly
-    ema._rebind()
+    ema.internal.updates.bind_kernel = slowly
+    ema.internal.updates.rebind()
     ema.attach(optimizer)
     with torch.no_grad():
         model.weight.zero_()
@@ -123,8 +123,8 @@ def failing_background() -> None:
             param.fill_(1.0)
     ema = ShardedEMA(model, 0.5, shadow=OFFLOADS[0])
     last = dist.get_rank() == dist.get_world_size() - 1
-    ema._bind_kernel = Broken(at=1 if last else -1).bind
-    ema._rebind()
+    ema.internal.updates.bind_kernel = Broken(at=1 if last else -1).bind
+    ema.internal.updates.rebind()
     with contextlib.suppress(RuntimeError):  # it may have failed before the call is over
         ema.update()
     calls: list[Callable[[], object]] = [ema.full_state_dict, ema.metrics]
@@ -152,8 +152,8 @@ def test_a_load_mends_what_failed_in_the_background(tmp_path: Path) -> None:
     ema = ShardedEMA(model, 0.5, shadow=OFFLOADS[0])
     ema.save(tmp_path / "ema")
     full = ema.full_state_dict()
-    ema._bind_kernel = Broken(at=1).bind
-    ema._rebind()
+    ema.internal.updates.bind_kernel = Broken(at=1).bind
+    ema.internal.updates.rebind()
     with contextlib.suppress(RuntimeError):  # it may have failed before the call is over
         ema.update()
     with pytest.raises(RuntimeError, match="no memory for the average"):
@@ -170,7 +170,9 @@ def slices_share_the_memory() -> None:
     for policy in (ShadowPolicy(), ShadowPolicy(shard_replicas=True)):
         ema = ShardedEMA(model, 0.5, shadow=policy)
         held = sum(
-            view.numel() for a in ema._averages.values() for view in a.shadows.views.values()
+            view.numel()
+            for a in ema.internal.averages.values()
+            for view in a.shadows.views.values()
         )
         assert held == (3030 // ranks if policy.shard_replicas else 3030)
         assert f"{held:,} elements" in repr(ema)
@@ -236,8 +238,8 @@ def test_an_error_outlives_weights_that_move(tmp_path: Path) -> None:
     ema = ShardedEMA(model, 0.5, shadow=OFFLOADS[0])
     ema.save(tmp_path / "ema")
     broken = Broken(at=1)
-    ema._bind_kernel = broken.bind
-    ema._rebind()
+    ema.internal.updates.bind_kernel = broken.bind
+    ema.internal.updates.rebind()
     with contextlib.suppress(RuntimeError):
         ema.update()
     model.weight.data = model.weight.data.clone()
@@ -313,8 +315,8 @@ def test_a_forward_may_write_averaged_buffers_behind_an_attached_update() -> Non
     model = Counting()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ema = ShardedEMA(model, 0.5, shadow=OFFLOADS[0], buffers="average")
-    ema._bind_kernel = slowly
-    ema._rebind()
+    ema.internal.updates.bind_kernel = slowly
+    ema.internal.updates.rebind()
     ema.attach(optimizer)
     for value in (2.0, 3.0, 100.0):
         model(value).backward()
@@ -333,7 +335,7 @@ def test_weights_that_moved_are_found_though_binding_failed_once(
     ema.reset()
     model.weight.data = torch.full((2, 2), 4.0)
     with monkeypatch.context() as failing:
-        failing.setattr(ema, "_bind_kernel", None)
+        failing.setattr(ema.internal.updates, "bind_kernel", None)
         with pytest.raises(TypeError):
             ema.update()
     ema.update()
@@ -406,11 +408,12 @@ def test_what_is_lent_moves_by_the_same_weights() -> None:
         for param in model.parameters():
             param.add_(1)
     at_once.update()
-    _, flat = lent._decide(1)
+    updates, shards = lent.internal.updates, lent.internal.averages.weights.mine
+    _, flat = updates.decide(1)
     assert flat == [0.25, 0.5, 0.75]
     with torch.no_grad():
         for child in ("a", "b", "none"):  # a group at a time, one of them empty on this rank
-            lent._lerp_lent([s for s in lent._weights.mine if s.fqn.startswith(child)], flat)
+            updates.lerp_lent([s for s in shards if s.fqn.startswith(child)], flat)
     for name in rules:
         full, expected = lent.full_state_dict(name), at_once.full_state_dict(name)
         assert all(torch.equal(full[fqn], value) for fqn, value in expected.items())

@@ -300,7 +300,7 @@ def built_before_the_process_group() -> None:
     from torch import distributed as dist
 
     ema = ShardedEMA(net(), 0.5)
-    ema._ranks._active = False  # as if init_process_group had come only now
+    ema.internal.averages.ranks._active = False  # as if init_process_group had come only now
     assert dist.is_initialized()
     with pytest.raises(RuntimeError, match="process group was initialised after the EMA was built"):
         ema.full_state_dict()
@@ -345,13 +345,15 @@ def test_extra_state_goes_through_gather_and_load_full() -> None:
 def test_select_takes_names_of_tied_weights_and_full_shapes() -> None:
     model = zoo.make()
     matrices = ShardedEMA(model, 0.5, select=lambda fqn, shape: len(shape) > 1)
-    assert "out.weight" in matrices._weights.averaged
-    assert "out.bias" not in matrices._weights.averaged
-    assert ShardedEMA(model, 0.5, select="head.*")._weights.averaged == {"embed.weight"}
+    assert "out.weight" in matrices.internal.averages.weights.averaged
+    assert "out.bias" not in matrices.internal.averages.weights.averaged
+    assert ShardedEMA(model, 0.5, select="head.*").internal.averages.weights.averaged == {
+        "embed.weight"
+    }
     some = ShardedEMA(model, 0.5, select=[re.compile(r"^out\."), "narrow.bias"])
-    assert some._weights.averaged == {"out.weight", "out.bias", "narrow.bias"}
+    assert some.internal.averages.weights.averaged == {"out.weight", "out.bias", "narrow.bias"}
     frozen = ShardedEMA(model, 0.5, select=["frozen.*"])
-    assert frozen._weights.averaged == {"frozen.weight", "frozen.bias"}
+    assert frozen.internal.averages.weights.averaged == {"frozen.weight", "frozen.bias"}
 
 
 def test_dt_may_be_of_numpy() -> None:
@@ -365,7 +367,7 @@ def test_dt_may_be_of_numpy() -> None:
 def test_a_state_dict_is_looked_at_whole_before_it_is_taken() -> None:
     ema = ShardedEMA(net(), {"a": 0.5, "b": 0.5})
     other = ShardedEMA(net(), {"a": 0.5, "b": 0.5})
-    for shadow in other._averages["a"].shadows.flats:
+    for shadow in other.internal.averages["a"].shadows.flats:
         shadow.fill_(7.0)
     before = bits(ema)
 

@@ -39,14 +39,14 @@ def make(value: float = 0.0) -> ShardedEMA:
     model = net()
     ema = ShardedEMA(model, 0.5, kernel="reference")
     if value:
-        for flat in ema._averages["ema"].shadows.flats:
+        for flat in ema.internal.averages["ema"].shadows.flats:
             flat.fill_(value)
     return ema
 
 
 def held(ema: ShardedEMA) -> dict[str, list]:
     """The average and its clock."""
-    views = ema._averages["ema"].shadows.views
+    views = ema.internal.averages["ema"].shadows.views
     return {fqn: view.tolist() for fqn, view in views.items()} | {"": [ema.t, ema.num_updates]}
 
 

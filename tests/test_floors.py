@@ -27,7 +27,7 @@ OPTIONAL = {
 
 
 def table() -> dict[str, tuple[int, list[str]]]:
-    """``{room: (floor, its files, lowest first)}``, from rows ``| 3 | `files/` | a, b | ... |``."""
+    """``{room: (floor, files, lowest first)}``, from rows ``| 3 | `files/` | a, b, c | ... |``."""
     rows = re.findall(r"^\| (\d+) \| `([\w./]+)` \|([\w ,]*)\|", DESIGN.read_text(), re.MULTILINE)
     return {
         room.removesuffix("/").removesuffix(".py"): (int(floor), re.findall(r"\w+", files))

@@ -656,7 +656,7 @@ def fabrics_module_is_seen_through_to_its_wrapper() -> None:
         strategy = SingleDeviceStrategy(torch.device("cpu"))
         module = _FabricModule(wrap(net), strategy, original_module=net)
         ema = ShardedEMA(module, 0.5)
-        assert ema._weights.name == backend
+        assert ema.internal.averages.weights.name == backend
         train(module, ema)
         full = ema.full_state_dict(all_ranks=True)
         assert list(full) == list(net.state_dict())

@@ -29,7 +29,12 @@ from shardema.scopes import to_the_end, uninterrupted
 from tests import meters, world
 
 HOME = Path(shardema.__file__).parent
-LOOKED_AT = {str(HOME / f"{name}.py") for name in ("ema", "swap", "weights", "average", "shadows")}
+LOOKED_AT = {
+    str(path)
+    for name in ("ema", "calls", "swapping", "model/weights", "files/loading")
+    for path in [HOME / f"{name}.py"]
+}
+LOOKED_AT |= {str(path) for path in HOME.glob("update/*.py")}
 LOOKED_AT.add(contextlib.__file__)
 
 
@@ -90,14 +95,17 @@ class SignalAtLine:
     def __init__(self, at: int) -> None:
         self._left = at
         self.came = False  # what it raises in a generator that is thrown away is lost
+        self._tracer = self._look  # Python 3.11 keeps no reference while it calls it
 
     def __enter__(self) -> SignalAtLine:
         self._before = sys.gettrace()
-        sys.settrace(self._look)
+        gc.disable()  # a line of a block that was thrown away before is none of this call's
+        sys.settrace(self._tracer)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self._before)
+        gc.enable()
 
     def _look(self, frame: FrameType, event: str, _: object) -> Any:
         file = frame.f_code.co_filename
@@ -116,7 +124,7 @@ class SignalAtLine:
 
 def _is_one_step(file: str, line: int) -> bool:
     """Python calls handlers at calls and at jumps back: nothing comes before this line alone."""
-    return "self._due = put_back" in linecache.getline(file, line)
+    return "state.due = put_back" in linecache.getline(file, line)
 
 
 class Kept:
@@ -156,7 +164,7 @@ class Kept:
     def averages(self) -> list[Any]:
         """Of the averages and their clocks."""
         self.ema.flush()
-        kept = self.ema._averages.values()
+        kept = self.ema.internal.averages.values()
         told = [(a.t, a.num_updates, a.moved_at) for a in kept]
         return [torch.tensor(told), *(t.clone() for a in kept for t in a.shadows.flats)]
 
@@ -202,7 +210,7 @@ def interrupted_everywhere(
         except (TimeLimit, RankError) as error:  # by way of the ranks' agreement
             raised = isinstance(error, TimeLimit) or "TimeLimit" in str(error)
         gc.collect(0)
-        if kept.ema._due is not None:
+        if kept.ema.internal.calls.swap.due is not None:
             kept.ema.flush()
         now = kept.weights(), kept.averages()
         if not signals.came:
@@ -228,7 +236,7 @@ def put(kept: Kept, state: tuple[list[Tensor], list[Tensor]]) -> None:
             tensor.copy_(value)
         kept.ema.flush()
         clocks, *flats = state[1]
-        averages = list(kept.ema._averages.values())
+        averages = list(kept.ema.internal.averages.values())
         mine = [flat for average in averages for flat in average.shadows.flats]
         for flat, value in zip(mine, flats, strict=True):
             flat.copy_(value)
@@ -277,7 +285,7 @@ def test_the_end_of_a_swap_that_was_kept_from_beginning_is_made_by_the_next_call
     with pytest.raises(RuntimeError, match=r"update inside swap\(\)"):
         kept.ema.update()
     # as where two interrupts come at once, the second one between the lines of the `finally`
-    kept.ema._due = swap._inner.gen.gi_frame.f_locals["put_back"]  # type: ignore[attr-defined]
+    kept.ema.internal.calls.swap.due = swap._inner.gen.gi_frame.f_locals["put_back"]  # type: ignore[attr-defined]
     ending(kept.ema)
     assert same(kept.weights(), weights)
     assert same(kept.averages(), averages)
@@ -306,7 +314,9 @@ def test_a_swap_that_is_kept_ends_wherever_it_was_interrupted(
             if not signals.came:
                 break
             kept.ema.flush()
-            if kept.ema._inside:  # before the first line of its end, behind the last of its start
+            if (
+                kept.ema.internal.calls.swap.inside
+            ):  # before the first line of its end, behind the last of its start
                 outside += 1
                 swap.__exit__(None, None, None)
             assert same(kept.weights(), weights), moment

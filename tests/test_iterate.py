@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from shardema import ShardedEMA
-from shardema.ranks import gather
+from shardema.ranks import transfer
 from tests import world
 from tests.contract import shared_folder
 
@@ -47,7 +47,7 @@ def ddp(model: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "BUCKET_BYTES", 16)
+    monkeypatch.setattr(transfer, "BUCKET_BYTES", 16)
 
 
 # ---- leaving ----------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ LEAVE = {"break": stops, "exception": fails, "dropped": drops, "close": closes}
 
 
 def however_it_is_left_the_ranks_stay_together() -> None:
-    original, gather.BUCKET_BYTES = gather.BUCKET_BYTES, 16
+    original, transfer.BUCKET_BYTES = transfer.BUCKET_BYTES, 16
     try:
         for how in ("fsdp2", "ddp"):
             ema = kept(how)
@@ -100,12 +100,12 @@ def however_it_is_left_the_ranks_stay_together() -> None:
                     again = ema.full_state_dict(all_ranks=True)
                     assert all(torch.equal(again[fqn], value) for fqn, value in whole.items())
     finally:
-        gather.BUCKET_BYTES = original
+        transfer.BUCKET_BYTES = original
 
 
 def an_open_one_is_ended_by_the_next_call() -> None:
     first = dist.get_rank() == 0
-    original, gather.BUCKET_BYTES = gather.BUCKET_BYTES, 16
+    original, transfer.BUCKET_BYTES = transfer.BUCKET_BYTES, 16
     try:
         ema, other = kept("fsdp2"), kept("fsdp2")
         calls: dict[str, Callable[[], object]] = {
@@ -131,7 +131,7 @@ def an_open_one_is_ended_by_the_next_call() -> None:
                     next(items)
             assert ema.metrics()["t"] == ema.t
     finally:
-        gather.BUCKET_BYTES = original
+        transfer.BUCKET_BYTES = original
 
 
 def swapped(ema: ShardedEMA) -> None:
@@ -201,7 +201,7 @@ def check_shapes(how: str) -> None:
                 lambda ema, full=full: ema.load_full(full),
                 lambda ema, folder=folder: dcp.load({"ema": ema}, checkpoint_id=f"{folder}/dcp"),
             ):
-                for flat in ema._averages["ema"].shadows.flats:
+                for flat in ema.internal.averages["ema"].shadows.flats:
                     flat.zero_()
                 bring(ema)
                 again = ema.full_state_dict(all_ranks=True)

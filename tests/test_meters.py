@@ -33,9 +33,9 @@ def test_the_local_meter_fires() -> None:
     class Odd(torch.Tensor):
         pass
 
-    view = ema._averages["ema"].shadows.views["weight"]
+    view = ema.internal.averages["ema"].shadows.views["weight"]
     odd = view.as_subclass(Odd)
-    ema._updater._inline = [lambda weights: odd.lerp_(odd, weights[0])]
+    ema.internal.updates.updater._inline = [lambda weights: odd.lerp_(odd, weights[0])]
     assert not meters.read_only_locals(ema)
 
 

@@ -357,7 +357,7 @@ def wrapped(how: str) -> nn.Module:
 
 def sharded_models_have_every_key(how: str) -> None:
     ema = ShardedEMA(wrapped(how), 0.5)
-    expected = ShardedEMA(net(), 0.5, group=None)._weights.models[0].state_dict()
+    expected = ShardedEMA(net(), 0.5, group=None).internal.averages.weights.models[0].state_dict()
     full = ema.full_state_dict(all_ranks=True)
     assert set(full) == set(expected)
     for key, value in expected.items():

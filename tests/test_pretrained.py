@@ -155,7 +155,9 @@ def test_peft_reads_an_export_and_the_offline_one(tmp_path: Path, case: str) -> 
         again = ShardedEMA(adapted(**CASES[case]), 0.5)
         again.load_full(folder)
         full, got = ema.full_state_dict(), again.full_state_dict()
-        assert all(torch.equal(got[fqn], full[fqn]) for fqn in again._weights.averaged)
+        assert all(
+            torch.equal(got[fqn], full[fqn]) for fqn in again.internal.averages.weights.averaged
+        )
         merged = read.merge_and_unload()
         torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
 

@@ -177,6 +177,15 @@ def test_where_to_look_leads_to_a_function_of_that_name() -> None:
         assert name in defined(ROOT / file), f"{file} has no {name}"
 
 
+def test_the_objects_of_design_are_in_the_files_that_it_names() -> None:
+    section = DESIGN.split("\n## Objects\n", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| `(\w+)` \| `([\w/.]+)` \| [^|]+ \| ([^|]*) \|", section, re.MULTILINE)
+    assert len(rows) == 4
+    for name, file, methods in rows:
+        wanted = {name, *(f"{name}.{method}" for method in re.findall(r"`(\w+)`", methods))}
+        assert wanted <= defined(ROOT / file), f"{file} lacks {wanted - defined(ROOT / file)}"
+
+
 def test_every_file_that_design_names_is_there() -> None:
     named = set(re.findall(r"`((?:shardema|tests|launch|benchmarks|docs)/[\w./-]*)`", DESIGN))
     assert len(named) > 20

@@ -43,7 +43,7 @@ def expected(average: str) -> dict[str, torch.Tensor]:
     for step in range(3):
         contract.write(model, values_at(step))
         ema.update()
-    return dict(ema._averages[average].shadows.views)
+    return dict(ema.internal.averages[average].shadows.views)
 
 
 RULES = {"fast": 0.5, "slow": schedules.power(0.1)}

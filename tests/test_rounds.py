@@ -62,7 +62,7 @@ def steps_in_the_backward() -> None:
         model.reshard()
         for fqn, value in full(model).items():
             expected[fqn].lerp_(value, 0.5)
-    assert ema._averages["ema"].num_updates == 3  # the last round is open
+    assert ema.internal.averages["ema"].num_updates == 3  # the last round is open
     assert_same(ema.full_state_dict(all_ranks=True), expected)
     assert ema.num_updates == 4
 

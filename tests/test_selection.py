@@ -67,7 +67,9 @@ def test_patterns_are_stored_and_told_apart(tmp_path: Path) -> None:
 def test_only_lora_weights_take_memory() -> None:
     model = net()
     ema = ShardedEMA(model, 0.5, select=re.compile(r"lora_[AB]\."))
-    assert sum(flat.numel() for a in ema._averages.values() for flat in a.shadows.flats) == 4
+    assert (
+        sum(flat.numel() for a in ema.internal.averages.values() for flat in a.shadows.flats) == 4
+    )
     fill(model, 1.0)
     ema.update()
     full = ema.full_state_dict()
@@ -81,7 +83,7 @@ def test_what_is_frozen_or_unfrozen_later_follows_the_rule_and_is_told_once(
     model = net()
     model["head"].requires_grad_(False)
     ema = ShardedEMA(model, 0.5)
-    with caplog.at_level(logging.WARNING, "shardema.ema"):
+    with caplog.at_level(logging.WARNING, "shardema"):
         ema.full_state_dict()
         assert caplog.messages == []
         model["head"].requires_grad_(True)
@@ -183,7 +185,7 @@ def test_presets_average_buffers_where_the_library_does(preset: Any, averages: b
 
 def lost(ema: ShardedEMA) -> float:
     """What is left of the weight's first value, 1, where the running mean began at 0."""
-    return float(ema._averages["ema"].schedule.retention(0, 5))
+    return float(ema.internal.averages["ema"].schedule.retention(0, 5))
 
 
 def test_measured_and_averaged_statistics_exclude_each_other() -> None:

@@ -20,7 +20,7 @@ def the_average_is_that_of_the_masters(config: Config) -> None:
     engine = config.engine()
     schedule = schedules.ramp(0.9)
     ema = ShardedEMA(engine, schedule)
-    assert ema._weights.name == "zero"
+    assert ema.internal.averages.weights.name == "zero"
     start = engines.masters(engine)
     alone = {fqn: value.clone() for fqn, value in start.items()}
     history = [start]
@@ -196,12 +196,12 @@ def the_weights_can_be_averaged_instead(config: Config) -> None:
 def an_update_is_one_lerp_for_each_partition(config: Config) -> None:
     engine = config.engine()
     ema = ShardedEMA(engine, 0.5)
-    shadows = ema._averages["ema"].shadows
-    runs, _ = shadows.runs(ema._weights.mine)
+    shadows = ema.internal.averages["ema"].shadows
+    runs, _ = shadows.runs(ema.internal.averages.weights.mine)
     opt = engine.optimizer
     expected = {
-        "AdamW": len(ema._weights.mine),
-        "FP16_UnfusedOptimizer": len(ema._weights.mine),
+        "AdamW": len(ema.internal.averages.weights.mine),
+        "FP16_UnfusedOptimizer": len(ema.internal.averages.weights.mine),
         "FP16_Optimizer": 1,
         "BF16_Optimizer": len(opt.param_groups),
         "DeepSpeedZeroOptimizer": len(opt.param_groups),
@@ -323,7 +323,9 @@ def averages_kept_elsewhere_are_the_same(config: Config) -> None:
     for number in range(3):
         engines.step(engine, number)
     handle.remove()
-    flats = {a.name: sum(f.numel() for f in a.shadows.flats) for a in ema._averages.values()}
+    flats = {
+        a.name: sum(f.numel() for f in a.shadows.flats) for a in ema.internal.averages.values()
+    }
     if config.stage == 0:
         total = torch.tensor(flats["slices"])
         torch.distributed.all_reduce(total)

@@ -58,14 +58,16 @@ def build(name: str) -> Any:
 def averages(ema: ShardedEMA) -> dict[str, Tensor]:
     """What is averaged, in full, on every rank."""
     full = same_everywhere(ema.full_state_dict())
-    return {fqn: full[fqn] for fqn in sorted(ema._weights.averaged)}
+    return {fqn: full[fqn] for fqn in sorted(ema.internal.averages.weights.averaged)}
 
 
 def travel(name: str, folder: str) -> None:
     engines.prepare()
     model = build(name)
     ema = ShardedEMA(model, DECAY)
-    assert ema._weights.name == (LAYOUTS[name].backend if name in LAYOUTS else "zero")
+    assert ema.internal.averages.weights.name == (
+        LAYOUTS[name].backend if name in LAYOUTS else "zero"
+    )
     dist.barrier()
     for before in sorted(Path(folder).glob("*.pt")):
         there, updates = torch.load(before)

@@ -173,7 +173,7 @@ def an_ema_built_before_initialize() -> None:
         for call in (ema.update, ema.full_state_dict):
             with pytest.raises(RuntimeError, match=match):
                 call()
-        views = ema._averages["ema"].shadows.views
+        views = ema.internal.averages["ema"].shadows.views
         assert_same(dict(views), {fqn: before[fqn] for fqn in views})
 
 

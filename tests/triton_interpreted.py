@@ -22,8 +22,8 @@ from torch import Tensor
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_kernels_triton.py instead"
 
 from shardema import ShadowPolicy, ShardedEMA, schedules  # noqa: E402
-from shardema import ema as ema_module  # noqa: E402
 from shardema.kernels import fused_gpu, reference  # noqa: E402  (never without the interpreter)
+from shardema.update import updates  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, on inf and NaN
 
@@ -344,13 +344,13 @@ def test_an_ema_goes_on_by_replays_as_by_updates(monkeypatch: pytest.MonkeyPatch
     rules = {"ramp": schedules.ramp(0.9999), "mixed": schedules.by_pattern({"bias": 0.5}, 0.9)}
     eager, graph = (ShardedEMA(model, rules) for _ in range(2))
     for ema in (eager, graph):
-        ema._bind_kernel = fused_gpu.bind
-        ema._rebind()
+        ema.internal.updates.bind_kernel = fused_gpu.bind
+        ema.internal.updates.rebind()
     with pytest.raises(RuntimeError, match="no graph has captured"):
         graph.before_replay()
     before = graph.full_state_dict("ramp")
     with monkeypatch.context() as capture:  # the launch of a capture does nothing
-        capture.setattr(ema_module, "_capturing", lambda: True)
+        capture.setattr(updates, "_capturing", lambda: True)
         capture.setattr(fused_gpu._Work, "_capturing", lambda self: True)
         graph.update()
     now = graph.full_state_dict("ramp")
@@ -362,7 +362,7 @@ def test_an_ema_goes_on_by_replays_as_by_updates(monkeypatch: pytest.MonkeyPatch
                 param.add_(torch.randn_like(param))
         eager.update()
         graph.before_replay()
-        graph._updater.launch()  # what the graph has recorded
+        graph.internal.updates.updater.launch()  # what the graph has recorded
         assert (graph.t, graph.num_updates) == (eager.t, eager.num_updates)
         for name in rules:
             got, expected = graph.full_state_dict(name), eager.full_state_dict(name)
@@ -374,7 +374,7 @@ def test_an_ema_goes_on_by_replays_as_by_updates(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ema_module, "_capturing", lambda: True)
+    monkeypatch.setattr(updates, "_capturing", lambda: True)
     model = torch.nn.Linear(7, 6)
     for ema, text in (
         (ShardedEMA(model, 0.5, kernel="foreach"), "foreach cannot be captured"),

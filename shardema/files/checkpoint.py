@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,31 +37,61 @@ from shardema.files.manifest import (
     StoredPiece,
 )
 from shardema.files.safetensors import NewFile, layout, reporting, write_file
+from shardema.model.own_state import Outward
 from shardema.ranks.agree import Ranks
-from shardema.ranks.gather import Holdings, Item, Plan, raw_bytes
+from shardema.ranks.plan import Contents, Item, refuse_opaque
 from shardema.schedules import describe
 from shardema.shards.boxes import Box, split_box
 from shardema.shards.shard import Shard
+from shardema.shards.strides import raw_bytes
 from shardema.update.average import Average
 
 _CHUNK = BLOCK  # bytes that travel from a device at a time
 
 
-@dataclass(frozen=True)
-class Source:
-    """One set of tensors to save: an average, or what the averages leave out (``name`` None).
+def save_averages(
+    folder: str | os.PathLike[str],
+    averages: Sequence[Contents],
+    own: Contents,
+    progress: Mapping[str, StoredAverage],
+    outward: Outward,
+    *,
+    include_frozen: bool,
+    overwrite: bool,
+    extra: Callable[[str], None],
+) -> None:
+    """Writes averages, and what belongs to them of the model. Collective.
 
-    Attributes:
-        plan: who holds what of this set.
-        items: which of the plan's items are in it.
-        dtype: of an item's values in this set.
+    Args:
+        averages: all that there are of the model.
+        own: the model's own tensors.
+        progress: by the name of the average.
+        outward: what the model's own code makes of its state.
+        include_frozen: also the parameters that are not averaged.
+        overwrite, extra: as for `save`.
     """
-
-    name: str | None
-    plan: Plan
-    items: Sequence[int]
-    holdings: Holdings
-    dtype: Callable[[Item], torch.dtype]
+    if include_frozen:
+        outward.check_tensors(
+            "save(include_frozen=True)", "save without include_frozen, which a load needs not"
+        )
+    plan = averages[0].plan  # in own.plan packed parameters are buffers
+    items = list(enumerate(plan.items))
+    averaged = [i for i, item in items if item.averaged]
+    rest = [
+        i for i, item in items if not item.averaged and (item.role == "buffer" or include_frozen)
+    ]
+    refuse_opaque(
+        "save",
+        plan,
+        rest,
+        "leave include_frozen off and keep the model's own state dict beside it, or leave "
+        'such a buffer out: buffers={name: "ignore"}',
+    )
+    kept = {*averaged, *rest}
+    left_out = [item.fqn for i, item in items if i not in kept and item.stem]
+    left_out += sorted(outward.holders)
+    sources = [*(one.only(averaged) for one in averages), own.only(rest)]
+    save(folder, sources, progress, left_out, own.ranks, extra=extra, overwrite=overwrite)
 
 
 def progress_of(average: Average) -> StoredAverage:
@@ -78,7 +107,7 @@ def progress_of(average: Average) -> StoredAverage:
 
 def save(
     folder: str | os.PathLike[str],
-    sources: Sequence[Source],
+    sources: Sequence[Contents],
     averages: Mapping[str, StoredAverage],
     left_out: Sequence[str],
     ranks: Ranks,
@@ -113,23 +142,23 @@ def save(
         def write() -> dict[str, Any] | None:
             return _write_rank(new.path, sources, ranks)
 
-        ranks.agree("save (writing)", write, finish, nbytes=_busiest(sources, ranks.size))
+        ranks.agree("save (writing)", write, finish, nbytes=_busiest(sources))
 
 
-def _busiest(sources: Sequence[Source], size: int) -> int:
+def _busiest(sources: Sequence[Contents]) -> int:
     """Bytes that the rank which writes most of all writes."""
-    loads = (source.plan.loads(size, source.items, source.dtype) for source in sources)
+    loads = (source.loads() for source in sources)
     return max(map(sum, zip(*loads, strict=True)))
 
 
-def _write_rank(temporary: str, sources: Sequence[Source], ranks: Ranks) -> dict[str, Any] | None:
+def _write_rank(temporary: str, sources: Sequence[Contents], ranks: Ranks) -> dict[str, Any] | None:
     """Writes this rank's file and returns its entry for the manifest; None if it owns nothing."""
     found = []  # key, dtype, number of the tensor, box, values
     first = 0
     several = sum(source.name is not None for source in sources) > 1
     for source in sources:
         prefix = f"{source.name}/" if several and source.name is not None else ""
-        for number, index in enumerate(source.items):
+        for number, index in enumerate(source.chosen):
             item = source.plan.items[index]
             pairs = zip(item.holders, source.plan.writers[index], strict=True)
             boxes = [box for (box, _), writer in pairs if writer == ranks.index]
@@ -137,7 +166,7 @@ def _write_rank(temporary: str, sources: Sequence[Source], ranks: Ranks) -> dict
                 key = f"{prefix}{item.fqn}" + (f"#{k}" if len(boxes) > 1 else "")
                 values = source.holdings(index, box)
                 found.append((key, values.dtype, first + number, box, values))
-        first += len(source.items)
+        first += len(source.chosen)
     if not found:
         return None
     head, entries = layout([(key, dtype, box.sizes) for key, dtype, _, box, _ in found])
@@ -181,12 +210,11 @@ def _chunks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
             yield raw_bytes(part.view(tensor).cpu())
 
 
-def _tensors(sources: Sequence[Source]) -> tuple[Stored, ...]:
+def _tensors(sources: Sequence[Contents]) -> tuple[Stored, ...]:
     """The tensors of a checkpoint, numbered source by source."""
     tensors = []
     for source in sources:
-        for index in source.items:
-            item = source.plan.items[index]
+        for item in source.items:
             dtype = source.dtype(item)
             tensors.append(
                 Stored(

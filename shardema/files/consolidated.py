@@ -27,7 +27,7 @@ from shardema.files.safetensors import (
     read_whole,
     reporting,
 )
-from shardema.ranks.gather import Plan
+from shardema.ranks.plan import Plan
 from shardema.shards.boxes import Box, Dims, contiguous_runs, split_box
 
 _CHUNK = 16 << 20  # bytes read at a time

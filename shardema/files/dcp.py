@@ -7,14 +7,17 @@ write, which to read, where a chunk is in memory).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from shardema.ranks.plan import Plan
+from shardema.schedules import describe
 from shardema.shards.boxes import Box, Dims
 from shardema.shards.shard import Shard
+from shardema.update.averages import Averages
 
 if TYPE_CHECKING:  # DCP is slow to import, and asks only when it is there
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -24,6 +27,37 @@ _REMEDY = (
     "it holds this rank's shards only, so a pickle would keep one rank's and give them to all; "
     "use ema.save(folder) and ema.load(folder), or dcp.save({'ema': ema}, checkpoint_id=folder)"
 )
+
+
+def state_of(averages: Averages, elsewhere: Collection[str]) -> dict[str, Any]:
+    """The averages, their progress and their schedules; see `ShardedEMA.state_dict`.
+
+    Args:
+        elsewhere: names of which another rank's average is saved.
+    """
+    tensors = {
+        a.name: {
+            s.fqn: BoxedTensor.of(s, a.shadows.views[s.fqn], saved=s.fqn not in elsewhere)
+            for s in averages.held(a)
+        }
+        for a in averages.values()
+    }
+    progress = {
+        a.name: {"t": a.t, "num_updates": a.num_updates, "moved_at": a.moved_at}
+        for a in averages.values()
+    }
+    schedules = {a.name: describe(a.schedule) for a in averages.values()}
+    return {"averages": tensors, "progress": progress, "schedules": schedules}
+
+
+def saved_elsewhere(plan: Plan, index: int) -> set[str]:
+    """Averaged buffers of which another rank's value is saved: the first one's that has it.
+
+    Args:
+        index: of this rank.
+    """
+    first = {i.fqn: i.holders[0][1][0] for i in plan.items if i.role == "buffer" and i.holders}
+    return {fqn for fqn, holder in first.items() if holder != index}
 
 
 def refuse_pickle(what: str) -> NoReturn:

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,17 +38,10 @@ from shardema.files.safetensors import (
     write_file,
 )
 from shardema.ranks.agree import Ranks
-from shardema.ranks.gather import (
-    BUCKET_BYTES,
-    Holdings,
-    Item,
-    Plan,
-    Prepared,
-    prepare,
-    raw_bytes,
-    stream,
-)
+from shardema.ranks.plan import Contents
+from shardema.ranks.transfer import BUCKET_BYTES, Prepared, prepare, stream
 from shardema.shards.boxes import Box, Dims, contiguous_runs, split_box
+from shardema.shards.strides import raw_bytes
 
 Mode = Literal["auto", "direct", "stream"]
 
@@ -173,22 +166,17 @@ def write_box(
 
 def export(
     folder: str | os.PathLike[str],
-    plan: Plan,
-    chosen: Sequence[int],
-    holdings: Holdings,
-    ranks: Ranks,
+    contents: Contents,
     *,
-    out_dtype: Callable[[Item], torch.dtype],
     max_shard_size: int,
     mode: Mode,
     progress: bool,
     extra: Callable[[str], None],
 ) -> None:
-    """Writes the chosen items in the HF layout. Collective over ``ranks``.
+    """Writes ``contents`` in the HF layout. Collective over their ranks.
 
     Args:
         folder: where; must not exist.
-        out_dtype: the dtype that an item is written in.
         mode: ``"direct"`` lets every rank write its own boxes, ``"stream"`` brings them to the
             leader, ``"auto"`` takes the first where it is safe.
         progress: show a bar on the leader once the export has taken a second.
@@ -198,8 +186,9 @@ def export(
         ValueError: ``mode="direct"`` on several hosts or a file system that is not local.
         CheckpointError: on all ranks, if any could not write; nothing is left behind.
     """
-    chosen = [index for index in chosen if plan.items[index].stem]
-    tensors = [(i.stem, i.file_name, out_dtype(i), i.shape) for i in _items(plan, chosen)]
+    ranks = contents.ranks
+    contents = contents.only([i for i in contents.chosen if contents.plan.items[i].stem])
+    tensors = [(i.stem, i.file_name, contents.dtype(i), i.shape) for i in contents.items]
     targets, indices = plan_targets(tensors, max_shard_size)
     total = sum(entry.nbytes for target in targets for entry in target.entries.values())
     bar = tqdm(
@@ -216,24 +205,23 @@ def export(
         Writer(new.path, targets, bar.update) as writer,
     ):
         direct = _choose_mode(new.path, mode, ranks) == "direct"
-        by_hand, streamed = _divide(plan, chosen, direct, out_dtype)
+        by_hand, streamed = _divide(contents, direct)
         prepared: list[Prepared] = []
 
         def make_room() -> None:
             if ranks.leader:
                 reserve(new.path, targets)
-            if streamed:
-                limit = BUCKET_BYTES
-                prepared.append(prepare(plan, streamed, holdings, out_dtype, ranks, limit=limit))
+            if streamed.chosen:
+                prepared.append(prepare(streamed, limit=BUCKET_BYTES))
 
         ranks.agree("export (reserving)", make_room)
         with bar:
             ranks.agree(
                 "export (writing)",
-                lambda: _write_own(plan, by_hand, holdings, ranks, writer),
-                nbytes=max(plan.loads(ranks.size, by_hand, out_dtype)),
+                lambda: _write_own(by_hand, writer),
+                nbytes=max(by_hand.loads()),
             )
-            failed = _write_streamed(plan, prepared[0], writer) if streamed else None
+            failed = _write_streamed(streamed, prepared[0], writer) if prepared else None
 
         def sync() -> None:
             if failed is not None:
@@ -249,10 +237,6 @@ def export(
 
         # one rank's sync writes what all wrote to the file
         ranks.agree("export (finishing)", sync, finish, nbytes=total)
-
-
-def _items(plan: Plan, chosen: Sequence[int]) -> Iterator[Item]:
-    return (plan.items[index] for index in chosen)
 
 
 def _choose_mode(temporary: str, mode: Mode, ranks: Ranks) -> str:
@@ -298,22 +282,19 @@ def is_local(path: str) -> bool:
     return bool(kinds) and kinds[-1] in _LOCAL
 
 
-def _divide(
-    plan: Plan, chosen: Sequence[int], direct: bool, out_dtype: Callable[[Item], torch.dtype]
-) -> tuple[list[int], list[int]]:
+def _divide(contents: Contents, direct: bool) -> tuple[Contents, Contents]:
     """Items that their holders write, and items that the leader does: those in tiny stretches."""
     by_hand: list[int] = []
     streamed: list[int] = []
-    for index in chosen:
-        item = plan.items[index]
+    for index, item in zip(contents.chosen, contents.items, strict=True):
         small = False
         for box, _ in item.holders:
             numel, starts = contiguous_runs(item.shape, box) if len(item.holders) > 1 else (0, [])
-            if len(starts) > 1 and numel * out_dtype(item).itemsize < _SMALL_RUN:
+            if len(starts) > 1 and numel * contents.dtype(item).itemsize < _SMALL_RUN:
                 small = True
                 break
         (by_hand if direct and not small else streamed).append(index)
-    return by_hand, streamed
+    return contents.only(by_hand), contents.only(streamed)
 
 
 def reserve(temporary: str, targets: Sequence[Target]) -> None:
@@ -369,27 +350,20 @@ class Writer:
             close_quietly(self._fds.popitem()[1])
 
 
-def _write_own(
-    plan: Plan,
-    chosen: Sequence[int],
-    holdings: Holdings,
-    ranks: Ranks,
-    writer: Writer,
-) -> None:
-    for index in chosen:
-        item = plan.items[index]
-        for (box, _), owner in zip(item.holders, plan.writers[index], strict=True):
-            if owner == ranks.index:
-                writer.write(item.stem, item.file_name, box, holdings(index, box))
+def _write_own(contents: Contents, writer: Writer) -> None:
+    for index, item in zip(contents.chosen, contents.items, strict=True):
+        for (box, _), owner in zip(item.holders, contents.plan.writers[index], strict=True):
+            if owner == contents.ranks.index:
+                writer.write(item.stem, item.file_name, box, contents.holdings(index, box))
 
 
-def _write_streamed(plan: Plan, prepared: Prepared, writer: Writer) -> Exception | None:
+def _write_streamed(contents: Contents, prepared: Prepared, writer: Writer) -> Exception | None:
     """Writes what arrives, on the leader; returns what went wrong, for all ranks to hear."""
     failed: Exception | None = None
     for piece, values in stream(prepared, "export"):
         if failed is None:  # after a failure go on receiving, so that no sender waits for ever
             try:
-                item = plan.items[piece.item]
+                item = contents.plan.items[piece.item]
                 writer.write(item.stem, item.file_name, piece.box, values)
             except Exception as error:
                 failed = error

@@ -29,9 +29,10 @@ from torch import nn
 
 from shardema.arguments import NAME
 from shardema.backends.tree import wrapped_child
+from shardema.calls import Call
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError
-from shardema.files import manifest
+from shardema.files import loading, manifest
 from shardema.files.safetensors import reporting, sync_path
 from shardema.integrations.callers import only_main
 from shardema.schedules import Schedule
@@ -120,7 +121,7 @@ class _Carrier:
         self._accelerator = weakref.ref(accelerator)
         self._entry = weakref.ref(entry)
         self._ema = weakref.ref(ema)
-        self._ranks = ema._ranks
+        self._ranks = ema.internal.averages.ranks
 
     def carried(self) -> ShardedEMA | None:
         """The EMA; None once the accelerator has let go of its model."""
@@ -131,7 +132,7 @@ class _Carrier:
     def alone(self) -> bool:
         """Whether the main process saves by itself, since it holds everything."""
         ema = self.carried()
-        return ema is None or ema._whole_everywhere()
+        return ema is None or ema.internal.averages.whole_everywhere
 
     def save(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         """Writes beside what is there, and replaces that when it is whole.
@@ -143,9 +144,10 @@ class _Carrier:
             return
         folder, partial = self._places(output_dir)
         if self.alone():
-            ema._not_inside("save")
+            calls = ema.internal.calls
+            calls.check_allowed("save")
             if self._ranks.leader:
-                with ema._alone():
+                with calls.alone():
                     _tidy(folder, partial)
                     ema.save(os.path.join(partial, "new"))
                     _replace(folder, partial)
@@ -170,7 +172,7 @@ class _Carrier:
         folder: str | None = self._ranks.agree("load_state", None, find)
         if folder is not None:
             try:
-                ema._check_loadable(folder)
+                _check_loadable(ema, folder)
             except ValueError as error:
                 raise ValueError(
                     f"load_state: {error}. Nothing was loaded; to go on without what is stored, "
@@ -421,4 +423,17 @@ def _paired(carriers: Iterable[_Carrier]) -> Iterator[None]:
 
 
 def _writes(ema: ShardedEMA) -> dict[str, int]:
-    return ema._weights.versions(ema._weights.mine)
+    weights = ema.internal.averages.weights
+    return weights.versions(weights.mine)
+
+
+def _check_loadable(ema: ShardedEMA, folder: str) -> None:
+    """Raises as `ShardedEMA.load` does, but for damage inside of the files. Collective."""
+    calls = ema.internal.calls
+    calls.begin(Call("load", every=True, clocks=False, fills="all"))
+
+    def look() -> None:
+        stored = manifest.read(folder)
+        loading.check_checkpoint(folder, stored, calls.averages, calls.plan)
+
+    calls.ranks.agree("load (looking)", look)

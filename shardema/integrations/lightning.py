@@ -213,7 +213,7 @@ class EMACallback(Callback):
         """Whether an optimizer moves the average."""
         assert self.ema is not None
         engine = isinstance(trainer.strategy, DeepSpeedStrategy)
-        return engine or self.ema._weights.held_by(optimizer)
+        return engine or self.ema.internal.averages.weights.held_by(optimizer)
 
     def _finish(self, trainer: Trainer) -> None:
         """Exports where `fit` had nothing to do: the job was killed after its last step."""

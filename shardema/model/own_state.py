@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardema.backends.tree import walk, wrapped_child
 from shardema.errors import abbreviate
-from shardema.ranks.gather import Item, Plan
+from shardema.ranks.plan import Item, Plan
 from shardema.shards.boxes import whole
 from shardema.shards.shard import Role, Shard
 

@@ -120,6 +120,12 @@ class Weights:
         return any(word == "average" for word in self._buffers.values())
 
     @property
+    def averages_buffers(self) -> bool:
+        """Whether buffers are to be averaged, where there are any: the same on all ranks."""
+        rules = self._rules
+        return "average" in (rules.values() if isinstance(rules, Mapping) else (rules,))
+
+    @property
     def mine(self) -> list[Shard]:
         """The shards that are averaged."""
         return [shard for shard in self.shards if shard.fqn in self.averaged]

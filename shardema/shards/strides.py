@@ -99,3 +99,9 @@ def aligned_parts(a: Tensor, b: Tensor, max_numel: int) -> list[tuple[Tensor, Te
         return list(zip(*(torch.split(t, max_numel) for t in flat), strict=True))
     boxes = [part for box in whole(a.shape) for part in split_box(box, max_numel)]
     return [(box.view(a), box.view(b)) for box in boxes]
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor in row-major order; a view where it is contiguous."""
+    flat = tensor.contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ class Average:
         schedule: one for all tensors, or the schedules by pattern.
         moved_at: progress when it last moved; before ``t`` where the policy waits between moves.
         decays: of the last move, one for each of `schedules`; None before the first.
+        loaded: whether it is not the weights that it began with, also before its first update.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Average:
     num_updates: int = 0
     moved_at: float = 0
     decays: tuple[float, ...] | None = None
+    loaded: bool = False
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:

@@ -844,7 +844,7 @@ def late(at: Scene, *, name: str) -> None:
 def missing(at: Scene) -> None:
     """A rank does not come: the others are told, and the next call of all works."""
     at.close_round()
-    ranks = at.ema._ranks
+    ranks = at.ema.internal.averages.ranks
     known, ranks.timeout = ranks.timeout, 1.0
     try:
         if dist.get_rank() != 1:

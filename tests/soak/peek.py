@@ -64,8 +64,8 @@ def full_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def shadows(ema: ShardedEMA, name: str) -> Iterator[tuple[str, Box, Tensor]]:
     """This rank's part of an average: tensor, place, values."""
-    average = ema._averages[name]
-    for shard in ema._held(average):
+    average = ema.internal.averages[name]
+    for shard in ema.internal.averages.held(average):
         for box, values in shard.pieces(average.shadows.views[shard.fqn]):
             yield shard.fqn, box, values
 
@@ -90,27 +90,29 @@ _WRAPPED = "_fsdp_wrapped_module"
 
 def own_tensors(ema: ShardedEMA) -> list[Tensor]:
     """The model's own tensors of what is averaged, as far as this rank holds them."""
-    return [s.own for s in ema._weights.mine if s.own.numel() and s.role != "buffer"]
+    return [
+        s.own for s in ema.internal.averages.weights.mine if s.own.numel() and s.role != "buffer"
+    ]
 
 
 def wait(ema: ShardedEMA) -> None:
     """Returns when averages in host memory are up to date; ends no round, as `flush` does."""
-    ema._flush("check")
+    ema.internal.updates.flush("check")
 
 
 def clock(ema: ShardedEMA, name: str) -> tuple[float, int]:
     """``t`` and the number of updates, without an update that is still to be made."""
-    average = ema._averages[name]
+    average = ema.internal.averages[name]
     return average.t, average.num_updates
 
 
 def inside(ema: ShardedEMA) -> str | None:
     """The average that the model holds."""
-    return ema._inside
+    return ema.internal.calls.swap.inside
 
 
 def averaged(ema: ShardedEMA) -> frozenset[str]:
-    return frozenset(ema._weights.averaged)
+    return frozenset(ema.internal.averages.weights.averaged)
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

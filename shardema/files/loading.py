@@ -1,0 +1,251 @@
+"""What averages are to become, read into staging; only when all ranks have theirs is it copied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from shardema.arguments import progress
+from shardema.errors import CheckpointError, abbreviate
+from shardema.files import checkpoint, consolidated, manifest
+from shardema.files.dcp import BoxedTensor
+from shardema.files.manifest import Manifest, Reading
+from shardema.ranks.plan import Plan
+from shardema.schedules import describe
+from shardema.update.average import Average
+from shardema.update.averages import Averages
+from shardema.update.shadows import Shadows, allocate
+
+_EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
+_FullTensor = Tensor | consolidated.Place
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Values that an average is to take over.
+
+    Attributes:
+        clock: arguments of `Average.restart`; None leaves the clock as it is.
+        loaded: they were read, and are not the weights.
+    """
+
+    average: Average
+    shadows: Shadows
+    clock: tuple[float, int, float | None] | None
+    loaded: bool
+
+    def take_over(self) -> None:
+        """Copies them in. May be done twice."""
+        self.average.shadows.copy_all(self.shadows)
+        if self.clock is not None:
+            self.average.restart(*self.clock)
+        self.average.loaded |= self.loaded
+
+
+# ---- what `save` wrote ------------------------------------------------------------------------
+
+
+def read_checkpoint(
+    folder: str | os.PathLike[str],
+    averages: Averages,
+    plan: Plan,
+    *,
+    new_schedule: bool,
+    add: Sequence[str],
+    drop: Sequence[str],
+) -> list[Staged]:
+    """Reads every average of a checkpoint. Collective.
+
+    Args:
+        plan: of the model.
+        new_schedule, add, drop: as for `ShardedEMA.load`.
+    """
+    found: list[tuple[Manifest, dict[str, list[Reading]]]] = []
+
+    def look() -> tuple[str, int]:
+        stored = manifest.read(folder)
+        check_checkpoint(str(folder), stored, averages, plan, new_schedule, add, drop)
+        readings = {
+            average.name: checkpoint.readings(stored, average.name, averages.held(average))
+            for average in averages.values()
+            if average.name in stored.averages
+        }
+        found.append((stored, readings))
+        blocks = sum(len(part.blocks) for parts in readings.values() for part in parts)
+        return stored.save_id, blocks * manifest.BLOCK
+
+    def same(told: list[tuple[str, int]]) -> int:
+        if len({save_id for save_id, _ in told}) > 1:
+            raise CheckpointError(
+                f"load from {folder}: the ranks see different checkpoints there; give a path "
+                "on a file system that all ranks share",
+                path=str(folder),
+            )
+        return max(nbytes for _, nbytes in told)
+
+    nbytes = averages.ranks.agree("load (looking)", look, same)
+    staged: dict[str, Staged] = {}
+
+    def read() -> None:
+        stored, readings = found[0]
+        for average in averages.values():
+            staged[average.name] = _read_average(stored, average, averages, readings)
+
+    averages.ranks.agree("load (reading)", read, nbytes=nbytes)
+    return list(staged.values())
+
+
+def _read_average(
+    stored: Manifest, average: Average, averages: Averages, readings: Mapping[str, list[Reading]]
+) -> Staged:
+    held = averages.held(average)
+    staging = allocate(held, average.policy, pin=False)
+    if average.name not in readings:
+        staging.copy_from(held)
+        return Staged(average, staging, (0, 0, None), loaded=False)
+    checkpoint.read_average(stored, average.name, readings[average.name], held, staging.views)
+    kept = stored.averages[average.name]
+    return Staged(average, staging, (kept.t, kept.num_updates, kept.moved_at), loaded=True)
+
+
+def check_checkpoint(
+    folder: str,
+    stored: Manifest,
+    averages: Averages,
+    plan: Plan,
+    new_schedule: bool = False,
+    add: Sequence[str] = (),
+    drop: Sequence[str] = (),
+) -> None:
+    """Raises ValueError unless the checkpoint is of this model, these averages and schedules."""
+    _check_names(folder, set(stored.averages), set(averages), add, drop)
+    items = [item for item in plan.items if item.averaged]
+    for average in (a for a in averages.values() if a.name in stored.averages):
+        dtype = averages.dtype_of(average)
+        checkpoint.check_same_tensors(folder, stored, average.name, items, dtype)
+        if not new_schedule:
+            was = stored.averages[average.name].schedule
+            otherwise = ", or load(..., new_schedule=True) to go on with the new one"
+            _check_schedule(f"load from {folder}", average, was, otherwise)
+
+
+def _check_names(
+    folder: str, stored: set[str], kept: set[str], add: Sequence[str], drop: Sequence[str]
+) -> None:
+    lacking, surplus = kept - stored, stored - kept
+    if lacking == set(add) and surplus == set(drop):
+        return
+    call = ", ".join(
+        f"{word}={sorted(names)}" for word, names in (("add", lacking), ("drop", surplus)) if names
+    )
+    raise ValueError(
+        f"load from {folder}: it holds averages {sorted(stored)}, this object keeps "
+        f"{sorted(kept)}, and got add={sorted(add)}, drop={sorted(drop)}; build the EMA "
+        "with the same names" + (f", or load(..., {call})" if call else " and add or drop none")
+    )
+
+
+def _check_schedule(op: str, average: Average, was: dict[str, Any], otherwise: str = "") -> None:
+    now = describe(average.schedule)
+    if was != now:
+        raise ValueError(
+            f"{op}: average {average.name!r} was kept with schedule {was}, this object has "
+            f"{now}; build it with the same schedule{otherwise}"
+        )
+
+
+# ---- full tensors -----------------------------------------------------------------------------
+
+
+def read_full(
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    average: Average,
+    averages: Averages,
+    plan: Plan,
+    *,
+    beside: Collection[str],
+    clock: tuple[float | None, int | None],
+) -> Staged:
+    """Reads this rank's slices of full tensors. Local.
+
+    Args:
+        plan: of the model.
+        beside: names that the source may have and that are not used.
+        clock: ``t`` and ``num_updates``, as for `ShardedEMA.load_full`.
+    """
+    label = "load_full" if isinstance(source, Mapping) else f"load_full from {source}"
+    unit = averages.unit
+    known = progress(*clock, unit)
+    if known is None and not isinstance(source, Mapping) and unit == "step":
+        known = progress(None, consolidated.steps_of(source), unit)
+    restart = average.check_seed(label, known)
+    stored: Mapping[str, _FullTensor] = (
+        source if isinstance(source, Mapping) else consolidated.tensors_of(source)
+    )
+    shapes = {
+        fqn: tuple(v.entry.shape if isinstance(v, consolidated.Place) else v.shape)
+        for fqn, v in stored.items()
+        if not fqn.endswith(_EXTRA) and isinstance(v, consolidated.Place | Tensor)
+    }
+    names = consolidated.match(label, plan, shapes, beside)
+    held = averages.held(average)
+    staging = allocate(held, average.policy, pin=False)
+    for shard in held:
+        value = stored[names[shard.fqn]]
+        for box, target in shard.pieces(staging.views[shard.fqn]):
+            if isinstance(value, consolidated.Place):
+                consolidated.read_into(target, value, box)
+            else:
+                target.copy_(box.view(value))
+    return Staged(average, staging, restart and (*restart, None), loaded=True)
+
+
+# ---- a state dict -----------------------------------------------------------------------------
+
+
+def check_state(state: Mapping[str, Any], averages: Averages) -> None:
+    """Raises ValueError unless it is what ``ema.state_dict()`` of the same averages gives."""
+    op = "load_state_dict"
+    missing = {"averages", "progress", "schedules"} - set(state)
+    if missing:
+        words = sorted(missing)
+        raise ValueError(f"{op}: got no {words}, expected what ema.state_dict() gives")
+    for part in ("averages", "progress", "schedules"):
+        if set(state[part]) != set(averages):
+            got, expected = sorted(state[part]), sorted(averages.names)
+            raise ValueError(f"{op}: got {part} {got}, expected averages {expected}")
+    for average in averages.values():
+        _check_tensors(op, average, state["averages"][average.name])
+        _check_schedule(op, average, dict(state["schedules"][average.name]))
+
+
+def _check_tensors(op: str, average: Average, given: Mapping[str, Any]) -> None:
+    views = average.shadows.views
+    if set(given) != set(views):
+        odd = sorted(set(given) ^ set(views))
+        raise ValueError(
+            f"{op}: average {average.name!r} differs in {abbreviate(odd)}; "
+            "it is of another model, or of another select= or buffers="
+        )
+    for fqn, value in given.items():
+        local = value.local if isinstance(value, BoxedTensor) else None
+        if local is None or local.shape != views[fqn].shape:
+            raise ValueError(
+                f"{op}: {fqn}: got {type(value).__name__}, expected what "
+                "ema.state_dict() gives; take ema.load_full for full tensors"
+            )
+
+
+def take_over_state(state: Mapping[str, Any], averages: Averages) -> None:
+    """Copies in what `check_state` has passed. May be done twice."""
+    for average in averages.values():
+        for fqn, value in state["averages"][average.name].items():
+            if value.local.data_ptr() != average.shadows.views[fqn].data_ptr():
+                average.shadows.views[fqn].copy_(value.local)
+        clock = state["progress"][average.name]
+        average.restart(clock["t"], clock["num_updates"], clock.get("moved_at"))
+        average.loaded = True

@@ -1,0 +1,87 @@
+"""Full tensors of an average, one by one: what `iter_full` and `full_state_dict` hand out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from shardema.calls import Call, Calls
+from shardema.ranks import transfer
+from shardema.ranks.plan import Contents, Item
+from shardema.ranks.transfer import Iteration, Prepared
+from shardema.scopes import writable
+from shardema.update.average import Average
+
+
+def full_tensors(
+    calls: Calls, op: str, name: str | None, dtype: Any, *, all_ranks: bool
+) -> Iterator[tuple[str, Any]]:
+    """See `ShardedEMA.iter_full`. Collective from its first item on."""
+    made: list[tuple[Contents, Contents, Prepared]] = []
+
+    def prepare(average: Average) -> None:
+        calls.outward.check_values(op, calls.ranks.size if all_ranks else 1)
+        contents = calls.contents(average, dtype)
+        contents = contents.only(calls.outward.chosen(contents.plan))
+        apart = transfer.apart(op, contents.plan, calls.ranks.size, all_ranks)
+        gathered = contents.only([index for index in contents.chosen if index not in apart])
+        ready = transfer.prepare(gathered, limit=transfer.BUCKET_BYTES, all_ranks=all_ranks)
+        made[:] = [(contents, gathered, ready)]
+
+    calls.begin(
+        Call(
+            op,
+            name,
+            dtype=dtype,
+            given=lambda: {"all_ranks": bool(all_ranks)},
+            compared=lambda average: [average],
+            prepare=prepare,
+        )
+    )
+    outward, values = calls.outward, calls.own.values
+    contents, gathered, ready = made.pop()
+    with writable():
+        arriving = transfer.stream(ready, op)
+        if not (all_ranks or calls.ranks.leader):
+            for _ in arriving:
+                raise AssertionError("only receivers get pieces")
+            return
+        own = {shard.fqn: shard.own for shard in calls.weights.shards if shard.opaque}
+        full = transfer.with_apart(contents, transfer.assemble(gathered, arriving), own)
+    yield from _one_by_one(calls, op, arriving, full, outward.names)
+    yield from values.items()
+
+
+def _one_by_one(
+    calls: Calls,
+    op: str,
+    arriving: Generator[tuple[transfer.Piece, Tensor]],
+    full: Iterator[tuple[Item, Tensor]],
+    names: Callable[[Item], Sequence[str]],
+) -> Iterator[tuple[str, Tensor]]:
+    """The full tensors by each of their names, until another call ends them."""
+    iteration = Iteration(arriving)
+    calls.iterations.add(iteration)
+    try:
+        while True:
+            if iteration.ended_by:
+                raise RuntimeError(
+                    f"rank {calls.ranks.rank}: {op}: {iteration.ended_by} was called before "
+                    "its last tensor, which ended it; call that behind the loop"
+                )
+            with writable():
+                try:
+                    item, tensor = next(full, (None, None))
+                except BaseException as error:
+                    arriving.throw(error)  # which tells the others
+                    raise
+            if item is None or tensor is None:
+                return
+            for fqn in names(item):
+                yield fqn, tensor
+    finally:
+        calls.iterations.discard(iteration)
+        with writable():
+            iteration.end("close")

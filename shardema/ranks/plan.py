@@ -1,0 +1,262 @@
+"""Who holds what of a model: the plan that all ranks make once, and what they gather by it.
+
+::
+
+    shards of all ranks  -make_plan->  Plan       once: who holds which box of which tensor
+    Plan, this rank's    -Contents->   gathered, exported, saved: which tensors, in what dtype
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardema.errors import abbreviate
+from shardema.ranks.agree import Ranks
+from shardema.shards.boxes import Box, Dims, check_covered
+from shardema.shards.shard import Role, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One tensor of the model as all ranks together hold it.
+
+    Attributes:
+        dtype: of the model's own tensor; an average of it may have another.
+        device: type of the device that it lies on, or its average does.
+        averaged: whether there are averages of it.
+        file_name: of its names the one that an export writes it under.
+        opaque: the class of a tensor that has no values to gather; see `Shard`. Else empty.
+        holders: each distinct box with the indices of the ranks that hold it, ascending.
+        stem: of the file that an export writes it to, ``<stem>.safetensors``; empty, to none.
+    """
+
+    fqn: str
+    shape: Dims
+    dtype: torch.dtype
+    device: str
+    role: Role
+    averaged: bool
+    aliases: tuple[str, ...]
+    file_name: str
+    opaque: str
+    holders: tuple[tuple[Box, tuple[int, ...]], ...]
+    stem: str = "model"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor of the model and who holds what of it; the same on all ranks.
+
+    Attributes:
+        items: in the order of the unwrapped model's state_dict.
+        writers: for each item, the rank that writes each of its boxes: replicas share the work.
+    """
+
+    items: tuple[Item, ...]
+    writers: tuple[tuple[int, ...], ...] = field(repr=False)
+
+    def readers(self, index: int) -> list[int]:
+        """For each box of item ``index`` the rank that sends it: the leader, where it holds it."""
+        return [holders[0] for _, holders in self.items[index].holders]
+
+
+class Holdings:
+    """This rank's values of any box that it holds.
+
+    Args:
+        plan: the plan that ``shards`` are part of.
+        shards: this rank's shards.
+        shadows: by fqn, what stands in the place of a shard's own tensor.
+    """
+
+    def __init__(self, plan: Plan, shards: Sequence[Shard], shadows: Mapping[str, Tensor]) -> None:
+        by_fqn = {s.fqn: list(s.pieces(shadows.get(s.fqn, s.own))) for s in shards if not s.opaque}
+        self._pieces = [by_fqn.get(item.fqn, []) for item in plan.items]
+
+    def __call__(self, index: int, box: Box) -> Tensor:
+        """Values of ``box`` of item ``index``, a view ``[*box.sizes]``."""
+        for held, values in self._pieces[index]:
+            if held.intersect(box) == box:
+                return box.relative_to(held.offsets).view(values)
+        raise AssertionError((index, box))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Tensors to gather or to write: which, this rank's values of them, and in what form.
+
+    Attributes:
+        plan: who holds what.
+        chosen: indices of the plan's items, in the order wanted.
+        holdings: this rank's values of a box of item ``index``, ``[*box.sizes]``.
+        dtype: the one that an item travels, arrives and is written in.
+        ranks: who gathers or writes together.
+        name: of the average that they are; None where they are the model's own tensors.
+    """
+
+    plan: Plan
+    chosen: Sequence[int]
+    holdings: Callable[[int, Box], Tensor]
+    dtype: Callable[[Item], torch.dtype]
+    ranks: Ranks
+    name: str | None = None
+
+    @property
+    def items(self) -> Iterator[Item]:
+        """The chosen items."""
+        return (self.plan.items[index] for index in self.chosen)
+
+    def only(self, chosen: Sequence[int]) -> Contents:
+        """The same, of other items of the plan."""
+        return replace(self, chosen=chosen)
+
+    def loads(self) -> list[int]:
+        """Bytes of the chosen items that each of the ranks writes."""
+        loads = [0] * self.ranks.size
+        for index, item in zip(self.chosen, self.items, strict=True):
+            itemsize = self.dtype(item).itemsize
+            boxes = (box for box, _ in item.holders)
+            for box, writer in zip(boxes, self.plan.writers[index], strict=True):
+                loads[writer] += box.numel * itemsize
+        return loads
+
+
+def make_plan(
+    shards: Sequence[Shard],
+    averaged: Container[str],
+    ranks: Ranks,
+    dropped: Container[str] = (),
+) -> Plan:
+    """Exchanges what every rank holds. Collective over ``ranks``.
+
+    Args:
+        shards: this rank's shards.
+        averaged: the fqns that there are averages of.
+        dropped: names of tied tensors that an export does not use, if there is another.
+
+    Raises:
+        ValueError: ranks disagree about a tensor, or some part of it is held by nobody or twice.
+    """
+    same: dict[Any, Any] = {}  # equal boxes are one object, so they are sent and unpacked once
+    mine = []
+    for shard in shards:
+        boxes = tuple((box.offsets, box.sizes) for box in shard.boxes)
+        mine.append((shard.fqn, facts_of(shard, averaged, dropped), same.setdefault(boxes, boxes)))
+    with _uncollected():
+        items = _merged(ranks.all_gather(mine), ranks)
+    return Plan(tuple(items), _share_writing(items, ranks.size))
+
+
+def _merged(everything: Sequence[Any], ranks: Ranks) -> list[Item]:
+    """One item for each name, from what every rank said that it holds."""
+    merged: dict[str, dict[str, Any]] = {}
+    for index, theirs in enumerate(everything):
+        for fqn, facts, boxes in theirs:
+            entry = merged.get(fqn)
+            if entry is None:
+                entry = merged[fqn] = {"facts": facts, "first": index, "boxes": {}}
+            elif entry["facts"] != facts:
+                raise ValueError(_disagreement(fqn, entry, facts, index, ranks))
+            held = entry["boxes"]
+            for box in boxes:
+                if box in held:
+                    held[box].append(index)
+                else:
+                    held[box] = [index]
+    items = []
+    known: dict[Any, tuple[tuple[Box, tuple[int, ...]], ...]] = {}  # layers are alike
+    for fqn, entry in merged.items():
+        shape = entry["facts"][0]
+        layout = tuple(sorted((box, tuple(who)) for box, who in entry["boxes"].items()))
+        holders = known.get((shape, layout))
+        if holders is None:
+            holders = tuple((Box(*box), who) for box, who in layout)
+            check_covered(fqn, shape, [box for box, _ in holders])
+            known[shape, layout] = holders
+        items.append(Item(*(fqn, *entry["facts"], holders)))
+    return items
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection inside: looking through millions of new objects takes most of the time,
+    and none of them is garbage.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def facts_of(shard: Shard, averaged: Container[str], dropped: Container[str]) -> tuple[Any, ...]:
+    """What all ranks must agree on about a tensor: the fields of `Item` from ``shape`` on."""
+    names = (shard.fqn, *shard.aliases)
+    file_name = next((name for name in names if name not in dropped), shard.fqn)
+    is_averaged = shard.fqn in averaged
+    return (
+        shard.shape,
+        shard.own.dtype,
+        (shard.source if is_averaged else shard.own).device.type,
+        shard.role,
+        is_averaged,
+        shard.aliases,
+        file_name,
+        shard.opaque,
+    )
+
+
+def _disagreement(
+    fqn: str, entry: dict[str, Any], facts: tuple[Any, ...], index: int, ranks: Ranks
+) -> str:
+    words = ("shape", "dtype", "device", "role", "averaged", "tied names", "file name", "class")
+    pairs = zip(words, facts, entry["facts"], strict=True)
+    word, got, expected = next(pair for pair in pairs if pair[1] != pair[2])
+    if word == "averaged" and facts[3] == "buffer":
+        return (
+            f"{fqn}: this buffer is finite on some ranks only (rank {ranks.ranks[index]}: {got}, "
+            f"rank {ranks.ranks[entry['first']]}: {expected}), and averaged there; give it "
+            f'buffers={{"{fqn}": "copy"}}'
+        )
+    return (
+        f"{fqn}: rank {ranks.ranks[index]} has {word} {got}, rank {ranks.ranks[entry['first']]} "
+        f"has {expected}; the ranks do not hold one model: pass group= with the ranks that share it"
+    )
+
+
+def _share_writing(items: Sequence[Item], size: int) -> tuple[tuple[int, ...], ...]:
+    """The writer of each box: the least loaded of its holders; for buffers the first one.
+
+    Buffers may differ between replicas (BatchNorm under DDP): the first rank's are the model's.
+    """
+    load = [0] * size
+    writers = []
+    for item in items:
+        chosen = []
+        for box, holders in item.holders:
+            alone = len(holders) == 1 or item.role == "buffer"
+            best = holders[0] if alone else min(holders, key=load.__getitem__)
+            load[best] += box.numel * item.dtype.itemsize
+            chosen.append(best)
+        writers.append(tuple(chosen))
+    return tuple(writers)
+
+
+def refuse_opaque(op: str, plan: Plan, chosen: Sequence[int], remedy: str) -> None:
+    """Raises ValueError for an item among the chosen that has no values to gather."""
+    odd = [plan.items[index] for index in chosen if plan.items[index].opaque]
+    if odd:
+        raise ValueError(
+            f"{op}: {abbreviate([item.fqn for item in odd])}: {odd[0].opaque} is a tensor "
+            "subclass that "
+            f"keeps its values in a form of its own, which cannot be taken apart; {remedy}"
+        )

@@ -1,0 +1,347 @@
+"""Puts the full tensors together, on demand and in bounded memory.
+
+::
+
+    Contents  -buckets->  buckets   boxes in the order of the tensors, at most 256 MiB
+    bucket    -stream->   pieces    each owner sends its part, the leader receives
+
+A rank sends only boxes that it owns: of several replicas of a box one is the owner. The leader
+never needs more than its result plus one bucket, the others one bucket.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from shardema.ranks.messages import is_told
+from shardema.ranks.plan import Contents, Item, Plan, refuse_opaque
+from shardema.shards.boxes import Box, split_box, whole
+
+BUCKET_BYTES = 256 << 20
+_ALIGN = 16  # bytes; a part of a bucket starts where any dtype may start
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of an item that travels as one: ``owner`` is the index of the rank that sends it."""
+
+    item: int
+    box: Box
+    owner: int
+
+
+def buckets(contents: Contents, limit: int) -> Iterator[list[Piece]]:
+    """The boxes of the chosen items, in order, in groups of at most ``limit`` bytes."""
+    plan = contents.plan
+    bucket: list[Piece] = []
+    used = 0
+    for index, item in zip(contents.chosen, contents.items, strict=True):
+        itemsize = contents.dtype(item).itemsize
+        for (box, _), owner in zip(item.holders, plan.readers(index), strict=True):
+            for part in split_box(box, max(1, limit // itemsize)):
+                size = -(-part.numel * itemsize // _ALIGN) * _ALIGN
+                if bucket and used + size > limit:
+                    yield bucket
+                    bucket, used = [], 0
+                bucket.append(Piece(index, part, owner))
+                used += size
+    if bucket:
+        yield bucket
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A stream that has all the memory that it needs."""
+
+    transfer: _Transfer
+    groups: list[list[Piece]]
+
+
+def prepare(contents: Contents, *, limit: int, all_ranks: bool = False) -> Prepared:
+    """Makes ready to `stream`. Local: what can fail does so before anybody waits in a transfer.
+
+    Args:
+        limit: bytes of a bucket.
+        all_ranks: bring them to all ranks.
+
+    Raises:
+        RankError: the process group is broken.
+    """
+    contents.ranks.check_whole("gathering")
+    groups = list(buckets(contents, limit))
+    transfer = _Transfer(contents, all_ranks)
+    transfer.reserve(groups)
+    return Prepared(transfer, groups)
+
+
+def stream(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
+    """Brings the items to the leader, bucket by bucket. Collective over the ranks.
+
+    Every rank must run it to the end or close it: a consumer that stops early still takes part in
+    the transfers that the others wait in, and so does a rank that fails. Before the last bucket is
+    given out the ranks agree that all of them have come to the end.
+
+    Yields:
+        A piece and its values ``[*piece.box.sizes]`` on the CPU, valid until the next one; only
+        on ranks that receive.
+    """
+    pieces = _pieces(prepared, op)
+    next(pieces)  # closing a generator that never ran would not move what is left
+    return pieces
+
+
+def _pieces(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
+    """What arrives, behind a first item that is none."""
+    transfer, ranks = prepared.transfer, prepared.transfer.ranks
+    failed: BaseException | None = None
+
+    def finish() -> None:
+        if failed is not None and not isinstance(failed, GeneratorExit):
+            raise failed
+
+    try:
+        yield Piece(-1, Box((), ()), -1), torch.empty(0)
+    except BaseException as error:  # the consumer stopped: the others go on to the end
+        failed = error
+    for number, bucket in enumerate(prepared.groups, 1):
+        parts: list[Tensor] = []
+        try:
+            parts = transfer.move(bucket, op)
+        except BaseException as error:
+            if is_told(error):
+                raise
+            failed = failed or error
+        if number == len(prepared.groups):
+            ranks.agree(f"{op} (finishing)", finish)
+        if failed is None and transfer.receives:
+            try:
+                for piece, part in zip(bucket, parts, strict=True):
+                    transfer.go_on()
+                    yield piece, part
+            except BaseException as error:
+                failed = error
+    if not prepared.groups:
+        ranks.agree(f"{op} (finishing)")
+    if failed is not None:
+        raise failed
+
+
+class Iteration:
+    """Full tensors that a caller takes one by one, while the other ranks have sent theirs.
+
+    Attributes:
+        ended_by: the call that ended it before its last tensor.
+    """
+
+    def __init__(self, arriving: Generator[tuple[Piece, Tensor]]) -> None:
+        self.ended_by = ""
+        self._arriving = arriving
+        _iterations.add(self)
+
+    def end(self, op: str) -> None:
+        """Receives what is still on its way."""
+        _iterations.discard(self)
+        self.ended_by = self.ended_by or op
+        self._arriving.close()
+
+
+_iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()  # of all averages of the process
+
+
+def end_iterations(op: str) -> None:
+    """Ends all that are open: the other ranks may wait in their transfers."""
+    for iteration in list(_iterations):
+        iteration.end(op)
+
+
+class _Transfer:
+    """Moves buckets, one after the other, through one buffer of a bucket's size."""
+
+    def __init__(self, contents: Contents, all_ranks: bool) -> None:
+        self._contents = contents
+        self.ranks = contents.ranks
+        self._all_ranks = all_ranks
+        self._beat_at = time.monotonic() + self.ranks.timeout / 4
+        self._buffers: dict[torch.device, Tensor] = {}
+        # where what came by a device arrives
+        self._host = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.receives = all_ranks or self.ranks.leader
+
+    def reserve(self, groups: Sequence[list[Piece]]) -> None:
+        """Allocates a buffer for each device, as large as its largest bucket needs."""
+        sizes: dict[torch.device, int] = {}
+        for bucket in groups:
+            device = self._home(bucket)
+            _, spans = self._layout(bucket)
+            size = sum(spans[owner][1] for owner in self._owners(spans))
+            sizes[device] = max(size, sizes.get(device, 0))
+        for device, size in sizes.items():
+            self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
+        away = [size for device, size in sizes.items() if device.type != "cpu"]
+        if self.receives and away:
+            self._host = torch.empty(max(away), dtype=torch.uint8, device="cpu")
+
+    def go_on(self) -> None:
+        """Says that this rank goes on, where what it does between two transfers takes long."""
+        if self.ranks.size > 1 and time.monotonic() > self._beat_at:
+            self.ranks.beat()
+            self._beat_at = time.monotonic() + self.ranks.timeout / 4
+
+    def move(self, bucket: list[Piece], op: str) -> list[Tensor]:
+        """The pieces of the bucket, in order, on ranks that receive; else nothing.
+
+        A rank that fails to fill its part sends it all the same, and raises afterwards.
+        """
+        places, spans = self._layout(bucket)
+        device = self._home(bucket)
+        owners = self._owners(spans)
+        first = min((spans[o][0] for o in owners), default=0)
+        size = sum(spans[o][1] for o in owners)
+        buffer = self._buffers[device][:size]
+        # a sender's buffer holds its own span only, so it starts where that does
+        slots = {o: buffer[spans[o][0] - first :][: spans[o][1]] for o in owners}
+        failed: BaseException | None = None
+        try:
+            for piece, place in zip(bucket, places, strict=True):
+                if piece.owner == self.ranks.index:
+                    values = self._contents.holdings(piece.item, piece.box)
+                    self._view(buffer, place - first, piece).copy_(values)
+        except BaseException as error:
+            failed = error
+        if self.ranks.size > 1 and self._takes_part(owners):
+            self.ranks.transfer(op, lambda: self._exchange(slots), device)
+        if failed is not None:
+            raise failed
+        if not self.receives:
+            return []
+        arrived = buffer if device.type == "cpu" else self._host[:size].copy_(buffer)
+        return [self._view(arrived, place, p) for p, place in zip(bucket, places, strict=True)]
+
+    def _takes_part(self, owners: Sequence[int]) -> bool:
+        """Whether a bucket's exchange concerns this rank, given whose parts it has room for."""
+        return self._all_ranks or any(owner != 0 for owner in owners)
+
+    def _exchange(self, slots: Mapping[int, Tensor]) -> None:
+        """Sends and receives the parts of a bucket, each in its owner's slot."""
+        ranks, group = self.ranks, self.ranks.group()
+        if self._all_ranks:
+            for owner, slot in slots.items():
+                dist.broadcast(slot, src=ranks.ranks[owner], group=group)
+        elif ranks.leader:
+            works = [
+                dist.irecv(slot, src=ranks.ranks[owner], group=group)
+                for owner, slot in slots.items()
+                if owner != ranks.index
+            ]
+            for work in works:
+                assert work is not None
+                work.wait()
+        else:
+            dist.send(slots[ranks.index], dst=ranks.ranks[0], group=group)
+
+    def _layout(self, bucket: list[Piece]) -> tuple[list[int], dict[int, tuple[int, int]]]:
+        """First byte of each piece, and (first byte, bytes) of each owner: one span for each."""
+        sizes: dict[int, int] = {}
+        within = []
+        for piece in bucket:
+            within.append(sizes.get(piece.owner, 0))
+            sizes[piece.owner] = within[-1] + -(-self._nbytes(piece) // _ALIGN) * _ALIGN
+        spans: dict[int, tuple[int, int]] = {}
+        start = 0
+        for owner, size in sizes.items():
+            spans[owner] = (start, size)
+            start += size
+        pairs = zip(bucket, within, strict=True)
+        return [spans[piece.owner][0] + offset for piece, offset in pairs], spans
+
+    def _owners(self, spans: dict[int, tuple[int, int]]) -> list[int]:
+        """Owners whose span of a bucket this rank has room for: all, or itself."""
+        return [owner for owner in spans if self.receives or owner == self.ranks.index]
+
+    def _nbytes(self, piece: Piece) -> int:
+        return piece.box.numel * self._dtype(piece).itemsize
+
+    def _dtype(self, piece: Piece) -> torch.dtype:
+        return self._contents.dtype(self._contents.plan.items[piece.item])
+
+    def _view(self, buffer: Tensor, start: int, piece: Piece) -> Tensor:
+        raw = buffer[start : start + self._nbytes(piece)]
+        return raw.view(self._dtype(piece)).view(piece.box.sizes)
+
+    def _home(self, bucket: list[Piece]) -> torch.device:
+        """The device that a bucket travels on; told from the plan, so all ranks choose alike."""
+        if self.ranks.size == 1:
+            return torch.device("cpu")
+        kinds = {self._contents.plan.items[piece.item].device for piece in bucket} - {"cpu"}
+        return self.ranks.transport(kinds.pop() if kinds else "cpu")
+
+
+def assemble(
+    contents: Contents, arriving: Iterator[tuple[Piece, Tensor]]
+) -> Iterator[tuple[Item, Tensor]]:
+    """Full tensors ``[*shape]`` on the CPU, one at a time, from the pieces of `stream`."""
+    pieces = iter(arriving)
+    for index, item in zip(contents.chosen, contents.items, strict=True):
+        missing = sum(box.numel for box, _ in item.holders)
+        full: Tensor | None = None
+        while missing:
+            piece, values = next(pieces)
+            assert piece.item == index, (piece, item.fqn)
+            if full is None:
+                full = torch.empty(item.shape, dtype=values.dtype, device="cpu")
+            piece.box.view(full).copy_(values)
+            missing -= piece.box.numel
+        if full is None:
+            full = torch.empty(item.shape, dtype=contents.dtype(item), device="cpu")
+        yield item, full
+
+
+def with_apart(
+    contents: Contents, full: Iterator[tuple[Item, Tensor]], own: Mapping[str, Tensor]
+) -> Iterator[tuple[Item, Tensor]]:
+    """``full`` with the items of `apart` at their places: copies of the model's ``own`` tensors."""
+    for item in contents.items:
+        yield (item, _copied(own[item.fqn])) if item.opaque else next(full)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy in host memory; the tensor itself where its class has no such thing."""
+    try:
+        return tensor.to("cpu", copy=True)
+    except Exception:  # of somebody else's class: NotImplementedError, KeyError, AssertionError
+        return tensor
+
+
+def apart(op: str, plan: Plan, size: int, all_ranks: bool) -> list[int]:
+    """The items that are handed out as they are, by the ranks that hold them whole.
+
+    Args:
+        size: number of ranks.
+        all_ranks: all of them hand them out, not the leader only.
+
+    Raises:
+        ValueError: such a rank holds a part only, or nothing.
+    """
+    opaque = [index for index, item in enumerate(plan.items) if item.opaque]
+    taking = range(size) if all_ranks else range(1)
+    cut = [
+        index
+        for index in opaque
+        if [box for box, who in plan.items[index].holders if set(taking) <= set(who)]
+        != list(whole(plan.items[index].shape))
+    ]
+    refuse_opaque(
+        op,
+        plan,
+        cut,
+        "and the ranks hold parts of it; save the averages with ema.save(folder), and take them "
+        "out of it with `shardema export --partial`",
+    )
+    return opaque

@@ -1,0 +1,112 @@
+"""The averages of a model, and the weights that they are averages of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from shardema.model.weights import Weights
+from shardema.policy import ShadowPolicy
+from shardema.ranks.agree import Ranks
+from shardema.ranks.plan import Item
+from shardema.schedules import Schedule, by_pattern
+from shardema.shards.shard import Shard
+from shardema.update.average import Average
+from shardema.update.shadows import allocate
+
+
+class Averages(Mapping[str, Average]):
+    """Averages by name; they begin at the weights. Local.
+
+    Args:
+        weights: what is averaged.
+        ranks: those that share the model.
+        schedules, policies: by the name of the average.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        ranks: Ranks,
+        schedules: Mapping[str, Schedule | by_pattern],
+        policies: Mapping[str, ShadowPolicy],
+    ) -> None:
+        self.weights, self.ranks = weights, ranks
+        self._by_name: dict[str, Average] = {}
+        for name, rule in schedules.items():
+            held = weights.cut(policies[name])
+            shadows = allocate(held, policies[name])
+            shadows.copy_from(held)
+            self._by_name[name] = Average(name, rule, policies[name], shadows)
+
+    def __getitem__(self, name: str) -> Average:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._by_name)
+
+    def named(self, name: str | None) -> Average:
+        """The average of this name, of one average also without it. Raises ValueError."""
+        if name is None and len(self) > 1:
+            raise ValueError(f"name: there are several averages, give one of {list(self.names)}")
+        key = self.names[0] if name is None else name
+        if key not in self:
+            raise ValueError(f"name: got {name!r}, expected one of {list(self.names)}")
+        return self[key]
+
+    # ---- clocks -------------------------------------------------------------------------------
+
+    @property
+    def unit(self) -> str:
+        """Unit of the clocks."""
+        return next(iter(self.values())).schedule.unit
+
+    @property
+    def t(self) -> float:
+        return max(average.t for average in self.values())
+
+    @property
+    def num_updates(self) -> int:
+        return max(average.num_updates for average in self.values())
+
+    def clocks(self) -> dict[str, Any]:
+        """What the ranks compare of them, in words."""
+        return {
+            f"clock of {a.name!r} (t, num_updates, moved_at)": [a.t, a.num_updates, a.moved_at]
+            for a in self.values()
+        }
+
+    # ---- what the ranks hold ------------------------------------------------------------------
+
+    def held(self, average: Average) -> list[Shard]:
+        """What this rank averages."""
+        return self.weights.cut(average.policy)
+
+    def dtype_of(self, average: Average) -> Callable[[Item], torch.dtype]:
+        """The dtype of an item where this average stands for the model."""
+        return lambda i: average.policy.dtype_for(i.dtype) if i.averaged else i.dtype
+
+    @property
+    def sliced(self) -> bool:
+        """Whether replicas hold slices of some average."""
+        return any(average.policy.shard_replicas for average in self.values())
+
+    @property
+    def written_together(self) -> bool:
+        """Whether writing the model takes all ranks: an engine's, or slices of replicas."""
+        return self.weights.engine is not None or self.sliced
+
+    @property
+    def whole_everywhere(self) -> bool:
+        """Whether each rank holds all of every tensor and average: then one can save alone."""
+        plain = self.weights.name == "plain" and self.weights.engine is None
+        return plain and not self.sliced

@@ -1,0 +1,78 @@
+"""Warnings, each given once, by the first rank."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from shardema.arguments import odd_decay
+from shardema.errors import abbreviate
+from shardema.update.average import Average
+from shardema.update.averages import Averages
+from shardema.update.following import Following
+
+log = logging.getLogger(__name__)
+
+
+class Notices:
+    """What a user is told once of an EMA."""
+
+    def __init__(self, averages: Averages) -> None:
+        self._averages = averages
+        self._given: set[str] = set()
+
+    def once(self, key: str, text: str, *values: Any) -> None:
+        """Warns, if there was no warning of this ``key``."""
+        if key not in self._given and self._averages.ranks.leader:
+            self._given.add(key)
+            log.warning(text, *values)
+
+    def odd_decay(self, average: Average) -> None:
+        """Warns of a decay that looks like a slip."""
+        decay = average.decays[0] if average.decays else None
+        odd = odd_decay(average.schedule, decay, average.num_updates)
+        if odd is not None:
+            self.once(
+                "decay",
+                "average %r: a decay of %g %s",
+                average.name,
+                odd,
+                "never moves" if odd == 1 else f"forgets nearly all; was {1 - odd:g} meant?",
+            )
+
+    def missed(self, op: str, following: Following) -> None:
+        """Warns of a read that finds what no update has brought."""
+        found = following.missed()
+        if found is not None:
+            attached, other = found
+            self.once(
+                "missed",
+                "%s: the weights moved and no update came%s. Was the optimizer replaced that "
+                "is attached (%s), or is its step() never called? handle.remove(), and attach "
+                "the one that steps; else call ema.update() after each step. After weights "
+                "were loaded call ema.reset()",
+                op,
+                f": {other} stepped them" if other else "",
+                attached,
+            )
+
+    def never_updated(self, op: str, average: Average) -> None:
+        """Warns of a read that finds the weights that the average began with."""
+        if not average.num_updates and not average.loaded:
+            self.once(
+                "never",
+                "%s: average %r was never updated: it is the weights that it began with; call "
+                "ema.update() after each step, or ema.attach(optimizer) once",
+                op,
+                average.name,
+            )
+
+    def what_froze(self) -> None:
+        """Logs parameters that were frozen or unfrozen since the last look, once each time."""
+        frozen, unfrozen = self._averages.weights.newly_frozen()
+        for names, what in (
+            (frozen, "frozen since: averaged on, towards its last value"),
+            (unfrozen, "trainable now, and not averaged: build a new EMA"),
+        ):
+            if names and self._averages.ranks.leader:
+                log.warning("%s: %s", abbreviate(names), what)

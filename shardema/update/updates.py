@@ -1,0 +1,257 @@
+"""The state of an EMA's update: bound to the weights, counted, failed, and who waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
+
+import torch
+
+from shardema import kernels
+from shardema.arguments import increment
+from shardema.scopes import to_the_end, uninterrupted, writable
+from shardema.shards.shard import Shard, present
+from shardema.update.average import Average
+from shardema.update.averages import Averages
+from shardema.update.following import Following
+from shardema.update.nonfinite import NonFinite, OnNonfinite
+from shardema.update.notices import Notices
+from shardema.update.updater import Updater, slotted
+
+
+class Tables(enum.Enum):
+    """Where the addresses that the update was bound to stand; a CUDA graph keeps them for good."""
+
+    BOUND = enum.auto()  # they are the weights'
+    MOVED = enum.auto()  # the weights lie elsewhere: to be bound anew
+    CAPTURED = enum.auto()  # a CUDA graph has them: not to be bound anew
+    LOST = enum.auto()  # captured, and the weights lie elsewhere: nothing goes on
+
+    @property
+    def captured(self) -> bool:
+        return self in (Tables.CAPTURED, Tables.LOST)
+
+    @property
+    def moved(self) -> bool:
+        return self in (Tables.MOVED, Tables.LOST)
+
+
+class Updates:
+    """Moves all averages of an EMA, and says what became of it.
+
+    ::
+
+        weights moved   refresh, follow   bind anew
+        an update       advance           all averages and their clocks, or none
+        behind the step flush, copied     until the averages, or the weights, may be read or written
+        failed          flush raises, until `forget_errors`
+
+    Args:
+        bind_kernel: binds the kernel to shadows and weights.
+        on_nonfinite: as for `ShardedEMA`.
+
+    Attributes:
+        updater: moves the averages of the tensors that it is bound to.
+        following: what makes the updates by itself.
+    """
+
+    def __init__(
+        self,
+        averages: Averages,
+        bind_kernel: kernels.Bind,
+        on_nonfinite: OnNonfinite,
+        notices: Notices,
+    ) -> None:
+        self.bind_kernel = bind_kernel
+        self.following = Following(averages.weights)
+        self._averages, self._weights = averages, averages.weights
+        self._nonfinite = NonFinite(averages, on_nonfinite)
+        self._notices = notices
+        self._counted = self._weights.applied()  # the engine's step that the averages have
+        self._tables = Tables.BOUND
+        self._failed: RuntimeError | None = None  # of an update in the background, or a load
+        self.updater = self._bound()
+
+    # ---- moving the averages ------------------------------------------------------------------
+
+    def advance(self, dt: float | Callable[[], float] | None) -> None:
+        """One update; offloaded averages may still read the weights when it returns."""
+        if not callable(dt):
+            increment(dt, self._averages.unit)
+        if _capturing():
+            self._capture()
+            return
+        applied = self._weights.applied()
+        if self._weights.engine is not None and applied in (None, self._counted):
+            return
+        with writable():
+            self.refresh()
+            if self._nonfinite.found():
+                self._counted = applied
+                return
+            # a callable is asked only now: what it tells would be lost with a skipped update
+            step = increment(dt() if callable(dt) else dt, self._averages.unit)
+            weights, flat = self.decide(step)
+            with self._naming("update"):
+                self.updater.await_thread()  # here, where it can be interrupted
+            with uninterrupted():  # all averages move, and their clocks, or none does
+                with self._naming("update"):
+                    self.updater(flat)
+                for group in present(self._weights.lent):
+                    self.lerp_lent(group, flat)
+                self._note(weights, step)
+                self._counted = applied
+        self.following.seen()
+
+    def _capture(self) -> None:
+        if self._weights.engine is not None or self._nonfinite.policy != "ignore":
+            raise RuntimeError(
+                "update under CUDA graph capture: not with a DeepSpeed engine, nor with "
+                "on_nonfinite='skip' or 'raise', which wait for the device"
+            )
+        with writable():
+            self.updater.launch()
+        self._tables = Tables.LOST if self._tables.moved else Tables.CAPTURED
+
+    def before_replay(self, step: float) -> None:
+        """Moves the clocks, and gives the replay that follows its weights.
+
+        Raises:
+            RuntimeError: no update was captured, or the weights lie elsewhere now.
+        """
+        if not self._tables.captured:
+            raise RuntimeError(
+                "before_replay: no graph has captured ema.update(); capture it first"
+            )
+        if self._tables.moved or not self._weights.at_home():
+            self._raise_moved()
+        weights, flat = self.decide(step)
+        with writable():
+            self.updater.refresh(flat)
+        self._note(weights, step)
+
+    def decide(self, step: float) -> tuple[list[list[float]], list[float]]:
+        """The weights of a step: of each average, and of all in turn.
+
+        All of them before anything is changed: a schedule may raise.
+        """
+        weights = [average.weights(step) for average in self._averages.values()]
+        return weights, [weight for those in weights for weight in those]
+
+    def _note(self, weights: Sequence[Sequence[float]], step: float) -> None:
+        """Moves the clocks."""
+        for average, those in zip(self._averages.values(), weights, strict=True):
+            average.moved(those, step)
+            if average.num_updates in (1, 100):
+                self._notices.odd_decay(average)
+
+    def lerp_lent(self, shards: Sequence[Shard], weights: Sequence[float]) -> None:
+        """Moves the averages of shards that are here for the moment."""
+        pairs = list(slotted(self._averages.values(), lambda _: shards))
+        if pairs:  # else the rank holds nothing of them
+            _, shadows, sources, slots = (list(column) for column in zip(*pairs, strict=True))
+            self.bind_kernel(shadows, sources, slots)(weights)
+
+    # ---- where the weights are ----------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Makes the shards the present weights: frees what is gathered, finds what was replaced."""
+        self.follow(self._weights.refresh(self._averages.ranks.rank))
+
+    def follow(self, moved: bool) -> None:
+        """Binds the update anew where the weights moved, now or since that failed."""
+        if moved:
+            self._tables = Tables.LOST if self._tables.captured else Tables.MOVED
+        if self._tables.moved:
+            self.rebind()
+
+    def rebind(self) -> None:
+        """Binds the update to where the tensors are now."""
+        if self._tables.captured:
+            self._raise_moved()
+        self._failed = self._failed or self.updater.error()
+        self.updater.close()
+        self.updater = self._bound()
+        self._tables = Tables.BOUND
+
+    def _bound(self) -> Updater:
+        away = {shard.fqn for shard in self._weights.lent}
+
+        def here(average: Average) -> list[Shard]:
+            return [s for s in self._averages.held(average) if s.fqn not in away]
+
+        return Updater(list(self._averages.values()), here, self.bind_kernel)
+
+    def _raise_moved(self) -> NoReturn:
+        raise RuntimeError(
+            f"rank {self._averages.ranks.rank}: the model's weights lie elsewhere than when a CUDA "
+            "graph captured ema.update(), so its replays would read freed memory; build the EMA "
+            "and capture again"
+        )
+
+    # ---- who waits ----------------------------------------------------------------------------
+
+    def flush(self, op: str) -> None:
+        """Waits until the averages are up to date. Raises RuntimeError if an update failed."""
+        with self._naming(op):
+            self.updater.flush()
+
+    def copied(self) -> None:
+        """Waits until no update reads the weights any more: they may be changed."""
+        with self._naming("update"):
+            self.updater.copied()
+
+    @contextlib.contextmanager
+    def _naming(self, op: str) -> Iterator[None]:
+        """Names the rank where an update in the background failed."""
+        try:
+            if self._failed is not None:
+                raise self._failed
+            yield
+        except RuntimeError as error:
+            rank = self._averages.ranks.rank
+            raise RuntimeError(f"rank {rank}: {op}: {error}") from error
+
+    # ---- other averages -----------------------------------------------------------------------
+
+    def forget_errors(self) -> None:
+        """Lets an update that failed in the background, or a load, be followed by others."""
+        if self.updater.behind:
+            self.rebind()
+        self._failed = None
+
+    def replace(self, op: str, work: Callable[[], None], *, counted: bool = True) -> None:
+        """Does ``work`` on the averages, which may be done twice; an interrupt comes after it.
+
+        Args:
+            counted: the engine's last step is in what the averages are then.
+
+        Raises:
+            RuntimeError: it failed half way; so does every call until an average is loaded.
+        """
+
+        def whole() -> None:
+            work()
+            if counted:
+                self._counted = self._weights.applied()
+
+        with uninterrupted():
+            try:
+                interrupt = to_the_end(whole)
+            except Exception as error:
+                self._failed = RuntimeError(
+                    f"{op} failed: {type(error).__name__}: {error}; the averages may be half "
+                    "new: ema.load() a checkpoint, or ema.reset() them to the weights"
+                )
+                raise self._failed from error
+        if interrupt is not None:
+            raise interrupt
+        self.following.clear()
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph records what this thread launches."""
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(started) and torch.cuda.is_current_stream_capturing()
