@@ -7,6 +7,7 @@ true. Ranks are forked from a server that imported torch once, so a world starts
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import tempfile
@@ -92,11 +93,24 @@ def _main(rank: int, size: int, folder: str, facts: Sequence[Fact], told: Any, d
 
 
 def judge(
-    facts: Sequence[Fact], ranks: int, timeout: float = 280.0, device: str = "cpu"
+    facts: Sequence[Fact],
+    ranks: int,
+    timeout: float = 280.0,
+    device: str = "cpu",
+    grace: float = math.inf,
+    preload: Sequence[str] = (),
+    heard: Callable[[str], None] = lambda name: None,
 ) -> Verdicts:
-    """Runs the facts in a world of ``ranks`` processes, with models on ``device``."""
+    """Runs the facts in a world of ``ranks`` processes, with models on ``device``.
+
+    Args:
+        timeout: seconds for all facts.
+        grace: seconds that the others have once a rank has failed.
+        preload: modules that are imported once for all worlds, if this one is the first.
+        heard: told the name of each fact that the first rank is done with.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload([*PRELOAD, *preload])
     silent = [f"no word from this rank in {timeout:.0f} s"] * ranks
     told: dict[str, list[str]] = {fact.name: list(silent) for fact in facts}
     assert len(told) == len(facts), "two facts of one name"
@@ -121,8 +135,12 @@ def judge(
                 continue
             name, rank, text, seconds = words.get()
             told[name][rank] = text
+            if text:
+                end = min(end, time.monotonic() + grace)
             slow.append((seconds, name))
             expected -= 1
+            if rank == 0:
+                heard(name)
         for process in processes:
             process.join(max(0.1, min(20.0, end - time.monotonic())))
             if process.is_alive():
