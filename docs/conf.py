@@ -5,7 +5,7 @@ from __future__ import annotations
 import shardema
 
 project = "shardema"
-author = "the shardema authors"
+author = "the shardema developers"
 version = release = shardema.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

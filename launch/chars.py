@@ -1,6 +1,6 @@
 """Text as bytes: reading, splitting, batches and validation windows, all without random state.
 
-    files -> (training bytes, validation bytes) -> windows [n, context + 1] -> inputs, targets
+files -> (training bytes, validation bytes) -> windows [n, context + 1] -> inputs, targets
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Steps on disk: written under another name, renamed when every rank is done.
 
-    OUT/step-000100/run.json    what was trained, and how
-                    training/   model and optimizer, by torch.distributed.checkpoint or DeepSpeed
-                    ema/        the average, by ShardedEMA.save
+OUT/step-000100/run.json    what was trained, and how
+                training/   model and optimizer, by torch.distributed.checkpoint or DeepSpeed
+                ema/        the average, by ShardedEMA.save
 """
 
 import json

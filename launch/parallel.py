@@ -1,12 +1,12 @@
 """What the backends do differently: the process group, the mesh, the wrapper, accumulation.
 
-    plain     one process
-    ddp       the whole model on every rank
-    fsdp1     FullyShardedDataParallel
-    fsdp2     fully_shard, block by block
-    hsdp      fully_shard within each replica, on a (replicate, shard) mesh
-    fsdp2-tp  layers split over "tp", fully_shard over "dp"
-    zero0-3   a DeepSpeed engine, as launch/deepspeed/ configures it
+plain     one process
+ddp       the whole model on every rank
+fsdp1     FullyShardedDataParallel
+fsdp2     fully_shard, block by block
+hsdp      fully_shard within each replica, on a (replicate, shard) mesh
+fsdp2-tp  layers split over "tp", fully_shard over "dp"
+zero0-3   a DeepSpeed engine, as launch/deepspeed/ configures it
 """
 
 import json

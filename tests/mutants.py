@@ -393,8 +393,9 @@ STORIES = {
     "backends/plain.py": Story(
         3, (contract(2, "ddp"), files("errors", "gathered"), contract(1, "plain"))
     ),
+    "backends/subclasses.py": Story(1, (files("kinds"),)),
     "backends/tree.py": Story(
-        5, (files("errors", "kinds"), files("gathered"), files("zero_errors"), contract(2, "fsdp1"))
+        4, (files("errors", "kinds"), files("gathered"), files("zero_errors"), contract(2, "fsdp1"))
     ),
     "backends/zero.py": Story(7, (files("zero_errors"), files("zero"), files("zero_checkpoints"))),
 }

@@ -18,15 +18,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardema.backends.passes import in_backward, in_forward
+from shardema.backends.subclasses import kind_of, mark_wrapped, pointer, values_of
 from shardema.backends.tree import (
     Named,
-    kind_of,
-    mark_wrapped,
     named_tensors,
-    pointer,
     refuse_part,
     tie_shared_storage,
-    values_of,
     whole_shard,
 )
 from shardema.shards.boxes import Box, Dims

@@ -9,7 +9,8 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shardema.backends.tree import mark_wrapped, named_tensors, tie_shared_storage, whole_shard
+from shardema.backends.subclasses import mark_wrapped
+from shardema.backends.tree import named_tensors, tie_shared_storage, whole_shard
 from shardema.shards.shard import Shard
 
 

@@ -1,20 +1,8 @@
-"""``shardema.json``: what a checkpoint holds, where it lies, and a checksum of every block.
+"""``shardema.json``: what a checkpoint holds, where it is, and a checksum of every block.
 
-::
-
-    {"checksum": "<xxh3_128 of the body's bytes>", "body": {
-        "format": "shardema", "version": [1, 1], "save_id": ..., "world_size": ...,
-        "averages": {name: {"schedule": ..., "t": ..., "num_updates": ..., "dtype": ...}},
-        "tensors":  [{"average": name or null, "fqn", "file_name", "role", "shape",
-                      "dtype", "aliases", "stem"}, ...],
-        "left_out": [fqn, ...],
-        "place":    "",  or the folder in the folder that the files are in
-        "files":    [{"name", "size", "head", "blocks": [xxh3_128 of 4 MiB, ...],
-                      "pieces": [[tensor, offsets, sizes], ...]}, ...]}}
-
-The pieces of a file lie one after the other behind its head, row-major. Nothing in it is trusted:
-every number is checked before it is used. A checksum finds damage; it is not a signature, and
-whoever can write the folder can write the manifest too.
+docs/format.md has the format field by field. Nothing in a manifest is trusted: every number is
+checked before it is used. A checksum finds damage; it is not a signature, and whoever can write the
+folder can write the manifest too.
 """
 
 from __future__ import annotations

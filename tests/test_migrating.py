@@ -1,4 +1,4 @@
-"""Every row of docs/verbs.md is run: what a call of another library is here."""
+"""Every row of docs/migrating.md is run: what a call of another library is here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from shardema import ShardedEMA, functional, presets, schedules
 from tests.test_import import unet
 
-PAGE = Path(__file__).parent.parent / "docs/verbs.md"
+PAGE = Path(__file__).parent.parent / "docs/migrating.md"
 
 
 def net(value: float = 0.0) -> nn.Linear:
@@ -215,7 +215,7 @@ ROWS: dict[str, Callable[[Path], None]] = {
     "`ema.full_state_dict()`, `ema(x)`": calls_and_gathers,
     "`ema.save(folder)`, `ema.load(folder)`; `state_dict` for DCP": saves,
     "`ema.reset()`": resets,
-    "`ema.reset()`, which also takes the present weights": resets,
+    "`ema.reset()`, which also copies the current weights": resets,
     "`ema.export(path)`": exports,
     "`ema.load_full(path)`, counters included": loads_full,
     "`with ema.swap():`, `ema.copy_to_model()`": swap_or_copy,
