@@ -106,8 +106,8 @@ def _skip(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
     for param in params:
         if param.grad is not None:
             param.grad.fill_(torch.inf)
-    scaler = torch.amp.GradScaler(zoo.DEVICE, init_scale=2.0)
-    scaler.scale(torch.ones((), device=zoo.DEVICE))
+    scaler = torch.amp.GradScaler(zoo.device(), init_scale=2.0)
+    scaler.scale(torch.ones((), device=zoo.device()))
     scaler.step(optimizer)
     scaler.update()
 
@@ -183,7 +183,7 @@ def _context(under: str) -> Iterator[None]:
             stack.enter_context(torch.inference_mode())
         elif under == "autocast":
             stack.enter_context(torch.no_grad())
-            stack.enter_context(torch.autocast(zoo.DEVICE, dtype=torch.bfloat16))
+            stack.enter_context(torch.autocast(zoo.device(), dtype=torch.bfloat16))
         yield
 
 
