@@ -171,10 +171,7 @@ class Calls:
         if self.ranks.size > 1:
             with writable():
                 transfer.end_iterations(call.op)
-        same: dict[str, Any] = {}
-        found = self.ranks.agree(
-            call.op, lambda: self._ready(call, same), _differing_sets, same=same
-        )
+        found = self._meet(call)
         if found is None:
             self._make_plans(call)
             found = self.ranks.agree(
@@ -187,22 +184,52 @@ class Calls:
                 replica_check.refuse_replicas(self.plan, held, self.ranks, call.op, sets)
         return average
 
+    def _meet(self, call: Call) -> list[list[str]] | None:
+        """The first words of a call, see `_differing_sets`."""
+        op, same = call.op, dict[str, Any]()
+
+        def arrive() -> None:
+            self._arrive(call, same)
+
+        def arrive_ready() -> list[_Digests] | None:
+            arrive()
+            return self._ready(call)
+
+        found: list[list[str]] | None
+        if self.weights.gathers:
+            # nobody frees what a forward has gathered unless all do: the next one would gather on
+            # some ranks only
+            self.ranks.agree(op, arrive, same=same)
+            found = self.ranks.agree(f"{op} (reading)", lambda: self._ready(call), _differing_sets)
+        else:
+            found = self.ranks.agree(op, arrive_ready, _differing_sets, same=same)
+        return found
+
     def _average_of(self, call: Call) -> Average:
         return self.averages.named(self.averages.names[0] if call.every else call.name)
 
-    def _ready(self, call: Call, same: dict[str, Any]) -> list[_Digests] | None:
-        """This rank's part before the first word; None where a plan must be made first.
+    def _arrive(self, call: Call, same: dict[str, Any]) -> None:
+        """The call is allowed, and open rounds are closed, on this rank.
 
         Args:
             same: is filled with what must be equal on all ranks.
         """
         self.check_allowed(call.op)
+        # before anything that may be refused on one rank only: the others close the round too
+        if call.fills == "none" or (call.fills == "one" and len(self.averages) > 1):
+            self.close_round()
         average = self._average_of(call)
         check_dtype(call.op, call.dtype)
-        self._settle(call, average)
+        if call.fills == "none" and call.warns:
+            self.notices.missed(call.op, self.updates.following)
+            if call.files:
+                self.notices.never_updated(call.op, average)
         same.update(name=average.name, dtype=str(call.dtype), **call.given())
         if call.clocks:
             same.update(self.averages.clocks())
+
+    def _ready(self, call: Call) -> list[_Digests] | None:
+        """The model is read and the averages are whole; None where a plan must be made first."""
         with writable():
             if call.planned:
                 self.weights.ensure_sharded()
@@ -218,15 +245,6 @@ class Calls:
         same_state = known == self.own.facts() and self._planned == self.weights.stamp()
         named = not (self.outward.pending and call.files)
         return self._prepared(call) if self._plans and same_state and named else None
-
-    def _settle(self, call: Call, average: Average) -> None:
-        """Makes an update that is still to be made, of averages that the call does not fill."""
-        if call.fills == "none" or (call.fills == "one" and len(self.averages) > 1):
-            self.close_round()
-        if call.fills == "none" and call.warns:
-            self.notices.missed(call.op, self.updates.following)
-            if call.files:
-                self.notices.never_updated(call.op, average)
 
     def _prepared(self, call: Call) -> list[_Digests]:
         """What may fail on this rank is done; supposed replicas in digests."""
@@ -255,9 +273,9 @@ class Calls:
         """
         if not self.averages.written_together:
             self.check_allowed(op)
+            self.close_round()
             average = self.averages.named(name)
             given()
-            self.close_round()
             with writable():
                 return work(average)
         done: list[_T] = []

@@ -247,13 +247,7 @@ class ShardedEMA:
         """
         refuse_positional("update", misplaced)
         self._calls.check_allowed("update")
-        self._updates.following.check_free(
-            self._averages.ranks,
-            "update",
-            "is attached and updates this EMA after each of its steps, so this one would count "
-            "twice; leave update() out, or end that first: handle = ema.attach(...), "
-            "handle.remove()",
-        )
+        self._updates.following.refuse_by_hand(self._averages.ranks.rank)
         self._advance(dt)
         self._updates.copied()
 

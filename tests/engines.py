@@ -81,11 +81,11 @@ class Config:
     def autocast(self) -> bool:
         return "torch_autocast" in self.more
 
-    def engine(self, **more: Any) -> Any:
-        """A new engine. Collective."""
+    def engine(self, module: nn.Module | None = None, **more: Any) -> Any:
+        """A new engine, over the zoo's model if no other is given. Collective."""
         import deepspeed
 
-        module = model()
+        module = model() if module is None else module
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_allow_untested_optimizer": True,
@@ -222,6 +222,55 @@ def masters(engine: Any) -> dict[str, Tensor]:
             full[name_of[id(param)]] = part.clone().view(param.shape)
             start += param.numel() + gap
     return full
+
+
+def held(engine: Any) -> list[Tensor]:
+    """All memory of this rank that holds weights: masters, and 16-bit copies or parts of them."""
+    opt = engine.optimizer
+    masters = {
+        "FP16_UnfusedOptimizer": lambda: [p for group in opt.fp32_groups for p in group],
+        "FP16_Optimizer": lambda: list(opt.fp32_groups_flat),
+        "BF16_Optimizer": lambda: list(opt.fp32_groups_flat_partition),
+        _12: lambda: list(opt.single_partition_of_fp32_groups),
+        _3: lambda: _parts_of_stage_3(opt),
+    }.get(type(opt).__name__, list)()
+    parts = [
+        param.ds_tensor[: _own_numel(param)] if hasattr(param, "ds_tensor") else param
+        for param in engine.module.parameters()
+    ]
+    return [part.detach() for part in (*masters, *parts)]
+
+
+def persistent(engine: Any) -> dict[str, Tensor]:
+    """What ZeRO-3 has gathered for good, by name; nothing before the first forward."""
+    return {
+        name: param.detach()
+        for name, param in engine.module.named_parameters()
+        if getattr(param, "ds_persist", False) and param.ds_status.name == "AVAILABLE"
+    }
+
+
+def gather_persistent(engine: Any) -> None:
+    """As a step leaves them. Collective."""
+    params = getattr(engine.optimizer, "persistent_parameters", ())
+    if params:
+        params[0].all_gather(params)
+
+
+def _parts_of_stage_3(opt: Any) -> list[Tensor]:
+    """Without the padding, which nobody sets."""
+    parts = []
+    for flat, params in zip(opt.fp32_partitioned_groups_flat, opt.fp16_groups, strict=True):
+        sizes = [param.ds_tensor.ds_numel for param in params]
+        for param, part in zip(params, flat[: sum(sizes)].split(sizes), strict=True):
+            parts.append(part[: _own_numel(param)])
+    return parts
+
+
+def _own_numel(param: Any) -> int:
+    """Elements of a ZeRO-3 parameter that this rank holds."""
+    size = param.ds_tensor.ds_numel
+    return max(0, min(size, param.ds_numel - dist.get_rank() * size))
 
 
 def _gathered(partitions: list[Tensor]) -> list[Tensor]:

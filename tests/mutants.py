@@ -9,7 +9,7 @@
     killed    a test fails, or     the first selection is quick, the second one wide
               it takes too long
 
-By hand: ``python -m tests.mutants [--seed 0] [--count 8] [--list] swap.py gather.py``.
+By hand: ``python -m tests.mutants [--seed 0] [--count 8] [--list] exchange.py ranks/plan.py``.
 """
 
 from __future__ import annotations
@@ -195,10 +195,11 @@ def _text(node: ast.AST, changed: Any) -> str:
 
 def chosen(file: str, count: int, seed: int, root: Path = ROOT) -> list[Mutant]:
     """``count`` of a file's mutants: the lowest hashes, at most one of a line."""
+    hashed = STORIES[file].former or file if file in STORIES else file
 
     def rank(pair: tuple[str, Mutant]) -> bytes:
         where, mutant = pair
-        words = (str(seed), file, where, mutant.before.strip(), mutant.after.strip())
+        words = (str(seed), hashed, where, mutant.before.strip(), mutant.after.strip())
         return hashlib.sha256("\0".join(words).encode()).digest()
 
     text = (root / "shardema" / file).read_text()
@@ -226,7 +227,7 @@ class Bench:
     """A copy of the tree in ``folder``, in which one mutant at a time is tested."""
 
     def __init__(self, folder: Path, root: Path = ROOT) -> None:
-        self._folder = folder
+        self.folder = folder
         self._seconds: dict[tuple[str, ...], float] = {}
         ignore = shutil.ignore_patterns("__pycache__", "results", "*.png")
         for name in TREE:
@@ -238,20 +239,26 @@ class Bench:
 
     def survives(self, mutant: Mutant, selections: Sequence[Sequence[str]]) -> bool:
         """Whether all tests of the selections pass with it."""
-        path = self._folder / "shardema" / mutant.file
+        for selection in selections:
+            limit = PATIENCE * self.seconds(selection) + 30
+            with self.having(mutant):
+                if not self._passes(selection, limit):
+                    return False
+        return True
+
+    @contextlib.contextmanager
+    def having(self, mutant: Mutant) -> Iterator[None]:
+        """The copy has the mutant until the block ends."""
+        path = self.folder / "shardema" / mutant.file
         original = path.read_text()
         lines = original.splitlines(keepends=True)
         assert lines[mutant.line - 1].rstrip("\n") == mutant.before
         lines[mutant.line - 1] = mutant.after + "\n"
-        for selection in selections:
-            limit = PATIENCE * self.seconds(selection) + 30
-            path.write_text("".join(lines))
-            try:
-                if not self._passes(selection, limit):
-                    return False
-            finally:
-                path.write_text(original)
-        return True
+        path.write_text("".join(lines))
+        try:
+            yield
+        finally:
+            path.write_text(original)
 
     def seconds(self, selection: Sequence[str]) -> float:
         """How long it takes without a mutant; it must pass then."""
@@ -264,33 +271,39 @@ class Bench:
         return self._seconds[key]
 
     def _passes(self, selection: Sequence[str], limit: float) -> bool:
-        words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        code, _ = self.run(["pytest", "-x", "-q", "-p", "no:cacheprovider", *selection], limit)
+        if code in WRONG:
+            raise RuntimeError(f"pytest {' '.join(selection)} ended with {code}")
+        return code == 0
+
+    def run(self, words: Sequence[str], limit: float) -> tuple[int | None, str]:
+        """``python -m`` in the copy: how it ended, None if it took too long, and its output."""
         process = subprocess.Popen(
-            [*words, *selection],
-            cwd=self._folder,
+            [sys.executable, "-m", *words],
+            cwd=self.folder,
             # compiled files are told apart by size and second: too little for mutants
             env={
                 **os.environ,
-                "PYTHONPATH": str(self._folder),
+                "PYTHONPATH": str(self.folder),
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",
             },
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            text=True,
             start_new_session=True,  # its ranks end with it
         )
+        said = ""
         try:
-            code = process.wait(limit)
+            said, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            return False
+            return None, said
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        if code in WRONG:
-            raise RuntimeError(f"pytest {' '.join(selection)} ended with {code}")
-        return code == 0
+        return process.returncode, said
 
 
 # ---- what should notice -----------------------------------------------------------------------
@@ -309,42 +322,62 @@ def files(*names: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Story:
-    """How many mutants of a file are tried, and what is to notice them, the quick ones first."""
+    """How many mutants of a file are tried, and what is to notice them, the quick ones first.
+
+    Attributes:
+        former: the file's name when its mutants were first chosen, which the hash is of: a file
+            that moves keeps its mutants.
+    """
 
     count: int
     selections: tuple[tuple[str, ...], ...]
+    former: str = ""
 
 
+GATHERING = (
+    files("iterate"),
+    contract(2, "fsdp2"),
+    contract(3, "ddp-slices"),
+    files("reshard"),
+    files("gathered"),
+    files("collectives"),
+)
+SWAPPING = (contract(2, "ddp"), files("interrupts"), files("identity"), contract(2, "fsdp1"))
 STORIES = {
-    "agree.py": Story(8, (files("collectives"), files("errors"), contract(2, "fsdp2"))),
-    "gather.py": Story(
-        8,
-        (
-            files("iterate"),
-            contract(2, "fsdp2"),
-            contract(3, "ddp-slices"),
-            files("reshard"),
-            files("gathered"),
-        ),
+    "ranks/agree.py": Story(
+        8, (files("collectives"), files("errors"), contract(2, "fsdp2")), "agree.py"
     ),
-    "swap.py": Story(
-        7, (contract(2, "ddp"), files("interrupts"), files("identity"), contract(2, "fsdp1"))
+    **{
+        f"ranks/{name}.py": Story(count, GATHERING, "gather.py")
+        for name, count in (("plan", 2), ("replica_check", 1), ("transfer", 5))
+    },
+    "exchange.py": Story(4, SWAPPING, "swap.py"),
+    "scopes.py": Story(2, SWAPPING, "swap.py"),
+    "swapping.py": Story(3, (*SWAPPING, files("zero_errors"), files("zero")), "swap.py"),
+    "files/safetensors.py": Story(
+        8, (files("files"), files("checkpoint", "cli"), contract(2, "ddp")), "files.py"
     ),
-    "files.py": Story(8, (files("files"), files("checkpoint", "cli"), contract(2, "ddp"))),
-    "manifest.py": Story(8, (files("checkpoint"), files("files"), files("reshard"))),
-    "updater.py": Story(
+    "files/manifest.py": Story(
+        8, (files("checkpoint"), files("files"), files("reshard")), "manifest.py"
+    ),
+    "update/updater.py": Story(
         6,
         (
             files("elsewhere", "kernels_triton"),
             contract(2, "fsdp2-offload"),
             contract(3, "ddp-slices"),
         ),
+        "updater.py",
     ),
-    "shadows.py": Story(
-        7, (files("kinds", "selection"), contract(2, "fsdp1"), files("elsewhere", "gathered"))
+    "update/shadows.py": Story(
+        7,
+        (files("kinds", "selection"), contract(2, "fsdp1"), files("elsewhere", "gathered")),
+        "shadows.py",
     ),
-    "attach.py": Story(6, (files("attach"), files("rounds"), files("elsewhere"))),
-    "offload.py": Story(7, (files("offload"), files("elsewhere"))),
+    "update/attach.py": Story(
+        6, (files("attach"), files("rounds"), files("elsewhere")), "attach.py"
+    ),
+    "update/offload.py": Story(7, (files("offload"), files("elsewhere")), "offload.py"),
     "backends/fsdp1.py": Story(
         6,
         (

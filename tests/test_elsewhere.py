@@ -16,12 +16,12 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from shardema import CheckpointError, ShadowPolicy, ShardedEMA, schedules
+from shardema.exchange import Exchange
 from shardema.kernels import reference
 from shardema.kernels.bound import Bound
 from shardema.model import replicas
 from shardema.shards.boxes import whole
 from shardema.shards.shard import Shard
-from shardema.swapping import Exchange
 from tests import world
 
 MIB = 1 << 20

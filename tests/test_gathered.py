@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
-from shardema import ShardedEMA, schedules
+from shardema import RankError, ShardedEMA, schedules
 from shardema.backends.fsdp2 import _groups_of
 from tests import kinds, world
 from tests.contract import shared_folder
@@ -175,6 +175,48 @@ def a_forward_that_fails_inside_a_swap_leaves_nothing_gathered() -> None:
         with ema.swap():
             pass
         assert torch.equal(forward(net), before)
+
+
+def a_call_that_one_rank_refuses_leaves_all_ranks_gathering_alike() -> None:
+    for make in (fsdp2, fsdp1):
+        net = make()
+        ema = ShardedEMA(net, 0.5)
+        train(net, ema, 1)
+        forward(net)  # the root stays gathered; who frees it gathers it in the next forward
+        wrong = torch.int8 if dist.get_rank() else None
+        with pytest.raises(ValueError, match="dtype"):
+            ema.full_state_dict(dtype=wrong)
+        train(net, ema, 1)
+        assert ema.num_updates == 2
+
+
+def a_call_that_one_rank_misses_leaves_all_ranks_gathering_alike() -> None:
+    for make in (fsdp2, fsdp1):
+        net = make()
+        ema = ShardedEMA(net, 0.5, timeout=1.0)
+        train(net, ema, 1)
+        forward(net)  # the root stays gathered
+        if dist.get_rank() == 0:
+            with pytest.raises(RankError, match=r"ranks \[1\] did not call metrics"):
+                ema.metrics()
+        dist.barrier()
+        train(net, ema, 1)
+        ema.internal.averages.ranks.timeout = 60.0
+        assert ema.metrics()["num_updates"] == 2
+
+
+def a_call_that_one_rank_refuses_ends_the_open_round_of_all() -> None:
+    net = fsdp2()
+    first, *rest = net.parameters()
+    ema = ShardedEMA(net, 0.5)
+    optimizers = [torch.optim.SGD(params, lr=0.1) for params in ([first], rest)]
+    ema.attach(*optimizers)
+    net(X).sum().backward()
+    optimizers[0].step()
+    wrong = torch.int8 if dist.get_rank() else None
+    with pytest.raises(ValueError, match="dtype"):
+        ema.full_state_dict(dtype=wrong)
+    assert f"t={1} " in repr(ema)  # which closes no round itself
 
 
 # ---- the wrong moment -------------------------------------------------------------------------
@@ -719,6 +761,9 @@ FACTS = [
         for fact in (
             what_a_user_lets_all_gathers_wait_for_is_cleared_by_a_write,
             a_forward_that_fails_inside_a_swap_leaves_nothing_gathered,
+            a_call_that_one_rank_refuses_leaves_all_ranks_gathering_alike,
+            a_call_that_one_rank_misses_leaves_all_ranks_gathering_alike,
+            a_call_that_one_rank_refuses_ends_the_open_round_of_all,
             what_summon_full_params_writes_is_kept,
             a_call_inside_a_forward_or_backward_raises,
             fsdp1_keeps_as_many_events_as_ever,

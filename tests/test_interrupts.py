@@ -31,7 +31,7 @@ from tests import meters, world
 HOME = Path(shardema.__file__).parent
 LOOKED_AT = {
     str(path)
-    for name in ("ema", "calls", "swapping", "model/weights", "files/loading")
+    for name in ("ema", "calls", "exchange", "swapping", "model/weights", "files/loading")
     for path in [HOME / f"{name}.py"]
 }
 LOOKED_AT |= {str(path) for path in HOME.glob("update/*.py")}

@@ -919,7 +919,7 @@ def fabric_trains_with_an_average(strategy: str, ranks: int, root: Path) -> None
     """Clean names, one update a step, a swap, a checkpoint: as without Fabric."""
     kind: Any = strategy
     if strategy == "fsdp2":
-        kind = FabricModelParallel(parallelize_fn=fully_sharded)
+        kind = FabricModelParallel(fully_sharded, ranks, 1)
     fabric = Fabric(accelerator="cpu", devices=ranks, strategy=kind)
     fabric.launch()
     torch.manual_seed(1)

@@ -15,11 +15,11 @@ LEAST = 0.95  # of all mutants are noticed
 # Mutants that nothing can notice, and why: (file, the line, the mutant's line)
 SURVIVORS = {
     (
-        "offload.py",
+        "update/offload.py",
         "[shadows[i]], [params[i]], [slots[i]], lambda s, _: limit // 2 // s.itemsize",
         "[shadows[i]], [params[i]], [slots[i]], lambda s, _: limit // (3) // s.itemsize",
     ): "a parameter in more pieces, packed into the same buffers: the same bits",
-    ("attach.py", "self._guard()", "pass"): (
+    ("update/attach.py", "self._guard()", "pass"): (
         "before the update of an open round, which waits for the one before it and refuses to be "
         "made inside a swap by itself; the step's own guard follows"
     ),
@@ -73,13 +73,13 @@ def test_a_mutant_is_another_program_of_one_other_line() -> None:
 
 
 def test_an_edit_elsewhere_does_not_choose_others(tmp_path: Path) -> None:
-    text = (mutants.ROOT / "shardema/swapping.py").read_text()
+    text = (mutants.ROOT / "shardema/exchange.py").read_text()
     (tmp_path / "shardema").mkdir()
-    (tmp_path / "shardema/swapping.py").write_text(
+    (tmp_path / "shardema/exchange.py").write_text(
         f"# a line more\n{text}\n\ndef more(x):\n    x += 1\n"
     )
-    before = {mutant.key for mutant in mutants.chosen("swap.py", 20, SEED)}
-    after = {mutant.key for mutant in mutants.chosen("swap.py", 20, SEED, tmp_path)}
+    before = {mutant.key for mutant in mutants.chosen("exchange.py", 20, SEED)}
+    after = {mutant.key for mutant in mutants.chosen("exchange.py", 20, SEED, tmp_path)}
     assert len(before & after) >= len(before) - 1
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from shardema import backends, ema, swapping
+from shardema import backends, ema, exchange
 from shardema.backends import zero
 from tests import contract, engines, test_zero, world
 from tests.layouts import LAYOUTS
@@ -61,13 +61,13 @@ def without_bumping_versions(layout: str) -> None:
 
 
 def without_finishing_the_interrupted_trade() -> None:
-    def careless(self: swapping.Exchange) -> None:
+    def careless(self: exchange.Exchange) -> None:
         self._state = (self._state[0], 0, -1)
         while self._state[0] > 0:
             self._trade()
 
     fact = contract.swap_restores_after_an_interrupt_anywhere
-    breaks(fact, "ddp", swapping.Exchange, "swap_out", careless)
+    breaks(fact, "ddp", exchange.Exchange, "swap_out", careless)
 
 
 FORWARD = test_zero.a_forward_inside_swap_is_the_averages

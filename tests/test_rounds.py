@@ -137,7 +137,22 @@ def an_optimizer_is_found_whatever_the_wrapper(flat: bool) -> None:
     assert ema.num_updates == 1
 
 
+def what_one_rank_refuses_ends_the_round_on_all() -> None:
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)))
+    ema = ShardedEMA(model, {"one": 0.5}, timeout=10.0)
+    first, second = (torch.optim.SGD(part.parameters(), lr=0.1) for part in model.module)
+    ema.attach(first, second)
+    for updates, wrong in enumerate(({"dtype": torch.int8}, {"name": "another"}), 1):
+        model(torch.ones(1, 3)).sum().backward()
+        first.step()
+        with pytest.raises(ValueError, match="rank 1"):
+            ema.full_state_dict(**(wrong if dist.get_rank() else {}))
+        second.step()  # of the next round, on all ranks
+        assert ema.num_updates == 2 * updates
+
+
 FACTS = [
+    world.Fact("refused on one rank", what_one_rank_refuses_ends_the_round_on_all),
     world.Fact("steps in the backward", steps_in_the_backward),
     world.Fact("another's steps in the backward", another_optimizer_steps_in_the_backward),
     world.Fact("heads in turns, ddp", heads_in_turns, ("ddp",)),

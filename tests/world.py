@@ -146,8 +146,8 @@ def until_one_fails(
             slow.append((seconds, name))
             if text:
                 end = min(end, time.monotonic() + grace)
-            if len(said[facts[-1].name]) == ranks:
-                end = min(end, time.monotonic() + 20)  # to leave
+            if len(said[name]) == ranks and (any(said[name].values()) or name == facts[-1].name):
+                end = min(end, time.monotonic() + TIMEOUT)  # to leave
             if rank == 0:
                 heard(name)
         silent = [_silence(process) for process in processes]

@@ -109,7 +109,8 @@ def _read_average(
         return Staged(average, staging, (0, 0, None), loaded=False)
     checkpoint.read_average(stored, average.name, readings[average.name], held, staging.views)
     kept = stored.averages[average.name]
-    return Staged(average, staging, (kept.t, kept.num_updates, kept.moved_at), loaded=True)
+    clock = kept.t, kept.num_updates, kept.moved_at
+    return Staged(average, staging, clock, loaded=True)
 
 
 def check_checkpoint(

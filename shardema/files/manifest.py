@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import xxhash
 
-from shardema.errors import CheckpointError
+from shardema.errors import CheckpointError, abbreviate
 from shardema.files.safetensors import (
     BROKEN,
     DTYPES,
@@ -435,7 +435,7 @@ def _reach(piece: StoredPiece, boxes: list[Box] | tuple[()]) -> tuple[int, int] 
             first = first * full + offset
             last = last * full + offset + size - 1
         low, high = min(low, first), max(high, last + 1)
-    return (low, high) if high > low else None
+    return (low, high) if high else None
 
 
 def _read_file(
@@ -467,10 +467,8 @@ def _read_file(
 def _names_in(
     needed: tuple[tuple[int, int, StoredPiece], ...], begin: int, end: int, manifest: Manifest
 ) -> str:
-    names = [
-        manifest.tensors[p.tensor].fqn for start, stop, p in needed if start < end and stop > begin
-    ]
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    inside = [piece for start, stop, piece in needed if start < end and stop > begin]
+    return abbreviate([manifest.tensors[piece.tensor].fqn for piece in inside])
 
 
 def _part(

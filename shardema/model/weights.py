@@ -87,6 +87,11 @@ class Weights:
         """The ranks that share the model, None for all."""
         return self._backend.ranks(self.models)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a forward leaves weights gathered on all ranks, which a read here frees."""
+        return self.name in ("fsdp1", "fsdp2")
+
     def ensure_sharded(self, *, force: bool = False) -> None:
         """Frees what a forward has left gathered.
 

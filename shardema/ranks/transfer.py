@@ -171,7 +171,7 @@ class _Transfer:
         self._beat_at = time.monotonic() + self.ranks.timeout / 4
         self._buffers: dict[torch.device, Tensor] = {}
         # where what came by a device arrives
-        self._host = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._host = torch.tensor([], dtype=torch.uint8, device="cpu")
         self.receives = all_ranks or self.ranks.leader
 
     def reserve(self, groups: Sequence[list[Piece]]) -> None:

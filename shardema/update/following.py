@@ -39,12 +39,12 @@ class Following:
         Raises:
             RuntimeError: something is attached already.
         """
-        self.check_free(
-            ranks,
-            "attach",
-            "is attached already, and each step would count twice; end that first: "
-            "handle = ema.attach(...), handle.remove()",
-        )
+        if self.source is not None:
+            raise RuntimeError(
+                f"rank {ranks.rank}: attach: {self.source.what} is attached already, and "
+                "each step would count twice; end that first: handle = ema.attach(...), "
+                "handle.remove()"
+            )
         engine, models = self._weights.engine, self._weights.models
         if engine is not None and tuple(optimizers) == models:
             self.source = Engine(engine.hook(before=guard, after=update))
@@ -57,10 +57,14 @@ class Following:
     def _ended(self) -> None:
         self.source = None
 
-    def check_free(self, ranks: Ranks, op: str, why: str) -> None:
-        """Raises RuntimeError while something is attached."""
+    def refuse_by_hand(self, rank: int) -> None:
+        """Raises RuntimeError for an update by hand while something is attached."""
         if self.source is not None:
-            raise RuntimeError(f"rank {ranks.rank}: {op}: {self.source.what} {why}")
+            raise RuntimeError(
+                f"rank {rank}: update: {self.source.what} is attached and updates "
+                "this EMA after each of its steps, so this one would count twice; leave update() "
+                "out, or end that first: handle = ema.attach(...), handle.remove()"
+            )
 
     def close(self) -> None:
         """Makes the update of the open round."""

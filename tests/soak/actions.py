@@ -32,9 +32,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardema import RankError
 from tests import zoo
-from tests.layouts import LAYOUTS
 from tests.soak import models, peek
+from tests.soak.layouts import ALL
 from tests.soak.scene import (
+    Checkpoint,
     Saved,
     Scene,
     build_ema,
@@ -68,10 +69,22 @@ def _loss(at: Scene, model: nn.Module, seed: int, expert: int) -> Tensor:
 
 @action
 def train(
-    at: Scene, *, seed: int, stepped: list[int], accumulate: int, how: str, expert: int
+    at: Scene,
+    *,
+    seed: int,
+    stepped: list[int],
+    accumulate: int,
+    how: str,
+    expert: int,
+    other: bool,
 ) -> None:
+    if other:
+        at.other.step()
     if how == "in_backward":
         _train_in_backward(at, seed, expert)
+        return
+    if at.engine is not None:
+        _train_engine(at, seed, accumulate, how == "skipped", expert)
         return
     at.close_round()  # the forward does
     losses: list[list[float]] = [[], []]
@@ -112,6 +125,21 @@ def _skip(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
     scaler.update()
 
 
+def _train_engine(at: Scene, seed: int, times: int, skipped: bool, expert: int) -> None:
+    """Forwards and backwards, of which the engine steps after some."""
+    for micro in range(times):
+        losses = []
+        for model in (at.twin, at.model):
+            model.train()
+            loss = _loss(at, model, seed + micro, expert) * (torch.inf if skipped else 1.0)
+            model.backward(loss)
+            model.step()
+            losses.append(str(loss.item()))  # NaN is equal to NaN
+        assert losses[0] == losses[1], f"loss {losses[1]}, the twin's {losses[0]}"
+        at.engine_stepped()
+        assert not (skipped and at.applied), "a step with gradients that are not finite"
+
+
 def _train_in_backward(at: Scene, seed: int, expert: int) -> None:
     """Each parameter has an optimizer, which steps as soon as its gradient is there."""
     at.detach()
@@ -139,8 +167,14 @@ def _train_in_backward(at: Scene, seed: int, expert: int) -> None:
                 at.updated()
     for hook in hooks:
         hook.remove()
-    assert at.ema.num_updates == at.truths[at.ema.names[0]].num_updates
+    assert at.ema.num_updates == max(truth.num_updates for truth in at.truths.values())
     handle.remove()
+
+
+def _open_round(at: Scene) -> None:
+    """One of several optimizers that are followed has stepped."""
+    attach(at, all=True, other=False)
+    train(at, seed=1, stepped=[0], accumulate=1, how="plain", expert=0, other=False)
 
 
 @action
@@ -150,13 +184,37 @@ def update(at: Scene, *, dt: int | None) -> None:
             at.ema.update() if dt is None else at.ema.update(dt=dt)
         return
     at.ema.update() if dt is None else at.ema.update(dt=dt)
-    at.updated(1 if dt is None else dt)
+    if at.engine is None:
+        at.updated(1 if dt is None else dt)
+    else:
+        at.engine_updated(1 if dt is None else dt)
 
 
 @action
-def attach(at: Scene, *, all: bool) -> None:
+def chase(at: Scene, *, name: str, call: str) -> None:
+    """The average is read as soon as an update returns, which may still be under way."""
+    at.detach()
+    at.ema.update()
+    if call == "swap":
+        with at.ema.swap(name):
+            found = [(fqn, box, part.clone()) for fqn, box, part in peek.parts(at.ema)]
+    else:
+        full = at.ema.full_state_dict(name, all_ranks=True)
+    at.updated()
+    if call == "swap":
+        for fqn, box, part in found:
+            at.assert_close(name, fqn, part, box.view(at.truths[name].full[fqn]))
+    else:
+        _assert_full(at, name, full, None, peek.full_parameters(at.twin))
+
+
+@action
+def attach(at: Scene, *, all: bool, other: bool) -> None:
     chosen = tuple(range(len(at.optimizers[0]))) if all else (0,)
-    optimizers = [at.optimizers[0][number] for number in chosen]
+    optimizers: list[Any] = [at.model]
+    if at.engine is None:
+        optimizers = [at.optimizers[0][number] for number in chosen]
+        optimizers += [at.other] if other else []
     if at.attached is not None:
         with refuse(RuntimeError, "attach"):
             at.ema.attach(*optimizers)
@@ -272,9 +330,16 @@ class Planned(Exception):
 
 
 @action
-def swap(at: Scene, *, name: str, forwards: list[dict[str, Any]], ends: str) -> None:
+def swap(at: Scene, *, name: str, forwards: list[dict[str, Any]], ends: str, around: bool) -> None:
+    """All of it under one autocast where ``around`` is set, which remembers what it has cast."""
     at.close_round()
     at.both(lambda model: model.eval())
+    with _context("autocast" if around else ""):
+        _swap(at, name, forwards, ends)
+    at.both(lambda model: model.train())
+
+
+def _swap(at: Scene, name: str, forwards: list[dict[str, Any]], ends: str) -> None:
     before = _forward_of_both(at)
     plain = _plain(at, name)
     leaves = refuse(Planned, "planned") if ends == "exception" else contextlib.nullcontext()
@@ -292,18 +357,21 @@ def swap(at: Scene, *, name: str, forwards: list[dict[str, Any]], ends: str) -> 
                     refused()
     after = _forward_of_both(at)
     assert peek.equal(before, after), "a forward after a swap differs from one before it"
-    at.both(lambda model: model.train())
 
 
 @action
 def swap_written(at: Scene, *, name: str) -> None:
     """A write inside is told, the weights are as before; `reset` mends the average."""
     at.close_round()
-    mine = peek.own_tensors(at.ema)
-    leaves = refuse(RuntimeError, "written inside swap") if mine else contextlib.nullcontext()
-    with leaves, at.ema.swap(name), torch.no_grad():
-        for tensor in mine:
-            tensor.add_(1.0)
+    written, told = False, ""
+    try:
+        with at.ema.swap(name), torch.no_grad():
+            for tensor in peek.own_tensors(at.ema, at.model):  # as the swap has found them
+                tensor.add_(1.0)
+                written = True
+    except RuntimeError as error:
+        told = str(error)
+    assert ("written inside swap" in told) == written, told or "a write inside a swap is not told"
     at.ema.reset()
     full = at.weights()
     for truth in at.truths.values():
@@ -335,18 +403,20 @@ def _assert_full(
     at: Scene, name: str, full: dict[str, Tensor], dtype: str | None, params: dict[str, Tensor]
 ) -> None:
     averaged = at.truths[name].full
-    buffers = state_buffers(at.twin)
-    expected = {*params, *buffers, *at.aliases()}
+    buffers, own = state_buffers(at.twin), at.own_state()
+    expected = {*params, *buffers, *at.aliases(), *own}
     lacks, odd = expected - set(full), set(full) - expected
     assert (lacks, odd) == (set(), set())
     for fqn, value in full.items():
         key = at.aliases().get(fqn, fqn)
         assert value.device.type == "cpu", fqn
-        if key in averaged:
-            own = buffers[key].dtype if key in buffers else params[key].dtype
+        if key in own:
+            assert peek.equal(value, own[key]), fqn
+        elif key in averaged:
+            kept = buffers[key].dtype if key in buffers else params[key].dtype
             wide = torch.float64 if at.truths[name].settings["float64"] else torch.float32
-            cast = torch.bfloat16 if dtype == "bfloat16" and key in params else own
-            want = {None: wide, "model": own}.get(dtype, cast if key in params else wide)
+            cast = torch.bfloat16 if dtype == "bfloat16" and key in params else kept
+            want = {None: wide, "model": kept}.get(dtype, cast if key in params else wide)
             if key in params or dtype is None:
                 assert value.dtype == want, (fqn, value.dtype, want)
             # of averaged buffers, in which ranks may differ, the first rank's are the model's
@@ -402,23 +472,25 @@ def save(at: Scene, *, frozen: bool) -> None:
 
 
 @action
-def load(at: Scene, *, back: int) -> None:
+def load(at: Scene, *, back: int, stepped: bool) -> None:
     if not at.saved:
-        return
+        save(at, frozen=False)
+    if stepped and at.engine is None:
+        _open_round(at)
     saved = at.saved[-1 - back % len(at.saved)]
     at.ema.load(saved.folder)
     at.truths = {name: truth.copy() for name, truth in saved.truths.items()}
     at.take_first_ranks_buffers()
-    at.open.clear()
+    at.loaded()
 
 
 @action
 def load_elsewhere(at: Scene, *, layout: str) -> None:
     """The newest checkpoint in a model that is sharded in another way."""
     if not at.saved:
-        return
+        save(at, frozen=True)
     saved = at.saved[-1]
-    other = LAYOUTS[layout]
+    other = ALL[layout]
     options = dict(at.case.model)
     options = {k: v for k, v in options.items() if k not in ("channels_last", "scalar")}
     if at.case.model.get("scalar") and "scalar" not in other.options:
@@ -426,12 +498,15 @@ def load_elsewhere(at: Scene, *, layout: str) -> None:
     if "scalar" in at.case.model:
         options["scalar"] = at.case.model["scalar"]
     options["all_experts"] = True
-    model = other.wrap(models.make(options))
+    plain = models.make(options)
+    for fqn, param in plain.named_parameters():  # what the average holds, frozen since or not
+        param.requires_grad_(fqn in saved.truths[at.ema.names[0]].full)
+    model = other.wrap(plain)
     unwrapped(model).queue = torch.zeros(at.grown)
     ema = build_ema(at.case, model, other)
     ema.load(saved.folder)
     for name, truth in saved.truths.items():
-        assert peek.clock(ema, name) == (truth.t, truth.num_updates)
+        assert peek.clock(ema, name) == truth.clock
         full = ema.full_state_dict(name, all_ranks=True)
         buffers = state_buffers(at.twin)
         for fqn, value in truth.full.items():
@@ -441,7 +516,7 @@ def load_elsewhere(at: Scene, *, layout: str) -> None:
 
 
 @action
-def load_full(at: Scene, *, name: str, file: bool) -> None:
+def load_full(at: Scene, *, name: str, file: bool, clock: str, steps: int) -> None:
     at.close_round()
     full = at.ema.full_state_dict(name, all_ranks=True)
     if file:
@@ -450,12 +525,23 @@ def load_full(at: Scene, *, name: str, file: bool) -> None:
     else:
         source = full
     truth = at.truths[name]
-    clock = {"t": truth.t, "num_updates": truth.num_updates}
-    at.ema.load_full(source, name, **clock)
-    moves, largest = truth.moves, truth.largest
-    truth.set(truth.full, **clock)
-    truth.moves, truth.largest = moves, largest
+    kept = truth.copy()
+    if clock == "begins":  # what another library kept goes into a new EMA
+        at.ema.reset(name)
+        truth.set(at.weights())
+    if clock in ("begins", "unknown"):
+        if truth.begins_with_a_copy():
+            with refuse(ValueError, "forgets everything"):
+                at.ema.load_full(source, name)
+            return
+        at.ema.load_full(source, name)
+        truth.full, truth.moves, truth.largest = kept.full, kept.moves, kept.largest
+    else:
+        now = (truth.t, truth.num_updates) if clock == "as_it_is" else (steps, steps)
+        at.ema.load_full(source, name, t=now[0], num_updates=now[1])
+        truth.t, truth.num_updates, truth.moved_at = *now, now[0]
     at.take_first_ranks_buffers(name)
+    at.loaded()
 
 
 @action
@@ -468,6 +554,7 @@ def dcp_round(at: Scene) -> None:
     dcp.load({"ema": at.ema}, checkpoint_id=folder)
     at.truths = truths
     at.take_first_ranks_buffers()
+    at.loaded()
 
 
 @action
@@ -475,11 +562,13 @@ def state_dict(at: Scene) -> None:
     at.close_round()
     state = at.ema.state_dict()
     at.ema.load_state_dict(state)
-    at.open.clear()
+    at.loaded()
 
 
 @action
-def reset(at: Scene, *, name: str | None) -> None:
+def reset(at: Scene, *, name: str | None, stepped: bool) -> None:
+    if stepped and at.engine is None:
+        _open_round(at)
     if name is not None and len(at.truths) > 1:
         at.close_round()  # the other averages keep the step
     at.ema.reset(name)
@@ -502,6 +591,7 @@ def copy_to_model(at: Scene, *, name: str) -> None:
         pairs = (peek.local_parts(m) for m in (at.twin, at.model))
         for theirs, ours in zip(*pairs, strict=True):
             theirs.copy_(ours)
+        peek.gather(at.twin)
         for key, buffer in unwrapped(at.twin).named_buffers():
             buffer.copy_(unwrapped(at.model).get_buffer(key))
 
@@ -537,6 +627,7 @@ def write(at: Scene, *, step: int) -> None:
     values = {fqn: value * 0.3 for fqn, value in zoo.script(like, step).items()}
     for second, first in at.aliases().items():
         values[second] = values[first]
+    values |= at.own_state()  # else torch hands out a stand-in for it
     full = StateDictOptions(full_state_dict=True, strict=False)
     at.both(peek.reshard)  # frees what a forward left gathered, which torch cannot write
     at.both(lambda model: set_model_state_dict(model, dict(values), options=full))
@@ -573,8 +664,11 @@ def data(at: Scene) -> None:
 
 
 @action
-def exchange(at: Scene, *, unit: str) -> None:
-    """A part of the model is made anew, with the same names and shapes."""
+def exchange(at: Scene, *, unit: str, update: bool) -> None:
+    """A part of the model is made anew, with the same names and shapes.
+
+    An update that follows at once is the first to notice it.
+    """
     for model in (at.twin, at.model):
         inner = unwrapped(model)
         old = getattr(inner, unit)
@@ -587,13 +681,15 @@ def exchange(at: Scene, *, unit: str) -> None:
             param.requires_grad_(old.get_parameter(key).requires_grad)
         setattr(inner, unit, new)
     _new_optimizers(at)
+    if update:
+        at.ema.update()
+        at.updated()
 
 
 @action
 def cast(at: Scene) -> None:
     """Another dtype is refused; with the old one again all goes on."""
     own = next(at.model.parameters()).dtype
-    at.close_round()
     at.detach()
     at.both(lambda model: model.to(torch.float64))
     with refuse(RuntimeError, "dtype"):
@@ -604,7 +700,6 @@ def cast(at: Scene) -> None:
 @action
 def cast_in_swap(at: Scene, *, name: str) -> None:
     """The end of a swap gives the weights back into what the model holds then."""
-    at.close_round()
     at.detach()
     own = next(at.model.parameters()).dtype
     with contextlib.suppress(RuntimeError), at.ema.swap(name):
@@ -628,6 +723,7 @@ def grow(at: Scene) -> None:
     for model in (at.twin, at.model):
         inner = unwrapped(model)
         inner.queue = torch.zeros(at.grown, dtype=inner.queue.dtype)
+    at.checkpoints.clear()  # of another shape
     if at.case.averages[at.ema.names[0]]["buffers"] == "average":
         rebuild(at)
 
@@ -637,6 +733,7 @@ def rebuild(at: Scene) -> None:
     """Another EMA in place of the first one, as a script that is run again makes it."""
     at.detach()
     at.ema = at.new_ema()
+    at.loaded()
     full = at.weights()
     for truth in at.truths.values():
         truth.full = {fqn: full[fqn] for fqn in truth.full}
@@ -647,6 +744,47 @@ def rebuild(at: Scene) -> None:
         truth.largest = {}
         truth._note()
     at.saved.clear()
+    at.checkpoints.clear()
+
+
+# ---- engines ------------------------------------------------------------------------------------
+
+
+@action
+def save_checkpoint(at: Scene) -> None:
+    """The engine's, and the average's beside it, as the documentation says."""
+    folder = at.path("engine")
+    for model, kind in ((at.twin, "twin"), (at.model, "model")):
+        model.save_checkpoint(f"{folder}/{kind}", tag="it")
+    at.ema.save(f"{folder}/ema")
+    average = Saved(f"{folder}/ema", _truths(at))
+    at.checkpoints.append(Checkpoint(folder, average, at.weights()))
+
+
+@action
+def load_checkpoint(at: Scene, *, back: int, average: bool) -> None:
+    """The engine goes back to an older step, alone or with its average."""
+    if not at.checkpoints:
+        save_checkpoint(at)
+    found = at.checkpoints[-1 - back % len(at.checkpoints)]
+    for model, kind in ((at.twin, "twin"), (at.model, "model")):
+        model.load_checkpoint(f"{found.folder}/{kind}", tag="it")
+    for fqn, value in at.weights().items():
+        assert peek.equal(value, found.weights[fqn]), f"{fqn}: not as the engine has saved it"
+    if average:
+        at.saved.append(found.average)
+        load(at, back=0, stepped=False)
+        at.saved.pop()
+
+
+@action
+def engine_refuses(at: Scene) -> None:
+    """What steps nothing by itself is not attached, and an engine does not step inside a swap."""
+    at.detach()
+    with refuse(TypeError, "attach the engine that"):
+        at.ema.attach(at.twin)
+    with at.ema.swap(at.ema.names[0]), refuse(RuntimeError, "an optimizer step inside swap"):
+        at.model.step()
 
 
 # ---- all-gathers under way ----------------------------------------------------------------------
@@ -668,8 +806,18 @@ def unshard(at: Scene, *, unit: str) -> None:
 
 
 @action
-def summon(at: Scene) -> None:
+def post_optim_event(at: Scene, *, name: str) -> None:
+    """What the next all-gather is to wait for comes before a write, which it must wait for too."""
     at.close_round()
+    at.model.set_post_optim_event(torch.Event(zoo.device()))
+    with at.ema.swap(name):
+        assert peek.awaited(at.model) is None
+        at.model.set_post_optim_event(torch.Event(zoo.device()))
+    assert peek.awaited(at.model) is None
+
+
+@action
+def summon(at: Scene) -> None:
     at.detach()
     told = refuse(RuntimeError, "summon_full_params")
     with FSDP.summon_full_params(at.model, writeback=False), told:
@@ -683,18 +831,30 @@ class TimeLimit(Exception):
     """What a signal handler raises."""
 
 
-class _SignalAtCopy(TorchDispatchMode):
-    """Sends this process a signal right after the in-place copy of this number, once."""
+_COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_lerp_.Scalar)
 
-    def __init__(self, number: int) -> None:
+
+def _address(written: Any) -> int:
+    first: Tensor = written[0] if isinstance(written, list) else written
+    return first.untyped_storage().data_ptr()
+
+
+class _SignalAtCopy(TorchDispatchMode):
+    """Sends this process a signal right after the in-place copy of this number, once.
+
+    Args:
+        into: addresses of the memory that the copies go into; any if empty.
+    """
+
+    def __init__(self, number: int, into: set[int]) -> None:
         super().__init__()
-        self.left = number
+        self.left, self.into = number, into
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.copy_.default:
+        if func in _COPIES and (not self.into or _address(args[0]) in self.into):
             self.left -= 1
             if self.left == -1:
                 os.kill(os.getpid(), signal.SIGUSR1)
@@ -704,19 +864,21 @@ class _SignalAtCopy(TorchDispatchMode):
 @action
 def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     """A signal's exception in the middle of a call: it is made whole, or not at all."""
-    at.close_round()
     at.detach()
+    if call == "load" and not at.saved:
+        save(at, frozen=False)
     before = _truths(at)
     after = _truths(at)
-    if call == "load" and not at.saved:
-        return
     full = at.ema.full_state_dict(name, all_ranks=True) if call == "load_full" else {}
     if call == "load":
         after = {key: truth.copy() for key, truth in at.saved[0].truths.items()}
-    if call == "reset":
+    if call in ("reset", "update"):
         weights = at.weights()
         for truth in after.values():
-            truth.set(weights)
+            if call == "reset":
+                truth.set(weights)
+            else:
+                truth.update(weights, 1)
     clock = {"t": before[name].t, "num_updates": before[name].num_updates}
     if call == "load_full":
         after[name].moved_at = before[name].t
@@ -732,6 +894,7 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
             pass
 
     calls = {
+        "update": at.ema.update,
         "swap": swap,
         "load": lambda: at.ema.load(at.saved[0].folder),
         "reset": at.ema.reset,
@@ -742,23 +905,30 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     def on_signal(*_: Any) -> None:
         raise TimeLimit
 
+    into = peek.flats(at.ema) if call in ("load", "load_full", "reset") else set()
+
     known = signal.signal(signal.SIGUSR1, on_signal)
     try:
-        with contextlib.suppress(TimeLimit, RankError), _SignalAtCopy(copy):
-            calls[call]()
+        for number in range(copy, copy + (3 if call == "swap" else 1)):  # an exchange is of three
+            with contextlib.suppress(TimeLimit, RankError), _SignalAtCopy(number, into):
+                calls[call]()
     finally:
         signal.signal(signal.SIGUSR1, known)
     dist.barrier()
+    if call in ("load", "load_full"):
+        at.truths = after
+        at.take_first_ranks_buffers(*(after if call == "load" else [name]))
     at.truths = before
     try:
         at.check_averages()
     except AssertionError:
         at.truths = after  # it was made whole before the exception came out
-        if call in ("load", "load_full"):
-            at.take_first_ranks_buffers()
         at.check_averages()
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, at.truths is before)
+    if at.engine is not None:
+        at.ema.load_state_dict(at.ema.state_dict())  # whether the last step counts is known again
+        at.loaded()
     if len(set(told)) > 1:  # one rank was stopped after the copy, the other before it
         at.ema.reset()
         weights = at.weights()
@@ -771,7 +941,7 @@ def refused(at: Scene, *, call: str) -> None:
     """A wrong call is refused by its documented error and changes nothing."""
     ema = at.ema
     name = ema.names[0]
-    if call not in ("decay", "dt", "positional", "every"):
+    if call in ("dtype", "name", "path", "every"):
         at.close_round()  # it comes to the average, and is refused then
     if call == "dtype":
         with refuse(ValueError, "dtype"):
@@ -791,7 +961,7 @@ def refused(at: Scene, *, call: str) -> None:
     elif call == "dt" and at.attached is None:
         with refuse(ValueError, "dt"):
             ema.update(dt=-1)
-    elif call == "positional" and at.attached is None:
+    elif call == "positional":
         with refuse(TypeError, "dt"):
             ema.update(at.count)
     elif call == "every":
@@ -807,7 +977,8 @@ def refused(at: Scene, *, call: str) -> None:
 def differ(at: Scene, *, call: str) -> None:
     """One rank gives another argument: all ranks are told, nothing is done."""
     ema, name = at.ema, at.ema.names[0]
-    at.close_round()
+    if call != "update":
+        at.close_round()
     odd = dist.get_rank() == 1
     if call == "dtype":
         with refuse((ValueError, RuntimeError), "dtype"):
@@ -821,7 +992,10 @@ def differ(at: Scene, *, call: str) -> None:
     elif call == "refused":
         with refuse(ValueError, "dtype"):
             ema.full_state_dict(name, dtype=torch.int8 if odd else None)
-    elif call == "update" and at.attached is None:
+    elif call == "update":
+        at.detach()
+        if at.engine is not None and at.applied in (None, at.counted):
+            return  # an update of nothing
         if odd:
             ema.update()
         with refuse(RuntimeError, "num_updates|updates"):
@@ -829,6 +1003,7 @@ def differ(at: Scene, *, call: str) -> None:
         if not odd:
             ema.update()
         at.updated()
+        at.counted = at.applied
 
 
 @action

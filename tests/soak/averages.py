@@ -18,8 +18,6 @@ from torch import Tensor
 
 from shardema import ShadowPolicy, schedules
 
-PATTERN = "embed.*"
-
 
 def rule(settings: Mapping[str, Any]) -> Any:
     """The schedule of a drawn average."""
@@ -31,7 +29,7 @@ def rule(settings: Mapping[str, Any]) -> Any:
         "ramp": lambda: schedules.ramp(decay),
         "warmup": lambda: schedules.warmup(decay),
         "debiased": lambda: schedules.debiased(decay),
-        "by_pattern": lambda: schedules.by_pattern({PATTERN: 0.25}, default=decay),
+        "by_pattern": lambda: schedules.by_pattern({settings["pattern"]: 0.25}, default=decay),
     }[settings["rule"]]()
 
 
@@ -66,13 +64,18 @@ class Truth:
             peak = float(value.abs().max()) if value.numel() else 0.0
             self.largest[fqn] = max(self.largest.get(fqn, 0.0), peak)
 
+    @property
+    def clock(self) -> tuple[float, int, float]:
+        """``t``, number of updates, ``t`` of the last move."""
+        return self.t, self.num_updates, self.moved_at
+
     def retention(self, fqn: str, t0: float, t1: float) -> float:
         given = rule(self.settings)
         if isinstance(given, float):
             return given ** (t1 - t0)
         if isinstance(given, schedules.by_pattern):
-            decay = 0.25 if fnmatch.fnmatchcase(fqn, PATTERN) else self.settings["decay"]
-            return decay ** (t1 - t0)
+            chosen = fnmatch.fnmatchcase(fqn, self.settings["pattern"])
+            return (0.25 if chosen else self.settings["decay"]) ** (t1 - t0)
         return float(given.retention(t0, t1))
 
     def update(self, weights: Mapping[str, Tensor], dt: float) -> None:
@@ -96,6 +99,12 @@ class Truth:
         self.t, self.num_updates, self.moved_at = t, num_updates, t
         self.moves, self.largest = 0, {}
         self._note()
+
+    def begins_with_a_copy(self) -> bool:
+        """Whether nothing is left of it at the next move, if each update is one step."""
+        every = self.settings["update_every"]
+        now = self.t + every - self.num_updates % every
+        return any(self.retention(fqn, self.moved_at, now) == 0 for fqn in self.full)
 
     def bound(self, fqn: str) -> float:
         """How far float32 may be from it: a rounding of the largest value at each move."""

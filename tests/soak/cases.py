@@ -6,12 +6,14 @@ sequence may be cut anywhere, and a case prints as the Python that makes it agai
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tests.layouts import LAYOUTS
+from tests.soak.layouts import ALL, ENGINES
 
 FLAT = ("fsdp1-flat",)  # a flat parameter trains, freezes and is stepped as one
 WHOLE = ("plain", "ddp", "ddp-slices", "ddp-travelling-slices")
@@ -80,17 +82,23 @@ def _train(rng: random.Random, case: Case) -> dict[str, Any]:
     hows = ["plain"] * 5 + ["closure"]
     hows += ["skipped"] if case.layout in ("plain", "ddp") else []
     hows += ["in_backward"] if case.layout in ("plain", "fsdp2") else []
+    if case.layout in ENGINES:  # one optimizer, whose steps are the engine's
+        overflows = ENGINES[case.layout].config.looks_for_overflow
+        hows = ["plain"] * 5 + (["skipped"] if overflows else [])
     return {
         "seed": rng.randrange(1000),
         "stepped": stepped,
         "accumulate": rng.choice([1, 1, 1, 2]),
         "how": rng.choice(hows),
         "expert": rng.randrange(3),
+        "other": rng.random() < 0.2,
     }
 
 
 def _under(case: Case) -> list[str]:
     """FSDP cannot go on from what it allocated in a first forward under inference mode."""
+    if case.layout in ENGINES:  # whose forward turns autocast off
+        return ["no_grad"]
     return ["no_grad", "autocast"] + (["inference_mode"] if case.layout in WHOLE else [])
 
 
@@ -117,6 +125,7 @@ def _swap(rng: random.Random, case: Case) -> dict[str, Any]:
             for _ in range(rng.randrange(3))
         ],
         "ends": rng.choice(["well", "well", "well", "exception", "nested", "refused"]),
+        "around": case.layout in ("plain", "ddp") and rng.random() < 0.3,
     }
 
 
@@ -141,8 +150,10 @@ def _unit(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _stop(rng: random.Random, case: Case) -> dict[str, Any]:
-    calls = ["swap", "load", "reset", "load_full", "copy_to_model"]
-    return {"call": rng.choice(calls), "copy": rng.randrange(30), **_named(rng, case)}
+    calls = ["update", "swap", "swap", "load", "load", "reset", "load_full", "copy_to_model"]
+    call = rng.choice(calls[1:] if case.layout in ENGINES else calls)
+    copies = {"update": 3, "copy_to_model": 30, "swap": 30}.get(call, 15)
+    return {"call": call, "copy": rng.randrange(copies), **_named(rng, case)}
 
 
 def _refusal(rng: random.Random, case: Case) -> dict[str, Any]:
@@ -151,22 +162,49 @@ def _refusal(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _differ(rng: random.Random, case: Case) -> dict[str, Any]:
-    return {"call": rng.choice(["dtype", "all_ranks", "frozen", "refused", "update"])}
+    return {"call": rng.choice(["dtype", "all_ranks", "frozen", "refused", "update", "update"])}
+
+
+def _import(rng: random.Random, case: Case) -> dict[str, Any]:
+    clocks = ["as_it_is", "another", "unknown", "begins", "begins"]
+    return {
+        **_named(rng, case),
+        "file": rng.random() < 0.5,
+        "clock": "as_it_is" if case.layout in ENGINES else rng.choice(clocks),
+        "steps": rng.randrange(20),
+    }
+
+
+def _chase(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {**_named(rng, case), "call": rng.choice(["swap", "full_state_dict"])}
 
 
 def _older(rng: random.Random, case: Case) -> dict[str, Any]:
-    return {"back": rng.randrange(3)}
+    return {"back": rng.randrange(3), "stepped": rng.random() < 0.5}
+
+
+def _reset(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {"name": rng.choice([None, *case.averages]), "stepped": rng.random() < 0.5}
 
 
 def _other(rng: random.Random, case: Case) -> dict[str, Any]:
-    return {"layout": rng.choice(["plain", "ddp", "fsdp2", "fsdp1"])}
+    others = ["plain", "ddp", "fsdp2", "fsdp1"]
+    if case.layout in ENGINES:  # the model is of the dtype that the engine trains
+        bf16 = case.model["bf16"]
+        others += [name for name, engine in ENGINES.items() if engine.bf16 == bf16]
+    return {"layout": rng.choice(others)}
+
+
+def _rollback(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {"back": rng.randrange(3), "average": rng.random() < 0.5}
 
 
 KINDS: dict[str, Kind] = {
     "train": Kind(10, _train),
     "forward": Kind(4, _forward),
     "update": Kind(5, lambda rng, case: {"dt": rng.choice([None, None, 1, 2, 0])}),
-    "attach": Kind(2, lambda rng, case: {"all": rng.random() < 0.7}),
+    "chase": Kind(1.5, _chase, tuple(LAYOUTS)),  # an engine updates after its steps only
+    "attach": Kind(2, lambda rng, case: {"all": rng.random() < 0.7, "other": rng.random() < 0.3}),
     "detach": Kind(1),
     "swap": Kind(5, _swap),
     "swap_written": Kind(0.5, _named),
@@ -177,12 +215,12 @@ KINDS: dict[str, Kind] = {
     "export": Kind(1, _export),
     "save": Kind(2, lambda rng, case: {"frozen": rng.random() < 0.3}),
     "load": Kind(2, _older),
-    "load_elsewhere": Kind(0.7, _other, layouts=tuple(n for n in LAYOUTS if n != "fsdp2-tp")),
-    "load_full": Kind(1, lambda rng, case: {**_named(rng, case), "file": rng.random() < 0.5}),
-    "dcp": Kind(0.7),
+    "load_elsewhere": Kind(0.7, _other, layouts=tuple(n for n in ALL if n != "fsdp2-tp")),
+    "load_full": Kind(3, _import),
+    "dcp": Kind(1.5),
     "state_dict": Kind(0.7),
     "copy_to_model": Kind(1, _named),
-    "reset": Kind(1.5, lambda rng, case: {"name": rng.choice([None, *case.averages])}),
+    "reset": Kind(1.5, _reset),
     "metrics": Kind(1.5, _named),
     "flush": Kind(0.5),
     # under NO_SHARD torch itself does not write a frozen unit after a forward
@@ -194,40 +232,86 @@ KINDS: dict[str, Kind] = {
     "assign": Kind(1, layouts=("plain", *FSDP2)),  # DDP's reducer knows the old parameters
     "data": Kind(0.7, layouts=("plain",)),
     # a part that is sharded anew is none of the root's groups: torch trains it apart
-    "exchange": Kind(0.7, _unit, layouts=("plain",)),
+    "exchange": Kind(
+        1, lambda rng, case: {**_unit(rng, case), "update": rng.random() < 0.5}, layouts=("plain",)
+    ),
     "cast": Kind(0.5, layouts=("plain",)),
-    "cast_in_swap": Kind(0.3, _named, layouts=("plain",)),
+    "cast_in_swap": Kind(0.7, _named, layouts=("plain",)),
     "freeze": Kind(0.7, _unit, layouts=("plain", "fsdp2-tp", *FSDP2)),
     "grow": Kind(0.7),
     "rebuild": Kind(0.7),
-    "stopped": Kind(1, _stop),
-    "refused": Kind(1.5, _refusal, refuses=True),
-    "differ": Kind(0.5, _differ, refuses=True),
+    "stopped": Kind(3, _stop),
+    "refused": Kind(2.5, _refusal, refuses=True),
+    "differ": Kind(1.5, _differ, refuses=True),
     "late": Kind(0.3, _named),
     "missing": Kind(0.1, refuses=True),
     "prefetch": Kind(0.7, layouts=FSDP2),
     "unshard": Kind(0.7, _unit, layouts=FSDP2),
+    "post_optim_event": Kind(0.5, _named, layouts=FSDP2),
     "summon": Kind(0.5, layouts=FSDP1, refuses=True),
+    "save_checkpoint": Kind(2, layouts=tuple(ENGINES)),
+    "load_checkpoint": Kind(2, _rollback, tuple(ENGINES)),
+    "engine_refuses": Kind(0.7, layouts=tuple(ENGINES), refuses=True),
 }
 
-_RULES = ["constant", "half_life", "power", "ramp", "warmup", "debiased", "by_pattern"]
+_SEVERAL = ("differ", "late", "missing")  # of several ranks
+_RULES = ["constant", "half_life", "ramp", "warmup"]
+_RULES += ["power", "debiased"] * 2 + ["by_pattern"] * 3  # which begin with a copy; neighbours
 
 
-def draw(seed: int, layout: str = "", length: int = 40) -> Case:
-    """The case of a seed, on ``layout`` if it is given."""
+_BOOST = 12  # weight of a pair that was not drawn yet
+
+
+def possible(layout: str) -> list[str]:
+    """The kinds of actions that a layout takes."""
+    alone = ALL[layout].worlds == (1,)
+    return [
+        name
+        for name, kind in KINDS.items()
+        if (not kind.layouts or layout in kind.layouts) and not (alone and name in _SEVERAL)
+    ]
+
+
+def possible_pairs(layouts: Sequence[str] = tuple(ALL)) -> set[tuple[str, str]]:
+    """Kinds that may follow each other on some layout."""
+    return {
+        pair for layout in layouts for pair in itertools.product(possible(layout), possible(layout))
+    }
+
+
+def draw(
+    seed: int,
+    layout: str = "",
+    length: int = 40,
+    *,
+    kinds: Sequence[str] = (),
+    layouts: Sequence[str] = tuple(ALL),
+    seen: set[tuple[str, str]] | None = None,
+) -> Case:
+    """The case of a seed.
+
+    Args:
+        layout: on this one.
+        kinds: of these only.
+        layouts: that it is drawn from.
+        seen: pairs of kinds that were drawn; others are drawn rather, and are added.
+    """
     rng = random.Random(seed)
-    name = rng.choice(list(LAYOUTS))
-    name = layout or name
-    chosen = LAYOUTS[name]
-    ranks = rng.choice(chosen.worlds)
-    bf16 = rng.random() < 0.25 and name != "fsdp2-tp"
+    name = layout or _layout(rng, layouts, seen)
+    chosen = ALL[name]
+    ranks = rng.choice([*chosen.worlds, chosen.worlds[0]])
+    engine = ENGINES.get(name)
+    bf16 = engine.bf16 if engine else rng.random() < 0.25 and name != "fsdp2-tp"
     model = {
         "bf16": bf16,
         "experts": rng.choice([0, 0, 2, 3]) if name not in FLAT else 0,
-        "all_experts": name in ("ddp", "ddp-slices", "ddp-travelling-slices"),
+        "all_experts": name in ("ddp", "ddp-slices", "ddp-travelling-slices", *ENGINES),
         "tied": rng.random() < 0.7,
-        "norm": rng.random() < 0.6,
-        "odd": rng.random() < 0.4,
+        # of BatchNorm's statistics in bf16 engines see `tests.engines.model`
+        "norm": rng.random() < 0.6 and not (engine and engine.bf16),
+        # ZeRO-3 does not find parameters of a ParameterList where the forward takes them
+        "odd": rng.random() < 0.4 and not (engine and engine.config.stage == 3),
+        "own": rng.random() < 0.4 and not engine,
         **{option: rng.random() < 0.5 for option in chosen.options},
     }
     averages: dict[str, Any] = {}
@@ -235,20 +319,46 @@ def draw(seed: int, layout: str = "", length: int = 40) -> Case:
         averages[key] = {
             "rule": rng.choice(_RULES),
             "decay": rng.choice([0.5, 0.75, 0.9, 0.99]),
-            "update_every": rng.choice([1, 1, 1, 3]),
+            "update_every": rng.choice([1, 1, 3]),
             "float64": rng.random() < 0.2,
+            "pattern": rng.choice(
+                ["embed.*", "*bias", "norm.weight" if model["norm"] else "*bias"]
+            ),
             "buffers": "copy",
         }
-    average_buffers = rng.random() < 0.3
+    average_buffers = rng.random() < 0.4
+    slow = name == "fsdp2-offload" and rng.random() < 0.5
     for settings in averages.values():
         settings["buffers"] = "average" if average_buffers else "copy"
-    optimizers = [rng.choice(["sgd", "adam"]) for _ in range(rng.choice([1, 1, 2]))]
+        settings["slow"] = slow
+    steppers = ["sgd", "adam"] + (["fused"] if name in ("plain", "ddp") else [])
+    optimizers = [rng.choice(steppers) for _ in range(rng.choice([1, 2]))]
     case = Case(seed, name, ranks, model, averages, optimizers, ())
-    possible = [k for k, kind in KINDS.items() if not kind.layouts or name in kind.layouts]
-    if ranks == 1:
-        possible = [k for k in possible if k not in ("differ", "late", "missing")]
-    weights = [KINDS[k].weight for k in possible]
-    actions = []
-    for kind in rng.choices(possible, weights, k=length):
+    among = [kind for kind in possible(name) if not kinds or kind in kinds]
+    actions: list[Action] = []
+    for _ in range(length):
+        kind = _next(rng, among, actions[-1].kind if actions else "", seen)
         actions.append(Action(kind, KINDS[kind].draw(rng, case)))
     return case.with_actions(actions)
+
+
+def _layout(rng: random.Random, layouts: Sequence[str], seen: set[tuple[str, str]] | None) -> str:
+    if seen is None or rng.random() < 0.7:
+        return rng.choice(list(layouts))
+    lacks = {name: len(possible_pairs([name]) - seen) for name in layouts}
+    return rng.choice([name for name in layouts if lacks[name] == max(lacks.values())])
+
+
+def _next(
+    rng: random.Random, among: Sequence[str], last: str, seen: set[tuple[str, str]] | None
+) -> str:
+    weights = [KINDS[kind].weight for kind in among]
+    if seen is None or not last:
+        return rng.choices(among, weights)[0]
+    boosted = [
+        weight if (last, kind) in seen else 3 * weight + _BOOST
+        for weight, kind in zip(weights, among, strict=True)
+    ]
+    kind = rng.choices(among, boosted)[0]
+    seen.add((last, kind))
+    return kind

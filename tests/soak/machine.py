@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import itertools
+import os
 import pprint
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests import world
 from tests.soak.cases import KINDS, Action, Case, draw
+from tests.soak.layouts import ALL, ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
-BATCH = 12  # cases of one world
+BATCH = 40  # cases of one world
 CASE_SECONDS = 120.0
+GRACE = 5.0  # for the ranks that wait for one that has failed
 
 
 def live(case: Case) -> None:
@@ -23,7 +28,10 @@ def live(case: Case) -> None:
     from tests.soak.actions import perform
     from tests.soak.scene import scene
 
-    with scene(case) as at:
+    if not gc.get_freeze_count():
+        gc.freeze()  # what is imported need not be searched at the end of each case
+    # of DeepSpeed, which prints while it makes an engine
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), scene(case) as at:
         at.check()
         for number, action in enumerate(case.actions):
             try:
@@ -67,48 +75,79 @@ class Tally:
         self.pairs.update(itertools.pairwise(kinds))
         self.refusals += sum(KINDS[kind].refuses for kind in kinds)
 
-    def missing_pairs(self) -> list[tuple[str, str]]:
-        """Kinds that never followed each other."""
-        return [pair for pair in itertools.product(KINDS, KINDS) if pair not in self.pairs]
+    def missing_pairs(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Those of the pairs that never followed each other."""
+        return sorted(pair for pair in pairs if pair not in self.pairs)
 
 
-def run(cases: Sequence[Case]) -> Iterator[tuple[Case, str]]:
+def run(
+    cases: Sequence[Case],
+    preload: Sequence[str] = (),
+    heard: Callable[[Case], None] = lambda case: None,
+) -> Iterator[tuple[Case, str]]:
     """Each case and what went wrong in it; empty where nothing did.
 
     A rank that fails may leave the others out of step, so the cases after a fault get a new world.
+
+    Args:
+        preload: as `world.until_one_fails` takes it.
+        heard: told of each case as soon as it has run, before its world ends.
     """
-    for ranks, same in itertools.groupby(cases, key=lambda case: case.ranks):
+    for (ranks, _), same in itertools.groupby(cases, key=_world):
         left = list(same)
         while left:
             batch = left[:BATCH]
             facts = [world.Fact(str(n), live, (case,)) for n, case in enumerate(batch)]
-            told = world.judge(facts, ranks, timeout=CASE_SECONDS * len(batch)).told
-            done = 0
-            for number, case in enumerate(batch):
-                said = [
-                    f"rank {rank}:\n{text}" for rank, text in enumerate(told[str(number)]) if text
-                ]
-                if said and done and all("not run, after" in text for text in said):
-                    break
+            told = world.until_one_fails(
+                facts,
+                ranks,
+                timeout=CASE_SECONDS * len(batch),
+                grace=GRACE,
+                preload=preload,
+                heard=lambda name, batch=batch: heard(batch[int(name)]),
+            )
+            for case, texts in zip(batch, told.values(), strict=False):
+                said = [f"rank {rank}:\n{text}" for rank, text in enumerate(texts) if text]
                 yield case, "\n".join(said)
-                done = number + 1
-                if said:
-                    break
-            left = left[done:]
+            left = left[len(told) :]
 
 
-def cases(operations: int, seed: int, layout: str = "", length: int = 40) -> list[Case]:
-    """Cases of so many operations together, those of one size of world side by side."""
-    count = max(1, -(-operations // length))
-    drawn = [draw(seed + n, layout, min(length, operations)) for n in range(count)]
-    return sorted(drawn, key=lambda case: case.ranks)
+def cases(
+    operations: int,
+    seed: int,
+    layout: str = "",
+    length: int = 40,
+    *,
+    kinds: Sequence[str] = (),
+    layouts: Sequence[str] = tuple(ALL),
+) -> list[Case]:
+    """Cases of so many operations together, those of one kind of world side by side.
+
+    They are drawn one after the other, each with pairs of kinds that those before it lack.
+    """
+    seen: set[tuple[str, str]] = set()
+    length = min(length, operations)
+    drawn = [
+        draw(seed + n, layout, length, kinds=kinds, layouts=layouts, seen=seen)
+        for n in range(-(-operations // length))
+    ]
+    return sorted(drawn, key=_world)
+
+
+def _world(case: Case) -> tuple[int, bool]:
+    """What cases of one world have in common; DeepSpeed is imported in some only."""
+    return case.ranks, case.layout in ENGINES
 
 
 def soak(
-    drawn: Sequence[Case], tally: Tally, done: Callable[[Case, str], None] = lambda case, said: None
+    drawn: Sequence[Case],
+    tally: Tally,
+    done: Callable[[Case, str], None] = lambda case, said: None,
+    preload: Sequence[str] = (),
+    heard: Callable[[Case], None] = lambda case: None,
 ) -> Tally:
-    """Runs the cases and tallies them."""
-    for case, said in run(drawn):
+    """Runs the cases and tallies them; ``preload`` and ``heard`` as for `run`."""
+    for case, said in run(drawn, preload, heard):
         if said:
             tally.faults.append(Fault(case, said))
         else:

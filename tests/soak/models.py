@@ -15,6 +15,32 @@ from tests import zoo
 WIDTH = 7
 
 
+class Own(nn.Module):
+    """Multiplies by what it writes into its state itself, in both ways that torch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.tensor(1.0)
+        self.peak = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.gain * self.peak).to(x.device, x.dtype)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.peak])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.peak = float(state[0])
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}gain"] = self.gain
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        self.gain = state.pop(f"{prefix}gain", self.gain)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
 class Drawn(nn.Module):
     """Maps tokens [batch, 4] to logits [batch, 4, TOKENS].
 
@@ -26,6 +52,7 @@ class Drawn(nn.Module):
         odd: parameters of one element, of one row less than ranks, and of no element.
         scalar: a parameter without dims.
         channels_last: the memory order of the convolution.
+        own: a child that writes its state itself.
     """
 
     def __init__(
@@ -38,6 +65,7 @@ class Drawn(nn.Module):
         odd: bool = False,
         scalar: bool = False,
         channels_last: bool = False,
+        own: bool = False,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(zoo.TOKENS, 6)
@@ -57,6 +85,7 @@ class Drawn(nn.Module):
             self.head.weight = self.embed.weight
         self.scale = nn.Parameter(torch.ones(() if scalar else 1))
         self.odd = nn.ParameterList([torch.ones(1, 6), torch.ones(5, 1)] if odd else [])
+        self.own = Own() if own else None
         self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
         self.register_buffer("table", torch.arange(5) * 10_000)
         self.register_buffer("flag", torch.tensor(True))
@@ -80,6 +109,8 @@ class Drawn(nn.Module):
         x = self.out(x)
         for more in self.odd:
             x = x + more.sum() * 0.1
+        if self.own is not None:
+            x = self.own(x)
         return self.head(x) * self.scale
 
 

@@ -5,10 +5,14 @@ A public read would flush, free or close what is open, and hide the fault that i
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp._runtime_utils import _reshard
@@ -16,10 +20,18 @@ from torch.distributed.tensor import DTensor
 
 from shardema import ShardedEMA
 from shardema.shards.boxes import Box
+from tests import engines
+
+
+def is_engine(model: Any) -> bool:
+    """Whether DeepSpeed steps the model."""
+    return hasattr(model, "micro_steps")
 
 
 def local_parts(model: nn.Module) -> list[Tensor]:
     """What the optimizer steps on this rank, whatever a forward has left gathered."""
+    if is_engine(model):
+        return engines.held(model)
     parts: list[Tensor] = []
     seen: set[int] = set()
     for module in model.modules():
@@ -39,8 +51,22 @@ def local_parts(model: nn.Module) -> list[Tensor]:
     return [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in model.parameters()]
 
 
+def gathered_for_good(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of an engine's weights that a forward does not gather again."""
+    return engines.persistent(model) if is_engine(model) else {}
+
+
+def gather(model: nn.Module) -> None:
+    """What was written to an engine's parts is what it computes with. Collective."""
+    if is_engine(model):
+        engines.gather_persistent(model)
+
+
 def reshard(model: nn.Module) -> None:
     """Frees what a forward has left gathered, so that what is written to the parts is seen."""
+    if is_engine(model):
+        model.empty_partition_cache()
+        return
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()  # an all-gather that is under way would be used by the next forward
@@ -52,6 +78,11 @@ def reshard(model: nn.Module) -> None:
 
 def full_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Full parameters by clean name, by torch's own means. Collective; frees what is gathered."""
+    if is_engine(model):
+        reshard(model)  # what a forward that ended early has left in flight cannot be parted
+        full = engines.weights(model)
+        engines.gather_persistent(model)
+        return full
     if isinstance(model, FSDP):
         return _full_of_fsdp1(model)
     reshard(model)
@@ -60,6 +91,12 @@ def full_parameters(model: nn.Module) -> dict[str, Tensor]:
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in inner.named_parameters()
     }
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Full parameters as the optimizer steps them: an engine's masters. Collective."""
+    full = full_parameters(model)
+    return full | engines.masters(model) if is_engine(model) else full
 
 
 def shadows(ema: ShardedEMA, name: str) -> Iterator[tuple[str, Box, Tensor]]:
@@ -88,11 +125,48 @@ def _full_of_fsdp1(model: FSDP) -> dict[str, Tensor]:
 _WRAPPED = "_fsdp_wrapped_module"
 
 
-def own_tensors(ema: ShardedEMA) -> list[Tensor]:
-    """The model's own tensors of what is averaged, as far as this rank holds them."""
+def own_tensors(ema: ShardedEMA, model: nn.Module) -> list[Tensor]:
+    """The model's own tensors of what is averaged, as far as this rank holds them.
+
+    Of an engine those that are not parted: the parts of others are no user's to write.
+    """
+    if is_engine(model):
+        return [p for p in model.parameters() if p.requires_grad and not hasattr(p, "ds_id")]
     return [
         s.own for s in ema.internal.averages.weights.mine if s.own.numel() and s.role != "buffer"
     ]
+
+
+def flats(ema: ShardedEMA) -> set[int]:
+    """Addresses of the memory that the averages lie in."""
+    found = (flat for average in ema.internal.averages.values() for flat in average.shadows.flats)
+    return {flat.untyped_storage().data_ptr() for flat in found}
+
+
+def parts(ema: ShardedEMA) -> Iterator[tuple[str, Box, Tensor]]:
+    """What this rank's model computes with of what is averaged: tensor, place, values."""
+    for shard in ema.internal.averages.weights.mine:
+        for box, values in shard.pieces(shard.own):
+            yield shard.fqn, box, values
+
+
+def awaited(model: FSDPModule) -> torch.Event | None:
+    """What the next all-gather waits for in place of the present stream."""
+    event: torch.Event | None = model._get_fsdp_state()._state_ctx.post_optim_event
+    return event
+
+
+def left_in_store() -> list[str]:
+    """Keys of shardema's in the store of the process group."""
+    keys: list[str] = dist.distributed_c10d._get_default_store().list_keys()
+    return [key for key in keys if "shardema" in key]
+
+
+def held_now() -> tuple[int, int, int]:
+    """Bytes of all tensors, threads, and open files of this process."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return size, len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
 
 def wait(ema: ShardedEMA) -> None:
@@ -100,10 +174,10 @@ def wait(ema: ShardedEMA) -> None:
     ema.internal.updates.flush("check")
 
 
-def clock(ema: ShardedEMA, name: str) -> tuple[float, int]:
-    """``t`` and the number of updates, without an update that is still to be made."""
+def clock(ema: ShardedEMA, name: str) -> tuple[float, int, float]:
+    """``t``, number of updates and ``t`` of the last move, without an update still to be made."""
     average = ema.internal.averages[name]
-    return average.t, average.num_updates
+    return average.t, average.num_updates, average.moved_at
 
 
 def inside(ema: ShardedEMA) -> str | None:

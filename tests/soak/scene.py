@@ -7,10 +7,13 @@ the truth, in float64, says what the averages are.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,16 +23,39 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from shardema import ShardedEMA
-from tests import zoo
-from tests.layouts import LAYOUTS, Layout
+from shardema.kernels import KERNELS, Lerp
+from tests import engines, zoo
+from tests.layouts import Layout
 from tests.soak import averages as kept
 from tests.soak import models, peek
 from tests.soak.cases import Case
+from tests.soak.layouts import ALL, ENGINES, Engine
 
+_EVERY = 4  # cases, of which one is checked for growth
+_TURNS = 8  # caches and threads may come late; what grows at each of them leaks
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9),
     "adam": lambda params: torch.optim.AdamW(params, lr=0.003),
+    "fused": lambda params: torch.optim.AdamW(params, lr=0.003, fused=True),
 }
+
+
+def _slow(shadows: Any, params: Any, slots: Any) -> Lerp:
+    """A kernel on a busy host: what does not wait for it comes first."""
+    lerp_ = KERNELS["foreach"](shadows, params, slots)
+
+    def late(weights: Sequence[float]) -> None:
+        time.sleep(0.02)
+        lerp_(weights)
+
+    return Lerp(late, lerp_.runs)
+
+
+KERNELS["slow"] = _slow
+
+
+def _elsewhere() -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
 
 
 @dataclass
@@ -38,6 +64,15 @@ class Saved:
 
     folder: str
     truths: dict[str, kept.Truth]
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint of the engine, one of its average beside it, and what it trained then."""
+
+    folder: str
+    average: Saved
+    weights: dict[str, Tensor]
 
 
 @dataclass
@@ -52,6 +87,12 @@ class Scene:
         open: those of them that have stepped since the last update.
         grown: elements of the buffer that grows.
         was_frozen: a part was frozen or unfrozen.
+        other: an optimizer of another model.
+        engine: how the engine was made, where it is one.
+        checkpoints: of the engine.
+        applied: number of the engine's last step, if it moved the weights.
+        counted: the one that the average has counted last.
+        emas: all that were built.
     """
 
     case: Case
@@ -68,13 +109,20 @@ class Scene:
     saved: list[Saved] = field(default_factory=list)
     count: int = 0
     grown: int = 2
+    other: torch.optim.Optimizer = field(default_factory=_elsewhere)
     was_frozen: bool = False
+    engine: Engine | None = None
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    steps: int = 0
+    applied: int | None = None
+    counted: int | None = None
+    emas: list[weakref.ref[ShardedEMA]] = field(default_factory=list)
 
     # ---- what is true -------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
         """What is averaged, in full, as the twin has it. Collective."""
-        full = peek.full_parameters(self.twin)
+        full = peek.trained(self.twin)
         full |= dict(unwrapped(self.twin).named_buffers())
         return full
 
@@ -83,6 +131,24 @@ class Scene:
         now = self.weights()
         for truth in self.truths.values():
             truth.update(now, dt)
+
+    def engine_stepped(self) -> None:
+        """The engine was asked to step: what it did, it says itself."""
+        self.steps += 1
+        self.applied = self.steps if self.twin.was_step_applied() else None
+        if self.attached is not None:
+            self.engine_updated()
+
+    def engine_updated(self, dt: float = 1) -> None:
+        """The truth of an update that counts if a step was applied, and was not counted."""
+        if self.applied not in (None, self.counted):
+            self.updated(dt)
+            self.counted = self.applied
+
+    def loaded(self) -> None:
+        """Steps up to here are none of the average's that was loaded."""
+        self.open.clear()
+        self.counted = self.applied
 
     def stepped(self, number: int) -> None:
         """An optimizer stepped: the round that it belongs to may be complete."""
@@ -106,6 +172,11 @@ class Scene:
         """Second names of tied weights, and their first one."""
         return {"head.weight": "embed.weight"} if self.case.model["tied"] else {}
 
+    def own_state(self) -> dict[str, Tensor]:
+        """What a module of the model writes into its state itself."""
+        own = unwrapped(self.twin).own
+        return {} if own is None else {f"own.{k}": v for k, v in own.state_dict().items()}
+
     def take_first_ranks_buffers(self, *names: str) -> None:
         """What was stored of averaged buffers, in which ranks may differ, is the first rank's."""
         for name in names or self.truths:
@@ -122,6 +193,9 @@ class Scene:
         assert len(ours) == len(theirs)
         for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             assert peek.equal(a, b), f"weights: part {number} differs from the twin's"
+        mine, its = (peek.gathered_for_good(model) for model in (self.model, self.twin))
+        for name in mine.keys() & its.keys():
+            assert peek.equal(mine[name], its[name]), f"weights: {name} was not gathered anew"
         buffers = dict(unwrapped(self.twin).named_buffers())
         for name, buffer in unwrapped(self.model).named_buffers():
             assert peek.equal(buffer, buffers[name]), f"buffer {name} differs from the twin's"
@@ -131,10 +205,8 @@ class Scene:
     def check_averages(self) -> None:
         peek.wait(self.ema)
         for name, truth in self.truths.items():
-            t, updates = peek.clock(self.ema, name)
-            assert (t, updates) == (truth.t, truth.num_updates), (
-                f"{name}: t={t}, num_updates={updates}, expected {truth.t}, {truth.num_updates}"
-            )
+            clock = peek.clock(self.ema, name)
+            assert clock == truth.clock, f"{name}: clock {clock}, expected {truth.clock}"
             for fqn, box, values in peek.shadows(self.ema, name):
                 self.assert_close(name, fqn, values, box.view(truth.full[fqn]))
 
@@ -145,6 +217,47 @@ class Scene:
         bound = self.truths[name].bound(fqn)
         bound += torch.finfo(got.dtype).eps * self.truths[name].largest[fqn]  # one more rounding
         assert error <= bound, f"{name}: {fqn} is {error:.3g} from the truth, bound {bound:.3g}"
+
+    def check_store(self) -> None:
+        """Calls leave the store of the process group as they found it. Collective."""
+        self.ema.metrics(self.ema.names[0])  # takes away what a round left that somebody missed
+        dist.barrier()
+        left = peek.left_in_store()
+        assert not left, f"left in the store: {left}"
+        dist.barrier()
+
+    def check_growth(self) -> None:
+        """Calls that are made over and over hold no more each time. Collective."""
+        self.detach()
+        name, folder = self.ema.names[0], self.path("growth")
+        before = (0, 0, 0)
+        told = []
+        for turn in range(_TURNS):
+            self.ema.update()
+            with self.ema.swap(name):
+                pass
+            self.ema.full_state_dict(name, all_ranks=True)
+            self.ema.metrics(name)
+            self.ema.save(f"{folder}-{turn}")
+            self.ema.load(f"{folder}-{turn}")
+            self.ema.reset()
+            gc.collect()
+            now = peek.held_now()
+            told.append(now)
+            grew = torch.tensor([turn < 2 or any(b > a for a, b in zip(before, now, strict=True))])
+            dist.all_reduce(grew, dist.ReduceOp.MAX)  # all go on, or none
+            if not grew:
+                return
+            before = now
+        raise AssertionError(f"bytes of tensors, threads and files grow at every turn: {told}")
+
+    def check_gone(self) -> None:
+        """An average that nobody holds is gone, with all it held."""
+        self.detach()
+        del self.ema
+        gc.collect()
+        left = [ema for ema in (known() for known in self.emas) if ema is not None]
+        assert not left, f"{len(left)} of {len(self.emas)} EMAs are still held"
 
     # ---- doing --------------------------------------------------------------------------------
 
@@ -158,8 +271,10 @@ class Scene:
         self.count += 1
         return os.path.join(self.folder, f"{kind}-{self.count:03d}")
 
-    def new_ema(self, model: nn.Module | None = None, layout: Layout | None = None) -> ShardedEMA:
-        return build_ema(self.case, model or self.model, layout or self.layout)
+    def new_ema(self) -> ShardedEMA:
+        ema = build_ema(self.case, self.model, self.layout)
+        self.emas.append(weakref.ref(ema))
+        return ema
 
     def make_optimizers(self) -> None:
         self.both(peek.reshard)  # else `parameters` are what a forward has left gathered
@@ -180,9 +295,8 @@ def build_ema(case: Case, model: nn.Module, layout: Layout) -> ShardedEMA:
     rules = {name: kept.rule(s) for name, s in case.averages.items()}
     policies = {name: kept.policy(s, layout.policy) for name, s in case.averages.items()}
     buffers = next(iter(case.averages.values()))["buffers"]
-    return ShardedEMA(
-        model, rules, shadow=policies, kernel=layout.kernel, buffers=buffers, timeout=15.0
-    )
+    kernel = "slow" if any(s["slow"] for s in case.averages.values()) else layout.kernel
+    return ShardedEMA(model, rules, shadow=policies, kernel=kernel, buffers=buffers, timeout=15.0)
 
 
 def deal(case: Case, model: nn.Module) -> list[list[nn.Parameter]]:
@@ -196,6 +310,8 @@ def deal(case: Case, model: nn.Module) -> list[list[nn.Parameter]]:
 def both_optimizers(
     case: Case, model: nn.Module, twin: nn.Module
 ) -> tuple[list[torch.optim.Optimizer], list[torch.optim.Optimizer]]:
+    if case.layout in ENGINES:  # which has its own
+        return [], []
     made = [
         [OPTIMIZERS[k](hand) for k, hand in zip(case.optimizers, deal(case, m), strict=True)]
         for m in (model, twin)
@@ -204,8 +320,8 @@ def both_optimizers(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside of DDP or FSDP1's root, whose buffers keep their names."""
-    while isinstance(model, nn.parallel.DistributedDataParallel):
+    """The module inside of DDP, an engine or FSDP1's root, whose buffers keep their names."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or peek.is_engine(model):
         model = model.module
     inner = getattr(model, "_fsdp_wrapped_module", None)
     return model if inner is None else inner
@@ -224,19 +340,27 @@ def state_buffers(model: nn.Module) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def scene(case: Case) -> Iterator[Scene]:
     """The beginning of a case, and afterwards its end: nothing is left open."""
-    layout = LAYOUTS[case.layout]
+    layout = ALL[case.layout]
+    if case.layout in ENGINES:
+        engines.prepare()
     told = [tempfile.mkdtemp(prefix="soak-") if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(told, src=0)
     torch.manual_seed(case.seed)
     model, twin = (layout.wrap(models.make(dict(case.model))) for _ in range(2))
-    ema = build_ema(case, model, layout)
-    at = Scene(case, layout, told[0], model, twin, ema, {}, both_optimizers(case, model, twin))
+    optimizers = both_optimizers(case, model, twin)
+    at = Scene(case, layout, told[0], model, twin, build_ema(case, model, layout), {}, optimizers)
+    at.emas.append(weakref.ref(at.ema))
+    at.engine = ENGINES.get(case.layout)
     start = at.weights()
-    names = peek.averaged(ema)
+    names = peek.averaged(at.ema)
     for name, settings in case.averages.items():
         at.truths[name] = kept.Truth(settings, {fqn: start[fqn] for fqn in sorted(names)})
     try:
         yield at
+        at.check_store()
+        if case.seed % _EVERY == 0:
+            at.check_growth()
+        at.check_gone()
     finally:
         at.detach()
         dist.barrier()
