@@ -85,12 +85,14 @@ def _main(rank: int, size: int, folder: str, facts: Sequence[Fact], told: Any, d
             text = traceback.format_exc()
         told.put((fact.name, rank, text, time.monotonic() - start))
         # through the store, so that a rank that failed inside a collective cannot block it
-        store.set(f"fact/{number}/{rank}", text[-200:] or "ok")
+        store.set(f"fact/{number}/{rank}", "failed" if text else "ok")
+        if text:
+            break  # ranks that wait for this one in a collective fail when it leaves
         keys = [f"fact/{number}/{r}" for r in range(size)]
         with contextlib.suppress(Exception):
             store.wait(keys, timedelta(seconds=2 * TIMEOUT))
         late = [r for r, key in enumerate(keys) if not store.check([key])]
-        if late and not text:
+        if late:
             told.put((fact.name, rank, f"ranks {late} did not come to its end", 0.0))
         if late or any(store.get(key) != b"ok" for key in keys):
             break  # the ranks may be out of step now
