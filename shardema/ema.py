@@ -39,7 +39,6 @@ from shardema.model.selection import Buffers, Select
 from shardema.model.weights import Weights
 from shardema.policy import ShadowPolicy
 from shardema.ranks.agree import Ranks
-from shardema.ranks.plan import refuse_opaque
 from shardema.schedules import Schedule, by_pattern
 from shardema.scopes import writable
 from shardema.shards.patterns import Pattern
@@ -536,13 +535,6 @@ class ShardedEMA:
         with writable(), calls.ranks.together("export"):
             calls.outward.check_export()
             contents = calls.contents(average, dtype)
-            refuse_opaque(
-                "export",
-                contents.plan,
-                [index for index, item in enumerate(contents.plan.items) if item.stem],
-                "take ema.full_state_dict(), which hands it out as it is, or ema.save(folder) and "
-                "the averages alone with `shardema export --partial`",
-            )
             module = unwrap(self._averages.weights.models[0])
             exported_dtype = next((contents.dtype(i) for i in contents.items if i.averaged), None)
             exporter.export(

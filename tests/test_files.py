@@ -24,7 +24,8 @@ from torch import nn
 
 from shardema import CheckpointError, ShardedEMA
 from shardema.cli.main import main
-from shardema.files import export, manifest, safetensors
+from shardema.files import export, manifest
+from shardema.files import safetensors as headers
 from shardema.files.offline import export_checkpoint
 from tests import contract, faulty, world
 from tests.layouts import LAYOUTS
@@ -128,9 +129,9 @@ def test_a_drive_and_a_name_with_a_colon_are_local_paths() -> None:
         "lr=1e-3:x/y",
         "a/b://c",
     ):
-        assert safetensors.local_path("save", path) == path
+        assert headers.local_path("save", path) == path
     with pytest.raises(TypeError, match=r"expected a path as str or pathlib\.Path"):
-        safetensors.local_path("save", b"run")  # type: ignore[arg-type]
+        headers.local_path("save", b"run")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got an empty path"):
         make().save("")
 
@@ -610,7 +611,7 @@ def write_header(path: Path, text: bytes, nbytes: int) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(nbytes))
 
 
-def entries_of(path: Path, home: Any = safetensors) -> dict[str, safetensors.Entry]:
+def entries_of(path: Path, home: Any = headers) -> dict[str, headers.Entry]:
     with home.opened(str(path)) as fd:
         return home.read_header(fd, str(path))
 

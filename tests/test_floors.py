@@ -129,6 +129,44 @@ def test_every_folder_says_in_one_sentence_what_it_is() -> None:
         assert first.endswith("."), path
 
 
+FACE = ROOT / "ema.py"
+
+
+def code_lines(node: ast.AST, first: int, last: int) -> int:
+    """Lines of a piece of code without those of docstrings."""
+    texts = [
+        inner.body[0]
+        for inner in ast.walk(node)
+        if isinstance(inner, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and ast.get_docstring(inner) is not None
+    ]
+    return last - first + 1 - sum((t.end_lineno or 0) - t.lineno + 1 for t in texts)
+
+
+def test_what_a_user_calls_is_a_face() -> None:
+    """At most 500 lines, and a screen for each verb: what they do is done elsewhere."""
+    text = FACE.read_text()
+    tree = ast.parse(text)
+    assert code_lines(tree, 1, len(text.splitlines())) <= 500
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert code_lines(node, node.lineno, node.end_lineno or 0) <= 45, node.name
+
+
+def test_an_ema_is_asked_by_public_names_and_by_internal_only() -> None:
+    own = {
+        node.attr
+        for node in ast.walk(ast.parse(FACE.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_")
+    } - {"_getframe"}
+    assert {"_averages", "_updates", "_calls", "_swaps"} <= own
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in own:
+                holder = ast.unparse(node.value)
+                assert holder == "self", f"{path}:{node.lineno}: {holder}.{node.attr}"
+
+
 def test_optional_packages_are_imported_in_one_file_each() -> None:
     for path in ROOT.rglob("*.py"):
         for line, name in imports(path):

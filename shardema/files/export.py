@@ -38,7 +38,7 @@ from shardema.files.safetensors import (
     write_file,
 )
 from shardema.ranks.agree import Ranks
-from shardema.ranks.plan import Contents
+from shardema.ranks.plan import Contents, refuse_opaque
 from shardema.ranks.transfer import BUCKET_BYTES, Prepared, prepare, stream
 from shardema.shards.boxes import Box, Dims, contiguous_runs, split_box
 from shardema.shards.strides import raw_bytes
@@ -188,39 +188,26 @@ def export(
     """
     ranks = contents.ranks
     contents = contents.only([i for i in contents.chosen if contents.plan.items[i].stem])
+    refuse_opaque(
+        "export",
+        contents.plan,
+        contents.chosen,
+        "take ema.full_state_dict(), which hands it out as it is, or ema.save(folder) and "
+        "the averages alone with `shardema export --partial`",
+    )
     tensors = [(i.stem, i.file_name, contents.dtype(i), i.shape) for i in contents.items]
     targets, indices = plan_targets(tensors, max_shard_size)
     total = sum(entry.nbytes for target in targets for entry in target.entries.values())
-    bar = tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc="export",
-        delay=1,
-        leave=False,
-        disable=not (progress and ranks.leader),
-    )
+    bar = _bar(total, visible=progress and ranks.leader)
     with (
         new_folder(folder, "export", ranks) as new,
         Writer(new.path, targets, bar.update) as writer,
     ):
         direct = _choose_mode(new.path, mode, ranks) == "direct"
         by_hand, streamed = _divide(contents, direct)
-        prepared: list[Prepared] = []
-
-        def make_room() -> None:
-            if ranks.leader:
-                reserve(new.path, targets)
-            if streamed.chosen:
-                prepared.append(prepare(streamed, limit=BUCKET_BYTES))
-
-        ranks.agree("export (reserving)", make_room)
+        prepared = _make_room(new.path, targets, streamed)
         with bar:
-            ranks.agree(
-                "export (writing)",
-                lambda: _write_own(by_hand, writer),
-                nbytes=max(by_hand.loads()),
-            )
+            _write_own(by_hand, writer)
             failed = _write_streamed(streamed, prepared[0], writer) if prepared else None
 
         def sync() -> None:
@@ -237,6 +224,32 @@ def export(
 
         # one rank's sync writes what all wrote to the file
         ranks.agree("export (finishing)", sync, finish, nbytes=total)
+
+
+def _bar(total: int, *, visible: bool) -> tqdm[Any]:
+    return tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="export",
+        delay=1,
+        leave=False,
+        disable=not visible,
+    )
+
+
+def _make_room(folder: str, targets: Sequence[Target], streamed: Contents) -> list[Prepared]:
+    """Reserves the files, and the memory for what is streamed, if anything is. Collective."""
+    prepared: list[Prepared] = []
+
+    def make_room() -> None:
+        if streamed.ranks.leader:
+            reserve(folder, targets)
+        if streamed.chosen:
+            prepared.append(prepare(streamed, limit=BUCKET_BYTES))
+
+    streamed.ranks.agree("export (reserving)", make_room)
+    return prepared
 
 
 def _choose_mode(temporary: str, mode: Mode, ranks: Ranks) -> str:
@@ -351,10 +364,15 @@ class Writer:
 
 
 def _write_own(contents: Contents, writer: Writer) -> None:
-    for index, item in zip(contents.chosen, contents.items, strict=True):
-        for (box, _), owner in zip(item.holders, contents.plan.writers[index], strict=True):
-            if owner == contents.ranks.index:
-                writer.write(item.stem, item.file_name, box, contents.holdings(index, box))
+    """Writes what is this rank's to write. Collective."""
+
+    def write() -> None:
+        for index, item in zip(contents.chosen, contents.items, strict=True):
+            for (box, _), owner in zip(item.holders, contents.plan.writers[index], strict=True):
+                if owner == contents.ranks.index:
+                    writer.write(item.stem, item.file_name, box, contents.holdings(index, box))
+
+    contents.ranks.agree("export (writing)", write, nbytes=max(contents.loads()))
 
 
 def _write_streamed(contents: Contents, prepared: Prepared, writer: Writer) -> Exception | None:
