@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA
 from shardema.model import replicas
-from shardema.ranks import plan, rounds, transfer
+from shardema.ranks import agree, plan, rounds, transfer
 from shardema.ranks.agree import Ranks
 from tests import world
 
@@ -408,7 +408,7 @@ def the_leader_has_no_room_for_the_result() -> None:
         works(ema)
 
 
-def no_room(plan: Any, chosen: Any, arriving: Any, *rest: Any) -> Iterator[Any]:
+def no_room(contents: Any, arriving: Any) -> Iterator[Any]:
     next(iter(arriving))
     raise torch.OutOfMemoryError("no room for the result")
     yield
@@ -748,3 +748,41 @@ def test_the_leader_leaves_when_its_reply_is_read(tmp_path: Path) -> None:
     assert words.get() == ("returned", -1, "")
     for process in processes:
         process.join()
+
+
+# ---- on an accelerator, of which this counts what is asked --------------------------------------
+
+
+class _Event:
+    """Of a device that is done when it was asked so often."""
+
+    left = 0
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cuda"
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        _Event.left -= 1
+        return _Event.left < 0
+
+
+def test_a_transfer_on_an_accelerator_is_launched_and_its_event_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "Event", _Event)
+    launched = []
+    done = agree._started(lambda: launched.append(True), torch.device("cuda"))
+    assert launched == [True]
+    _Event.left = 3
+    assert done(10.0) is True
+    assert _Event.left == -1
+    _Event.left = 1 << 30
+    assert done(0.01) is False
+    with monkeypatch.context() as patch:  # no time passes: it looks once
+        patch.setattr(agree.time, "monotonic", lambda: 0.0)
+        _Event.left = 5
+        assert done(0.0) is False
+        assert _Event.left == 4

@@ -374,8 +374,10 @@ def a_part_of_a_group_is_refused_with_what_to_do() -> None:
             if run_before:
                 forward(whole)  # leaves the root gathered
             inner = whole.module if isinstance(whole, FSDP) else whole
+            around = type(whole).__name__
+            text = rf"model: got a part .* group of a {around} around it.*select='unet\.\*'"
             for part in (inner.unet, [inner.text, inner.unet]):
-                with pytest.raises(ValueError, match=r"model: got a part .*select='unet\.\*'"):
+                with pytest.raises(ValueError, match=text):
                     ShardedEMA(part, 0.5)
             ema = ShardedEMA(whole, 0.5, select="unet.*")
             ema.update()
