@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-from shardema import RankError, ShadowPolicy, ShardedEMA, schedules
+from shardema import RankError, ShardedEMA, schedules
 from shardema.backends.tree import unwrap
 from shardema.ranks import transfer
 from shardema.scopes import writable
@@ -30,12 +30,6 @@ from tests import meters, oracle, zoo
 from tests.layouts import LAYOUTS, Layout
 
 STEPS = 20
-POLICY, KERNEL = ShadowPolicy(), "auto"  # set by `check`: how the layout wants averages kept
-
-
-def keep(model: Any, schedule: Any, **options: Any) -> ShardedEMA:
-    """A `ShardedEMA` with the layout's policy, where the fact does not give one."""
-    return ShardedEMA(model, schedule, **{"shadow": POLICY, "kernel": KERNEL, **options})
 
 
 def write(model: nn.Module, values: dict[str, Tensor]) -> None:
@@ -58,7 +52,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 def trained(layout: Layout, **options: bool) -> tuple[nn.Module, ShardedEMA, dict[str, Tensor]]:
     """A model and its EMA after a few writes and updates, and the model's present values."""
     model = layout.build(**options)
-    ema = keep(model, 0.75)
+    ema = layout.keep(model, 0.75)
     like = parameters_of(zoo.make(**dict.fromkeys(layout.options, True), **options))
     values: dict[str, Tensor] = {}
     for step in range(3):
@@ -102,7 +96,7 @@ def scripted_updates_equal_the_unsharded_run(layout: Layout, **options: bool) ->
     plain = zoo.make(**dict.fromkeys(layout.options, True), **options)
     model = layout.build(**options)
     schedule = schedules.ramp(0.9)
-    ema = keep(model, schedule)
+    ema = layout.keep(model, schedule)
     assert ema.internal.averages.weights.name == layout.backend
     alone = ShardedEMA(plain, schedule, backend="plain", kernel="reference")
     like = parameters_of(plain)
@@ -187,13 +181,15 @@ def update_is_local_and_allocates_nothing(layout: Layout) -> None:
         model, ema, _ = trained(layout, **options)
         with meters.collectives() as calls:
             assert meters.allocated(ema.update) == 0
-            if zoo.DEVICE == "cuda":
+            if zoo.device() == "cuda":
                 assert meters.allocated_on_gpu(ema.update) == 0
                 with meters.no_sync():
                     ema.update()
         assert calls == []
         # compiled code is not seen, nor is a thread
-        if KERNEL == "auto" and (POLICY.device == "model" or POLICY.compute == "device"):
+        if layout.kernel == "auto" and (
+            layout.policy.device == "model" or layout.policy.compute == "device"
+        ):
             assert meters.read_only_locals(ema)
         del model
 
@@ -275,7 +271,7 @@ def swap_is_seen_inside_an_outer_autocast(layout: Layout) -> None:
     model.eval()
     plain = zoo.make(**dict.fromkeys(layout.options, True)).eval()
     plain.load_state_dict(ema.full_state_dict(all_ranks=True))
-    with torch.no_grad(), torch.autocast(zoo.DEVICE, dtype=torch.bfloat16):
+    with torch.no_grad(), torch.autocast(zoo.device(), dtype=torch.bfloat16):
         before = model(zoo.tokens()).clone()
         with ema.swap():
             inside = model(zoo.tokens()).clone()
@@ -290,7 +286,7 @@ def swap_is_seen_inside_an_outer_autocast(layout: Layout) -> None:
 def an_ema_built_under_inference_mode_works(layout: Layout) -> None:
     model = layout.build()
     with torch.inference_mode():
-        ema = keep(model, 0.5)
+        ema = layout.keep(model, 0.5)
     like = parameters_of(zoo.make(**dict.fromkeys(layout.options, True)))
     write(model, zoo.script(like, 1))
     ema.update()
@@ -350,7 +346,7 @@ def training_goes_on_as_if_nothing_was_swapped(layout: Layout) -> None:
     losses = []
     for swapping in (False, True):
         model = layout.build()
-        ema = keep(model, 0.5)
+        ema = layout.keep(model, 0.5)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         ema.attach(optimizer)
         seen = []
@@ -385,9 +381,9 @@ def metrics_are_those_of_the_whole_model(layout: Layout) -> None:
     size = {k: values[k].double().square().sum() for k in full}
     expected = {"decay": 0.75, "horizon": 4.0, "unmoved": 0.0, "nonfinite": 0.0}
     expected |= {"t": 3, "num_updates": 3}
-    behind = {"host": "background", "device": "travelling"}[POLICY.compute]
-    kernel = "foreach" if KERNEL == "auto" else KERNEL
-    expected[f"kernel/{kernel if POLICY.device == 'model' else behind}"] = 1.0
+    behind = {"host": "background", "device": "travelling"}[layout.policy.compute]
+    kernel = "foreach" if layout.kernel == "auto" else layout.kernel
+    expected[f"kernel/{kernel if layout.policy.device == 'model' else behind}"] = 1.0
     expected["distance"] = float((sum(apart.values()) / sum(size.values())) ** 0.5)
     for child in {k.partition(".")[0] for k in full}:
         mine = [k for k in full if k.partition(".")[0] == child]
@@ -397,7 +393,7 @@ def metrics_are_those_of_the_whole_model(layout: Layout) -> None:
     for key, value in expected.items():
         assert told[key] == pytest.approx(value, rel=1e-12), key
     assert told == same_everywhere(told)
-    still = keep(model, 1 - 2**-40)  # a step that is always rounded away
+    still = layout.keep(model, 1 - 2**-40)  # a step that is always rounded away
     write(model, zoo.script(values, 9))
     still.update()
     assert still.metrics()["unmoved"] > 0.99
@@ -412,7 +408,7 @@ def weights_that_are_not_finite_are_skipped_or_raised(layout: Layout) -> None:
     model, _, values = trained(layout)
     for rule in ("skip", "raise"):
         write(model, values)
-        ema = keep(model, 0.5, on_nonfinite=rule)
+        ema = layout.keep(model, 0.5, on_nonfinite=rule)
         ema.update()
         full = ema.full_state_dict(all_ranks=True)
         broken = {fqn: value.clone() for fqn, value in values.items()}
@@ -473,7 +469,7 @@ def averaged_buffers_follow_the_average(layout: Layout) -> None:
     model = layout.build()
     inner = unwrap(model)
     odd = {name: getattr(inner, name).clone() for name in ("mask", "table", "flag")}
-    ema = keep(model, 0.75, buffers="average")
+    ema = layout.keep(model, 0.75, buffers="average")
     history = [{"norm.running_mean": inner.norm.running_mean.cpu().clone()}]
     for step in range(3):
         with torch.no_grad():
@@ -497,10 +493,10 @@ def averaged_buffers_follow_the_average(layout: Layout) -> None:
         ema.save(f"{folder}/ema")
         with torch.no_grad():
             inner.norm.running_mean.zero_()
-        again = keep(model, 0.75, buffers="average")
+        again = layout.keep(model, 0.75, buffers="average")
         again.load(f"{folder}/ema")
         assert_same(again.full_state_dict(all_ranks=True), full)
-        ignoring = keep(model, 0.75, buffers={"*running*": "ignore", "*": "copy"})
+        ignoring = layout.keep(model, 0.75, buffers={"*running*": "ignore", "*": "copy"})
         ignoring.export(f"{folder}/export")
         with safetensors.safe_open(f"{folder}/export/model.safetensors", "pt") as exported:
             names = set(exported.keys())
@@ -511,15 +507,15 @@ def averaged_buffers_follow_the_average(layout: Layout) -> None:
 def several_averages_equal_each_kept_alone(layout: Layout) -> None:
     mixed = schedules.by_pattern({"embed.*": 0.25, "*conv*": schedules.ramp(0.9)}, 0.75)
     rules = {"fast": 0.5, "slow": schedules.power(0.1), "mixed": mixed}
-    policies = dict.fromkeys(rules, POLICY)
-    policies["slow"] = replace(POLICY, dtype=torch.float64)
+    policies = dict.fromkeys(rules, layout.policy)
+    policies["slow"] = replace(layout.policy, dtype=torch.float64)
     model = layout.build()
-    together = keep(model, rules, shadow=policies)
-    alone = {name: keep(model, rules[name], shadow=policies[name]) for name in rules}
+    together = layout.keep(model, rules, shadow=policies)
+    alone = {name: layout.keep(model, rules[name], shadow=policies[name]) for name in rules}
     by_hand = {
-        "embed.weight": keep(model, 0.25),
-        "conv.weight": keep(model, schedules.ramp(0.9)),
-        "out.weight": keep(model, 0.75),
+        "embed.weight": layout.keep(model, 0.25),
+        "conv.weight": layout.keep(model, schedules.ramp(0.9)),
+        "out.weight": layout.keep(model, 0.75),
     }
     like = parameters_of(zoo.make(**dict.fromkeys(layout.options, True)))
     for step in range(5):
@@ -609,7 +605,7 @@ def dcp_saves_and_loads_it(layout: Layout) -> None:
 def a_replica_that_is_none_is_refused(layout: Layout) -> None:
     model = layout.build()
     inner = unwrap(model)
-    ema = keep(model, 0.5)
+    ema = layout.keep(model, 0.5)
     with writable():
         view = next(iter(ema.internal.averages["ema"].shadows.views.values()))
         shards = ema.internal.averages.weights.mine
@@ -629,7 +625,7 @@ def a_replica_that_is_none_is_refused(layout: Layout) -> None:
         shard = next(s for s in shards if s.fqn == fqn)
         # of slices there are no replicas: the weights that they are of are compared
         view = ema.internal.averages["ema"].shadows.views[shard.fqn]
-        (shard.local if POLICY.shard_replicas else view).add_(1)
+        (shard.local if layout.policy.shard_replicas else view).add_(1)
     for call in (ema.full_state_dict, lambda: ema.save("/nonexistent/x")):
         with pytest.raises(RuntimeError, match=rf"{fqn}: ranks \[.*{holders[-1]}.*\] hold other"):
             call()
@@ -639,7 +635,7 @@ def a_rank_that_does_not_come_is_named(layout: Layout) -> None:
     if dist.get_world_size() == 1:
         return
     model = layout.build()
-    ema = keep(model, 0.5, timeout=1.0)
+    ema = layout.keep(model, 0.5, timeout=1.0)
     if dist.get_rank() != 1:
         with pytest.raises(RankError, match=r"ranks \[1\] did not call full_state_dict"):
             ema.full_state_dict()
@@ -684,6 +680,4 @@ FACTS = [
 
 def check(fact: str, layout: str) -> None:
     """Runs one fact by name, so that it can travel to another process."""
-    global POLICY, KERNEL
-    POLICY, KERNEL = LAYOUTS[layout].policy, LAYOUTS[layout].kernel
     next(f for f in FACTS if f.__name__ == fact)(LAYOUTS[layout])

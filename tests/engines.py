@@ -170,11 +170,11 @@ def prepare() -> None:
     """Makes DeepSpeed ready in a rank of `tests.world`."""
     # names of the shared memory that its CPU collectives use: they must differ between worlds
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(os.getppid()))
-    os.environ["DS_ACCELERATOR"] = zoo.DEVICE
+    os.environ["DS_ACCELERATOR"] = zoo.device()
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.init_distributed("gloo" if zoo.DEVICE == "cpu" else "nccl")
+    deepspeed.init_distributed("gloo" if zoo.device() == "cpu" else "nccl")
     gc.freeze()  # DeepSpeed collects garbage at every turn: what is imported need not be searched
 
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from shardema import ShadowPolicy
+from shardema import ShadowPolicy, ShardedEMA
 from tests import zoo
 
 UNITS = ("module", "conv", "frozen", "out", "narrow")  # the rest belongs to the root
@@ -68,6 +68,12 @@ class Layout:
             model.rewrap = wrapped
         return model
 
+    def keep(self, model: Any, schedule: Any, **options: Any) -> ShardedEMA:
+        """A `ShardedEMA` as the layout wants averages kept, where no other way is given."""
+        return ShardedEMA(
+            model, schedule, **{"shadow": self.policy, "kernel": self.kernel, **options}
+        )
+
 
 def ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model)
@@ -79,12 +85,12 @@ def _fsdp1(**settings: Any) -> Callable[[nn.Module], nn.Module]:
         settings_now = dict(settings)
         if settings["sharding_strategy"] == ShardingStrategy.HYBRID_SHARD:
             settings_now["device_mesh"] = init_device_mesh(
-                zoo.DEVICE, (2, 2), mesh_dim_names=("replicate", "shard")
+                zoo.device(), (2, 2), mesh_dim_names=("replicate", "shard")
             )
         return FSDP(
             model,
             auto_wrap_policy=CustomPolicy(lambda m: any(m is unit for unit in units)),
-            device_id=torch.device(zoo.DEVICE),
+            device_id=torch.device(zoo.device()),
             **settings_now,
         )
 
@@ -93,7 +99,7 @@ def _fsdp1(**settings: Any) -> Callable[[nn.Module], nn.Module]:
 
 def _fsdp2(keep: bool | None = None) -> Callable[[nn.Module], nn.Module]:
     def wrap(model: nn.Module) -> nn.Module:
-        mesh = init_device_mesh(zoo.DEVICE, (dist.get_world_size(),))
+        mesh = init_device_mesh(zoo.device(), (dist.get_world_size(),))
         return _shard(model, mesh, keep)
 
     return wrap
@@ -108,12 +114,12 @@ def _shard(model: nn.Module, mesh: Any, keep: bool | None = None) -> nn.Module:
 
 def hsdp(model: nn.Module) -> nn.Module:
     return _shard(
-        model, init_device_mesh(zoo.DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))
+        model, init_device_mesh(zoo.device(), (2, 2), mesh_dim_names=("replicate", "shard"))
     )
 
 
 def fsdp2_tp(model: nn.Module) -> nn.Module:
-    mesh = init_device_mesh(zoo.DEVICE, (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(zoo.device(), (2, 2), mesh_dim_names=("dp", "tp"))
     plan = {  # 7 rows on 2 ranks: only a DTensor between the two knows that it is uneven
         "module.module": ColwiseParallel(use_local_output=False),
         "module._orig_mod": RowwiseParallel(),

@@ -342,6 +342,8 @@ GATHERING = (
     files("gathered"),
     files("collectives"),
 )
+# what a `ShadowPolicy` may ask for
+POLICIES = files("offload_in_training", "slices", "policy")
 SWAPPING = (contract(2, "ddp"), files("interrupts"), files("identity"), contract(2, "fsdp1"))
 STORIES = {
     "ranks/agree.py": Story(
@@ -363,7 +365,7 @@ STORIES = {
     "update/updater.py": Story(
         6,
         (
-            files("elsewhere", "kernels_triton"),
+            (*POLICIES, *files("selection", "kernels_triton")),
             contract(2, "fsdp2-offload"),
             contract(3, "ddp-slices"),
         ),
@@ -371,13 +373,11 @@ STORIES = {
     ),
     "update/shadows.py": Story(
         7,
-        (files("kinds", "selection"), contract(2, "fsdp1"), files("elsewhere", "gathered")),
+        (files("kinds", "selection"), contract(2, "fsdp1"), (*POLICIES, *files("gathered"))),
         "shadows.py",
     ),
-    "update/attach.py": Story(
-        6, (files("attach"), files("rounds"), files("elsewhere")), "attach.py"
-    ),
-    "update/offload.py": Story(7, (files("offload"), files("elsewhere")), "offload.py"),
+    "update/attach.py": Story(6, (files("attach"), files("rounds"), POLICIES), "attach.py"),
+    "update/offload.py": Story(7, (files("offload"), POLICIES), "offload.py"),
     "backends/fsdp1.py": Story(
         6,
         (

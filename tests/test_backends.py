@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -30,21 +31,48 @@ ON_ONE = [
 ]
 
 
-@functools.cache
-def verdicts(ranks: int, layout: str, device: str = "cpu") -> world.Verdicts:
-    facts = [
+def facts(layout: str) -> list[world.Fact]:
+    return [
         world.Fact(fact.__name__, contract.check, (fact.__name__, layout))
         for fact in contract.FACTS
     ]
-    return world.judge(facts, ranks, device=device)
+
+
+@pytest.fixture(scope="module")
+def verdicts(request: pytest.FixtureRequest) -> Callable[[int, str], world.Verdicts]:
+    """Of one layout on so many ranks, when its first test asks."""
+    chosen = world.selected(request, "ranks", "layout", "fact")
+
+    @functools.cache
+    def judged(ranks: int, layout: str) -> world.Verdicts:
+        only = {fact for *pair, fact in chosen if pair == [ranks, layout]}
+        return world.judge(facts(layout), ranks, only=only)
+
+    return judged
 
 
 @pytest.mark.parametrize(("ranks", "layout", "fact"), PAIRS)
-def test_contract(ranks: int, layout: str, fact: str) -> None:
+def test_contract(
+    verdicts: Callable[[int, str], world.Verdicts], ranks: int, layout: str, fact: str
+) -> None:
     verdicts(ranks, layout).check(fact)
+
+
+@pytest.fixture(scope="module")
+def gpu_verdicts(request: pytest.FixtureRequest) -> Callable[[str], world.Verdicts]:
+    chosen = world.selected(request, "layout", "fact")
+
+    @functools.cache
+    def judged(layout: str) -> world.Verdicts:
+        only = {fact for name, fact in chosen if name == layout}
+        return world.judge(facts(layout), 1, device="cuda", only=only)
+
+    return judged
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("layout", "fact"), ON_ONE)
-def test_contract_on_a_gpu(layout: str, fact: str) -> None:
-    verdicts(1, layout, "cuda").check(fact)
+def test_contract_on_a_gpu(
+    gpu_verdicts: Callable[[str], world.Verdicts], layout: str, fact: str
+) -> None:
+    gpu_verdicts(layout).check(fact)

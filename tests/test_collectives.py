@@ -685,14 +685,15 @@ FACTS = [
 
 
 @pytest.fixture(scope="module")
-def two() -> world.Verdicts:
-    return world.judge([world.Fact(fact.__name__, fact) for fact in FACTS], 2)
+def two(request: pytest.FixtureRequest) -> world.Verdicts:
+    facts = [world.Fact(fact.__name__, fact) for fact in FACTS]
+    return world.judge(facts, 2, only=world.selected(request, "fact"))
 
 
 @pytest.fixture(scope="module")
-def four() -> world.Verdicts:
-    facts = [*FACTS, a_slow_consumer_is_waited_for]
-    return world.judge([world.Fact(fact.__name__, fact) for fact in facts], 4)
+def four(request: pytest.FixtureRequest) -> world.Verdicts:
+    facts = [world.Fact(fact.__name__, fact) for fact in (*FACTS, a_slow_consumer_is_waited_for)]
+    return world.judge(facts, 4, only=world.selected(request, "fact"))
 
 
 @pytest.mark.parametrize("fact", [fact.__name__ for fact in FACTS])

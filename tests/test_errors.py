@@ -185,6 +185,23 @@ def test_replaced_storage_is_found_again() -> None:
         assert torch.equal(now, torch.lerp(was, model[0].weight.detach(), 0.5))
 
 
+def test_weights_that_moved_are_found_though_binding_failed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Linear(2, 2, bias=False)
+    ema = ShardedEMA(model, 0.5)
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+    ema.reset()
+    model.weight.data = torch.full((2, 2), 4.0)
+    with monkeypatch.context() as failing:
+        failing.setattr(ema.internal.updates, "bind_kernel", None)
+        with pytest.raises(TypeError):
+            ema.update()
+    ema.update()
+    assert ema.full_state_dict()["weight"].unique().tolist() == [2.0]
+
+
 def test_weights_that_moved_inside_a_swap_come_back_too() -> None:
     model = net()
     ema = ShardedEMA(model, 0.5)
@@ -315,6 +332,25 @@ def ranks_with_different_models() -> None:
         ema.full_state_dict()
 
 
+def ranks_with_other_schedules_or_buffers() -> None:
+    from torch import distributed as dist
+
+    first = dist.get_rank() == 0
+    model = nn.Linear(2, 2)
+    for param in model.parameters():
+        nn.init.zeros_(param)
+    other = ShardedEMA(model, 0.5 if first else 0.25)
+    with pytest.raises(ValueError, match="the ranks keep other averages: rank 1 of those"):
+        other.full_state_dict()
+    model.register_buffer("low", torch.tensor(1.0 if first else torch.inf))
+    mixed = ShardedEMA(model, 0.5, buffers="average")
+    with pytest.raises(ValueError, match=r'low: this buffer is finite on some .*{"low": "copy"}'):
+        mixed.full_state_dict()
+    if first:
+        with pytest.raises(ValueError, match="a stage of a pipeline is given as a list"):
+            ShardedEMA(model, 0.5, select="9.*")
+
+
 def test_ranks_that_differ_all_raise() -> None:
     facts = [
         world.Fact("wrapped", wrapped_after_the_ema_was_built),
@@ -322,6 +358,10 @@ def test_ranks_that_differ_all_raise() -> None:
         world.Fact("before", built_before_the_process_group),
     ]
     world.hold(facts, 2)
+
+
+def test_ranks_with_other_schedules_or_buffers_are_told() -> None:
+    world.run(ranks_with_other_schedules_or_buffers, 2)
 
 
 class Stateful(nn.Linear):

@@ -272,8 +272,6 @@ READS: dict[str, Callable[[ShardedEMA, Path], object]] = {
     "load_full of a folder": lambda ema, root: ema.load_full(root / "parts"),
     "inspect": lambda ema, root: manifest.read(root / "old"),
 }
-NUMBERS = [errno.EIO]
-MORE_NUMBERS = [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.ESTALE, errno.EROFS, errno.EINTR]
 
 
 def every_call_fails_once(root: Path, verb: str, fault: Callable[[], None]) -> Iterator[Any]:

@@ -798,14 +798,22 @@ ON_FOUR = [
 ]
 
 
-@functools.cache
-def verdicts(ranks: int) -> world.Verdicts:
-    return world.judge(FACTS if ranks == 2 else ON_FOUR, ranks)
+@pytest.fixture(scope="module")
+def verdicts(request: pytest.FixtureRequest) -> Callable[[int], world.Verdicts]:
+    """On so many ranks, when the first test asks."""
+    chosen = world.selected(request, "ranks", "fact")
+
+    @functools.cache
+    def judged(ranks: int) -> world.Verdicts:
+        only = {fact for size, fact in chosen if size == ranks}
+        return world.judge(FACTS if ranks == 2 else ON_FOUR, ranks, only=only)
+
+    return judged
 
 
 @pytest.mark.parametrize(
     ("ranks", "fact"),
     [(ranks, fact.name) for ranks, facts in ((2, FACTS), (4, ON_FOUR)) for fact in facts],
 )
-def test_gathered(ranks: int, fact: str) -> None:
+def test_gathered(verdicts: Callable[[int], world.Verdicts], ranks: int, fact: str) -> None:
     verdicts(ranks).check(fact)

@@ -576,11 +576,11 @@ FACTS = [
 ]
 
 
-@functools.cache
-def verdicts() -> world.Verdicts:
-    return world.judge(FACTS, 2)
+@pytest.fixture(scope="module")
+def verdicts(request: pytest.FixtureRequest) -> world.Verdicts:
+    return world.judge(FACTS, 2, only=world.selected(request, "fact"))
 
 
 @pytest.mark.parametrize("fact", [fact.name for fact in FACTS])
-def test_on_two_ranks(fact: str) -> None:
-    verdicts().check(fact)
+def test_on_two_ranks(verdicts: world.Verdicts, fact: str) -> None:
+    verdicts.check(fact)

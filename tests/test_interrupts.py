@@ -467,6 +467,4 @@ COLLECTIVE = [
 
 
 def test_a_signal_in_a_collective_leaves_no_rank_behind() -> None:
-    verdicts = world.judge(COLLECTIVE, 2, timeout=120)
-    for fact in COLLECTIVE:
-        verdicts.check(fact.name)
+    world.hold(COLLECTIVE, 2)

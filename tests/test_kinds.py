@@ -235,6 +235,13 @@ def test_what_cannot_be_stored_is_refused_by_name(
     ema.update()
 
 
+def test_buffers_that_are_not_averaged_are_not_looked_at() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("scales", torch.ones(2).to(torch.float8_e4m3fn))
+    for word in ("copy", "ignore"):
+        assert ShardedEMA(model, 0.5, buffers=word).num_updates == 0
+
+
 def test_a_class_that_cannot_be_copied_is_handed_out_itself() -> None:
     model = adapted()
     model.base = nn.Parameter(kinds.Mute.of(torch.eye(4)), requires_grad=False)

@@ -1341,8 +1341,8 @@ ZERO = facts("zero2", "zero3")
 
 
 @pytest.fixture(scope="module")
-def verdicts() -> world.Verdicts:
-    return world.judge(GATE, 2)
+def verdicts(request: pytest.FixtureRequest) -> world.Verdicts:
+    return world.judge(GATE, 2, only=world.selected(request, "name"))
 
 
 @pytest.mark.parametrize("name", [fact.name for fact in GATE])
@@ -1351,8 +1351,8 @@ def test_on_two_ranks(verdicts: world.Verdicts, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def zero_verdicts(deepspeed_operators: None) -> world.Verdicts:
-    return world.judge(ZERO, 2)
+def zero_verdicts(request: pytest.FixtureRequest, deepspeed_operators: None) -> world.Verdicts:
+    return world.judge(ZERO, 2, only=world.selected(request, "name"))
 
 
 @pytest.mark.full

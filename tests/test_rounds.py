@@ -163,8 +163,8 @@ FACTS = [
 
 
 @pytest.fixture(scope="module")
-def verdicts() -> world.Verdicts:
-    return world.judge(FACTS, 2)
+def verdicts(request: pytest.FixtureRequest) -> world.Verdicts:
+    return world.judge(FACTS, 2, only=world.selected(request, "fact"))
 
 
 @pytest.mark.parametrize("fact", [fact.name for fact in FACTS])

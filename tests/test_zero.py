@@ -441,16 +441,17 @@ CASES = [
 def verdicts(
     request: pytest.FixtureRequest, deepspeed_operators: None
 ) -> dict[int, world.Verdicts]:
-    full = request.config.getoption("--full")
+    chosen = world.selected(request, "ranks", "fact", "name")
     return {
         ranks: world.judge(
             [
                 world.Fact(f"{fact}[{name}]", check, (fact, name))
                 for size, fact, name in CASES
-                if size == ranks and (full or in_the_gate(ranks, fact, name))
+                if size == ranks
             ],
             ranks,
             timeout=900,
+            only={f"{fact}[{name}]" for size, fact, name in chosen if size == ranks},
         )
         for ranks in (2, 3)
     }
@@ -468,13 +469,14 @@ def test_a_fact_of_an_engine(
 
 
 @pytest.fixture(scope="module")
-def gpu_verdicts() -> world.Verdicts:
-    wanted = [
+def gpu_verdicts(request: pytest.FixtureRequest) -> world.Verdicts:
+    only = {f"{fact}[{name}]" for fact, name in world.selected(request, "fact", "name")}
+    facts = [
         world.Fact(f"{fact.__name__}[{name}]", check, (fact.__name__, name))
         for name in engines.ON_GPU
         for fact in FACTS
     ]
-    return world.judge(wanted, 1, timeout=400, device="cuda")
+    return world.judge(facts, 1, timeout=400, device="cuda", only=only)
 
 
 @pytest.mark.gpu

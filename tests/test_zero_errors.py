@@ -101,9 +101,9 @@ def refused(feature: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def refusals() -> world.Verdicts:
+def refusals(request: pytest.FixtureRequest) -> world.Verdicts:
     facts = [world.Fact(feature, refused, (feature,)) for feature in UNPROVEN]
-    return world.judge(facts, 1)
+    return world.judge(facts, 1, only=world.selected(request, "feature"))
 
 
 @pytest.mark.parametrize("feature", UNPROVEN)
@@ -264,8 +264,9 @@ def check(fact: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def verdicts(deepspeed_operators: None) -> world.Verdicts:
-    return world.judge([world.Fact(f.__name__, check, (f.__name__,)) for f in FACTS], 2)
+def verdicts(request: pytest.FixtureRequest, deepspeed_operators: None) -> world.Verdicts:
+    facts = [world.Fact(f.__name__, check, (f.__name__,)) for f in FACTS]
+    return world.judge(facts, 2, only=world.selected(request, "fact"))
 
 
 @pytest.mark.parametrize("fact", [f.__name__ for f in FACTS])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 TOKENS = 11
-DEVICE = "cpu"  # set by world.judge in the ranks
 
 
 class Inner(nn.Module):
@@ -56,12 +56,17 @@ class Zoo(nn.Module):
         return self.head(self.out(x)) * self.scale
 
 
+def device() -> str:
+    """Where the models of this process are: what `world.judge` told a rank, else the CPU."""
+    return os.environ.get("RANK_DEVICE", "cpu")
+
+
 def make(**options: bool) -> Zoo:
     """The same model in every process, in float32, or bf16 with ``bf16=True``."""
     dtype = torch.bfloat16 if options.pop("bf16", False) else torch.float32
     generator_state = torch.get_rng_state()
     torch.manual_seed(0)
-    model = Zoo(**options).to(device=DEVICE, dtype=dtype)
+    model = Zoo(**options).to(device=device(), dtype=dtype)
     torch.set_rng_state(generator_state)
     return model
 
@@ -69,7 +74,7 @@ def make(**options: bool) -> Zoo:
 def tokens(seed: int = 0) -> Tensor:
     """A batch [3, 4]."""
     drawn = torch.randint(TOKENS, (3, 4), generator=torch.Generator().manual_seed(seed))
-    return drawn.to(DEVICE)
+    return drawn.to(device())
 
 
 def script(like: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:

@@ -119,8 +119,8 @@ def _skip(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
     for param in params:
         if param.grad is not None:
             param.grad.fill_(torch.inf)
-    scaler = torch.amp.GradScaler(zoo.DEVICE, init_scale=2.0)
-    scaler.scale(torch.ones((), device=zoo.DEVICE))
+    scaler = torch.amp.GradScaler(zoo.device(), init_scale=2.0)
+    scaler.scale(torch.ones((), device=zoo.device()))
     scaler.step(optimizer)
     scaler.update()
 
@@ -241,7 +241,7 @@ def _context(under: str) -> Iterator[None]:
             stack.enter_context(torch.inference_mode())
         elif under == "autocast":
             stack.enter_context(torch.no_grad())
-            stack.enter_context(torch.autocast(zoo.DEVICE, dtype=torch.bfloat16))
+            stack.enter_context(torch.autocast(zoo.device(), dtype=torch.bfloat16))
         yield
 
 
@@ -809,10 +809,10 @@ def unshard(at: Scene, *, unit: str) -> None:
 def post_optim_event(at: Scene, *, name: str) -> None:
     """What the next all-gather is to wait for comes before a write, which it must wait for too."""
     at.close_round()
-    at.model.set_post_optim_event(torch.Event(zoo.DEVICE))
+    at.model.set_post_optim_event(torch.Event(zoo.device()))
     with at.ema.swap(name):
         assert peek.awaited(at.model) is None
-        at.model.set_post_optim_event(torch.Event(zoo.DEVICE))
+        at.model.set_post_optim_event(torch.Event(zoo.device()))
     assert peek.awaited(at.model) is None
 
 

@@ -90,7 +90,7 @@ def run(
     A rank that fails may leave the others out of step, so the cases after a fault get a new world.
 
     Args:
-        preload: as `world.judge` takes it.
+        preload: as `world.until_one_fails` takes it.
         heard: told of each case as soon as it has run, before its world ends.
     """
     for (ranks, _), same in itertools.groupby(cases, key=_world):
@@ -98,26 +98,18 @@ def run(
         while left:
             batch = left[:BATCH]
             facts = [world.Fact(str(n), live, (case,)) for n, case in enumerate(batch)]
-            told = world.judge(
+            told = world.until_one_fails(
                 facts,
                 ranks,
                 timeout=CASE_SECONDS * len(batch),
                 grace=GRACE,
                 preload=preload,
                 heard=lambda name, batch=batch: heard(batch[int(name)]),
-            ).told
-            done = 0
-            for number, case in enumerate(batch):
-                said = [
-                    f"rank {rank}:\n{text}" for rank, text in enumerate(told[str(number)]) if text
-                ]
-                if said and done and all("not run, after" in text for text in said):
-                    break
+            )
+            for case, texts in zip(batch, told.values(), strict=False):
+                said = [f"rank {rank}:\n{text}" for rank, text in enumerate(texts) if text]
                 yield case, "\n".join(said)
-                done = number + 1
-                if said:
-                    break
-            left = left[done:]
+            left = left[len(told) :]
 
 
 def cases(

@@ -120,6 +120,6 @@ def make(options: dict[str, Any]) -> Drawn:
     dtype = torch.bfloat16 if rest.pop("bf16", False) else torch.float32
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    model = Drawn(**rest).to(device=zoo.DEVICE, dtype=dtype)
+    model = Drawn(**rest).to(device=zoo.device(), dtype=dtype)
     torch.set_rng_state(state)
     return model

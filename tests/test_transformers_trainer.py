@@ -867,26 +867,28 @@ def lived(
     folder = tmp_path_factory.mktemp("lived")
     torch.manual_seed(0)
     KINDS["llama"]().save_pretrained(folder / "start")
-    long = request.config.getoption("--full")
     facts = [
-        world.Fact(f"{check.__name__}/{kind.values[0]}", check, (str(folder), kind.values[0]))
-        for check, kinds in ((follows_real_steps, FOLLOWED), (resumes, RESUMED))
-        for kind in kinds
-        if long or not kind.marks
+        world.Fact(f"{check.__name__}/{kind}", check, (str(folder), kind))
+        for check in (follows_real_steps, resumes)
+        for kind in STAGES
     ]
-    return folder, world.judge(facts, 2)
+    resumed = world.selected(request, "resumed")
+    followed = world.selected(request, "followed") | resumed  # whose checkpoint is resumed
+    only = {f"follows_real_steps/{kind}" for kind in followed}
+    only |= {f"resumes/{kind}" for kind in resumed}
+    return folder, world.judge(facts, 2, only=only)
 
 
-@pytest.mark.parametrize("kind", FOLLOWED)
+@pytest.mark.parametrize("followed", FOLLOWED)
 def test_two_ranks_write_the_average_of_their_real_steps(
-    lived: tuple[Path, world.Verdicts], kind: str
+    lived: tuple[Path, world.Verdicts], followed: str
 ) -> None:
     folder, verdicts = lived
-    verdicts.check(f"follows_real_steps/{kind}")
-    place = folder / kind
+    verdicts.check(f"follows_real_steps/{followed}")
+    place = folder / followed
     expected, raw = load_file(place / "expected"), load_file(place / "raw")
     straight, said = from_output(place / "straight"), load_file(place / "metrics")
-    dtype = torch.bfloat16 if kind.endswith("bf16") else torch.float32
+    dtype = torch.bfloat16 if followed.endswith("bf16") else torch.float32
     assert all(torch.equal(p, expected[n].to(dtype)) for n, p in straight.named_parameters())
     assert {t.dtype for t in load_file(place / "straight/model.safetensors").values()} == {dtype}
     live = from_output(place / "straight")
@@ -898,11 +900,11 @@ def test_two_ranks_write_the_average_of_their_real_steps(
     assert said["eval_loss"] != said["eval_ema_loss"]
 
 
-@pytest.mark.parametrize("kind", RESUMED)
-def test_two_ranks_resume(lived: tuple[Path, world.Verdicts], kind: str) -> None:
+@pytest.mark.parametrize("resumed", RESUMED)
+def test_two_ranks_resume(lived: tuple[Path, world.Verdicts], resumed: str) -> None:
     folder, verdicts = lived
-    verdicts.check(f"resumes/{kind}")
-    files = [folder / kind / name / "model.safetensors" for name in ("straight", "resumed")]
+    verdicts.check(f"resumes/{resumed}")
+    files = [folder / resumed / name / "model.safetensors" for name in ("straight", "resumed")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
