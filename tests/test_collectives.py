@@ -707,6 +707,22 @@ def test_on_four_ranks(four: world.Verdicts, fact: str) -> None:
     four.check(fact)
 
 
+def a_rank_in_a_message_hears_that_others_are_in_a_transfer(where: int) -> None:
+    """It leaves the group in the middle of a transfer: nothing else runs in these ranks."""
+    ema = checked(timeout=2.0)
+    ema.metrics()
+    here = dist.get_rank() == where
+    kind, _, text = told(ema.metrics if here else ema.update)
+    assert kind == "RankError", text
+    assert (f"rank {1 - where} is in update" if here else f"rank {where} is in metrics") in text
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_rank_in_a_message_hears_that_others_are_in_a_transfer(where: int) -> None:
+    fact = a_rank_in_a_message_hears_that_others_are_in_a_transfer
+    world.judge([world.Fact(fact.__name__, fact, (where,))], 2).check(fact.__name__)
+
+
 def leaves_at_once(rank: int, folder: str, words: Any) -> None:
     """The store lives in the first rank's process, which ends right behind its last call."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
