@@ -19,6 +19,11 @@ SURVIVORS = {
         "[shadows[i]], [params[i]], [slots[i]], lambda s, _: limit // 2 // s.itemsize",
         "[shadows[i]], [params[i]], [slots[i]], lambda s, _: limit // (3) // s.itemsize",
     ): "a parameter in more pieces, packed into the same buffers: the same bits",
+    (
+        "ranks/agree.py",
+        "if time.monotonic() - rounds.alive > self.timeout + _SILENT:",
+        "if (time.monotonic() - rounds.alive >= self.timeout + _SILENT):",
+    ): "one instant of a clock",
     ("update/attach.py", "self._guard()", "pass"): (
         "before the update of an open round, which waits for the one before it and refuses to be "
         "made inside a swap by itself; the step's own guard follows"
