@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, ValuesView
 from typing import Any
 
 import torch
@@ -49,6 +49,9 @@ class Averages(Mapping[str, Average]):
 
     def __len__(self) -> int:
         return len(self._by_name)
+
+    def values(self) -> ValuesView[Average]:  # each update asks for them; Mapping's is slow
+        return self._by_name.values()
 
     @property
     def names(self) -> tuple[str, ...]:
