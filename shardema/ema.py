@@ -299,9 +299,9 @@ class ShardedEMA:
         the middle of a backward: optimizers that step there are followed one of these later.
 
         Steps that a GradScaler skipped do not count, nor do accelerate's accumulation steps.
-        Offloaded averages read the weights until the next step, which waits for them; `update`
-        waits itself. An optimizer that steps none of the averaged tensors is not followed where
-        another one does.
+        Offloaded averages read the weights until the next step, of any torch optimizer, which
+        waits for them; `update` waits itself. An optimizer that steps none of the averaged tensors
+        is not followed where another one does.
 
         Args:
             optimizers: torch optimizers, or accelerate's wrappers of them; for a DeepSpeed engine
@@ -331,7 +331,8 @@ class ShardedEMA:
             self._calls.check_allowed("an optimizer step")
             self._updates.copied()
 
-        return self._updates.following.attach(optimizers, update, guard, self._averages.ranks)
+        wait, ranks = self._updates.copied, self._averages.ranks
+        return self._updates.following.attach(optimizers, update, guard, wait, ranks)
 
     # ---- evaluating ---------------------------------------------------------------------------
 

@@ -86,6 +86,25 @@ def test_a_step_waits_until_its_weights_were_read(policy: ShadowPolicy, attached
 
 
 @pytest.mark.parametrize("policy", OFFLOADS, ids=lambda p: p.compute)
+def test_a_step_of_an_optimizer_that_is_not_followed_waits_as_well(policy: ShadowPolicy) -> None:
+    """It steps averaged weights right behind the one that is followed."""
+    model = nn.Linear(1024, 1024)
+    start = {fqn: p.detach().clone() for fqn, p in model.named_parameters()}
+    followed, other = (torch.optim.SGD(model.parameters(), lr=1.0) for _ in range(2))
+    ema = ShardedEMA(model, 0.5, shadow=policy)
+    ema.internal.updates.bind_kernel = slowly
+    ema.internal.updates.rebind()
+    ema.attach(followed)
+    for param in model.parameters():
+        param.grad = torch.full_like(param, -1.0)
+    followed.step()
+    other.step()
+    full = ema.full_state_dict()
+    for fqn, value in start.items():
+        assert torch.equal(full[fqn], value.lerp(value + 1.0, 0.5)), fqn
+
+
+@pytest.mark.parametrize("policy", OFFLOADS, ids=lambda p: p.compute)
 def test_the_policy_bounds_the_buffers_of_an_ema(policy: ShadowPolicy) -> None:
     ema = ShardedEMA(nn.Linear(1024, 1024), 0.5, shadow=policy)  # 4 MiB
     (behind,) = ema.internal.updates.updater._behind

@@ -58,6 +58,7 @@ class Rounds:
         update: called at the end of a round.
         guard: called before every step, and between an update and a step; raises where a step
             must not happen, waits while something reads the weights.
+        wait: waits likewise; called before steps of optimizers that are not followed.
         leader: whether this rank logs.
 
     Raises:
@@ -72,6 +73,7 @@ class Rounds:
         holds: Holds,
         update: Callable[[], None],
         guard: Callable[[], None],
+        wait: Callable[[], None],
         leader: bool,
     ) -> None:
         if not optimizers:
@@ -98,7 +100,7 @@ class Rounds:
         self._thread = threading.get_ident()  # the one that steps; others may only look
         self._steps = [Steps(optimizer, self._before, self._after) for optimizer in followed]
         self._forwards: list[Any] = []
-        self.others = Others(holds, followed, self._steps)
+        self.others = Others(holds, followed, self._steps, wait)
         if len(followed) > 1:
             self._watch_forwards()
 

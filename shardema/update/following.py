@@ -28,6 +28,7 @@ class Following:
         optimizers: Sequence[Any],
         update: Callable[[], None],
         guard: Callable[[], None],
+        wait: Callable[[], None],
         ranks: Ranks,
     ) -> Attached:
         """Follows the optimizers, or the engine.
@@ -35,6 +36,7 @@ class Following:
         Args:
             update: called after a round of steps.
             guard: called before a step.
+            wait: waits until no update reads the weights any more.
 
         Raises:
             RuntimeError: something is attached already.
@@ -50,7 +52,9 @@ class Following:
             self.source = Engine(engine.hook(before=guard, after=update))
         else:
             holds = self._weights.stepped_by
-            self.source = Rounds(tuple(optimizers), models, holds, update, guard, ranks.leader)
+            self.source = Rounds(
+                tuple(optimizers), models, holds, update, guard, wait, ranks.leader
+            )
         self.seen()
         return Attached(self.source, self._ended)
 

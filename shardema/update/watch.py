@@ -1,4 +1,4 @@
-"""Tells whether the weights moved while no update came."""
+"""Optimizers that are not followed: their steps wait until the weights were read, and count."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WRITES = 4  # that a tensor may see between two updates: a load, projections af
 
 
 class Others:
-    """Counts steps of averaged tensors by optimizers that are not followed.
+    """Steps of averaged tensors by optimizers that are not followed: they wait, and are counted.
 
     A wrapper of a followed optimizer, and what a followed one wraps, are not among them.
 
@@ -32,6 +32,7 @@ class Others:
         holds: of each optimizer, whether it steps an averaged tensor.
         followed: those that are followed.
         steps: of these.
+        wait: waits until no update reads the weights any more.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class Others:
         holds: Holds,
         followed: Sequence[Optimizer],
         steps: Sequence[Steps],
+        wait: Callable[[], None],
     ) -> None:
         self._holds, self._steps, self._followed = holds, steps, weakref.WeakSet(followed)
+        self._wait = wait
         self._held: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._began: dict[int, int] = {}  # steps of the followed when one of another began
         self._passed = 0
@@ -60,8 +63,11 @@ class Others:
         _watching.discard(self)
 
     def enter(self, optimizer: Optimizer) -> None:
-        if optimizer not in self._followed:
-            self._began[id(optimizer)] = self._passed
+        if optimizer in self._followed:
+            return
+        self._began[id(optimizer)] = self._passed
+        if self._held.get(optimizer, True):  # known after its first step
+            self._wait()
 
     def leave(self, optimizer: Optimizer) -> None:
         began = self._began.pop(id(optimizer), None)

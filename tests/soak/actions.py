@@ -268,11 +268,11 @@ def forward(at: Scene, *, training: bool, compiled: bool, **args: Any) -> None:
 
 @action
 def call(at: Scene, *, training: bool, compiled: bool, **args: Any) -> None:
+    at.close_round()  # also where the call is then refused
     if len(at.ema.names) > 1:
         with refuse(ValueError, "several averages"), torch.no_grad():
             at.ema(tokens(args["seed"], at.layout))
         return
-    at.close_round()
     at.both(lambda model: model.eval())
     _forward_of_both(at)
     plain = _plain(at, at.ema.names[0])
@@ -710,6 +710,7 @@ def cast_in_swap(at: Scene, *, name: str) -> None:
 
 @action
 def freeze(at: Scene, *, unit: str) -> None:
+    at.both(peek.reshard)  # else it freezes what a forward has left gathered, in one of the two
     for model in (at.twin, at.model):
         for param in getattr(unwrapped(model), unit).parameters():
             param.requires_grad_(not param.requires_grad)

@@ -259,7 +259,7 @@ _RULES = ["constant", "half_life", "ramp", "warmup"]
 _RULES += ["power", "debiased"] * 2 + ["by_pattern"] * 3  # which begin with a copy; neighbours
 
 
-_BOOST = 12  # weight of a pair that was not drawn yet
+_UNSEEN = 0.5  # how often a pair is drawn that was not drawn before, where there is one
 
 
 def possible(layout: str) -> list[str]:
@@ -355,10 +355,10 @@ def _next(
     weights = [KINDS[kind].weight for kind in among]
     if seen is None or not last:
         return rng.choices(among, weights)[0]
-    boosted = [
-        weight if (last, kind) in seen else 3 * weight + _BOOST
-        for weight, kind in zip(weights, among, strict=True)
-    ]
-    kind = rng.choices(among, boosted)[0]
+    unseen = [kind for kind in among if (last, kind) not in seen]
+    if unseen and rng.random() < _UNSEEN:
+        kind = rng.choice(unseen)
+    else:
+        kind = rng.choices(among, weights)[0]
     seen.add((last, kind))
     return kind
