@@ -668,7 +668,7 @@ def test_an_object_that_is_collected_in_the_middle_gives_its_update_up() -> None
 PROGRAM = """
 import os, sys, threading
 import torch
-from shardema import offload
+from shardema.update import offload
 
 going, gate = threading.Event(), threading.Event()
 
