@@ -343,8 +343,12 @@ class Weights:
         return {fqn: local for fqn, local in lost.items() if local.numel()}
 
     def replaced(self, held: Sequence[Shard]) -> list[str]:
-        """Names of ``held`` in whose place the model has another tensor now, of other values."""
-        if self.at_home():
+        """Names of ``held`` in whose place the model has another tensor now, of other values.
+
+        An engine's weights are written from its masters, whatever took their place; and between
+        `release` and `publish` its parameters must not be read.
+        """
+        if self.engine is not None or self.at_home():
             return []
         places = self._places()
         own = {shard.local.data_ptr() for shard in held}
