@@ -158,8 +158,7 @@ def update_bn(
         if averaged:
             raise ValueError(
                 f"update_bn: {abbreviate(averaged)}: the running statistics are averaged, so "
-                "what is "
-                "measured would not be used; build the EMA with "
+                "what is measured would not be used; build the EMA with "
                 'buffers={"*running_*": "copy", "*": "average"}, or without buffers='
             )
         return [(fqn, layer.num_features) for fqn, layer in layers.items()]

@@ -54,8 +54,7 @@ def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
     if odd:
         raise ValueError(
             f"update_: {abbreviate(sorted(odd))}: only one of the two modules has it; make the "
-            "average "
-            "with copy.deepcopy, or build and wrap it in the same way"
+            "average with copy.deepcopy, or build and wrap it in the same way"
         )
     for fqn, average in averages.items():
         source = sources[fqn]

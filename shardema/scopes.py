@@ -44,8 +44,6 @@ def to_the_end(work: Callable[[], None]) -> BaseException | None:
 
 
 _TRIES = 3
-
-
 _SIGNALS = tuple(int(number) for number in signal.valid_signals())
 
 

@@ -266,9 +266,8 @@ class _End:
         if self._lost:
             raise SwapError(
                 f"rank {rank}: {abbreviate(sorted(self._lost))}: the swap has left a "
-                "model that "
-                "has no tensor of this name, shape and precision to take the weights back; "
-                "they are in error.weights, this rank's part of each: put them where they "
+                "model that has no tensor of this name, shape and precision to take the weights "
+                "back; they are in error.weights, this rank's part of each: put them where they "
                 "belong; the average is as before",
                 weights=self._lost,
             )

@@ -291,8 +291,7 @@ def check_same_tensors(
         if names:
             raise ValueError(
                 f"load from {folder}: {abbreviate(sorted(names))}, {text} (average {average!r}); "
-                "it is a "
-                "checkpoint of another model, or of another select= or buffers="
+                "it is a checkpoint of another model, or of another select= or buffers="
             )
     for fqn, item in here.items():
         there = stored[fqn]

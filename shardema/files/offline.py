@@ -54,8 +54,7 @@ def export_checkpoint(
     if stored.left_out and not partial:
         raise ValueError(
             f"{folder} lacks {abbreviate(stored.left_out)}: parameters that are not averaged; "
-            "save with "
-            "ema.save(folder, include_frozen=True), or export without them (--partial)"
+            "save with ema.save(folder, include_frozen=True), or export without them (--partial)"
         )
     numbers = [n for n, t in enumerate(stored.tensors) if t.average in (name, None) and t.stem]
     wanted = {n: list(whole(stored.tensors[n].shape)) for n in numbers}

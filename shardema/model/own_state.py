@@ -134,8 +134,8 @@ class Outward:
         if lacking:
             raise RuntimeError(
                 f"{op}: {abbreviate(lacking)}: extra state of a module that is no tensor, and "
-                "that not "
-                "every rank has which the result is for; give it as a tensor, which can travel"
+                "that not every rank has which the result is for; give it as a tensor, which can "
+                "travel"
             )
 
     def check_export(self) -> None:
@@ -150,8 +150,7 @@ class Outward:
         if self.holders:
             raise RuntimeError(
                 f"{op}: {abbreviate(sorted(self.holders))}: state that the model's modules write "
-                "and that "
-                f"is no tensor, which a file of tensors cannot hold; {remedy}"
+                f"and that is no tensor, which a file of tensors cannot hold; {remedy}"
             )
 
 
@@ -259,9 +258,8 @@ def read(
     if computed:
         raise RuntimeError(
             f"{abbreviate(sorted(computed))}: {made.owner_of(computed[0])} computes this state "
-            "from "
-            "weights that are averaged or sharded, so it would not fit the average; compute it "
-            "where it is loaded, or leave those weights out with select="
+            "from weights that are averaged or sharded, so it would not fit the average; compute "
+            "it where it is loaded, or leave those weights out with select="
         )
     renamed = {
         shard.fqn: tuple(keys[shard.fqn])

@@ -171,8 +171,7 @@ def check_rule(name: str, rule: Any, shards: Sequence[Shard], missed: Missed) ->
             missed.note(
                 f"{name}: {text}",
                 f"schedule of average {name!r}: {text} of {abbreviate([s.fqn for s in shards])} "
-                "(the "
-                "first pattern that takes a name does)",
+                "(the first pattern that takes a name does)",
             )
 
 

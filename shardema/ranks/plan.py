@@ -257,6 +257,6 @@ def refuse_opaque(op: str, plan: Plan, chosen: Sequence[int], remedy: str) -> No
     if odd:
         raise ValueError(
             f"{op}: {abbreviate([item.fqn for item in odd])}: {odd[0].opaque} is a tensor "
-            "subclass that "
-            f"keeps its values in a form of its own, which cannot be taken apart; {remedy}"
+            "subclass that keeps its values in a form of its own, which cannot be taken apart; "
+            f"{remedy}"
         )
