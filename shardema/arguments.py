@@ -1,4 +1,4 @@
-"""The arguments of `ShardedEMA` in one form each; bad ones are refused with what was expected."""
+"""Validates the arguments of `ShardedEMA` and normalizes each to one form."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def as_policies(shadow: Any, schedules: Mapping[str, Rule]) -> dict[str, ShadowP
 
 
 def refuse_positional(op: str, given: tuple[Any, ...]) -> None:
-    """Raises TypeError for what other libraries' updates take."""
+    """Raises TypeError for positional arguments, which other libraries' updates accept."""
     if given:
         kinds = ", ".join(type(one).__name__ for one in given)
         raise TypeError(
             f"{op}: got {kinds} without a keyword, expected {op}() or {op}(dt=<progress since the "
-            "last update>): the EMA knows its model and counts its steps, so leave out the model "
-            "and the step that timm's update takes, and the parameters that diffusers' step takes"
+            "last update>): the EMA knows its model and counts its steps, so omit the model and "
+            "step of timm's update, and the parameters of diffusers' step"
         )
 
 
@@ -103,9 +103,9 @@ def increment(dt: Any, unit: str) -> float:
 
 
 def progress(t: Any, num_updates: Any, unit: str) -> tuple[float | None, int | None] | None:
-    """Progress and number of updates of what is loaded; None where neither was given.
+    """Progress and number of updates of a loaded average; None if neither is given.
 
-    With a clock of steps one follows from the other. Raises ValueError.
+    If the unit is ``"step"``, each is derived from the other. Raises ValueError.
     """
     if t is None and num_updates is None:
         return None
@@ -134,14 +134,15 @@ def progress(t: Any, num_updates: Any, unit: str) -> tuple[float | None, int | N
 
 
 def odd_decay(schedule: Rule, decay: float | None, num_updates: int) -> float | None:
-    """A decay of 1 or below 0.5, as by a slip (1 - decay); None where it may well be meant.
+    """A decay of 1 or below 0.5, a likely mistake (1 - decay); None if it may be intended.
 
-    Told of decays that do not change: others begin with 0, or wait with 1. A callable is past such
-    a beginning at its 100th update. What a pattern is given is meant so.
+    Only constant decays are checked: schedules often start with 0, or wait with 1. A callable is
+    checked at its 100th update, after such a start. Decays of `by_pattern` are taken as intended.
 
     Args:
-        schedule: of an average.
-        decay: of its last update.
+        schedule: the average's schedule.
+        decay: the decay of its last update.
+        num_updates: its number of updates.
     """
     if isinstance(schedule, constant | half_life):
         if schedule.unit == "step":

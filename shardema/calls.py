@@ -1,11 +1,11 @@
-"""A collective call: allowed here, agreed by all ranks, planned, flushed, its replicas compared.
+"""A collective call: checked, agreed by all ranks, planned, flushed, its replicas compared.
 
 ::
 
-    Call  -begin->  word and reply    every rank: what it calls, of which average, in which state
-                    who holds what    exchanged where some rank does not know it any more
-                    replicas          compared, where one stands for all
-          -contents->  Contents       what of an average is gathered or written
+    Call  -begin->  message and reply   each rank sends the call, its average and its clocks
+                    plan                exchanged if it is not known or out of date on some rank
+                    replicas            compared, where one rank's copy is used for all
+          -contents->  Contents         which tensors of an average are gathered or written
 """
 
 from __future__ import annotations
@@ -35,29 +35,30 @@ from shardema.update.notices import Notices
 from shardema.update.updates import Updates
 
 _T = TypeVar("_T")
-_Digests = dict[str, str]  # of supposed replicas: by the set of ranks that hold them
-_CHANGING = frozenset(  # the averages, under an `iter_full` that is open
+_Digests = dict[str, str]  # of replicas, by the set of ranks that hold them
+_CHANGING = frozenset(  # calls that change the averages, which ends an open `iter_full`
     ("update", "before_replay", "swap", "reset", "load", "load_full", "load_state_dict")
 )
 
 
 @dataclass(frozen=True)
 class Call:
-    """What is asked for in a collective call.
+    """One collective call and what it needs.
 
     Attributes:
-        op: its name.
-        name: of the average that it is of; None, the only one.
-        every: it is of all averages.
-        dtype: that averages are gathered in; None, their own.
-        given: the arguments that must be equal on all ranks; may refuse them.
-        clocks: compare the clocks too.
-        planned: whether a plan is needed.
-        fills: the averages that it sets anew, whatever they were: none, one, or all.
-        files: it needs the names that tensors have in files.
-        warns: it is to warn of updates that did not come.
-        compared: averages that supposed replicas are to hold alike.
-        prepare: what may fail on this rank, before the others wait for it; may be called twice.
+        op: the method's name.
+        name: which average; None for the only one.
+        every: the call concerns all averages; ``name`` is not used.
+        dtype: that averages are gathered in; None keeps their own.
+        given: returns the arguments that must be equal on all ranks, or raises.
+        clocks: whether the clocks must be equal on all ranks, too.
+        planned: whether the call needs a plan.
+        fills: which averages the call overwrites: none, one, or all.
+        files: whether the call needs the tensors' names in files.
+        warns: whether to warn of missed updates.
+        compared: returns the averages whose replicas must be equal.
+        prepare: runs on each rank before any rank proceeds, so that an error raises on all; may
+            run twice.
     """
 
     op: str
@@ -76,12 +77,12 @@ class Call:
 
 @dataclass
 class SwapState:
-    """Where a swap stands.
+    """The state of a swap.
 
     Attributes:
-        inside: the average that the model holds.
-        due: the end of a swap that was left, to be made.
-        torn: why there is nothing to go on with.
+        inside: name of the average that the model holds now; None outside of a swap.
+        due: ends a swap whose end was interrupted; None if there is none.
+        torn: the error with which the end of a swap failed; every later call raises.
     """
 
     inside: str | None = None
@@ -90,13 +91,13 @@ class SwapState:
 
 
 class Calls:
-    """Begins the calls of one EMA, and knows what all ranks told each other in them.
+    """Starts the collective calls of one EMA and keeps what the ranks have agreed on.
 
     Attributes:
-        swap: where a swap stands.
-        iterations: `iter_full` that go on.
-        outward: what all ranks know beside the plans.
-        own: what the model's own code makes of its state, on this rank.
+        swap: the state of a swap.
+        iterations: open `iter_full` iterations.
+        outward: facts about the model's state dict that are equal on all ranks.
+        own: what the model's own code adds to its state dict, on this rank.
     """
 
     def __init__(self, averages: Averages, updates: Updates, notices: Notices) -> None:
@@ -106,21 +107,21 @@ class Calls:
         self.iterations: set[Iteration] = set()
         self.outward = Outward.none()
         self.own = OwnState()
-        self._beside: list[Shard] = []  # what the model's modules add to its state, of this rank
-        self._plans: dict[bool, Plan] = {}  # of whole shards, and of the replicas' slices
+        self._added: list[Shard] = []  # tensors that modules add to the state dict, on this rank
+        self._plans: dict[bool, Plan] = {}  # False: whole shards; True: the replicas' slices
         self._planned: tuple[Any, ...] = ()  # `Weights.stamp` when the plans were made
 
     @property
     def ranks(self) -> Ranks:
         return self.averages.ranks
 
-    # ---- whether a call is allowed here -------------------------------------------------------
+    # ---- whether a call is allowed now --------------------------------------------------------
 
     def check_allowed(self, op: str) -> None:
-        """Makes the end of a swap that is due, and ends iterations that ``op`` concerns.
+        """Ends an interrupted swap, and the open iterations that ``op`` invalidates.
 
         Raises:
-            RuntimeError: inside a swap, or after one whose end failed.
+            RuntimeError: inside a swap, or after a swap whose end failed.
         """
         if self.swap.torn is not None:
             raise RuntimeError(
@@ -138,7 +139,7 @@ class Calls:
             )
 
     def end_swap(self, op: str) -> None:
-        """Makes the end of a swap that two interrupts have kept from being made."""
+        """Ends a swap whose end was interrupted twice."""
         if self.swap.due is None:
             return
         if self.averages.written_together:
@@ -149,24 +150,27 @@ class Calls:
         self.swap.due()
 
     def _end_iterations(self, op: str) -> None:
-        """Ends what `iter_full` has begun and ``op`` would change or wait for."""
+        """Ends open `iter_full` iterations if ``op`` changes the averages or is collective."""
         if self.iterations and (op in _CHANGING or self.ranks.size > 1):
             with writable():
                 for iteration in list(self.iterations):
                     iteration.end(op)
 
     def close_round(self) -> None:
-        """Makes the update of an attached round that is open, before something reads an average."""
+        """Makes the update of an open round of `attach`, before an average is read."""
         if self.swap.inside is None:
             self.updates.following.close()
 
     # ---- the start of a collective call -------------------------------------------------------
 
     def begin(self, call: Call) -> Average:
-        """All ranks are ready, in step, and know the plan; the averages can be read or filled.
+        """Starts a call: all ranks agree on it, and the averages can be read or written after it.
+
+        Collective. On return all ranks made the same call with equal clocks, have a current plan,
+        and hold equal replicas.
 
         Returns:
-            The average that the call is of, the first where it is of all.
+            The average that the call concerns, the first one if it concerns all.
         """
         if self.ranks.size > 1:
             with writable():
@@ -185,7 +189,7 @@ class Calls:
         return average
 
     def _meet(self, call: Call) -> list[list[str]] | None:
-        """The first words of a call, see `_differing_sets`."""
+        """The first exchange of a call; returns as `_differing_sets`."""
         op, same = call.op, dict[str, Any]()
 
         def arrive() -> None:
@@ -197,8 +201,8 @@ class Calls:
 
         found: list[list[str]] | None
         if self.weights.gathers:
-            # nobody frees what a forward has gathered unless all do: the next one would gather on
-            # some ranks only
+            # all ranks free what a forward has gathered, or none: else the next forward would
+            # gather on some ranks only
             self.ranks.agree(op, arrive, same=same)
             found = self.ranks.agree(f"{op} (reading)", lambda: self._ready(call), _differing_sets)
         else:
@@ -209,13 +213,13 @@ class Calls:
         return self.averages.named(self.averages.names[0] if call.every else call.name)
 
     def _arrive(self, call: Call, same: dict[str, Any]) -> None:
-        """The call is allowed, and open rounds are closed, on this rank.
+        """Checks that the call is allowed and closes open rounds, on this rank.
 
         Args:
-            same: is filled with what must be equal on all ranks.
+            same: receives what must be equal on all ranks.
         """
         self.check_allowed(call.op)
-        # before anything that may be refused on one rank only: the others close the round too
+        # before anything that may raise on one rank only: the other ranks close the round too
         if call.fills == "none" or (call.fills == "one" and len(self.averages) > 1):
             self.close_round()
         average = self._average_of(call)
@@ -229,11 +233,11 @@ class Calls:
             same.update(self.averages.clocks())
 
     def _ready(self, call: Call) -> list[_Digests] | None:
-        """The model is read and the averages are whole; None where a plan must be made first."""
+        """Reads the model and brings the averages up to date; None if a plan is needed first."""
         with writable():
             if call.planned:
                 self.weights.ensure_sharded()
-                self.updates.follow(self.weights.read_again(self.ranks.rank))
+                self.updates.carry_over(self.weights.reread(self.ranks.rank))
             else:
                 self.updates.refresh()
         self.notices.what_froze()
@@ -247,10 +251,10 @@ class Calls:
         return self._prepared(call) if self._plans and same_state and named else None
 
     def _prepared(self, call: Call) -> list[_Digests]:
-        """What may fail on this rank is done; supposed replicas in digests."""
+        """Runs ``call.prepare``; returns the digests of this rank's replicas."""
         average = self._average_of(call)
         if call.planned:
-            self._beside = self._read_beside()
+            self._added = self._read_added()
         with writable():
             digests = [
                 replica_check.replica_digests(self.plan, self._compared(a), self.ranks)
@@ -267,9 +271,10 @@ class Calls:
         work: Callable[[Average], _T],
         given: Callable[[], dict[str, Any]] = dict,
     ) -> _T:
-        """``work(average)``; where an engine or replicas make the call collective, on all or none.
+        """Runs ``work(average)``; if the call is collective, on all ranks or on none.
 
-        Of slices the replicas are compared: they are put together, so they must be equal.
+        Engines and slices of replicas make it collective. Slices are gathered from several
+        replicas, so these are compared first.
         """
         if not self.averages.written_together:
             self.check_allowed(op)
@@ -289,7 +294,7 @@ class Calls:
                 name,
                 given=given,
                 planned=self.averages.sliced,
-                warns=False,  # the work does
+                warns=False,  # `work` does
                 compared=lambda average: [average] if average.policy.shard_replicas else [],
                 prepare=prepare,
             )
@@ -298,7 +303,7 @@ class Calls:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, this rank counts as the only one. Where it holds everything."""
+        """Inside the block, calls do not involve other ranks; this rank must hold everything."""
         ranks, plans = self.averages.ranks, self._plans
         self.averages.ranks, self._plans = Ranks([ranks.rank], timeout=ranks.timeout), {}
         try:
@@ -310,34 +315,34 @@ class Calls:
 
     @property
     def planned(self) -> bool:
-        """Whether there was a call that made plans."""
+        """Whether plans exist."""
         return bool(self._plans)
 
     @property
     def plan(self) -> Plan:
-        """Who holds what of whole shards."""
+        """The plan of whole shards."""
         return self._plans.get(False, Plan((), ()))
 
     def plan_of(self, average: Average) -> Plan:
-        """Who holds what of an average: whole shards, or the replicas' slices."""
+        """The plan of an average: of whole shards, or of the replicas' slices."""
         return self._plans.get(average.policy.shard_replicas, Plan((), ()))
 
     def contents(self, average: Average, dtype: Any = None) -> Contents:
         """The averaged model, to be gathered or written.
 
         Args:
-            dtype: of averages and frozen parameters; None, that of the average's policy, and
-                ``"model"`` that of the model.
+            dtype: of averages and frozen parameters; None keeps that of the average's policy,
+                ``"model"`` uses that of the model.
         """
         plan = self.plan_of(average)
-        shards = [*self.weights.all_cut(average.policy), *self._beside]
+        shards = [*self.weights.all_shards(average.policy), *self._added]
         holdings = Holdings(plan, shards, average.shadows.views)
         every, out_dtype = range(len(plan.items)), self._out_dtype(average, dtype)
         return Contents(plan, every, holdings, out_dtype, self.ranks, average.name)
 
     def own_contents(self) -> Contents:
-        """The model's own tensors, as a checkpoint keeps them."""
-        holdings = Holdings(self.plan, [*self.weights.shards, *self._beside], {})
+        """The model's own tensors, as a checkpoint stores them."""
+        holdings = Holdings(self.plan, [*self.weights.shards, *self._added], {})
         stored = self.outward.stored(self.plan)
         every = range(len(stored.items))
         return Contents(stored, every, holdings, lambda item: item.dtype, self.ranks)
@@ -355,60 +360,60 @@ class Calls:
         return out_dtype
 
     def _compared(self, average: Average) -> Holdings:
-        """What supposed replicas hold alike: the average, or the weights that slices are of."""
-        cut = average.policy.shard_replicas
-        sources = {shard.fqn: shard.source for shard in self.weights.mine} if cut else {}
+        """What replicas must hold equal: the average, or the weights if it is kept in slices."""
+        averaged = self.weights.averaged_shards if average.policy.shard_replicas else []
+        sources = {shard.fqn: shard.source for shard in averaged}
         return Holdings(self.plan, self.weights.shards, sources or average.shadows.views)
 
     def _make_plans(self, call: Call) -> None:
-        """Exchanges who holds what. Collective, in the first call that needs it."""
+        """Exchanges which rank holds which shards. Collective; in the first call that needs it."""
         op, ranks, weights = call.op, self.ranks, self.weights
-        missed = dict(weights.missed)
+        unmatched = dict(weights.unmatched)
         rules = {average.name: describe(average.schedule) for average in self.averages.values()}
 
         def alike(told: list[list[Any]]) -> None:
-            selection.missed_by_all([theirs for theirs, _ in told])
+            selection.unmatched_everywhere([theirs for theirs, _ in told])
             selection.same_rules([theirs for _, theirs in told])
 
-        ranks.agree(f"{op} (schedules)", lambda: [missed, rules], alike)
+        ranks.agree(f"{op} (schedules)", lambda: [unmatched, rules], alike)
         self._agree_on_state(call)
         plans = {}
         with ranks.together(f"{op} (planning)"):
             dropped = pretrained.dropped_names(weights.models)
-            cuts = {average.policy.shard_replicas for average in self.averages.values()}
-            for cut in sorted(cuts | {False}):
-                shards = weights.all_cut(ShadowPolicy(shard_replicas=cut))
-                held = [*shards, *self._read_beside()]
+            kinds = {average.policy.shard_replicas for average in self.averages.values()}
+            for in_slices in sorted(kinds | {False}):
+                shards = weights.all_shards(ShadowPolicy(shard_replicas=in_slices))
+                held = [*shards, *self._read_added()]
                 made = make_plan(held, weights.averaged, ranks, dropped)
-                plans[cut] = self.outward.applied(made, dropped)
+                plans[in_slices] = self.outward.applied(made, dropped)
         self._plans, self._planned = plans, weights.stamp()
 
     def _read_own(self) -> OwnState:
         weights = self.weights
         return own_state.read(weights.models, weights.shards, weights.averaged, weights.ignored)
 
-    def _read_beside(self) -> list[Shard]:
-        """What the model's modules add to its state, and this rank gives to all, as it is now."""
+    def _read_added(self) -> list[Shard]:
+        """Tensors that modules add to the state dict and this rank provides, as they are now."""
         owners = self.outward.owners
         return self.own.shards({key for key in owners if owners[key] == self.ranks.index})
 
     def _agree_on_state(self, call: Call) -> None:
-        """Tells all ranks what each one's modules make of their state, and how it is exported."""
+        """Exchanges what each rank's modules add to the state dict, and how it is exported."""
         weights = self.weights
 
-        def mine() -> dict[str, Any]:
+        def of_this_rank() -> dict[str, Any]:
             form = pretrained.form_of(
                 weights.models, weights.shards, weights.averaged, written=call.files
             )
             packed = own_state.packed(weights.models)
             return own_state.payload(self.own, weights.ignored, packed, form)
 
-        merged = self.ranks.agree(f"{call.op} (own state)", mine, own_state.merge)
+        merged = self.ranks.agree(f"{call.op} (own state)", of_this_rank, own_state.merge)
         self.outward = Outward.of(merged)
 
 
 def _differing_sets(told: list[list[_Digests] | None]) -> list[list[str]] | None:
-    """The sets of ranks that hold different replicas; None where a plan must be made first."""
+    """The sets of ranks whose replicas differ; None if a plan must be made first."""
     columns = [theirs for theirs in told if theirs is not None]
     if len(columns) < len(told):
         return None

@@ -4,7 +4,7 @@
 
     model -read-> shards -lerp_(1 - retention(t0, t1))-> shadows -gather-> full -export-> files
 
-Each verb says what it does and hands on to one of four objects, see `Internal`.
+Each method documents what it does and delegates to one of four objects, see `Internal`.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from shardema.update.averages import Averages
 from shardema.update.notices import Notices
 from shardema.update.updates import Updates
 
-# what takes state_dict() of all that it is given (accelerate's register_for_checkpointing, Fabric's
-# save), and lets the first rank pickle it
+# modules that call state_dict() on every registered object (accelerate's
+# register_for_checkpointing, Fabric's save) and pickle the result on the first rank
 _PICKLING = {
     "accelerate.checkpointing",
     "lightning.fabric.strategies.strategy",
@@ -58,13 +58,13 @@ _PICKLING = {
 
 @dataclass(frozen=True)
 class Internal:
-    """What an EMA is made of, for shardema's own modules; any release may change it.
+    """The parts of an EMA, for shardema's own modules; any release may change it.
 
     Attributes:
-        averages: the averages, the weights that they are of, and the ranks that share them.
-        updates: moves them.
-        calls: begins what is collective.
-        swaps: writes them into the model.
+        averages: the averages, the model's weights, and the ranks that share the model.
+        updates: updates the averages.
+        calls: starts collective calls.
+        swaps: writes the averages into the model.
     """
 
     averages: Averages
@@ -77,9 +77,9 @@ class ShardedEMA:
     """An exponential moving average of a sharded model's weights.
 
     Build it after the model is wrapped (DDP, FSDP, ``fully_shard``, ``torch.compile``,
-    ``deepspeed.initialize``). Each rank averages only what it holds. Averaged are the trainable
-    floating-point parameters, tied ones once; frozen parameters and buffers are the model's own
-    (see ``buffers``), and are part of whatever is gathered.
+    ``deepspeed.initialize``). Each rank averages only the shards that it holds. The trainable
+    floating-point parameters are averaged, tied ones once. Frozen parameters and buffers are not
+    averaged (but see ``buffers``): gathered results contain the model's own values.
 
     Args:
         model: the module as the training loop holds it, a DeepSpeed engine, or a list of modules
@@ -87,37 +87,37 @@ class ShardedEMA:
         schedule: a decay in [0, 1] per step, a schedule of `shardema.schedules`, a callable
             ``(t, dt) -> decay``, `schedules.by_pattern` for several schedules in one average, or
             ``{name: schedule}`` for several averages from one read of the weights.
-        shadow: how the averages are kept; a policy, or ``{name: policy}``.
-        buffers: what becomes of persistent buffers: ``"copy"``, they are the model's own in
-            whatever is gathered; ``"average"``, those of floating point and without inf and NaN
-            are averaged as parameters are, the others are copied; ``"ignore"``, they are left
-            out of what is gathered, saved and exported. Or ``{pattern: one of these}``: the first
-            pattern that takes a name decides, ``"copy"`` where none does.
+        shadow: how the averages are stored; a policy, or ``{name: policy}``.
+        buffers: how persistent buffers are treated: ``"copy"``, gathered results contain the
+            model's own buffers; ``"average"``, floating-point buffers without inf and NaN are
+            averaged like parameters, other buffers are copied; ``"ignore"``, buffers are omitted
+            from gathered results, checkpoints and exports. Or ``{pattern: one of these}``: the
+            first pattern that matches a name decides, ``"copy"`` if none matches.
         select: what to average: a glob over fqns, a compiled regular expression that is searched
-            in them, a list of these, or ``(fqn, shape) -> bool`` given the full shape; every
-            trainable floating-point parameter if None. Of a list of chunks a pattern may match
-            on other ranks only; that some rank has a match is checked by the first collective call.
-        source: ``"master"`` averages what the optimizer steps, the fp32 masters of a DeepSpeed
-            engine; ``"model"`` what the forward computes with, its 16-bit weights. Elsewhere the
-            two are the same.
-        on_nonfinite: what an update does with weights that are infinite or not a number:
-            ``"ignore"`` averages them; ``"skip"`` leaves the averages and the clock as they are,
-            ``"raise"`` raises a RuntimeError. The last two look at all weights and ask all ranks,
-            so `update` is collective then and waits for the device.
-        group: the ranks that share the model; None takes those of its meshes or process groups,
-            else all.
-        backend: ``"auto"``, or the one that must match: ``"plain"`` (DDP too), ``"fsdp1"``,
-            ``"fsdp2"``, ``"zero"``.
-        kernel: ``"fused"``, ``"foreach"`` or ``"reference"``, which give the same bits; ``"auto"``
-            takes the fastest one.
-        timeout: seconds that a rank waits for the others in a collective call.
+            in them, a list of these, or ``(fqn, shape) -> bool``, called with the full shape;
+            every trainable floating-point parameter if None. With a list of chunks a pattern may
+            match on other ranks only; the first collective call checks that some rank has a match.
+        source: with a DeepSpeed engine, ``"master"`` averages the fp32 masters, which the optimizer
+            steps, and ``"model"`` the 16-bit weights, which the forward uses. Without an engine
+            the two are the same tensors.
+        on_nonfinite: what an update does when weights are inf or NaN: ``"ignore"`` averages them;
+            ``"skip"`` leaves the averages and the clock unchanged; ``"raise"`` raises a
+            RuntimeError. ``"skip"`` and ``"raise"`` check the weights of all ranks, which makes
+            `update` collective and synchronizes with the device.
+        group: the ranks that share the model; None uses the ranks of its meshes or process groups,
+            or all ranks if it has none.
+        backend: ``"auto"``, or the backend that must match: ``"plain"`` (includes DDP),
+            ``"fsdp1"``, ``"fsdp2"``, ``"zero"``.
+        kernel: ``"fused"``, ``"foreach"`` or ``"reference"``, which are bitwise equal; ``"auto"``
+            uses the fastest one.
+        timeout: seconds that a rank waits for the other ranks in a collective call.
 
     Raises:
         ValueError: a decay outside [0, 1], a pattern that matches nothing, a backend that does
             not match, names that are not unique, a layout that cannot be averaged.
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument of the wrong type.
 
-    Not collective: the ranks first meet in the first collective call.
+    The constructor is not collective: the ranks first communicate in the first collective call.
 
     Example:
         >>> import torch
@@ -162,10 +162,10 @@ class ShardedEMA:
                 reads_weights=source == "model",
                 buffers=buffers,
                 select=select,
-                partly=isinstance(model, list | tuple),
+                partial_model=isinstance(model, list | tuple),
             )
             for name, rule in schedules.items():
-                selection.check_rule(name, rule, weights.mine, weights.missed)
+                selection.check_rule(name, rule, weights.averaged_shards, weights.unmatched)
             ranks = Ranks(None if group is not None else weights.ranks(), group, timeout)
             self._averages = Averages(weights, ranks, schedules, policies)
             notices = Notices(self._averages)
@@ -175,11 +175,11 @@ class ShardedEMA:
         for average in self._averages.values():
             notices.odd_decay(average)
 
-    # ---- what it is ---------------------------------------------------------------------------
+    # ---- properties ---------------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the averages; one without a name is called ``"ema"``."""
+        """Names of the averages; a single average without a name is called ``"ema"``."""
         return self._averages.names
 
     @property
@@ -190,7 +190,7 @@ class ShardedEMA:
 
     @property
     def num_updates(self) -> int:
-        """Updates so far."""
+        """Number of updates so far."""
         self._calls.close_round()
         return self._averages.num_updates
 
@@ -224,25 +224,26 @@ class ShardedEMA:
     # ---- the update ---------------------------------------------------------------------------
 
     def update(self, *misplaced: Any, dt: float | None = None) -> None:
-        """Moves the averages towards the present weights.
+        """Updates the averages from the current weights.
 
-        Local: no collective, no host sync, unless ``on_nonfinite`` asks for them.
+        Local: no collective and no host sync, unless ``on_nonfinite`` requires them.
 
-        Call it after the optimizer step and whatever follows it (projections, clipping). After a
-        step that a DeepSpeed engine did not make (gradient accumulation, an overflow), or that
-        was counted before, it does nothing.
+        Call it after the optimizer step and anything that modifies the weights after it
+        (projections, clipping). With a DeepSpeed engine it does nothing if the engine skipped the
+        step (gradient accumulation, an overflow) or if the step has been counted already.
 
         Args:
             dt: progress since the last update, in the schedule's unit; None is one step.
 
         Raises:
-            RuntimeError: inside ``swap()``; while an optimizer is attached; or the model is no
-                longer the one that the EMA was built for (wrapped since, a parameter of another
-                shape or dtype).
-            RankError: with ``on_nonfinite``: a rank did not come, or is out of step.
+            RuntimeError: inside ``swap()``; while an optimizer is attached; or the model has
+                changed since the EMA was built (it was wrapped, or a parameter has another shape
+                or dtype).
+            RankError: with ``on_nonfinite``: a rank did not make the call, or made another number
+                of updates.
             ValueError: ``dt`` is negative, or missing where the clock does not count steps.
-            TypeError: an argument without a keyword: other libraries' updates take a model, a
-                step or parameters.
+            TypeError: a positional argument, such as the model, step or parameters that other
+                libraries' updates accept.
         """
         refuse_positional("update", misplaced)
         self._calls.check_allowed("update")
@@ -251,22 +252,22 @@ class ShardedEMA:
         self._updates.copied()
 
     def _advance(self, dt: float | Callable[[], float] | None) -> None:
-        """`update`, which offloaded averages may still read the weights for."""
+        """`update`, after which offloaded averages may still be reading the weights."""
         self._calls.check_allowed("update")
         self._updates.advance(dt)
 
     def before_replay(self, *misplaced: Any, dt: float | None = None) -> None:
-        """Makes ready for the replay of a CUDA graph that has captured `update`. Local.
+        """Prepares the next replay of a CUDA graph that has captured `update`. Local.
 
-        Moves the clock, and gives the replay its weights on the current stream: a schedule goes
-        on as if `update` was called. Call it before each ``graph.replay()``.
+        Advances the clock and writes the schedule's coefficients for the replay, on the current
+        stream, as if `update` was called. Call it before each ``graph.replay()``.
 
         Args:
             dt: as for `update`.
 
         Raises:
             RuntimeError: no `update` was captured; inside ``swap()``; the model's storage was
-                replaced since.
+                replaced after the capture.
             ValueError, TypeError: as for `update`.
         """
         refuse_positional("before_replay", misplaced)
@@ -274,13 +275,13 @@ class ShardedEMA:
         self._updates.before_replay(increment(dt, self.unit))
 
     def flush(self) -> None:
-        """Waits until offloaded averages are up to date, and the weights are not read. Local.
+        """Waits until offloaded averages are up to date and no longer read the weights. Local.
 
-        Everything that reads an average does so by itself. With `attach`, call it before you
-        write weights by hand.
+        Every method that reads an average calls it. With `attach`, call it before you modify
+        weights by hand.
 
         Raises:
-            RuntimeError: an update failed in the background; the averages may be half updated, so
+            RuntimeError: an update failed in the background; the averages may be partly updated:
                 load a checkpoint or call `reset`.
         """
         self._calls.end_swap("flush")
@@ -291,30 +292,31 @@ class ShardedEMA:
     def attach(
         self, *optimizers: Any, dt: float | Callable[[], float] | None = None
     ) -> backends.Handle:
-        """Updates by itself, once after each round of steps of the optimizers. Local.
+        """Updates automatically, once after each round of steps of the optimizers. Local.
 
-        A round ends when each of them has really stepped; or before: when one of them is about to
-        step again, at the next forward of the model, when something reads the average, and at
-        ``handle.remove()``. A load or `reset` forgets a round that is open. No update is made in
-        the middle of a backward: optimizers that step there are followed one of these later.
+        A round ends when each optimizer has made a step. It ends earlier when one of them is about
+        to step again, at the next forward of the model, when an average is read, and at
+        ``handle.remove()``. A load or `reset` discards an open round. No update is made during a
+        backward: after optimizers that step inside it, the update follows at the next of these
+        points.
 
-        Steps that a GradScaler skipped do not count, nor do accelerate's accumulation steps.
-        Offloaded averages read the weights until the next step, of any torch optimizer, which
-        waits for them; `update` waits itself. An optimizer that steps none of the averaged tensors
-        is not followed where another one does.
+        Steps skipped by a GradScaler do not count, nor do accelerate's accumulation steps.
+        Offloaded averages may read the weights until the next step of any torch optimizer, which
+        waits for them; `update` itself waits before it returns. An optimizer that steps no averaged
+        tensor is ignored if another one does.
 
         Args:
             optimizers: torch optimizers, or accelerate's wrappers of them; for a DeepSpeed engine
-                the engine itself, whose ``step`` is then followed.
-            dt: as for `update`; a callable is asked at every update, and only then.
+                the engine itself, whose ``step`` is followed.
+            dt: as for `update`; a callable is called once for every update.
 
         Returns:
-            A handle; ``handle.remove()`` ends it. Until then ``update()`` by hand and another
+            A handle; ``handle.remove()`` detaches. Until then ``update()`` by hand and another
             ``attach`` raise.
 
         Raises:
-            TypeError: something that is no torch optimizer, such as one inside an engine, or whose
-                ``step`` does not run torch's step hooks.
+            TypeError: an argument that is not a torch optimizer, an optimizer inside an engine, or
+                one whose ``step`` does not run torch's step hooks.
             ValueError: no optimizer, none that steps an averaged tensor, or ``dt`` missing where
                 the clock does not count steps.
             RuntimeError: an optimizer is attached already.
@@ -337,73 +339,78 @@ class ShardedEMA:
     # ---- evaluating ---------------------------------------------------------------------------
 
     def swap(self, name: str | None = None) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model computes with the average; afterwards all is as before, to the bit.
+        """Context manager: the model computes with the average inside the block.
 
-        Parameters and shadows of the same dtype trade places through a chunk of scratch; other
-        parameters are set aside, which takes their size in memory. Local; collective where an
-        average of the object has ``shard_replicas``. The weights of a
-        DeepSpeed engine are written over and restored from its masters; the ranks gather them, so
-        there it is collective. Forwards inside belong under ``torch.no_grad()``: a backward
-        through a forward from the other side of the swap raises, since it would mix weights.
+        When the block ends, weights and average are restored bitwise.
+
+        Parameters and shadows of the same dtype are exchanged in place through a small scratch
+        buffer; other parameters are copied, which needs their size in memory. The weights of a
+        DeepSpeed engine are overwritten and restored from its masters.
+
+        Local, except that it is collective with a DeepSpeed engine, whose ranks gather the weights,
+        and if any average of the EMA has ``shard_replicas``.
+
+        Run forwards in the block under ``torch.no_grad()``: a backward that crosses the start or
+        end of the block raises, since it would mix average and weights.
 
         Raises:
-            RuntimeError: inside another swap; or, on leaving, someone wrote the model's weights
-                inside (they are restored, the write has gone into the average, or with an engine
-                is lost); or the exchange failed, and no call goes on from there.
-            SwapError: what the block left has no place for some weights, or one of less precision:
-                a cast, a parameter that was taken away. They are in the error's ``weights``; the
-                average is as before, and the EMA goes on once the model fits it again.
+            RuntimeError: inside another swap. At the end of the block: the model's weights were
+                modified inside it (the weights are restored; the modification went into the
+                average, or with an engine is lost); or the exchange failed, after which every
+                call raises.
+            SwapError: the block removed a parameter or cast it to a lower precision, so some
+                weights cannot be restored. They are in the error's ``weights``; the average is
+                unchanged, and the EMA works again once the model fits it.
             ValueError: no average of this name.
-            RankError: where it is collective: as for `full_state_dict`.
+            RankError: if it is collective: as for `full_state_dict`.
         """
         return self._swaps.block(name)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Runs the model with the average: ``ema(x)``. Collective where `swap` and the forward are.
+        """Runs the model with the average: ``ema(x)``. Collective if `swap` or the forward is.
 
-        The model is in the mode that it is in: call ``model.eval()`` before an evaluation.
+        The training mode is not changed: call ``model.eval()`` before an evaluation.
 
         Raises:
-            RuntimeError: gradients are on, and a backward would mix average and weights; inside
+            RuntimeError: gradients are enabled, so a backward would mix average and weights; inside
                 ``swap()``.
-            ValueError: there are several averages: ``with ema.swap(name): model(x)``.
+            ValueError: there are several averages: use ``with ema.swap(name): model(x)``.
         """
         if torch.is_grad_enabled():
             rank = self._averages.ranks.rank
             raise RuntimeError(
-                f"rank {rank}: ema(...) with gradients on: a backward would mix the "
+                f"rank {rank}: ema(...) with gradients enabled: a backward would mix the "
                 "average and the weights; call it under torch.no_grad()"
             )
         with self.swap():
             return self._averages.weights.models[0](*inputs, **kwargs)
 
     def copy_to_model(self, name: str | None = None, *, every: int | None = None) -> None:
-        """The average becomes the model's weights; the average stays as it is.
+        """Copies the average into the model's weights.
 
-        Local; collective with ``shard_replicas`` in any average, and with a DeepSpeed engine, whose
-        masters are written too. The optimizer's
-        state stays as it is.
+        The average and the optimizer's state are unchanged. Local; collective if any average has
+        ``shard_replicas``, and with a DeepSpeed engine, whose masters are written too.
 
         Args:
             name: which average.
-            every: only when ``num_updates`` is a multiple of it, else do nothing: called after
-                each update, this trains on from the average at intervals (Switch EMA, Li et al.
-                2024, arXiv 2402.09240, where it is once an epoch).
+            every: copy only if ``num_updates`` is a multiple of it, else do nothing. Called after
+                each update, training then continues from the average at intervals (Switch EMA,
+                Li et al. 2024, arXiv 2402.09240, which copies once per epoch).
 
         Raises:
             RuntimeError: inside ``swap()``.
-            ValueError: ``every`` is no whole number above 0.
-            RankError: where it is collective: as for `full_state_dict`.
+            ValueError: ``every`` is not a positive integer.
+            RankError: if it is collective: as for `full_state_dict`.
         """
         self._swaps.copy(name, every)
 
     def reset(self, name: str | None = None) -> None:
-        """The model's weights become the average, and its ``t`` starts again. Local.
+        """Copies the model's weights into the average and resets ``t`` to 0. Local.
 
-        For a model that was loaded after the EMA was built.
+        Call it if the model's weights were loaded after the EMA was built.
 
         Args:
-            name: one average; all of them if None.
+            name: which average; all of them if None.
 
         Raises:
             RuntimeError: inside ``swap()``.
@@ -411,21 +418,21 @@ class ShardedEMA:
         self._calls.check_allowed("reset")
         averages = self._averages
         chosen = list(averages.values()) if name is None else [averages.named(name)]
-        others_go_on = len(chosen) < len(averages)
-        if others_go_on:
+        partial = len(chosen) < len(averages)
+        if partial:
             self._calls.close_round()
         with writable():
             self._updates.refresh()
-            if others_go_on:
-                self._updates.flush("reset")  # they must be whole
+            if partial:
+                self._updates.flush("reset")  # the other averages must be up to date
             self._updates.forget_errors()
 
-            def begin_anew() -> None:
+            def restart() -> None:
                 for average in chosen:
                     average.shadows.copy_from(averages.held(average))
                     average.restart()
 
-            self._updates.replace("reset", begin_anew, counted=False)
+            self._updates.replace("reset", restart, counted=False)
 
     # ---- gathering ----------------------------------------------------------------------------
 
@@ -436,30 +443,31 @@ class ShardedEMA:
         dtype: torch.dtype | Literal["model"] | None = None,
         all_ranks: bool = False,
     ) -> dict[str, Any]:
-        """The averaged model as the unwrapped model's ``load_state_dict(strict=True)`` takes it.
+        """Gathers the averaged model, for the unwrapped model's ``load_state_dict(strict=True)``.
 
-        Averages, frozen parameters, persistent buffers, tied names, and what the model's own code
-        makes of its state: extra state, overrides and hooks of ``state_dict``. Collective over the
-        ranks that share the model. Rank 0 needs memory for its result and one bucket of 256 MiB,
-        the others for one bucket.
+        Contains averages, frozen parameters, persistent buffers, tied names, and what the model's
+        own code adds to its state dict: extra state, overrides and hooks of ``state_dict``.
+        Collective over the ranks that share the model. Rank 0 needs memory for the result and one
+        bucket of 256 MiB, the other ranks for one bucket.
 
         Args:
             name: which average.
-            dtype: of averages and frozen parameters; None keeps the shadow's and the parameter's,
-                ``"model"`` takes the parameter's.
-            all_ranks: give it to every rank.
+            dtype: of averages and frozen parameters; None keeps the dtypes of the shadow and of the
+                parameter, ``"model"`` uses the parameter's dtype for both.
+            all_ranks: return the result on every rank.
 
         Returns:
             ``{fqn: full CPU tensor [*shape]}`` on the first rank, ``{}`` on the others. Extra
-            state may be no tensor; it is the first rank's.
+            state may be other than a tensor; it is that of the first rank.
 
         Raises:
-            RuntimeError: inside ``swap()``, or supposed replicas differ; a module computes state
-                from weights that are averaged or sharded, or has extra state that is no tensor on
-                another rank only.
-            ValueError: no average of this name, another dtype, ranks that hold different models.
-            RankError: a rank did not come within the timeout, ended or froze in the call, or is out
-                of step: it was updated more or less often.
+            RuntimeError: inside ``swap()``; replicas differ between ranks; a module computes state
+                from weights that are averaged or sharded; or extra state that is not a tensor
+                exists on another rank only.
+            ValueError: no average of this name, an invalid dtype, or ranks that hold different
+                models.
+            RankError: a rank did not make the call within the timeout, ended or hung in it, or made
+                another number of updates.
         """
         return dict(full_tensors(self._calls, "full_state_dict", name, dtype, all_ranks=all_ranks))
 
@@ -468,15 +476,15 @@ class ShardedEMA:
     ) -> Iterator[tuple[str, Any]]:
         """Like `full_state_dict`, one ``(fqn, tensor)`` at a time. Collective: loop on every rank.
 
-        The first rank needs memory for one bucket and the tensor at hand, the others for one
-        bucket; their loops run without a turn.
+        The first rank needs memory for one bucket and the current tensor, the others for one
+        bucket; their loops yield nothing.
 
-        A loop may be left early: what the others still send is then received and thrown away.
-        What changes an average (`update`, `swap`, `reset`, a load), and on several ranks any
-        other call that is collective, ends an iteration that is open; its next item raises.
+        The loop may be left early: the tensors still to come are received and dropped. Any call
+        that changes an average (`update`, `swap`, `reset`, a load), and on several ranks any other
+        collective call, ends an open iteration; its next item then raises.
 
         Raises:
-            RuntimeError: another call has ended it; else as for `full_state_dict`.
+            RuntimeError: another call has ended the iteration; else as for `full_state_dict`.
         """
         return full_tensors(self._calls, "iter_full", name, dtype, all_ranks=False)
 
@@ -490,29 +498,31 @@ class ShardedEMA:
         mode: exporter.Mode = "auto",
         progress: bool = True,
     ) -> None:
-        """Writes the averaged model as one safetensors file, in the HF layout. Collective.
+        """Writes the averaged model as safetensors, in the Hugging Face layout. Collective.
 
-        ``path/model.safetensors``, or ``model-00001-of-0000N.safetensors`` and their index where
-        it is larger than ``max_shard_size``; beside it the config of a transformers model. For a
-        diffusers model the files are called as diffusers calls them, for a model of PEFT they are
-        its adapters alone, as PEFT saves them: ``from_pretrained(path)`` of the same library
-        loads it. Tied names are written once. No rank holds more than a bucket; the folder
-        appears when it is complete.
+        Writes ``path/model.safetensors``, or ``model-00001-of-0000N.safetensors`` and their index
+        if the model is larger than ``max_shard_size``, and the config of a transformers model.
+        ``from_pretrained(path)`` of the model's library loads it: a diffusers model is written
+        under diffusers' file names, of a PEFT model only the adapters are written, as PEFT saves
+        them. Tied names are written once. No rank needs memory for more than a bucket; the folder
+        appears under its name when it is complete.
 
         Args:
             path: the folder; must not exist.
             name: which average.
-            dtype: as for `full_state_dict`; buffers keep their own.
-            max_shard_size: bytes, or a size such as ``"5GB"``.
-            mode: ``"direct"``: every rank writes its own boxes into the file, on one host and a
-                local file system. ``"stream"``: the first rank writes. ``"auto"``: what is safe.
-            progress: show a bar on the first rank when it takes more than a second.
+            dtype: as for `full_state_dict`; buffers keep their dtype.
+            max_shard_size: of a file: bytes, or a size such as ``"5GB"``.
+            mode: ``"direct"``: every rank writes its own shards, which needs one host and a local
+                file system. ``"stream"``: the first rank writes. ``"auto"``: ``"direct"`` where
+                that is safe.
+            progress: show a progress bar on the first rank if it takes more than a second.
 
         Raises:
-            CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left.
-            RuntimeError: as for `full_state_dict`; a module has extra state that is no tensor; an
-                adapter that PEFT does not keep as tensors of the model.
-            ValueError, RankError: as for `full_state_dict`; a path that is no local one is a
+            CheckpointError: the folder exists, or a write failed (a full disk). Raised on all
+                ranks; no partial files are left.
+            RuntimeError: as for `full_state_dict`; a module has extra state that is not a tensor;
+                an adapter that PEFT does not store as tensors of the model.
+            ValueError, RankError: as for `full_state_dict`; a path that is not local is a
                 ValueError.
         """
 
@@ -548,21 +558,25 @@ class ShardedEMA:
             )
 
     def metrics(self, name: str | None = None) -> dict[str, float]:
-        """How far the average is from the weights, and whether it moves. Collective, one exchange.
+        """Distance of the average from the weights, decay and progress. Collective, one exchange.
 
-        For a logger: ``writer.add_scalar(f"ema/{key}", value)`` for each.
+        For a logger: ``writer.add_scalar(f"ema/{key}", value)`` for each entry.
 
         Returns:
-            On every rank the same: ``"decay"`` of the last move (before the first: of the next
-            step), ``"horizon"``, moves that such a decay averages over, ``1 / (1 - decay)``;
-            ``"distance"``, Euclidean, of the average from the weights relative to these, in all
-            and as ``"distance/<child>"`` for each child of the model; ``"unmoved"``, the share
-            of elements that differ from their weight and that an update with this decay would
-            not move, since the step is rounded away; ``"nonfinite"``, how many elements of the
-            average are infinite or not a number; ``"t"`` and ``"num_updates"``; 1 as
-            ``"kernel/<name>"`` for each kernel that runs. With
-            `schedules.by_pattern` decay and horizon are the default's, and ``"decay/<pattern>"``
-            is there for each pattern.
+            The same on every rank:
+
+            * ``"decay"``: of the last update; before the first one, of the next step;
+            * ``"horizon"``: ``1 / (1 - decay)``, the number of updates that such a decay averages;
+            * ``"distance"``: Euclidean distance between average and weights, divided by the norm
+              of the weights; ``"distance/<child>"`` is the same for each child of the model;
+            * ``"unmoved"``: fraction of elements that differ from their weight but would not
+              change in an update with this decay, since the change is rounded away;
+            * ``"nonfinite"``: number of elements of the average that are inf or NaN;
+            * ``"t"`` and ``"num_updates"``: the clock;
+            * ``"kernel/<name>"``: 1 for each kernel in use.
+
+            With `schedules.by_pattern`, decay and horizon are those of the default schedule, and
+            there is a ``"decay/<pattern>"`` for each pattern.
 
         Raises:
             RuntimeError: inside ``swap()``.
@@ -583,22 +597,23 @@ class ShardedEMA:
     ) -> None:
         """Writes every average, its progress and its schedule to a new folder. Collective.
 
-        Every rank writes what it holds, replicas share the work. Pickle-free and checksummed; it
-        loads on any number of ranks and any backend. Buffers are in it, for an offline export.
+        Every rank writes its own shards; replicas share the work. The checkpoint contains no
+        pickles, has checksums, and loads on any number of ranks and any backend. Buffers are
+        included, for an offline export.
 
         Args:
-            folder: where; must not exist.
-            include_frozen: also write the parameters that are not averaged, which an offline
-                export needs and a load does not.
-            overwrite: the folder may be a complete checkpoint of `save`, which is replaced at
-                once when the new one is whole; there is never none. Nothing else is replaced.
+            folder: the new folder; must not exist.
+            include_frozen: also write the parameters that are not averaged; an offline export
+                needs them, `load` does not.
+            overwrite: the folder may exist if it is a complete checkpoint of `save`. It is
+                replaced atomically once the new one is complete. Other folders are not replaced.
 
         Raises:
-            CheckpointError: the folder exists, a disk is full: on all ranks; nothing is left, and
-                what was there before still is.
-            ValueError: the path is no local one, or the ranks give different ones.
-            RuntimeError: inside ``swap()``, or supposed replicas differ; with ``include_frozen``,
-                a module has extra state that is no tensor.
+            CheckpointError: the folder exists, or a write failed (a full disk). Raised on all
+                ranks; no partial files are left, and an existing checkpoint is unchanged.
+            ValueError: the path is not local, or differs between ranks.
+            RuntimeError: inside ``swap()``; replicas differ between ranks; with
+                ``include_frozen``, a module has extra state that is not a tensor.
         """
 
         def given() -> dict[str, Any]:
@@ -639,25 +654,26 @@ class ShardedEMA:
         add: Sequence[str] = (),
         drop: Sequence[str] = (),
     ) -> None:
-        """Reads what `save` wrote, on any number of ranks and any backend. Collective.
+        """Loads a checkpoint of `save`, on any number of ranks and any backend. Collective.
 
-        Each rank reads and verifies the blocks that its shards touch, into staging of the
-        shadows' size. Only when every rank has all of its own are they copied in.
+        Each rank reads and verifies the blocks that overlap its shards, into staging memory of the
+        size of the shadows. The averages are written only after every rank has read everything.
 
         Args:
-            folder: what was given to `save`.
-            new_schedule: go on with this object's schedules where the checkpoint has others.
-            add: averages that the checkpoint lacks: they begin now, at the present weights and
-                ``t = 0``. Load the model first.
-            drop: averages of the checkpoint that this object does not keep.
+            folder: the checkpoint, as given to `save`.
+            new_schedule: continue with this object's schedules if the checkpoint has others.
+            add: averages that the checkpoint does not contain: they start from the current weights
+                at ``t = 0``. Load the model first.
+            drop: averages of the checkpoint that this object does not have.
 
         Raises:
-            CheckpointError: no checkpoint, or a damaged one: on all ranks.
+            CheckpointError: no checkpoint, or a damaged one. Raised on all ranks.
             ValueError: a checkpoint of another model, other averages or other schedules; ``add``
-                or ``drop`` of what is not so; a path that is no local one.
+                names an average that the checkpoint has, or ``drop`` one that it has not; a path
+                that is not local.
             RuntimeError: inside ``swap()``.
 
-        After an error the averages are as before, to the bit.
+        After an error the averages are unchanged.
         """
         added, dropped = _names(add), _names(drop)
         self._calls.begin(
@@ -669,7 +685,7 @@ class ShardedEMA:
                     "add": sorted(added),
                     "drop": sorted(dropped),
                 },
-                clocks=False,  # all of them are set: a load brings ranks into step again
+                clocks=False,  # a load sets all of them, so ranks may differ before it
                 fills="all",
             )
         )
@@ -698,32 +714,33 @@ class ShardedEMA:
         t: float | None = None,
         num_updates: int | None = None,
     ) -> None:
-        """Seeds an average from full tensors; each rank reads its own slices. Collective.
+        """Initializes an average from full tensors; each rank reads its own slices. Collective.
 
-        With the progress of what is loaded, the average goes on as if it had been kept here from
-        the beginning: ``presets.diffusers(model).load_full(folder, num_updates=12_000)`` follows
-        diffusers' sequence from its call 12,001 on.
+        Given the progress of the loaded average, it continues as if it had been computed here from
+        the start: ``presets.diffusers(model).load_full(folder, num_updates=12_000)`` continues
+        diffusers' sequence with its call 12,001.
 
         Args:
-            source: a ``.safetensors`` file, a folder in the HF layout (a snapshot of the Hub too),
-                or ``{fqn: full tensor}`` on every rank. Frozen parameters and buffers in it are
-                not used.
+            source: a ``.safetensors`` file, a folder in the Hugging Face layout (also a snapshot of
+                the Hub), or ``{fqn: full tensor}`` on every rank. Frozen parameters and buffers in
+                it are ignored.
             name: which average.
-            t: its progress in the schedule's unit. None: where the unit is ``"step"``,
-                ``num_updates``; else as it is.
-            num_updates: how many updates it has seen. None: where the unit is ``"step"`` and
-                ``t`` whole, ``t``; else as it is. If neither is given, a folder of diffusers'
-                ``EMAModel.save_pretrained`` gives its own ``optimization_step``.
+            t: progress of the loaded average, in the schedule's unit. If None: ``num_updates``
+                where the unit is ``"step"``, else ``t`` is not changed.
+            num_updates: number of updates of the loaded average. If None: ``t`` where the unit is
+                ``"step"`` and ``t`` is whole, else it is not changed. If neither is given, the
+                ``optimization_step`` in a folder of diffusers' ``EMAModel.save_pretrained`` is
+                used.
 
         Raises:
-            CheckpointError: no such file, or a broken one.
-            ValueError: names that are missing or unknown, or another shape; a path that is no
-                local one; no progress is known and the schedule would forget all of what was
-                loaded when it next moves; a progress that is negative or that the schedule does
-                not take.
+            CheckpointError: the file does not exist or is damaged.
+            ValueError: names that are missing or unknown, or another shape; a path that is not
+                local; no progress is known and the schedule's next update would overwrite the
+                loaded average completely; a progress that is negative or not accepted by the
+                schedule.
             RuntimeError: inside ``swap()``.
 
-        After an error the average and its clock are as before.
+        After an error the average and its clock are unchanged.
         """
         calls, averages = self._calls, self._averages
         average = calls.begin(
@@ -754,18 +771,19 @@ class ShardedEMA:
     def state_dict(self) -> dict[str, Any]:
         """For torch.distributed.checkpoint: ``dcp.save({"model": ..., "ema": ema})``. Local.
 
-        The tensors share memory with the averages: ``dcp.load`` fills them in place, and
+        The tensors share memory with the averages: ``dcp.load`` writes into them, and
         ``dcp.async_save`` copies them before it returns. Pickling the result raises.
 
-        Of an averaged buffer that differs between ranks (BatchNorm's statistics) the first rank's
-        average is saved, as by `save`, and ``dcp.load`` gives it to all. With averaged buffers on
-        several ranks the first call is therefore collective, if no other call was before it.
+        If an averaged buffer differs between ranks (BatchNorm's statistics), the average of the
+        first rank is saved, as in `save`, and ``dcp.load`` loads it on all ranks. With averaged
+        buffers on several ranks, the first call is therefore collective, unless another collective
+        call was made before it.
 
         Raises:
             RuntimeError: inside ``swap()``.
         """
         if sys._getframe(1).f_globals.get("__name__") in _PICKLING:
-            # refused here, on every rank, since only the main process will pickle
+            # raised here, on every rank, since only the main process would pickle
             dcp.refuse_pickle("ShardedEMA")
         calls, averages = self._calls, self._averages
         calls.check_allowed("state_dict")
@@ -778,7 +796,7 @@ class ShardedEMA:
             return dcp.state_of(averages, dcp.saved_elsewhere(calls.plan, calls.ranks.index))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes what ``dcp.load`` filled. Local.
+        """Loads what ``dcp.load`` has read into `state_dict`. Local.
 
         Raises:
             RuntimeError: inside ``swap()``.

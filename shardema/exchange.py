@@ -1,19 +1,19 @@
-"""Puts the average into the model and takes it out again, exactly, whatever interrupts it.
+"""Exchanges parameters and averages in place and back, bitwise, also if it is interrupted.
 
-Same dtype: parameter and shadow trade places chunk by chunk, through one chunk of scratch. Every
-step of a chunk may be done twice without harm, and what is about to be done is noted before it
-is done, so an interrupt at any point can be carried on from or undone::
+Same dtype: parameter and shadow are exchanged chunk by chunk, through one chunk of scratch. Each
+phase of a chunk may run twice without harm, and the phase is recorded before it starts, so an
+exchange that was interrupted anywhere can be resumed or undone::
 
-    phase 0   scratch <- parameter      the parameter is still whole
+    phase 0   scratch <- parameter      the parameter is intact
     phase 1   parameter <- shadow       the scratch holds the parameter
     phase 2   shadow <- scratch         the parameter holds the shadow
 
-Other dtype (a bf16 parameter, an fp32 shadow): the parameter is set aside whole first, since a
-rounded copy of the shadow could not be turned back. An averaged buffer is set aside too: a forward
-may write buffers (DDP broadcasts them), and what is written must not get into the average.
+Other dtype (a bf16 parameter, an fp32 shadow): the parameter is copied first, since the shadow
+cannot be restored from a rounded copy. An averaged buffer is copied too: a forward may write
+buffers (DDP broadcasts them), and that must not change the average.
 
-Weights that are a copy of a master: the shadow is written over the weights, and the master over
-them afterwards. Nothing is set aside.
+Weights that are a copy of a master: they are overwritten with the shadow, and later restored from
+the master. Nothing is copied.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardema.shards.shard import Shard, present
+from shardema.shards.shard import Shard, materialized
 from shardema.shards.strides import aligned_parts, dense_like
 
-# Elements of scratch for the exchange: on a CPU it must stay in the cache; a GPU wants long copies.
+# Elements of scratch: on a CPU it should fit into the cache; on a GPU longer copies are faster.
 CHUNK_NUMEL = {"cpu": 1 << 17}
 CHUNK_NUMEL_GPU = 1 << 22
 
 
 class Exchange:
-    """Trades the values of a model's own tensors and their averages, and back.
+    """Exchanges the values of the model's tensors and their averages, and back.
 
     Args:
         shards: this rank's averaged shards.
@@ -60,12 +60,12 @@ class Exchange:
                     scratches[key] = torch.empty(chunk, dtype=key[1], device=key[0])
                 scratch = scratches[key].as_strided(part.shape, dense_like(part))
                 self._trades.append((part, shadow_part, scratch))
-        # (trades done, phase, direction): the first `done` trades are made; the next one forwards
-        # (+1) or the last one backwards (-1) is at `phase`; see the module docstring
+        # (trades done, phase, direction): the first `done` trades are complete; the next trade in
+        # this direction (+1: swap in, -1: swap out) is at `phase`, see the module docstring
         self._state = (0, 0, 1)
 
     def swap_in(self) -> None:
-        """The model takes the shadows' values."""
+        """Writes the averages into the model."""
         for shard in self._copies:
             shard.own.copy_(self._shadows[shard.fqn])
         for param, shadow, _ in self._aside:
@@ -74,17 +74,17 @@ class Exchange:
             self._trade()
 
     def swap_out(self) -> None:
-        """All is as before `swap_in`, also if that was interrupted, to the last bit.
+        """Restores the state before `swap_in`, bitwise, also if that was interrupted.
 
         May be called again after an interrupt.
         """
-        for group in present(self._copies):
+        for group in materialized(self._copies):
             for shard in group:
                 shard.own.copy_(shard.local)
         for param, _, copy in self._aside:
             param.copy_(copy)
         if self._state[1]:
-            self._trade()  # finish the trade that was interrupted, whichever way it went
+            self._trade()  # complete the interrupted trade, in either direction
         self._state = (self._state[0], 0, -1)
         while self._state[0] > 0:
             self._trade()

@@ -1,4 +1,4 @@
-"""An average without an object: two modules, one update."""
+"""The functional update: the average is a second module, and the caller keeps the state."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from shardema.scopes import writable
 
 
 def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
-    """Moves the weights of ``ema_module`` towards those of ``module``, in place. Local.
+    """Updates the weights of ``ema_module`` from those of ``module``, in place. Local.
 
     ``average <- lerp(average, weights, 1 - decay)`` over the floating-point parameters, tied ones
-    once; buffers are copied. Both modules are wrapped in the same way, so that a rank holds the
-    same parts of both. Where a state is worth keeping (progress, checkpoints, exports, swaps),
-    take `ShardedEMA`.
+    once; buffers are copied. Both modules must be wrapped in the same way, so that each rank holds
+    the same shards of both. For progress, checkpoints, exports and swaps use `ShardedEMA`.
 
     Args:
-        ema_module: a second module, which holds the average.
+        ema_module: the module that holds the average.
         module: the module that is trained.
         decay: in [0, 1]; 0 copies.
 
     Raises:
-        ValueError: a decay outside [0, 1]; parameters or buffers that only one of the two has, or
-            of which this rank holds other parts, or of another dtype.
+        ValueError: a decay outside [0, 1]; a parameter or buffer that only one of the modules has,
+            or that differs between them in dtype or in the part that this rank holds.
 
     Example:
         >>> import copy, torch
@@ -43,8 +42,8 @@ def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
         name, backend = backends.find([one])
         if backend.engine([one]) is not None:
             raise ValueError(
-                f"update_: got a module of backend {name!r}, whose weights are copies of others; "
-                "take ShardedEMA(engine, decay)"
+                f"update_: got a module of backend {name!r}, whose weights are copies of masters; "
+                "use ShardedEMA(engine, decay)"
             )
         with writable():
             backend.ensure_sharded([one])
@@ -53,8 +52,8 @@ def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
     odd = averages.keys() ^ sources.keys()
     if odd:
         raise ValueError(
-            f"update_: {abbreviate(sorted(odd))}: only one of the two modules has it; make the "
-            "average with copy.deepcopy, or build and wrap it in the same way"
+            f"update_: {abbreviate(sorted(odd))}: only one of the two modules has it; make "
+            "ema_module with copy.deepcopy, or build and wrap it in the same way"
         )
     for fqn, average in averages.items():
         source = sources[fqn]

@@ -1,4 +1,4 @@
-"""Full tensors of an average, one by one: what `iter_full` and `full_state_dict` hand out."""
+"""Gathers the full tensors of an average, one by one, for `iter_full` and `full_state_dict`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shardema.update.average import Average
 def full_tensors(
     calls: Calls, op: str, name: str | None, dtype: Any, *, all_ranks: bool
 ) -> Iterator[tuple[str, Any]]:
-    """See `ShardedEMA.iter_full`. Collective from its first item on."""
+    """See `ShardedEMA.iter_full`. Collective, from the first ``next`` on."""
     made: list[tuple[Contents, Contents, Prepared]] = []
 
     def prepare(average: Average) -> None:
@@ -46,7 +46,7 @@ def full_tensors(
         arriving = transfer.stream(ready, op)
         if not (all_ranks or calls.ranks.leader):
             for _ in arriving:
-                raise AssertionError("only receivers get pieces")
+                raise AssertionError("only receivers get tensors")
             return
         own = {shard.fqn: shard.own for shard in calls.weights.shards if shard.opaque}
         full = transfer.with_apart(contents, transfer.assemble(gathered, arriving), own)
@@ -61,7 +61,7 @@ def _one_by_one(
     full: Iterator[tuple[Item, Tensor]],
     names: Callable[[Item], Sequence[str]],
 ) -> Iterator[tuple[str, Tensor]]:
-    """The full tensors by each of their names, until another call ends them."""
+    """Each full tensor under each of its names, until another call ends the iteration."""
     iteration = Iteration(arriving)
     calls.iterations.add(iteration)
     try:
@@ -69,7 +69,7 @@ def _one_by_one(
             if iteration.ended_by:
                 raise RuntimeError(
                     f"rank {calls.ranks.rank}: {op}: {iteration.ended_by} was called before "
-                    "its last tensor, which ended it; call that behind the loop"
+                    "its last tensor, which ended it; call that after the loop"
                 )
             with writable():
                 try:

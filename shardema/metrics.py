@@ -1,12 +1,12 @@
-"""How far an average is from the weights, and whether it moves at all.
+"""Metrics: distance of an average from the weights, and whether its elements still change.
 
 ::
 
     shadows, sources of this rank  -sums->     one row of sums for each top-level module
     rows of all ranks              -total->    {"distance": ..., "unmoved": ..., ...}
-    these, decays and clock        -measure->  what `ShardedEMA.metrics` returns
+    totals, decays and clock       -measure->  the result of `ShardedEMA.metrics`
 
-Every element counts once: of several ranks that hold a box, the first one counts it.
+Every element counts once: a box that several ranks hold is counted by the first of them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from shardema.schedules import by_pattern
 from shardema.scopes import writable
 from shardema.shards.boxes import Box, split_box
 from shardema.shards.patterns import text_of
-from shardema.shards.shard import Shard, present
+from shardema.shards.shard import Shard, materialized
 from shardema.update.average import Average
 from shardema.update.averages import Averages
 
 _CHUNK_NUMEL = 1 << 20  # elements of scratch
-Row = list[float]  # squared distance, squared weights, elements that stand still, non-finite, all
+Row = list[float]  # squared distance, squared weights, unmoved, non-finite and all elements
 
 
 def measure(
@@ -37,11 +37,13 @@ def measure(
     """See `ShardedEMA.metrics`. Collective: one exchange.
 
     Args:
-        plan: who holds what of the average.
+        plan: which rank holds which boxes of the average.
         kernels: those that run on this rank.
     """
     decays = average.decays or average.next_decays()
-    weights = {shard.fqn: 1 - decays[average.index(shard)] for shard in averages.weights.mine}
+    weights = {
+        shard.fqn: 1 - decays[average.index(shard)] for shard in averages.weights.averaged_shards
+    }
 
     def local() -> tuple[dict[str, Any], tuple[str, ...]]:
         held, views = averages.held(average), average.shadows.views
@@ -72,17 +74,17 @@ def sums(
     shadows: Mapping[str, Tensor],
     weights: Mapping[str, float],
 ) -> dict[str, Row]:
-    """Sums over what this rank counts, by top-level module. Local; waits for the device.
+    """Sums over the boxes that this rank counts, by top-level module. Local; syncs the device.
 
     Args:
-        plan: who holds what.
-        index: of this rank, among those of the plan.
+        plan: which rank holds which boxes.
+        index: index of this rank in the plan.
         shards: this rank's averaged shards.
         shadows: their averages by fqn.
-        weights: of the present in an update, by fqn.
+        weights: ``1 - decay`` by fqn.
     """
     rows: dict[str, list[Tensor]] = {}
-    for group in present(shards):
+    for group in materialized(shards):
         averages = Holdings(plan, group, shadows)
         sources = Holdings(plan, group, {shard.fqn: shard.source for shard in group})
         here = {shard.fqn for shard in group}

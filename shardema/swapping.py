@@ -1,13 +1,14 @@
-"""The average in the model, for a block or for good, and the weights in it again.
+"""Writes the average into the model: for a `with` block, or permanently.
 
 ::
 
-    swap      Block -> Swaps      enter: exchange.swap_in      the model computes with the average
-                                  leave: `_End.take_out`       exchange.swap_out: the weights again
-                                         `_End.arrive`         ... where the model keeps them now
-    copy                          the average is written over the weights, and the masters
+    swap   Block -> Swaps    enter: exchange.swap_in          the model holds the average
+                             exit:  _End.restore              the model's tensors hold the weights
+                                    _End.restore_replaced     ... and tensors that replaced them
+    copy                     the average is written over the weights, and over the masters
 
-Whatever interrupts a block, its end is made: by itself, or by the next call (`SwapState.due`).
+However a block is interrupted, the weights are restored: by its end, or if that is interrupted
+too, by the next call (`SwapState.due`).
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from torch import Tensor
 from shardema.calls import Calls
 from shardema.errors import SwapError, abbreviate
 from shardema.exchange import Exchange
-from shardema.model.replicas import Spread
+from shardema.model.replicas import AllGatherSlices
 from shardema.scopes import to_the_end, uninterrupted, writable
-from shardema.shards.shard import Shard, present
+from shardema.shards.shard import Shard, materialized
 from shardema.update.average import Average
 
 log = logging.getLogger(__name__)
 
 
 class Block(contextlib.ContextDecorator):
-    """A context manager that says so when it is dropped without ``with``.
+    """A context manager that reports if it is discarded without being entered.
 
     Args:
-        enter: makes the context manager that it stands for, of a generator.
+        enter: makes the inner context manager, from a generator.
         dropped: called if it was never entered.
     """
 
@@ -48,8 +49,8 @@ class Block(contextlib.ContextDecorator):
         self._enter, self._dropped = enter, dropped
         self._used = False
 
-    # Both end the block where an interrupt kept its own end from beginning. Nothing is called
-    # outside of their `try`: handlers of signals run when a call returns.
+    # Both close the generator if an interrupt came before its own `finally` could run. Nothing is
+    # called outside of `try`, since signal handlers run when a call returns.
     def __enter__(self) -> None:
         self._used = True
         self._inner: Any = self._enter()
@@ -66,7 +67,7 @@ class Block(contextlib.ContextDecorator):
             self._inner.gen.close()
             raise
 
-    def _recreate_cm(self) -> Block:  # of a decorator: every call is a block of its own
+    def _recreate_cm(self) -> Block:  # as a decorator: each call enters a new block
         self._used = True
         return Block(self._enter, self._dropped)
 
@@ -80,7 +81,7 @@ class Block(contextlib.ContextDecorator):
 
 
 class Swaps:
-    """Writes averages into the model: for a block, or for good."""
+    """Writes averages into the model: for a block, or permanently."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
@@ -98,8 +99,8 @@ class Swaps:
 
     @contextlib.contextmanager
     def _swapped(self, name: str | None) -> Iterator[None]:
-        average, mine, exchange, carrier = self._calls.write_model("swap", name, self._ready)
-        put_back = functools.partial(self._put_back, exchange, mine, carrier)
+        average, shards, exchange, gather = self._calls.write_model("swap", name, self._ready)
+        put_back = functools.partial(self._put_back, exchange, shards, gather)
         state = self._calls.swap
         guards: list[Any] = []
         try:
@@ -107,16 +108,16 @@ class Swaps:
                 guard = functools.partial(self._calls.check_allowed, "an optimizer step")
                 guards.append(self._weights.engine.hook(before=guard))
             state.inside = average.name
-            with writable(), self._weights.spread("swap", carrier, self._averages.ranks):
+            with writable(), self._weights.publish_writes("swap", gather, self._averages.ranks):
                 self._weights.await_copies()
                 exchange.swap_in()
             self._weights.announce_write()
-            tensors = self._weights.counted(mine)
+            tensors = self._weights.counted(shards)
             versions = {fqn: tensor._version for fqn, tensor in tensors.items()}
             yield
             written = [fqn for fqn, t in tensors.items() if t._version != versions[fqn]]
         finally:
-            state.due = put_back  # before anything that a signal's handler could interrupt
+            state.due = put_back  # first, before a signal handler can interrupt
             interrupt: BaseException | None = None
             while state.due is not None:
                 try:
@@ -134,50 +135,58 @@ class Swaps:
         raise RuntimeError(
             f"rank {self._averages.ranks.rank}: {abbreviate(written)}: written inside swap(), so "
             "the write went into the average and the weights are as before the swap; write "
-            "weights outside of it, and call ema.reset() or ema.load() to mend the average"
+            "weights outside of it, and call ema.reset() or ema.load() to repair the average"
         )
 
-    def _ready(self, average: Average) -> tuple[Average, list[Shard], Exchange, Spread | None]:
+    def _ready(
+        self, average: Average
+    ) -> tuple[Average, list[Shard], Exchange, AllGatherSlices | None]:
         notices = self._calls.notices
         notices.missed("swap", self._updates.following)
         notices.never_updated("swap", average)
         self._updates.refresh()
         self._updates.flush("swap")
         exchange = Exchange(self._averages.held(average), average.shadows.views)
-        return average, self._weights.mine, exchange, self._carrier(average)
+        return average, self._weights.averaged_shards, exchange, self._all_gather_slices(average)
 
-    def _carrier(self, average: Average, *, masters: bool = False) -> Spread | None:
-        """What brings an average's slices to the other replicas, where it is kept in slices."""
+    def _all_gather_slices(
+        self, average: Average, *, masters: bool = False
+    ) -> AllGatherSlices | None:
+        """Gathers an average that is kept in slices on all replicas; None for other averages."""
         if not average.policy.shard_replicas:
             return None
-        return self._weights.carrier(average.policy, self._averages.ranks, masters=masters)
+        return self._weights.all_gather_slices(
+            average.policy, self._averages.ranks, masters=masters
+        )
 
-    def _put_back(self, exchange: Exchange, mine: Sequence[Shard], carrier: Spread | None) -> None:
-        """The end of a swap: the weights come back, and the EMA can be used again.
+    def _put_back(
+        self, exchange: Exchange, shards: Sequence[Shard], gather: AllGatherSlices | None
+    ) -> None:
+        """Ends a swap: restores the weights, after which the EMA can be used again.
 
         Raises:
-            SwapError: some weights have no place in what the model is now.
-            RuntimeError: the exchange failed: no call goes on from here.
+            SwapError: some weights do not fit the model as it is now.
+            RuntimeError: the exchange failed; every later call raises.
         """
         ranks, state = self._averages.ranks, self._calls.swap
-        end = _End(self._calls, exchange, mine)
+        end = _End(self._calls, exchange, shards)
         try:
             with uninterrupted():
                 try:
-                    # once on every rank, however often this one is interrupted
-                    with self._weights.spread("swap", carrier, ranks):
-                        end.failed.append(to_the_end(end.take_out))
-                    end.failed.append(to_the_end(end.arrive))
+                    # exactly once on every rank, also if this one is interrupted
+                    with self._weights.publish_writes("swap", gather, ranks):
+                        end.failed.append(to_the_end(end.restore))
+                    end.failed.append(to_the_end(end.restore_replaced))
                 except Exception as error:
                     state.torn = f"{type(error).__name__}: {error}"
                     raise
                 finally:
                     state.inside = state.due = None
-                with contextlib.suppress(RuntimeError), writable():  # the next call says so
+                with contextlib.suppress(RuntimeError), writable():  # the next call raises it
                     self._updates.refresh()
         finally:
-            end.tell_lost(ranks.rank)
-        end.tell_replaced(ranks.rank)
+            end.raise_lost(ranks.rank)
+        end.warn_replaced(ranks.rank)
         for cause in filter(None, end.failed):
             raise cause
 
@@ -197,20 +206,20 @@ class Swaps:
                 raise ValueError(f"copy_to_model: got every={every!r}, expected a whole number > 0")
             return {"every": every}
 
-        def ready(average: Average) -> tuple[Average, Spread | None]:
+        def ready(average: Average) -> tuple[Average, AllGatherSlices | None]:
             self._calls.notices.missed("copy_to_model", self._updates.following)
             self._updates.refresh()
             self._updates.flush("copy_to_model")
-            return average, self._carrier(average, masters=True)
+            return average, self._all_gather_slices(average, masters=True)
 
         self._write(*self._calls.write_model("copy_to_model", name, ready, given))
 
-    def _write(self, average: Average, carrier: Spread | None) -> None:
-        """The average becomes the weights, and the masters."""
+    def _write(self, average: Average, gather: AllGatherSlices | None) -> None:
+        """Writes the average over the weights, and over the masters."""
 
         def write() -> None:
             self._weights.await_copies()
-            for group in present(self._averages.held(average), write=True):
+            for group in materialized(self._averages.held(average), write=True):
                 for shard in group:
                     shard.local.copy_(average.shadows.views[shard.fqn])
                     if shard.weights is not None:
@@ -219,7 +228,7 @@ class Swaps:
         ranks = self._averages.ranks
         with uninterrupted():
             try:
-                with writable(), self._weights.spread("copy_to_model", carrier, ranks):
+                with writable(), self._weights.publish_writes("copy_to_model", gather, ranks):
                     interrupt = to_the_end(write)
             finally:
                 self._weights.announce_write()
@@ -229,21 +238,21 @@ class Swaps:
 
 
 class _End:
-    """The two halves of the end of a swap, each of which may be done twice, and what they found.
+    """The two steps of the end of a swap, each of which may run twice, and their findings.
 
     Attributes:
-        failed: what is to be raised when the weights are back.
+        failed: errors to raise once the weights are restored.
     """
 
-    def __init__(self, calls: Calls, exchange: Exchange, mine: Sequence[Shard]) -> None:
+    def __init__(self, calls: Calls, exchange: Exchange, shards: Sequence[Shard]) -> None:
         self.failed: list[BaseException | None] = []
         self._calls, self._weights = calls, calls.weights
-        self._exchange, self._mine = exchange, mine
+        self._exchange, self._shards = exchange, shards
         self._lost: dict[str, Tensor] = {}
         self._looked: list[list[str]] = []
 
-    def take_out(self) -> None:
-        """The model's tensors have the weights again."""
+    def restore(self) -> None:
+        """Restores the weights in the tensors that were swapped."""
         with writable():
             try:
                 self._weights.ensure_sharded(force=True)
@@ -251,29 +260,29 @@ class _End:
                 self.failed.append(error)
             self._weights.await_copies()
             if not self._looked:  # once, while the model has the average
-                self._looked.append(self._weights.replaced(self._mine))
+                self._looked.append(self._weights.replaced(self._shards))
             self._exchange.swap_out()
 
-    def arrive(self) -> None:
-        """Weights whose tensors were replaced come to the new ones."""
+    def restore_replaced(self) -> None:
+        """Copies weights to the tensors that have replaced their own in the model."""
         with writable():
-            self._lost.update(self._weights.give_back(self._mine))
+            self._lost.update(self._weights.give_back(self._shards))
         self._weights.announce_write()
         self._calls.updates.following.seen()
 
-    def tell_lost(self, rank: int) -> None:
-        """Raises SwapError for weights that have no place."""
+    def raise_lost(self, rank: int) -> None:
+        """Raises SwapError for weights that do not fit the model."""
         if self._lost:
             raise SwapError(
                 f"rank {rank}: {abbreviate(sorted(self._lost))}: the swap has left a "
-                "model that has no tensor of this name, shape and precision to take the weights "
-                "back; they are in error.weights, this rank's part of each: put them where they "
-                "belong; the average is as before",
+                "model that has no tensor of this name, shape and precision to restore the weights "
+                "in; error.weights holds this rank's part of each: copy them where they belong; "
+                "the average is unchanged",
                 weights=self._lost,
             )
 
-    def tell_replaced(self, rank: int) -> None:
-        """Warns of weights that were loaded in the block."""
+    def warn_replaced(self, rank: int) -> None:
+        """Warns of weights that were loaded inside the block."""
         if any(self._looked):
             log.warning(
                 "rank %d: %s: replaced inside swap() by other values, as by "

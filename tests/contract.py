@@ -328,7 +328,9 @@ def a_write_inside_swap_is_reported(layout: Layout) -> None:
     model, ema, _ = trained(layout)
     before = forward(model.eval())
     with pytest.raises(RuntimeError, match=r"written inside swap"), ema.swap(), torch.no_grad():
-        next(s for s in ema.internal.averages.weights.mine if s.local.numel()).local.add_(1)
+        next(
+            s for s in ema.internal.averages.weights.averaged_shards if s.local.numel()
+        ).local.add_(1)
     assert torch.equal(forward(model), before)
 
 
@@ -398,7 +400,7 @@ def metrics_are_those_of_the_whole_model(layout: Layout) -> None:
     still.update()
     assert still.metrics()["unmoved"] > 0.99
     with writable():
-        for shard in still.internal.averages.weights.mine:
+        for shard in still.internal.averages.weights.averaged_shards:
             still.internal.averages["ema"].shadows.views[shard.fqn].fill_(torch.nan)
     count = sum(v.numel() for v in full.values())
     assert still.metrics()["nonfinite"] == count
@@ -434,7 +436,7 @@ def the_ema_is_called_like_the_model(layout: Layout) -> None:
         with ema.swap():
             expected = model(zoo.tokens()).clone()
     assert torch.equal(said, expected)
-    with pytest.raises(RuntimeError, match=r"rank \d+: ema\(\.\.\.\) with gradients on"):
+    with pytest.raises(RuntimeError, match=r"rank \d+: ema\(\.\.\.\) with gradients enabled"):
         ema(zoo.tokens())
     with torch.no_grad(), ema.swap(), pytest.raises(RuntimeError, match=r"inside swap"):
         ema(zoo.tokens())
@@ -608,7 +610,7 @@ def a_replica_that_is_none_is_refused(layout: Layout) -> None:
     ema = layout.keep(model, 0.5)
     with writable():
         view = next(iter(ema.internal.averages["ema"].shadows.views.values()))
-        shards = ema.internal.averages.weights.mine
+        shards = ema.internal.averages.weights.averaged_shards
     ema.full_state_dict()
     replicated = [
         (item.fqn, holders)

@@ -347,7 +347,7 @@ def ranks_with_other_schedules_or_buffers() -> None:
     with pytest.raises(ValueError, match=r'low: this buffer is finite on some .*{"low": "copy"}'):
         mixed.full_state_dict()
     if first:
-        with pytest.raises(ValueError, match="a stage of a pipeline is given as a list"):
+        with pytest.raises(ValueError, match="pass a pipeline stage as a list"):
             ShardedEMA(model, 0.5, select="9.*")
 
 

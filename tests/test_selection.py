@@ -52,19 +52,22 @@ def test_what_is_lent_moves_by_the_same_weights() -> None:
     """Masters on NVMe are averaged group by group, each with the weights of all averages."""
     model = nn.ModuleDict({name: nn.Linear(3, 2) for name in ("a", "b")})
     rules = {"one": 0.75, "mixed": schedules.by_pattern({"b.*": 0.25}, 0.5)}
-    at_once, lent = ShardedEMA(model, rules), ShardedEMA(model, rules)
+    at_once, in_groups = ShardedEMA(model, rules), ShardedEMA(model, rules)
     with torch.no_grad():
         for param in model.parameters():
             param.add_(1)
     at_once.update()
-    updates, shards = lent.internal.updates, lent.internal.averages.weights.mine
+    updates, shards = (
+        in_groups.internal.updates,
+        in_groups.internal.averages.weights.averaged_shards,
+    )
     _, flat = updates.decide(1)
     assert flat == [0.25, 0.5, 0.75]
     with torch.no_grad():
         for child in ("a", "b", "none"):  # a group at a time, one of them empty on this rank
-            updates.lerp_lent([s for s in shards if s.fqn.startswith(child)], flat)
+            updates.lerp_materialized([s for s in shards if s.fqn.startswith(child)], flat)
     for name in rules:
-        full, expected = lent.full_state_dict(name), at_once.full_state_dict(name)
+        full, expected = in_groups.full_state_dict(name), at_once.full_state_dict(name)
         assert all(torch.equal(full[fqn], value) for fqn, value in expected.items())
 
 

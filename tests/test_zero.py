@@ -197,11 +197,11 @@ def an_update_is_one_lerp_for_each_partition(config: Config) -> None:
     engine = config.engine()
     ema = ShardedEMA(engine, 0.5)
     shadows = ema.internal.averages["ema"].shadows
-    runs, _ = shadows.runs(ema.internal.averages.weights.mine)
+    runs, _ = shadows.runs(ema.internal.averages.weights.averaged_shards)
     opt = engine.optimizer
     expected = {
-        "AdamW": len(ema.internal.averages.weights.mine),
-        "FP16_UnfusedOptimizer": len(ema.internal.averages.weights.mine),
+        "AdamW": len(ema.internal.averages.weights.averaged_shards),
+        "FP16_UnfusedOptimizer": len(ema.internal.averages.weights.averaged_shards),
         "FP16_Optimizer": 1,
         "BF16_Optimizer": len(opt.param_groups),
         "DeepSpeedZeroOptimizer": len(opt.param_groups),

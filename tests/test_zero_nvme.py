@@ -49,9 +49,9 @@ def make(folder: str) -> Any:
         },
     )
     opt = engine.optimizer
-    lent = [g for g in range(len(opt.fp16_groups)) if opt._swappable_optimizer_subgroup(g)]
-    assert len(lent) >= 2, opt.fp16_partitioned_groups_flat_numel
-    assert all(opt.fp32_partitioned_groups_flat[g].numel() == 0 for g in lent)
+    on_disk = [g for g in range(len(opt.fp16_groups)) if opt._swappable_optimizer_subgroup(g)]
+    assert len(on_disk) >= 2, opt.fp16_partitioned_groups_flat_numel
+    assert all(opt.fp32_partitioned_groups_flat[g].numel() == 0 for g in on_disk)
     return engine
 
 

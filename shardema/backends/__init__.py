@@ -1,20 +1,20 @@
-"""From a model to its shards: one module for each way that a model can be sharded.
+"""Backends read a model as shards: one module for each way that a model can be sharded.
 
 A backend is a module with
 
-* ``matches(models) -> bool``: the models are of this kind;
-* ``read(models) -> list[Shard]``: every parameter and persistent buffer, no collective. Call
+* ``matches(models) -> bool``: whether the models are sharded in this way;
+* ``read(models) -> list[Shard]``: every parameter and persistent buffer, without a collective. Call
   ``ensure_sharded`` before it;
-* ``ensure_sharded(models, force=False)``: frees what a forward left gathered, so that the shards
-  are what the model computes with next; raises RuntimeError while somebody needs what is gathered,
-  unless ``force`` is given;
-* ``mark_written(models)``: the shards were written; a backward through an earlier forward must
-  raise instead of mixing weights;
+* ``ensure_sharded(models, force=False)``: frees weights that a forward left gathered, so that the
+  next forward uses the shards; raises RuntimeError while the gathered weights are in use, unless
+  ``force`` is set;
+* ``mark_written(models)``: called after the shards were written; a backward through an earlier
+  forward must then raise instead of mixing weights;
 * ``ranks(models) -> tuple[int, ...] | None``: global ranks that share the models, None for all;
-* ``engine(models) -> Engine | None``: who steps the weights and spreads what was written into
-  them, where the training loop and the forward do not.
+* ``engine(models) -> Engine | None``: the engine that steps the weights and gathers what was
+  written into them; None if the training loop and the forward do.
 
-Private attributes of torch's FSDP and of DeepSpeed are named in their one file only.
+Private attributes of FSDP and DeepSpeed are used in the file of their backend only.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Models = Sequence[nn.Module]
 
 
 class Handle(Protocol):
-    """Ends what it stands for."""
+    """Handle of a hook, as torch's ``RemovableHandle``."""
 
     def remove(self) -> None: ...
 
 
 class Engine(Protocol):
-    """What steps the weights by itself; `zero.Engine` says what each call does."""
+    """An engine that steps the weights itself; the methods are documented in `zero.Engine`."""
 
     def applied(self) -> int | None: ...
 
@@ -56,7 +56,7 @@ class Engine(Protocol):
 
 
 class Backend(Protocol):
-    """What every backend module offers; see the module's docstring."""
+    """The functions of a backend module; see the docstring of this module."""
 
     def matches(self, models: Models) -> bool: ...
 
@@ -72,10 +72,10 @@ class Backend(Protocol):
 
 
 class _Late:
-    """A backend whose module is imported for models that may be of its kind.
+    """A backend whose module is imported only if a model may match it.
 
-    A model is made of classes that somebody has imported. Where nobody did, `import shardema` need
-    not: torch's FSDP and DTensor take a second.
+    A model can only match if the package that shards it has been imported. Until then `import
+    shardema` does not import it either: torch's FSDP and DTensor take about a second.
     """
 
     def __init__(self, name: str, package: str) -> None:
@@ -103,7 +103,7 @@ BACKENDS: dict[str, Backend] = {"plain": plain, **cast("dict[str, Backend]", _LA
 
 
 def refuse_unknown(models: Models) -> None:
-    """Raises ValueError for wrappers that are not known, and for a part of a sharded module."""
+    """Raises ValueError for unknown wrappers, and for a part of a sharded module."""
     refuse_unknown_wrappers(models)
     for late in (_LATE["fsdp1"], _LATE["fsdp2"]):
         if late.may_match():
@@ -115,7 +115,7 @@ def find(models: Models, name: str = "auto") -> tuple[str, Backend]:
 
     Args:
         models: modules as the training loop holds them, wrapped.
-        name: ``"auto"``, or the name of the backend that must match. ``"plain"`` also takes DDP.
+        name: ``"auto"``, or the name of the backend that must match. ``"plain"`` includes DDP.
 
     Raises:
         ValueError: two backends match, the named one does not, or there is no such backend.
@@ -124,7 +124,7 @@ def find(models: Models, name: str = "auto") -> tuple[str, Backend]:
     if len(matching) > 1:
         raise ValueError(
             f"the model is sharded in several ways at once: {matching}; shard it in one way, or "
-            "keep one ShardedEMA for each part"
+            "build one ShardedEMA for each part"
         )
     found = matching[0] if matching else "plain"
     if name not in ("auto", *BACKENDS):

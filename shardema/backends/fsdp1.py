@@ -1,4 +1,4 @@
-"""FullyShardedDataParallel (FSDP1): every rank holds one flat range of each flat parameter.
+"""FullyShardedDataParallel (FSDP1): every rank holds a contiguous range of each flat parameter.
 
 ::
 
@@ -6,8 +6,8 @@
     this rank's range                    [----------]
     its shards                           weight[start:], bias[:stop]    as flat boxes
 
-All strategies and both settings of ``use_orig_params`` are read from the flat parameter's own
-bookkeeping, since with ``use_orig_params=False`` the module has no parameters of its own.
+All strategies and both settings of ``use_orig_params`` are read from the metadata of the flat
+parameter, since with ``use_orig_params=False`` the modules have no parameters.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _handles(models: Sequence[nn.Module]) -> Iterator[tuple[FSDP, Any]]:
 
 
 def read(models: Sequence[nn.Module]) -> list[Shard]:
-    """Flat boxes of every flat parameter; parameters that FSDP ignores are whole.
+    """Flat boxes of every flat parameter, and whole shards of parameters that FSDP ignores.
 
     Raises:
         ValueError: a parameter of a flat parameter is a DTensor (FSDP1 with tensor parallel).
@@ -75,7 +75,7 @@ def read(models: Sequence[nn.Module]) -> list[Shard]:
 
 
 def _replicas(owner: FSDP, handle: Any) -> tuple[dist.ProcessGroup, ...]:
-    """The groups whose ranks hold the same range: of a hybrid strategy, or all without shards."""
+    """The groups whose ranks hold the same range: with a hybrid strategy, or with NO_SHARD."""
     if not handle.uses_sharded_strategy:
         return (handle.process_group,)
     between = getattr(owner, "_inter_node_pg", None)
@@ -100,7 +100,7 @@ def _flat_shards(
         named = [f"{prefix}{info.param_name}" for prefix in prefixes.get(id(info.module), ())]
         named += aliases.get((id(info.module), info.param_name), [])
         if not named:
-            continue  # of a module that the model no longer has; what has its name now is read too
+            continue  # the model no longer has this module; its replacement is read instead
         first, *more = named
         skip.add((id(info.module), info.param_name))
         if extensions[index] is not None:
@@ -128,18 +128,18 @@ def _flat_shards(
 
 
 def _trains(flat: Any, index: int) -> bool:
-    params = flat._params  # None without use_orig_params, where a flat parameter trains as one
+    params = flat._params  # None without use_orig_params: the flat parameter trains as a whole
     return True if params is None else bool(params[index].requires_grad)
 
 
 def _local(flat: Any) -> torch.Tensor:
-    """This rank's range of the flat parameter, whatever the forward has left in ``flat.data``."""
+    """This rank's range of the flat parameter, also while ``flat.data`` is gathered."""
     local: torch.Tensor = getattr(flat, "_local_shard", flat)  # set by the first forward
     return local.detach()
 
 
 def _ordered_boxes(shape: Dims, order: Dims, start: int, numel: int) -> tuple[Box, ...]:
-    """Flat boxes of a range that counts the elements in the order of memory."""
+    """Flat boxes of a range of elements in memory order."""
     if not order:
         return flat_boxes(shape, start, numel)
     stored = flat_boxes(tuple(shape[dim] for dim in order), start, numel)
@@ -160,7 +160,7 @@ def _address(handle: Any, flat: Any, offset: int | None) -> Callable[[], int]:
 
 
 def _in_state_dict_order(shards: list[Shard], models: Sequence[nn.Module]) -> list[Shard]:
-    """Sorted as the unwrapped model would list them: by module, then by place of registration."""
+    """Sorted as in the unwrapped model's state dict: by module, then by registration."""
     place: dict[str, int] = {}
     for model in models:
         for prefix, _ in walk(model):
@@ -170,26 +170,27 @@ def _in_state_dict_order(shards: list[Shard], models: Sequence[nn.Module]) -> li
 
 
 def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
-    """Frees gathered flat parameters, and only those.
+    """Frees flat parameters that are gathered.
 
-    SHARD_GRAD_OP keeps all of them after an eval forward, FULL_SHARD those of the root; a prefetch
-    may have gathered one of a layer that was skipped then. Torch has no public call for it.
+    After an eval forward, SHARD_GRAD_OP keeps all of them gathered and FULL_SHARD those of the
+    root; a prefetch may have gathered one of a layer that was then skipped. torch has no public
+    function for it.
 
     Raises:
-        RuntimeError: inside ``summon_full_params``, or a forward or backward that needs them is
-            under way; not with ``force``.
+        RuntimeError: inside ``summon_full_params``, or while a forward or backward that needs them
+            is running; not with ``force``.
     """
     handles = list(_handles(models))
     if not force:
         _refuse_busy(models, [handle for _, handle in handles])
     for module, handle in handles:
         if not hasattr(handle.flat_param, "_local_shard"):
-            continue  # before the first forward all is sharded
-        if handle._prefetched:  # it may still read what will be written
+            continue  # before the first forward everything is sharded
+        if handle._prefetched:  # the all-gather may still read the shard
             module._device_handle.current_stream().wait_stream(module._unshard_stream)
         if _gathered(handle):
             _reshard(module, handle, handle.uses_sharded_strategy)
-            for buffer in _allocated(handle):  # in the precision that is not the present mode's
+            for buffer in _allocated(handle):  # in the precision of the other mode (train or eval)
                 _no_dispatch_record_stream(buffer, module._device_handle.current_stream())
                 _free_storage(buffer)
 
@@ -217,7 +218,7 @@ def _gathered(handle: Any) -> bool:
 
 
 def _allocated(handle: Any) -> list[torch.Tensor]:
-    """What all-gathers have filled and nobody has freed."""
+    """All-gather buffers that are allocated."""
     if not handle.uses_sharded_strategy:
         return []
     names = ("_full_param_padded", "_full_prec_full_param_padded")
@@ -226,12 +227,12 @@ def _allocated(handle: Any) -> list[torch.Tensor]:
 
 
 def refuse_parts(models: Sequence[nn.Module]) -> None:
-    """Raises ValueError where a flat parameter reaches out of the models.
+    """Raises ValueError if a wrapper outside of the models holds their flat parameter.
 
-    Such a flat parameter is gathered and freed by a wrapper that the models do not have.
+    That wrapper gathers and frees it.
     """
     flats = [handle.flat_param for _, handle in _handles(models)]
-    mine = {id(tensor) for flat in flats for tensor in _flattened_into(flat)}
+    inside = {id(tensor) for flat in flats for tensor in _flattened_into(flat)}
     modules = [module for model in models for module in model.modules()]
     flattened = [
         tensor
@@ -243,14 +244,14 @@ def refuse_parts(models: Sequence[nn.Module]) -> None:
     strange = [
         flat
         for flat in (t if t._base is None else t._base for t in flattened)
-        if _is_fsdp_flattened(flat) and id(flat) not in mine
+        if _is_fsdp_flattened(flat) and id(flat) not in inside
     ]
     if strange:
         refuse_part(models, _wrapper_of(strange[0]), "FullyShardedDataParallel")
 
 
 def _wrapper_of(flattened: torch.Tensor) -> nn.Module | None:
-    """The wrapper whose flat parameter holds a tensor, which does not know it itself."""
+    """The wrapper whose flat parameter contains a tensor, searched among all objects."""
     for thing in gc.get_objects():
         handle = getattr(thing, "_handle", None) if issubclass(type(thing), FSDP) else None
         if handle is not None and any(t is flattened for t in _flattened_into(handle.flat_param)):
@@ -260,18 +261,18 @@ def _wrapper_of(flattened: torch.Tensor) -> nn.Module | None:
 
 
 def _flattened_into(flat: Any) -> tuple[torch.Tensor, ...]:
-    """The flat parameter, and the parameters that are in it where the module keeps its own."""
+    """The flat parameter, and the original parameters in it (with ``use_orig_params``)."""
     return (flat, *(flat._params or ()), *(flat._shared_params or ()))
 
 
 def mark_written(models: Sequence[nn.Module]) -> None:
-    """Bumps the version of the flat parameters, whose views a pending backward holds."""
+    """Bumps the versions of the flat parameters, which a pending backward checks."""
     for _, handle in _handles(models):
         torch.autograd.graph.increment_version(handle.flat_param)
 
 
 def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:
-    """The ranks of the sharding groups; all of them where the shards are replicated."""
+    """The ranks of the sharding groups; None (all ranks) with a hybrid strategy."""
     found: set[int] = set()
     for module, handle in _handles(models):
         if hasattr(module, "_inter_node_pg"):
@@ -281,4 +282,4 @@ def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:
 
 
 def engine(models: Sequence[nn.Module]) -> None:
-    """None: the training loop steps the weights, and the wrapper gathers them in each forward."""
+    """None: the training loop steps the weights, and each forward gathers them."""

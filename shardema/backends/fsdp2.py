@@ -31,7 +31,7 @@ from shardema.shards.shard import REPLACED, Shard
 
 
 def matches(models: Sequence[nn.Module]) -> bool:
-    """Some module was given to ``fully_shard``, or some parameter is a DTensor."""
+    """Some module was passed to ``fully_shard``, or some parameter is a DTensor."""
     return any(
         isinstance(module, FSDPModule) or any(isinstance(p, DTensor) for p in _own(module))
         for model in models
@@ -44,11 +44,10 @@ def _own(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def read(models: Sequence[nn.Module]) -> list[Shard]:
-    """The boxes of each DTensor; what is no DTensor (``ignored_params``) is whole on every rank.
+    """The boxes of each DTensor, and whole shards of other tensors (``ignored_params``).
 
     Raises:
-        ValueError: a DTensor is a partial sum, or this rank's part of it is not what its
-            placements say.
+        ValueError: a DTensor holds partial sums, or its local part does not match its placements.
     """
     return tie_shared_storage(
         [
@@ -82,10 +81,10 @@ def _dtensor_shard(named: Named) -> Shard:
 
 
 def _boxes_of(fqn: str, param: DTensor, sizes: Dims) -> tuple[tuple[Dims, ...], tuple[Box, ...]]:
-    """Where each box begins in this rank's part ``[*sizes]``, and the boxes.
+    """The offset of each box in the local part ``[*sizes]``, and the boxes.
 
     Raises:
-        ValueError: partial sums, unknown placements, or a part of another shape than they give.
+        ValueError: partial sums, unknown placements, or a part whose shape does not match them.
     """
     odd = [how for how in param.placements if not isinstance(how, _KNOWN)]
     if any(placement.is_partial() for placement in param.placements):
@@ -96,7 +95,7 @@ def _boxes_of(fqn: str, param: DTensor, sizes: Dims) -> tuple[tuple[Dims, ...], 
     if param.numel() == 0:  # FSDP2 keeps [0, 0] of [4, 0]
         return (), ()
     chunks = _declared(param)
-    if chunks is not None:  # by who made it, as torch.distributed.checkpoint takes it
+    if chunks is not None:  # by its maker; torch.distributed.checkpoint uses them, too
         held = [chunk for chunk in chunks if chunk.numel]
         if not held and 0 in sizes:
             return (), ()
@@ -122,11 +121,11 @@ def _boxes_of(fqn: str, param: DTensor, sizes: Dims) -> tuple[tuple[Dims, ...], 
 
 
 _KNOWN = (ShardPlacement, _StridedShard, Replicate)
-_Stretch = tuple[int, int, int]  # where in the local dim, where in the full one, how long
+_Stretch = tuple[int, int, int]  # offset in the local dim, offset in the full dim, length
 
 
 def _declared(param: DTensor) -> list[Box] | None:
-    """The chunks that the local tensor itself says that it holds; None where it says nothing."""
+    """The chunks that the local tensor declares (``__create_chunk_list__``), or None."""
     tell = getattr(param._local_tensor, "__create_chunk_list__", None)
     if tell is None:
         return None
@@ -135,7 +134,7 @@ def _declared(param: DTensor) -> list[Box] | None:
 
 
 def _stretches(param: DTensor) -> list[list[_Stretch]]:
-    """For each dim the stretches of the full dim that this rank's part holds, in its order."""
+    """For each dim, the contiguous ranges of the full dim that the local part holds, in order."""
     shape, mesh = tuple(param.shape), param.device_mesh
     placements: tuple[Any, ...] = param.placements
     strided = {how.dim for how in placements if isinstance(how, _StridedShard)}
@@ -159,10 +158,11 @@ def _stretches(param: DTensor) -> list[list[_Stretch]]:
 
 @functools.lru_cache(maxsize=1024)
 def _cut(size: int, cuts: tuple[tuple[int, int, int], ...]) -> tuple[_Stretch, ...]:
-    """What is left of a dim of ``size`` rows when torch itself cuts it, axis by axis.
+    """The rows of a dim of ``size`` that this rank holds, from torch's own splits, axis by axis.
 
     Args:
-        cuts: split factor (0 for a plain shard), number of parts and which of them this rank has.
+        cuts: for each mesh axis, the split factor (0 for a plain shard), the number of parts and
+            the index of this rank's part.
     """
     rows = torch.arange(size, device="cpu")
     for factor, count, index in cuts:
@@ -185,7 +185,7 @@ def _address(named: Named, param: DTensor) -> Callable[[], int]:
 
 
 def _groups(models: Iterable[nn.Module]) -> Iterator[Any]:
-    """The parameter groups of ``fully_shard`` in the models, those of several modules once."""
+    """The parameter groups of ``fully_shard`` in the models, each once."""
     seen: set[int] = set()
     for model in models:
         for module in model.modules():
@@ -207,12 +207,11 @@ def _groups_of(state: Any) -> Sequence[Any]:
 def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
     """Frees gathered parameters: the root group stays gathered after an eval forward.
 
-    An all-gather that is under way (a prefetch of a layer that was skipped then,
-    ``unshard(async_op=True)``) is waited for and forgotten: the next forward would use what it
-    brings, whatever was written since.
+    A pending all-gather (a prefetch of a layer that was then skipped, ``unshard(async_op=True)``)
+    is awaited and discarded: else the next forward would use its result, without later writes.
 
     Raises:
-        RuntimeError: a forward or backward that needs them is under way; not with ``force``.
+        RuntimeError: a forward or backward that needs them is running; not with ``force``.
     """
     groups = list(_groups(models))
     busy = [group for group in groups if group._training_state.name != "IDLE"]
@@ -224,7 +223,7 @@ def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
         )
     for group in groups:
         _forget_pending(group)
-        # `reshard` leaves some gathered where a forward has failed half way
+        # `reshard` leaves some gathered after a forward that raised
         group._to_sharded()
 
 
@@ -240,11 +239,12 @@ def _forget_pending(group: Any) -> None:
 
 
 def mark_written(models: Sequence[nn.Module]) -> None:
-    """Bumps the version of the gathered parameters, which a pending backward compares.
+    """Bumps the versions of the gathered parameters, which a pending backward checks.
 
-    A graph from before the write holds those tensors, and FSDP would fill them with the new
-    weights: autograd now raises instead. What the user has set for the next all-gather to wait for
-    (``set_post_optim_event``) came before the write: cleared, it waits for the current stream.
+    A graph from before the write holds these tensors, and FSDP would gather the new weights into
+    them: with the new version autograd raises instead. An event of ``set_post_optim_event`` was
+    recorded before the write; it is cleared, so that the next all-gather waits for the current
+    stream.
     """
     for group in _groups(models):
         for fsdp_param in group.fsdp_params:
@@ -263,10 +263,9 @@ def mark_written(models: Sequence[nn.Module]) -> None:
 
 
 def refuse_parts(models: Sequence[nn.Module]) -> None:
-    """Raises ValueError where a group of ``fully_shard`` reaches out of the models.
+    """Raises ValueError if a module outside of the models holds their ``fully_shard`` group.
 
-    Such a group is gathered and freed by a module that the models do not have: what the models
-    hold may be a gathered copy at any time.
+    That module gathers and frees the group, so the models' parameters may be gathered at any time.
     """
     inside = {id(module) for model in models for module in model.modules()}
     for module in list(_module_state_mapping):
@@ -282,9 +281,9 @@ def refuse_parts(models: Sequence[nn.Module]) -> None:
 
 
 def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:
-    """The ranks of the meshes that the parameters' own meshes were sliced from.
+    """The ranks of the root meshes of the parameters' meshes.
 
-    A pipeline stage's mesh is a slice of the mesh of all stages: all of them share the model.
+    A pipeline stage's mesh is a slice of the mesh of all stages, and all of them share the model.
     """
     found: set[int] = set()
     for named in named_tensors(models, set()):
@@ -296,4 +295,4 @@ def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:
 
 
 def engine(models: Sequence[nn.Module]) -> None:
-    """None: the training loop steps the weights, and the wrapper gathers them in each forward."""
+    """None: the training loop steps the weights, and each forward gathers them."""

@@ -1,4 +1,4 @@
-"""Whether a forward or a backward of a model is under way in this thread."""
+"""Whether a forward or a backward of a model is running in this thread."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ _CALL = nn.Module._call_impl.__code__
 
 
 def in_backward() -> bool:
-    """Whether autograd runs this, from a hook."""
+    """Whether this runs inside a backward, in a hook."""
     return torch._C._current_graph_task_id() != -1
 
 
 def in_forward(models: Sequence[nn.Module]) -> bool:
     """Whether a module of ``models`` is being called.
 
-    Told from the frames of this thread: FSDP's own state says so too after a forward that failed.
+    Found in the frames of this thread, since FSDP's own state is still "forward" after a forward
+    that failed.
     """
     frame = sys._getframe(1)
     called = set()

@@ -15,7 +15,7 @@ from shardema.shards.shard import Shard
 
 
 def matches(models: Sequence[nn.Module]) -> bool:
-    """Always: this is what is left when no other backend matches."""
+    """Always True: used when no other backend matches."""
     return True
 
 
@@ -42,11 +42,11 @@ def _wrappers(models: Sequence[nn.Module]) -> Iterator[DistributedDataParallel]:
 
 
 def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
-    """Nothing to do: whole tensors are always what the model computes with."""
+    """Does nothing: no weights are gathered."""
 
 
 def mark_written(models: Sequence[nn.Module]) -> None:
-    """Tells tensor subclasses, whose insides were written; autograd saw the other writes."""
+    """Bumps the versions of wrapper subclasses; autograd has seen the writes to other tensors."""
     mark_wrapped(param for model in models for param in model.parameters())
 
 

@@ -1,6 +1,6 @@
-"""Tensor subclasses, as quantisation and float8 training make them: where their values are.
+"""Tensor subclasses, such as those of quantization and float8 training, and their values.
 
-A subclass that wraps other tensors has no memory of its own. `values_of` finds the plain tensor
+A subclass that wraps other tensors has no storage of its own. `values_of` finds the plain tensor
 with its values, which is averaged. A subclass without one is opaque: it is never averaged.
 """
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _PRECISE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# what a subclass keeps beside its values and makes anew from them
+# attributes that a subclass caches and can recompute from its values
 _CACHES = {"_precomputed_scale"}
 
 
 def values_of(tensor: Tensor) -> Tensor | None:
-    """The plain tensor that holds the values of ``tensor``, None where there is none.
+    """The plain tensor that holds the values of ``tensor``, None if there is none.
 
-    A tensor subclass that wraps others (``torch.Tensor._make_wrapper_subclass``) has no memory of
-    its own. Where it declares by ``__tensor_flatten__`` that it is one tensor of its own shape and
-    dtype, as weights of float8 training are, that one is its value; what is quantised has none.
+    A subclass that wraps others (``torch.Tensor._make_wrapper_subclass``) has no storage of its
+    own. If its ``__tensor_flatten__`` declares a single tensor of the same shape and dtype, as for
+    weights of float8 training, that tensor holds its values; quantized tensors have none.
     """
     kind = type(tensor)
     if kind in _PLAIN:
@@ -40,7 +40,7 @@ def values_of(tensor: Tensor) -> Tensor | None:
 
 
 def pointer(tensor: Tensor) -> int:
-    """Where the values of ``tensor`` lie; 0 where it has none."""
+    """Address of the values of ``tensor``; 0 if it has none."""
     if type(tensor) in _PLAIN:
         return tensor.data_ptr()
     values = values_of(tensor)
@@ -48,12 +48,12 @@ def pointer(tensor: Tensor) -> int:
 
 
 def kind_of(tensor: Tensor) -> str:
-    """The name of a tensor's type, as `Shard.opaque` has it."""
+    """The qualified name of a tensor's type, for `Shard.opaque`."""
     return f"{type(tensor).__module__}.{type(tensor).__qualname__}"
 
 
 def mark_wrapped(tensors: Iterable[Tensor]) -> None:
-    """Tells the wrappers among ``tensors`` that the values inside of them were written."""
+    """Bumps the versions of wrapper subclasses whose values were written; clears their caches."""
     for tensor in tensors:
         if type(tensor) not in _PLAIN and values_of(tensor) is not None:
             torch.autograd.graph.increment_version(tensor)

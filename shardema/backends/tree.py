@@ -1,8 +1,8 @@
-"""Clean names: what the unwrapped model calls its tensors.
+"""Clean names: the names of the tensors in the unwrapped model.
 
 A wrapper (DDP, FSDP, torch.compile, activation checkpointing) holds the wrapped module as a child
-of a known name. Only that child of that type is skipped, so a user's own child called ``module``
-keeps its name.
+with a known name. Only that child of that wrapper type is removed from names, so a user's own child
+called ``module`` keeps its name.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from shardema.shards.boxes import whole
 from shardema.shards.shard import REPLACED, Role, Shard
 from shardema.shards.strides import overlaps, share_memory
 
-# (where the type lives, its name, the child that it wraps); looked up in sys.modules, since a
-# model can only be wrapped by a type that was imported, and importing them all takes seconds.
-FLAT = "_flat_param"  # where FSDP1 registers what is stepped with use_orig_params=False
+FLAT = "_flat_param"  # the name of FSDP1's flat parameter with use_orig_params=False
 
+# (module of the type, its name, the child that it wraps); looked up in sys.modules, since a model
+# can only be wrapped by a type that was imported, and importing them all takes seconds.
 _WRAPPERS = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
@@ -42,10 +42,10 @@ _WRAPPERS = (
     ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
     ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
 )
-# Children of wrappers that are the wrapped module once more.
+# Children of wrappers that are a second reference to the wrapped module.
 _AGAIN = {"_forward_module": "_original_module"}
 
-# Where modules live that rename, cut or flatten the weights of what they hold in other ways.
+# Packages of wrappers that rename, shard or flatten weights in ways that no backend reads.
 _FOREIGN = (
     "apex.parallel.distributed",
     "colossalai",
@@ -60,13 +60,13 @@ _FOREIGN = (
     "torch_xla.distributed",
     "torch_xla.experimental",
 )
-# Names of types that wrap a model for several devices, where they only hold what they wrap.
+# Type names of unknown wrappers: used for modules that have one child and no parameters.
 _SOUNDS_FOREIGN = re.compile(r"DataParallel$|FullySharded|FSDP$|DDP$|^FSDP")
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """One tensor of the model: where it is registered and what it is called."""
+    """One tensor of the model: its clean name and where it is registered."""
 
     fqn: str
     aliases: tuple[str, ...]
@@ -76,12 +76,12 @@ class Named:
     role: Role
 
     def now(self) -> Tensor | None:
-        """What the table holds under this name now."""
+        """The tensor that the module has under this name now."""
         # TorchScript's table has no `get`
         return self.table[self.key] if self.key in self.table else None  # noqa: SIM401
 
     def here(self) -> bool:
-        """Whether the module still has this very tensor; see `Form` for the module itself."""
+        """Whether the module still has this tensor; `Form` checks the module itself."""
         return self.now() is self.tensor
 
     def address(self) -> Callable[[], int]:
@@ -97,7 +97,7 @@ class Named:
 
 
 def wrapped_child(module: nn.Module) -> str | None:
-    """Name of the child that ``module`` wraps, None if it is no wrapper."""
+    """Name of the child that ``module`` wraps, None if it is not a wrapper."""
     for where, name, child in _WRAPPERS:
         home = sys.modules.get(where)
         if home is not None and isinstance(module, getattr(home, name)):
@@ -115,10 +115,10 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def refuse_unknown_wrappers(models: Sequence[nn.Module]) -> None:
-    """Raises ValueError for a module that holds weights in a way that is not known here."""
+    """Raises ValueError for wrappers that store weights in a way that no backend reads."""
     for model in models:
         for prefix, module in walk(model):
-            if wrapped_child(module) is not None:  # known; of engines `zero` refuses some kinds
+            if wrapped_child(module) is not None:  # known; `zero` checks engines
                 continue
             homes = [f"{t.__module__}." for t in type(module).__mro__]
             foreign = any(home.startswith(f"{name}.") for home in homes for name in _FOREIGN)
@@ -128,14 +128,14 @@ def refuse_unknown_wrappers(models: Sequence[nn.Module]) -> None:
             where = f" at {prefix[:-1]!r}" if prefix else ""
             raise ValueError(
                 f"model: got a {kind.__module__}.{kind.__qualname__}{where}, of which shardema "
-                "does not know how it names and cuts the weights; where every rank holds whole "
-                "tensors build the EMA of the module inside of it, else shard the model with "
+                "does not know how it names and shards the weights; if every rank holds whole "
+                "tensors, build the EMA from the module inside of it, else shard the model with "
                 "fully_shard, FullyShardedDataParallel or DeepSpeed ZeRO"
             )
 
 
 def _wraps_by_name(module: nn.Module) -> bool:
-    """Whether a module does nothing but hold another one, and its type says that it shards."""
+    """Whether a module only holds another one and is named like a sharding wrapper."""
     if len(module._modules) != 1 or len(module._parameters):
         return False
     names = [t.__name__ for t in original_class(module).__mro__]
@@ -143,15 +143,15 @@ def _wraps_by_name(module: nn.Module) -> bool:
 
 
 def original_class(module: nn.Module) -> type:
-    """The class as it was before ``fully_shard`` put its own in front: FSDPLinear of Linear."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing is of its classes
+    """The class before ``fully_shard`` replaced it: Linear for FSDPLinear."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if it was never imported, no class is its
     if fsdp is None:
         return type(module)
     return next(c for c in type(module).__mro__ if not issubclass(c, fsdp.FSDPModule))
 
 
 def refuse_part(models: Sequence[nn.Module], root: nn.Module | None, how: str) -> NoReturn:
-    """Raises ValueError: weights of ``models`` are gathered and freed by ``root``, around them."""
+    """Raises ValueError: ``root``, a module around ``models``, gathers and frees their weights."""
     kinds = sorted({type(model).__name__ for model in models})
     around = [] if root is None else list(walk(root))
     parts = [prefix for prefix, module in around if any(module is model for model in models)]
@@ -165,7 +165,7 @@ def refuse_part(models: Sequence[nn.Module], root: nn.Module | None, how: str) -
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its clean prefix (``"a.b."``), one that is registered twice twice."""
+    """Every module with its clean prefix (``"a.b."``); once for each registration."""
     yield prefix, module
     inner = wrapped_child(module)
     again = _AGAIN.get(inner or "")
@@ -175,22 +175,22 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
 
 
 class Form:
-    """Which module is where in the models, as it was when this was made.
+    """A snapshot of the models' module tree, to detect modules that were replaced later.
 
-    A tensor's own table says nothing about whether the model still has that table's module: a block
-    that is deep-copied, sharded anew or made anew leaves an orphan behind that looks as before.
+    `Named.here` only looks into the module that held the tensor. If the model has replaced that
+    module (by a deep copy, a new sharding), the old module still holds its tensors.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         modules = dict.fromkeys(module for model in models for _, module in walk(model))
         tables = [module._modules for module in modules]
-        # TorchScript's are no dicts, and cannot be exchanged
+        # TorchScript's tables are not dicts, and their modules cannot be replaced
         self._tables = [table for table in tables if isinstance(table, dict)]
         self._then = [dict(table) for table in self._tables]
 
     def holds(self) -> bool:
-        """Whether every module still has the children that it had: 20 us for a thousand of them."""
-        # modules are equal where they are the same one
+        """Whether every module still has the same children; 20 us for a thousand modules."""
+        # modules compare by identity
         return self._tables == self._then
 
 
@@ -199,7 +199,7 @@ def named_tensors(models: Sequence[nn.Module], skip: set[tuple[int, str]]) -> li
 
     Args:
         models: wrapped modules; their clean names together name the model.
-        skip: ``(id(module), name)`` of tensors that the caller reads in another way.
+        skip: ``(id(module), name)`` of tensors to leave out, which the caller reads itself.
 
     Raises:
         ValueError: two different tensors have the same clean name.
@@ -223,7 +223,7 @@ def named_tensors(models: Sequence[nn.Module], skip: set[tuple[int, str]]) -> li
                     if seen.setdefault(fqn, id(tensor)) != id(tensor):
                         raise ValueError(
                             f"{fqn}: two tensors of the model have this name; give the modules "
-                            "of the list distinct names, or keep one ShardedEMA for each"
+                            "of the list distinct names, or build one ShardedEMA for each"
                         )
                     if id(tensor) not in first:
                         kind = _role(tensor, role)
@@ -243,7 +243,7 @@ def _role(tensor: Tensor, table: str) -> Role:
 
 
 def whole_shard(named: Named) -> Shard:
-    """The shard of a tensor that this rank holds in full.
+    """The shard of a tensor of which this rank holds all elements.
 
     Raises:
         ValueError: the tensor's elements share memory.
@@ -271,10 +271,10 @@ def whole_shard(named: Named) -> Shard:
 
 
 def tie_shared_storage(shards: list[Shard]) -> list[Shard]:
-    """Joins shards that are the same memory under different tensor objects, as tied weights.
+    """Merges shards of different tensor objects with the same memory, which are tied weights.
 
     Raises:
-        ValueError: two tensors share a part of their memory.
+        ValueError: two tensors overlap in memory without being the same.
     """
     first: dict[tuple[Any, ...], Shard] = {}
     names: dict[str, list[str]] = {}
@@ -303,9 +303,9 @@ def tie_shared_storage(shards: list[Shard]) -> list[Shard]:
 
 
 def _refuse_overlaps(spans: list[tuple[int, int, int, Shard]]) -> None:
-    """Raises ValueError for two tensors that have memory in common; interleaved ones have none."""
+    """Raises ValueError if two tensors share elements; interleaved tensors do not."""
     spans.sort(key=lambda span: span[:2])
-    near: list[tuple[int, int, int, Shard]] = []  # those that reach to where the next one begins
+    near: list[tuple[int, int, int, Shard]] = []  # spans that end after the next one begins
     for span in spans:
         storage, begin, _, shard = span
         near = [other for other in near if other[0] == storage and other[2] > begin]

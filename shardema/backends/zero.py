@@ -7,12 +7,12 @@
     ZeRO-3: each parameter apart  [--- rank 0 ---|--- rank 1 --+]  the last one padded
     its shards                    weight[start:], bias[:stop]      as flat boxes
 
-The optimizer steps the masters. The weights are copies of them, so whatever was written over the
-weights is undone from the masters. Where a parameter sits is told from addresses:
+The optimizer steps the masters. The weights are copies of them, so they can always be restored
+from the masters. A parameter's place in its partition is computed from addresses:
 ``_hp_mapping`` is wrong under ``round_robin_gradients``, and frozen parameters have none.
 
-Nothing of deepspeed is imported until an engine is there. Its private attributes are named here
-only; they were read in deepspeed 0.19.8.
+deepspeed is not imported before the model is an engine. Its private attributes are used in this
+file only; they are those of deepspeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import distributed as dist
 
 from shardema.backends.tree import Named, named_tensors, tie_shared_storage, whole_shard
 from shardema.shards.boxes import flat_boxes
-from shardema.shards.shard import REPLACED, Loan, Shard
+from shardema.shards.shard import REPLACED, OffloadedStorage, Shard
 
 # ---- which models ---------------------------------------------------------------------------
 
@@ -52,10 +52,10 @@ def matches(models: Sequence[nn.Module]) -> bool:
 
 
 def _stepped_elsewhere(models: Sequence[nn.Module], parameters: Sequence[Tensor]) -> bool:
-    """Whether modules are (of) an engine's whose optimizer steps them, though nothing marks them.
+    """Whether the modules belong to an engine that steps them, without a mark on any parameter.
 
-    An engine hooks the forward of its module. Of a child it only remembers the names of the
-    parameters; those of 16 bits are copies of masters that are elsewhere then.
+    An engine hooks the forward of its module. For a child module it records the names of the
+    parameters only; 16-bit ones are copies of masters that the engine holds.
     """
     hooks = [
         hook for model in models for m in model.modules() for hook in m._forward_pre_hooks.values()
@@ -73,7 +73,7 @@ def _stepped_elsewhere(models: Sequence[nn.Module], parameters: Sequence[Tensor]
 
 
 def _engine(models: Sequence[nn.Module]) -> Any:
-    """The one engine. Raises ValueError for anything else, and for what is not proven."""
+    """The one engine. Raises ValueError for anything else, and for unsupported features."""
     engines = _engines(models)
     if not engines:
         raise ValueError(
@@ -86,20 +86,19 @@ def _engine(models: Sequence[nn.Module]) -> Any:
             f"model: got a list of {len(models)} modules with a DeepSpeed engine in it; keep one "
             "ShardedEMA for each engine"
         )
-    _refuse(engines[0])
+    _check_supported(engines[0])
     return engines[0]
 
 
-def _refuse(engine: Any) -> None:
-    """Raises ValueError, by name, for what no test has shown to be right."""
-    found = [what for what, is_on in _UNPROVEN.items() if is_on(engine)]
+def _check_supported(engine: Any) -> None:
+    """Raises ValueError for features that are not supported (untested), by name."""
+    found = [what for what, is_on in _UNSUPPORTED.items() if is_on(engine)]
     if type(engine).__name__ != "DeepSpeedEngine":
         found.insert(0, type(engine).__name__)
     if found:
         raise ValueError(
-            f"model: a DeepSpeed engine with {', '.join(found)}: averages of it are not proven to "
-            "be right, so they are refused; turn it off in the DeepSpeed config, or average "
-            "without an engine (FSDP2)"
+            f"model: a DeepSpeed engine with {', '.join(found)}: not supported (untested); turn it "
+            "off in the DeepSpeed config, or average without an engine (FSDP2)"
         )
     if engine.basic_optimizer is None:
         raise ValueError(
@@ -107,11 +106,11 @@ def _refuse(engine: Any) -> None:
             "deepspeed.initialize an optimizer, or a config with one; where an optimizer of your "
             "own steps the module of a ZeRO-0 engine, ShardedEMA(engine.module, ...)"
         )
-    if _maker(engine.optimizer) is None:
+    if _map_for(engine.optimizer) is None:
         cls = type(engine.optimizer)
         raise ValueError(
             f"model: a DeepSpeed engine with the optimizer class {cls.__module__}.{cls.__name__}, "
-            f"expected a torch optimizer or one of {[kind.rsplit('.', 1)[1] for kind in _BOOKS]}"
+            f"expected a torch optimizer or one of {[kind.rsplit('.', 1)[1] for kind in _MAPS]}"
         )
 
 
@@ -120,7 +119,7 @@ def _device(offload: Any) -> str:
     return str(getattr(device, "value", device))
 
 
-_UNPROVEN: dict[str, Callable[[Any], bool]] = {
+_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "mixture-of-experts layers": lambda e: bool(e.has_moe_layers),
     "hpZ (zero_hpz_partition_size)": lambda e: e.zero_hpz_partition_size() > 1,
     "qwZ (zero_quantized_weights)": lambda e: bool(e.zero_quantized_weights()),
@@ -143,7 +142,7 @@ _UNPROVEN: dict[str, Callable[[Any], bool]] = {
 }
 
 
-# ---- where the numbers are ------------------------------------------------------------------
+# ---- where masters and weights are stored ---------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -151,9 +150,10 @@ class _Slot:
     """Where this rank holds a part of a parameter.
 
     Attributes:
-        group: which flat partition.
-        offset: where in the partition the part starts.
-        start: which element of the parameter is its first.
+        group: index of the flat partition.
+        offset: first element of the part within the partition.
+        start: first element of the part within the flat parameter.
+        numel: number of elements of the part.
     """
 
     group: int
@@ -163,17 +163,17 @@ class _Slot:
 
 
 @dataclass(frozen=True)
-class _Book:
-    """What an optimizer class keeps where; functions, since DeepSpeed replaces storage.
+class _PartitionMap:
+    """Where an optimizer class stores masters and weights; functions, as DeepSpeed moves storage.
 
     Attributes:
         master: a group's flat fp32 partition on this rank.
-        weights: a group's flat partition that the forward computes with; where that is the master
-            itself (fp32 ZeRO-3), the same memory.
+        weights: a group's flat partition that the forward computes with; the same memory as the
+            master where the engine trains in fp32 (ZeRO-3).
         slots: by id of the parameter.
-        publish: makes what was written into ``weights`` what all ranks compute with. Collective.
-        release: frees gathered copies of ``weights`` first.
-        loans: groups whose masters are on a disk.
+        publish: gathers the written ``weights`` to all ranks. Collective.
+        release: frees gathered copies of ``weights``, before they are written.
+        offloaded: by group, masters that are stored on disk.
     """
 
     master: Callable[[int], Tensor]
@@ -181,7 +181,7 @@ class _Book:
     slots: Callable[[], dict[int, _Slot]]
     publish: Callable[[], None] = lambda: None
     release: Callable[[], None] = lambda: None
-    loans: dict[int, Loan] = field(default_factory=dict)
+    offloaded: dict[int, OffloadedStorage] = field(default_factory=dict)
 
 
 def _inside(
@@ -190,7 +190,7 @@ def _inside(
     """Slots of parameters that are views of ``flat``, of which this rank holds a range.
 
     Raises:
-        RuntimeError: a parameter lies elsewhere.
+        RuntimeError: a parameter is stored elsewhere.
     """
     slots = {}
     for param in params:
@@ -206,8 +206,8 @@ def _inside(
     return slots
 
 
-def _partitioned(opt: Any, masters: str, partitions: str, flats: str, params: str) -> _Book:
-    """ZeRO-1, ZeRO-2 and BF16_Optimizer, which have the same under other names."""
+def _partitioned(opt: Any, masters: str, partitions: str, flats: str, params: str) -> _PartitionMap:
+    """ZeRO-1, ZeRO-2 and BF16_Optimizer: the same layout under different attribute names."""
 
     def rank(group: int) -> int:
         return dist.get_rank(opt.real_dp_process_group[group])
@@ -234,10 +234,10 @@ def _partitioned(opt: Any, masters: str, partitions: str, flats: str, params: st
             allgather_bucket_size=opt.allgather_bucket_size,
         )
 
-    return _Book(lambda group: getattr(opt, masters)[group], weights, slots, publish)
+    return _PartitionMap(lambda group: getattr(opt, masters)[group], weights, slots, publish)
 
 
-def _stage_1_and_2(opt: Any) -> _Book:
+def _stage_1_and_2(opt: Any) -> _PartitionMap:
     return _partitioned(
         opt,
         "single_partition_of_fp32_groups",
@@ -247,7 +247,7 @@ def _stage_1_and_2(opt: Any) -> _Book:
     )
 
 
-def _bf16(opt: Any) -> _Book:
+def _bf16(opt: Any) -> _PartitionMap:
     return _partitioned(
         opt,
         "fp32_groups_flat_partition",
@@ -257,7 +257,7 @@ def _bf16(opt: Any) -> _Book:
     )
 
 
-def _fused(opt: Any) -> _Book:
+def _fused(opt: Any) -> _PartitionMap:
     """ZeRO-0 with a fused optimizer: flat groups, whole on every rank."""
 
     def slots() -> dict[int, _Slot]:
@@ -266,10 +266,10 @@ def _fused(opt: Any) -> _Book:
             found.update(_inside(opt.fp16_groups[g], flat, g, 0, flat.numel()))
         return found
 
-    return _Book(opt.fp32_groups_flat.__getitem__, opt.fp16_groups_flat.__getitem__, slots)
+    return _PartitionMap(opt.fp32_groups_flat.__getitem__, opt.fp16_groups_flat.__getitem__, slots)
 
 
-def _unfused(opt: Any) -> _Book:
+def _unfused(opt: Any) -> _PartitionMap:
     """ZeRO-0 with any other optimizer: a master for each parameter, whole on every rank."""
 
     places = [(i, j) for i, group in enumerate(opt.fp16_groups) for j in range(len(group))]
@@ -282,12 +282,12 @@ def _unfused(opt: Any) -> _Book:
         i, j = places[group]
         return groups[i][j].data
 
-    return _Book(
+    return _PartitionMap(
         lambda group: at(opt.fp32_groups, group), lambda group: at(opt.fp16_groups, group), slots
     )
 
 
-def _stage_3(opt: Any) -> _Book:
+def _stage_3(opt: Any) -> _PartitionMap:
     def slots() -> dict[int, _Slot]:
         found = {}
         for g, params in enumerate(opt.fp16_groups):
@@ -299,17 +299,17 @@ def _stage_3(opt: Any) -> _Book:
         return found
 
     def publish() -> None:
-        if opt.persistent_parameters:  # gathered for good: a forward does not look at their parts
+        if opt.persistent_parameters:  # always gathered: a forward does not read their shards
             opt.persistent_parameters[0].all_gather(opt.persistent_parameters)
 
     swapped = [g for g in range(len(opt.fp16_groups)) if opt._swappable_optimizer_subgroup(g)]
-    return _Book(
+    return _PartitionMap(
         lambda group: opt.fp32_partitioned_groups_flat[group],
         lambda group: opt.fp16_partitioned_groups_flat[group],
         slots,
         publish,
         opt.empty_partition_cache,
-        {g: Loan(functools.partial(_swapped_in, opt, g)) for g in swapped},
+        {g: OffloadedStorage(functools.partial(_swapped_in, opt, g)) for g in swapped},
     )
 
 
@@ -322,7 +322,7 @@ def _part(param: Any) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _swapped_in(opt: Any, group: int, write: bool) -> Iterator[Tensor]:
-    """The master of a group that lies on NVMe."""
+    """Loads the master of a group from NVMe; writes it back if ``write``."""
     opt._optimizer_states_and_gradient_swap_in(group)
     try:
         yield opt.fp32_partitioned_groups_flat[group].detach()
@@ -333,7 +333,7 @@ def _swapped_in(opt: Any, group: int, write: bool) -> Iterator[Tensor]:
             opt._release_swap_buffers(group)
 
 
-_BOOKS: dict[str, Callable[[Any], _Book]] = {
+_MAPS: dict[str, Callable[[Any], _PartitionMap]] = {
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": _unfused,
     "deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer": _fused,
     "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": _bf16,
@@ -342,46 +342,46 @@ _BOOKS: dict[str, Callable[[Any], _Book]] = {
 }
 
 
-def _nothing(opt: Any) -> _Book:
+def _no_masters(opt: Any) -> _PartitionMap:
     """ZeRO-0 in fp32: a torch optimizer steps the parameters themselves."""
 
     def none(group: int) -> Tensor:
         raise IndexError(group)
 
-    return _Book(none, none, dict)
+    return _PartitionMap(none, none, dict)
 
 
-def _maker(opt: Any) -> Callable[[Any], _Book] | None:
+def _map_for(opt: Any) -> Callable[[Any], _PartitionMap] | None:
     cls = type(opt)
-    made = _BOOKS.get(f"{cls.__module__}.{cls.__qualname__}")
-    return _nothing if made is None and isinstance(opt, torch.optim.Optimizer) else made
+    made = _MAPS.get(f"{cls.__module__}.{cls.__qualname__}")
+    return _no_masters if made is None and isinstance(opt, torch.optim.Optimizer) else made
 
 
-def _book(engine: Any) -> _Book:
+def _partition_map(engine: Any) -> _PartitionMap:
     opt = engine.optimizer
     if getattr(opt, "offloaded_states", None):
         raise RuntimeError(
             "the engine's states are offloaded; call engine.reload_states() before the average "
-            "is touched"
+            "is read or written"
         )
-    maker = _maker(opt)
-    assert maker is not None, type(opt)
-    return maker(opt)
+    make = _map_for(opt)
+    assert make is not None, type(opt)
+    return make(opt)
 
 
 # ---- the backend ----------------------------------------------------------------------------
 
 
 def read(models: Sequence[nn.Module]) -> list[Shard]:
-    """Flat boxes of the masters; whole tensors, and ZeRO-3's parts, of what is not optimized.
+    """Flat boxes of the masters; whole tensors, or ZeRO-3 shards, of what no optimizer steps.
 
     Raises:
-        ValueError: not one engine, one without an optimizer, or with a feature that is not proven.
+        ValueError: not one engine, one without an optimizer, or with an unsupported feature.
         RuntimeError: its states are offloaded (``engine.offload_states``).
     """
     engine = _engine(models)
-    book = _book(engine)
-    slots = book.slots()
+    partitions = _partition_map(engine)
+    slots = partitions.slots()
     stepped = {id(p) for group in engine.basic_optimizer.param_groups for p in group["params"]}
     # ZeRO-0 keeps everything on every rank
     same = (engine.seq_data_parallel_group,) if engine.zero_optimization_stage() == 0 else ()
@@ -392,7 +392,7 @@ def read(models: Sequence[nn.Module]) -> list[Shard]:
         order[named.fqn] = len(order)
         slot = slots.get(id(named.tensor))
         if slot is not None:
-            shards.append(_shard(named, slot, book))
+            shards.append(_shard(named, slot, partitions))
         elif hasattr(named.tensor, "ds_id"):
             shards.append(_frozen_part(named))
         else:
@@ -402,43 +402,44 @@ def read(models: Sequence[nn.Module]) -> list[Shard]:
     return sorted(found, key=lambda shard: order[shard.fqn])
 
 
-def _shard(named: Named, slot: _Slot, book: _Book) -> Shard:
+def _shard(named: Named, slot: _Slot, partitions: _PartitionMap) -> Shard:
     shape = tuple(getattr(named.tensor, "ds_shape", named.tensor.shape))
-    master, weights = book.master(slot.group).detach(), book.weights(slot.group).detach()
+    master = partitions.master(slot.group).detach()
+    weights = partitions.weights(slot.group).detach()
     whole = master.shape == shape and master.numel() == slot.numel
 
     def part(flat: Tensor) -> Tensor:
         return flat if whole else flat.narrow(0, slot.offset, slot.numel)
 
-    loan = book.loans.get(slot.group)
-    aliased = master.data_ptr() == weights.data_ptr() and loan is None
+    storage = partitions.offloaded.get(slot.group)
+    aliased = master.data_ptr() == weights.data_ptr() and storage is None
     return Shard(
         named.fqn,
-        # of a master on a disk only the size is known
-        part(master) if loan is None else master.new_zeros(1).expand(slot.numel),
+        # a master on disk is represented by its size only
+        part(master) if storage is None else master.new_zeros(1).expand(slot.numel),
         shape,
         flat_boxes(shape, slot.start, slot.numel),
         aliases=named.aliases,
-        address=_address(named, book, slot.group),
+        address=_address(named, partitions, slot.group),
         weights=None if aliased else part(weights),
-        away=None if loan is None else (loan, slot.offset),
+        on_disk=None if storage is None else (storage, slot.offset),
     )
 
 
-def _address(named: Named, book: _Book, group: int) -> Callable[[], int]:
+def _address(named: Named, partitions: _PartitionMap, group: int) -> Callable[[], int]:
     def address() -> int:
         if not named.here():
             return REPLACED
         try:
-            return hash((book.master(group).data_ptr(), book.weights(group).data_ptr()))
-        except IndexError:  # offload_states() empties the lists; reading again says so
+            return hash((partitions.master(group).data_ptr(), partitions.weights(group).data_ptr()))
+        except IndexError:  # offload_states() empties the lists; reading the model again raises
             return REPLACED
 
     return address
 
 
 def _frozen_part(named: Named) -> Shard:
-    """The part of a ZeRO-3 parameter that no optimizer steps."""
+    """This rank's part of a ZeRO-3 parameter that no optimizer steps."""
     param: Any = named.tensor
     start, numel = _part(param)
     shape = tuple(param.ds_shape)
@@ -454,7 +455,7 @@ def _frozen_part(named: Named) -> Shard:
 
 
 def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
-    """Nothing to do: what the optimizer steps is never gathered; see `Engine.release`."""
+    """Does nothing: what the optimizer steps is never gathered; see `Engine.release`."""
 
 
 def mark_written(models: Sequence[nn.Module]) -> None:
@@ -471,7 +472,7 @@ def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:
 
 
 class Engine:
-    """What an engine does by itself: it steps, and it gathers what it stepped."""
+    """A DeepSpeed engine, which steps the weights and gathers them itself."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -480,7 +481,7 @@ class Engine:
         self._hooked = False
 
     def applied(self) -> int | None:
-        """A number that differs after every step that moved the weights; None after another.
+        """A number that is new after each step that changed the weights; None after other steps.
 
         ``global_steps`` goes back in ``load_checkpoint``; ``micro_steps`` counts calls of ``step``
         and never does.
@@ -492,17 +493,17 @@ class Engine:
         return dict(self._engine.module.named_parameters())
 
     def release(self) -> None:
-        """Frees gathered weights, before their parts are written."""
-        _book(self._engine).release()
+        """Frees gathered weights, before this rank's shards are written."""
+        _partition_map(self._engine).release()
 
     def publish(self) -> None:
-        """What was written into this rank's parts is what all compute with. Collective."""
-        _book(self._engine).publish()
+        """Gathers what was written into this rank's shards to all ranks. Collective."""
+        _partition_map(self._engine).publish()
 
     def hook(
         self, *, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
     ) -> Hook:
-        """Calls around every step of the engine, which has no hooks of its own."""
+        """Calls ``before`` and ``after`` every step of the engine, which has no step hooks."""
         if not self._hooked:
             self._hooked = True
             self._engine.step = self._around(self._engine.step)
@@ -533,7 +534,7 @@ class Hook:
         self._tables = tables
 
     def remove(self) -> None:
-        """Ends the calls."""
+        """Removes the callbacks."""
         for table in self._tables:
             table.pop(self, None)
 

@@ -424,7 +424,7 @@ def _paired(carriers: Iterable[_Carrier]) -> Iterator[None]:
 
 def _writes(ema: ShardedEMA) -> dict[str, int]:
     weights = ema.internal.averages.weights
-    return weights.versions(weights.mine)
+    return weights.versions(weights.averaged_shards)
 
 
 def _check_loadable(ema: ShardedEMA, folder: str) -> None:

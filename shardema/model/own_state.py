@@ -1,11 +1,11 @@
-"""What the unwrapped model's own ``state_dict()`` would be, told without gathering anything.
+"""The keys of the unwrapped model's own ``state_dict()``, found without gathering anything.
 
 ::
 
-    model     -skeleton->    the same modules without their wrappers; a tensor that is averaged, or
-                             that is not whole on this rank, has a stand-in without values
-    skeleton  -state_dict->  the model's own code decides about the keys: overrides, hooks, extra
-                             state; a value tells which tensor it is, or is what a module added
+    model     -skeleton->    the same modules without wrappers; a meta tensor stands for each tensor
+                             that is averaged or not whole on this rank
+    skeleton  -state_dict->  runs the model's own code (overrides, hooks, extra state); each value
+                             is a known tensor, or something that a module added
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from shardema.ranks.plan import Item, Plan
 from shardema.shards.boxes import whole
 from shardema.shards.shard import Role, Shard
 
-# Whose hooks work on wrapped modules, and have nothing to say about a model without wrappers.
+# Packages whose state-dict hooks work on wrapped modules and do not apply to the skeleton.
 _WRAPPERS = ("torch.distributed.", "deepspeed.", "accelerate.")
 _METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
 
 
 @dataclass(frozen=True)
 class OwnState:
-    """What a model's own code makes of its state, on this rank.
+    """How a model's own code changes its state dict, on this rank.
 
     Attributes:
-        keys: by fqn, the keys of a tensor where they are not its names; none where it is left out.
-        tensors: by key, what a module adds: whole, and the same for every average.
-        values: by key, what a module adds that is no tensor.
+        keys: by fqn, the keys of a tensor if they differ from its names; empty if it is omitted.
+        tensors: by key, tensors that modules add: whole, and the same for every average.
+        values: by key, other objects that modules add.
     """
 
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -44,12 +44,12 @@ class OwnState:
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def facts(self) -> list[Any]:
-        """What must be the same when it is gathered as when it was planned."""
+        """What a plan depends on: if it has changed, a new plan is needed."""
         tensors = [(key, tuple(t.shape), str(t.dtype)) for key, t in self.tensors.items()]
         return [dict(self.keys), tensors, sorted(self.values)]
 
     def shards(self, owned: Collection[str]) -> list[Shard]:
-        """The added tensors that this rank gives to the others, as buffers."""
+        """The added tensors that this rank provides to the others, as buffers."""
         chosen = {key: t.detach().contiguous() for key, t in self.tensors.items() if key in owned}
         return [
             Shard(key, tensor, tuple(tensor.shape), whole(tensor.shape), "buffer")
@@ -59,18 +59,20 @@ class OwnState:
 
 @dataclass(frozen=True)
 class Outward:
-    """The same of all ranks together, which each of them knows.
+    """`OwnState` and export form of all ranks, merged; equal on all ranks.
 
     Attributes:
         keys: as `OwnState.keys`.
-        owners: of each tensor that a module adds, the index of the rank whose it is: the first.
-        holders: of each value that is no tensor, the indices of the ranks that have it.
-        ignored: names of buffers that are left out.
-        packed: fqns of frozen parameters whose bits are no numbers of their dtype.
-        stem: of the files of an export.
-        files: of an adapter, by fqn the stem and the name of what is exported; None, everything.
-        refusal: why it cannot be exported.
-        pending: that is not known yet.
+        owners: by key of an added tensor, the index of the first rank that has it, which provides
+            it.
+        holders: by key of another added object, the indices of the ranks that have it.
+        ignored: names of ignored buffers.
+        packed: fqns of frozen parameters that hold packed data rather than numbers of their dtype.
+        stem: of the file names of an export.
+        files: for an adapter, by fqn the stem and the name of each exported tensor; None to export
+            all tensors.
+        refusal: why the model cannot be exported; empty if it can.
+        pending: ``stem``, ``files`` and ``refusal`` are not known yet.
     """
 
     keys: Mapping[str, tuple[str, ...]]
@@ -94,7 +96,7 @@ class Outward:
 
     @classmethod
     def none(cls) -> Outward:
-        """Of ranks that have told nothing yet."""
+        """Before the first exchange."""
         return cls({}, {}, {}, frozenset(), frozenset(), "", None, "", False)
 
     def names(self, item: Item) -> tuple[str, ...]:
@@ -106,7 +108,7 @@ class Outward:
         return [index for index, item in enumerate(plan.items) if self.names(item)]
 
     def applied(self, plan: Plan, dropped: Collection[str]) -> Plan:
-        """The plan, whose items know their keys as further names and are exported under one."""
+        """The plan with each item's keys as aliases, and its name and stem in an export."""
         items = []
         for item in plan.items:
             names = self.names(item)
@@ -122,31 +124,34 @@ class Outward:
         return replace(plan, items=tuple(items))
 
     def stored(self, plan: Plan) -> Plan:
-        """The plan as a checkpoint keeps it: what must not be cast has the role of a buffer."""
+        """The plan of a checkpoint: packed parameters, which must not be cast, become buffers."""
         role: Role = "buffer"
         items = [replace(i, role=role) if i.fqn in self.packed else i for i in plan.items]
         return replace(plan, items=tuple(items))
 
     def check_values(self, op: str, receivers: int) -> None:
-        """Raises RuntimeError unless the first ranks, so many, have all that is no tensor."""
+        """Raises RuntimeError if one of the first ``receivers`` ranks lacks extra state.
+
+        Only extra state that is not a tensor: it is not transferred between ranks.
+        """
         first = set(range(receivers))
         lacking = sorted(key for key, have in self.holders.items() if not first <= set(have))
         if lacking:
             raise RuntimeError(
-                f"{op}: {abbreviate(lacking)}: extra state of a module that is no tensor, and "
-                "that not every rank has which the result is for; give it as a tensor, which can "
-                "travel"
+                f"{op}: {abbreviate(lacking)}: extra state of a module that is no tensor, so it "
+                "is not transferred, and a rank that receives the result does not have it; make it "
+                "a tensor"
             )
 
     def check_export(self) -> None:
-        """Raises RuntimeError where the model cannot be exported."""
+        """Raises RuntimeError if the model cannot be exported."""
         if self.refusal:
             raise RuntimeError(f"export: {self.refusal}")
-        remedy = "take ema.full_state_dict(), or give it as a tensor"
+        remedy = "use ema.full_state_dict(), or make it a tensor"
         self.check_tensors("export", remedy)
 
     def check_tensors(self, op: str, remedy: str) -> None:
-        """Raises RuntimeError where a module adds something that is no tensor."""
+        """Raises RuntimeError if a module adds something other than tensors."""
         if self.holders:
             raise RuntimeError(
                 f"{op}: {abbreviate(sorted(self.holders))}: state that the model's modules write "
@@ -157,7 +162,7 @@ class Outward:
 def payload(
     state: OwnState, ignored: Collection[str], packed: Collection[str], form: Any
 ) -> dict[str, Any]:
-    """What a rank tells the others, as JSON; ``form`` is a `pretrained.Form`."""
+    """What a rank sends to the others, as JSON; ``form`` is a `pretrained.Form`."""
     return {
         "stem": form.stem,
         "files": form.files,
@@ -172,7 +177,7 @@ def payload(
 
 
 def merge(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The payloads of all ranks as one: of what several ranks have, the first one's is taken."""
+    """Merges the payloads of all ranks; the first rank that has a key provides its value."""
     keys: dict[str, list[str]] = {}
     owners: dict[str, int] = {}
     holders: dict[str, list[int]] = {}
@@ -201,10 +206,10 @@ def merge(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def packed(models: Sequence[nn.Module]) -> frozenset[str]:
-    """Frozen parameters that hold other data than numbers of their dtype.
+    """Fqns of frozen parameters that hold packed data rather than numbers of their dtype.
 
-    Such as bitsandbytes' 4-bit weights, whose bytes lie in tensors of any dtype
-    (``quant_storage``): told by their ``quant_state``, or by a parameter class of their own.
+    For example bitsandbytes' 4-bit weights, whose bytes are stored in tensors of any dtype
+    (``quant_storage``). They are recognized by ``quant_state`` or by their own parameter class.
     """
     found = set()
     for model in models:
@@ -227,7 +232,7 @@ def read(
     averaged: Collection[str],
     ignored: Collection[str],
 ) -> OwnState:
-    """What the models' own code makes of their state. Local.
+    """Runs the models' own state-dict code on skeletons. Local.
 
     Raises:
         RuntimeError: a module computes state from tensors that are averaged or not whole here, or
@@ -259,7 +264,7 @@ def read(
         raise RuntimeError(
             f"{abbreviate(sorted(computed))}: {made.owner_of(computed[0])} computes this state "
             "from weights that are averaged or sharded, so it would not fit the average; compute "
-            "it where it is loaded, or leave those weights out with select="
+            "it when it is loaded, or exclude those weights with select="
         )
     renamed = {
         shard.fqn: tuple(keys[shard.fqn])
@@ -291,7 +296,7 @@ def _of_wrapper(hook: Any) -> bool:
 
 
 class Skeletons:
-    """The models without wrappers, and with stand-ins; their code runs on them.
+    """Copies of the models without wrappers, with meta tensors, to run their own code on.
 
     Attributes:
         models: the skeletons.
@@ -309,7 +314,7 @@ class Skeletons:
             self._by_prefix.setdefault(prefix + dot, []).append(key)
         self._stand_ins: dict[str, Tensor] = {}
         self._known: dict[Any, Shard] = {}
-        self._others: dict[Any, str] = {}  # names of tensors that are not gathered
+        self._others: dict[Any, str] = {}  # names of buffers that have no shard
         self._clones: dict[int, nn.Module] = {}
         self.models = [self._clone(model, "") for model in models]
 
@@ -330,7 +335,7 @@ class Skeletons:
         return merged
 
     def shard_of(self, value: Any) -> Shard | None:
-        """The shard that ``value`` stands for."""
+        """The shard that ``value`` represents, None if there is none."""
         return self._known.get(_identity(value)) if isinstance(value, Tensor) else None
 
     def is_one_of(self, value: Any, names: Collection[str]) -> bool:
@@ -338,7 +343,7 @@ class Skeletons:
         return isinstance(value, Tensor) and self._others.get(_identity(value)) in names
 
     def owner_of(self, key: str) -> str:
-        """Words for the module that writes ``key``, as far as its name tells."""
+        """Describes the module that writes ``key``, inferred from the key, for error messages."""
         found = "", self.models[0]
         for model in self.models:
             for name, module in model.named_modules():
@@ -355,9 +360,9 @@ class Skeletons:
         if id(module) in self._clones:
             return self._clones[id(module)]
         cls: type[Any] = type(module)
-        if hasattr(cls, "__del__"):  # what it closes is not the clone's
+        if hasattr(cls, "__del__"):  # the clone must not release what the module owns
             cls = type(cls.__name__, (cls,), {"__del__": lambda self: None})
-        if isinstance(module, torch.jit.ScriptModule):  # what it holds lies in C++
+        if isinstance(module, torch.jit.ScriptModule):  # its contents are stored in C++
             clone = nn.Module()
         else:
             clone = object.__new__(cls)
@@ -379,7 +384,7 @@ class Skeletons:
         return clone
 
     def _tables(self, module: nn.Module, prefix: str) -> dict[str, dict[str, Any]]:
-        """The module's tables of parameters and buffers, with stand-ins."""
+        """The module's parameters and buffers, with meta tensors where needed."""
         parameters: dict[str, Tensor | None] = {
             key: param
             for key, param in module._parameters.items()
@@ -396,7 +401,7 @@ class Skeletons:
         return {"_parameters": parameters, "_buffers": buffers}
 
     def _tensor(self, shard: Shard, own: Tensor | None, module: nn.Module, key: str) -> Tensor:
-        """The model's own tensor where it is whole here and not averaged, else a stand-in."""
+        """The model's own tensor if it is whole here and not averaged, else a meta tensor."""
         tensor = self._stand_ins.get(shard.fqn)
         if tensor is None:
             here = shard.boxes == whole(shard.shape) and own is not None
@@ -417,7 +422,7 @@ class Skeletons:
 
 
 def _identity(tensor: Tensor) -> Any:
-    """Equal for tensors that are the same elements of the same memory."""
+    """Equal for tensors that are the same view of the same storage."""
     try:
         storage = tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # a wrapper subclass has none

@@ -1,14 +1,14 @@
-"""Each replica averages its slice of what all of them hold, and the slices are put together again.
+"""Slices of replicated tensors: each replica averages one, and the slices are gathered again.
 
 ::
 
     a tensor on 3 replicas, in memory   [0 1 2 3 4 5 6]     on each of them
     slices                              [0 1 2] [3 4 5] [6]
     slice_of   shard -> shard           a flat local, and the boxes of its elements
-    Spread     tensor -> tensor         each slice as its replica has it, on all of them
+    AllGatherSlices  tensor -> tensor   every slice, on all replicas
 
-A slice is a shard like any other: it is averaged, gathered, saved and exported as one. With several
-groups (a mesh that replicates along two axes) the slice of the first is sliced by the second.
+A slice is a `Shard`, and is averaged, gathered, saved and exported as one. With several groups (a
+mesh that replicates along two axes) the slice of the first group is sliced by the second.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ BUCKET_BYTES = 64 << 20
 
 
 def sliced(shard: Shard) -> bool:
-    """Whether other ranks are declared to hold the same, and it can be cut into slices.
+    """Whether the shard has replicas and can be cut into slices.
 
-    Buffers may differ between replicas.
+    Buffers are not sliced, as they may differ between replicas.
     """
-    dense = shard.local.stride() == dense_like(shard.local)  # else a slice is no stretch of memory
-    cut = dense and shard.role != "buffer" and not shard.corners and not shard.opaque
-    replicas = shard.replicas if cut else ()
+    dense = shard.local.stride() == dense_like(shard.local)  # else a slice is not contiguous
+    divisible = dense and shard.role != "buffer" and not shard.corners and not shard.opaque
+    replicas = shard.replicas if divisible else ()
     return any(dist.get_world_size(group) > 1 for group in replicas)
 
 
 def slice_of(shard: Shard) -> Shard:
-    """This replica's part of ``shard``; the shard itself where it has no replicas."""
+    """This replica's slice of ``shard``; the shard itself if it is not sliced."""
     if not sliced(shard):
         return shard
     start, stop = _span(shard.local.numel(), shard.replicas)[-1]
@@ -59,7 +59,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def _span(numel: int, groups: Sequence[dist.ProcessGroup]) -> list[tuple[int, int]]:
-    """First and last element of all, of this rank's slice by the first group, by the second..."""
+    """[start, stop) of all elements, then of this rank's slice in each group in turn."""
     spans = [(0, numel)]
     for group in groups:
         begin, end = spans[-1]
@@ -74,7 +74,7 @@ def _size(numel: int, count: int) -> int:
 
 
 def _boxes_between(boxes: Sequence[Box], order: Dims, start: int, stop: int) -> Iterator[Box]:
-    """Boxes of the elements [start, stop) of those that ``boxes`` hold one after the other."""
+    """Boxes of the elements [start, stop) of ``boxes``, which are stored one after the other."""
     first = 0
     for box in boxes:
         begin, end = max(start, first), min(stop, first + box.numel)
@@ -90,28 +90,28 @@ def _boxes_between(boxes: Sequence[Box], order: Dims, start: int, stop: int) -> 
 
 @dataclass(frozen=True)
 class _Region:
-    """A stretch of memory that the ranks of a group hold, each of them up to date in its slice."""
+    """A contiguous range that all ranks of a group hold; on each rank its own slice is current."""
 
     values: Tensor  # [numel]
     size: int  # elements of a slice; the last ones may be shorter
 
     def part(self, rank: int, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a rank's slice, fewer where it ends."""
+        """Elements [start, stop) of a rank's slice, fewer if the slice ends before."""
         end = min((rank + 1) * self.size, self.values.numel())
         begin = min(rank * self.size + start, end)
         return self.values[begin : min(rank * self.size + stop, end)]
 
 
-class Spread:
-    """Brings each replica's slice to the others, as often as it is called.
+class AllGatherSlices:
+    """All-gathers slices in place: after a call every replica holds all of them.
 
     Args:
-        pairs: whole dense tensors, and the groups whose ranks hold them: `Shard.replicas`. Their
-            order must be the same on all ranks.
+        pairs: whole dense tensors, each with the groups whose ranks hold it (`Shard.replicas`). In
+            the same order on all ranks.
         ranks: the ranks of all groups together.
 
-    All that it needs is allocated here: two buffers of `BUCKET_BYTES` at most for each device, one
-    of them times the ranks of a group. So a call fails on no rank for want of memory.
+    The constructor allocates all buffers, so that no call runs out of memory on one rank only: a
+    send and a receive buffer for each device, of at most `BUCKET_BYTES` each.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Spread:
         self._ranks = ranks
         self._steps: list[_Step] = []
         depth = max((len(groups) for _, groups in pairs), default=0)
-        for level in reversed(range(depth)):  # what was sliced last is put together first
+        for level in reversed(range(depth)):  # the last slicing is undone first
             alike: dict[tuple[dist.ProcessGroup, torch.dtype, torch.device], list[_Region]] = {}
             for tensor, groups in pairs:
                 if len(groups) <= level or dist.get_world_size(groups[level]) == 1:
@@ -135,22 +135,22 @@ class Spread:
                 buckets = list(_buckets(regions, limit))
                 width = max(sum(stop - start for _, start, stop in bucket) for bucket in buckets)
                 self._steps.append(_Step(group, dtype, device, buckets, width))
-        self._mine: dict[torch.device, Tensor] = {}
-        self._theirs: dict[torch.device, Tensor] = {}
+        self._send: dict[torch.device, Tensor] = {}
+        self._receive: dict[torch.device, Tensor] = {}
         for device in {step.device for step in self._steps}:
             here = [step for step in self._steps if step.device == device]
             own = max(step.width * step.dtype.itemsize for step in here)
             all_of = max(
                 step.width * step.dtype.itemsize * dist.get_world_size(step.group) for step in here
             )
-            self._mine[device] = torch.zeros(own, dtype=torch.uint8, device=device)
-            self._theirs[device] = torch.empty(all_of, dtype=torch.uint8, device=device)
+            self._send[device] = torch.zeros(own, dtype=torch.uint8, device=device)
+            self._receive[device] = torch.empty(all_of, dtype=torch.uint8, device=device)
 
     def __call__(self, op: str) -> None:
-        """Brings them there. Collective over the groups.
+        """Gathers the slices. Collective over the groups.
 
         Raises:
-            RankError: a rank did not take part.
+            RankError: a rank did not make the call.
         """
         for step in self._steps:
             for bucket in step.buckets:
@@ -163,13 +163,13 @@ class Spread:
         for _, start, stop in bucket:
             places.append(used)
             used += stop - start
-        sent = self._mine[device][: used * dtype.itemsize]
-        came = self._theirs[device][: count * used * dtype.itemsize]
-        mine, rows = sent.view(dtype), came.view(dtype)
+        sent = self._send[device][: used * dtype.itemsize]
+        came = self._receive[device][: count * used * dtype.itemsize]
+        slices, rows = sent.view(dtype), came.view(dtype)
         own = [region.part(rank, start, stop) for region, start, stop in bucket]
-        slots = [mine[at : at + part.numel()] for at, part in zip(places, own, strict=True)]
+        slots = [slices[at : at + part.numel()] for at, part in zip(places, own, strict=True)]
         torch._foreach_copy_(slots, own)
-        # as bytes: not every dtype travels by every backend
+        # as bytes: not every process-group backend supports every dtype
         self._ranks.transfer(op, lambda: _all_gather(came, sent, group), device)
         parts, values = [], []
         for other in (other for other in range(count) if other != rank):
@@ -181,13 +181,13 @@ class Spread:
 
 
 def _travels(group: dist.ProcessGroup, tensor: Tensor) -> torch.device:
-    """The tensor's device, or the group's: weights in host memory, ranks that GPUs connect."""
+    """The device of the transfer: the tensor's, or the group's for host tensors under NCCL."""
     device = device_for(group, tensor.device.type)
     return tensor.device if device.type == tensor.device.type else device
 
 
-def _all_gather(rows: Tensor, mine: Tensor, group: dist.ProcessGroup) -> None:
-    dist.all_gather_into_tensor(rows, mine, group=group)
+def _all_gather(rows: Tensor, slices: Tensor, group: dist.ProcessGroup) -> None:
+    dist.all_gather_into_tensor(rows, slices, group=group)
 
 
 @dataclass(frozen=True)
@@ -196,13 +196,13 @@ class _Step:
 
     group: dist.ProcessGroup
     dtype: torch.dtype
-    device: torch.device  # that they travel on: not always theirs
+    device: torch.device  # of the transfer; the regions may be on another one
     buckets: list[list[tuple[_Region, int, int]]]
     width: int  # elements of a rank's part of the largest bucket
 
 
 def _buckets(regions: Sequence[_Region], limit: int) -> Iterator[list[tuple[_Region, int, int]]]:
-    """Parts [start, stop) of slices, in groups of at most ``limit`` elements."""
+    """Parts [start, stop) of slices, in buckets of at most ``limit`` elements."""
     bucket: list[tuple[_Region, int, int]] = []
     used = 0
     for region in regions:

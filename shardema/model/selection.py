@@ -20,36 +20,36 @@ Buffers = Literal["copy", "average", "ignore"]
 Select = Pattern | Sequence[Pattern] | Callable[[str, Dims], bool]
 
 
-class Missed(dict[str, str]):
-    """What found nothing on this rank: a message for each.
+class UnmatchedPatterns(dict[str, str]):
+    """Patterns that match nothing on this rank, each with its error message.
 
     Args:
-        partly: this rank holds chunks of the model, so another one may hold what was missed;
-            `by_all` tells. Else nothing is noted and the message raised.
+        partial_model: this rank holds chunks of the model, so a pattern may match on another rank,
+            which `unmatched_everywhere` checks. If False, `add` raises at once.
     """
 
-    def __init__(self, partly: bool) -> None:
+    def __init__(self, partial_model: bool) -> None:
         super().__init__()
-        self._partly = partly
+        self._partial_model = partial_model
 
-    def note(self, what: str, message: str) -> None:
-        """Raises ValueError where this rank holds the whole model."""
-        if not self._partly:
+    def add(self, what: str, message: str) -> None:
+        """Records a pattern. Raises ValueError if this rank holds the whole model."""
+        if not self._partial_model:
             several = dist.is_available() and dist.is_initialized()
-            remedy = "; a stage of a pipeline is given as a list" if several else ""
+            remedy = "; pass a pipeline stage as a list" if several else ""
             raise ValueError(f"{message}{remedy}")
         self[what] = message
 
 
-def missed_by_all(told: Sequence[Mapping[str, str]]) -> None:
-    """Raises ValueError for what no rank has found."""
+def unmatched_everywhere(told: Sequence[Mapping[str, str]]) -> None:
+    """Raises ValueError for a pattern that matches on no rank."""
     for what, message in told[0].items():
         if all(what in theirs for theirs in told):
             raise ValueError(message)
 
 
 def same_rules(told: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where the ranks keep other averages, or by other schedules."""
+    """Raises ValueError if averages or schedules differ between ranks."""
     for index, rules in enumerate(told):
         if rules != told[0]:
             raise ValueError(
@@ -58,11 +58,14 @@ def same_rules(told: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def choose(shards: Sequence[Shard], select: Select | None, missed: Missed) -> frozenset[str]:
-    """The fqns to average: what ``select`` takes of the floating-point parameters.
+def choose(
+    shards: Sequence[Shard], select: Select | None, unmatched: UnmatchedPatterns
+) -> frozenset[str]:
+    """The fqns to average: the floating-point parameters that ``select`` matches.
 
     Raises:
-        ValueError: a pattern that matches nothing, nothing to average, or what cannot be.
+        ValueError: a pattern that matches nothing, nothing to average, or a selected parameter
+            that cannot be averaged.
     """
     floating = [s for s in shards if s.role != "buffer" and s.local.is_floating_point()]
     trainable = [s for s in floating if s.role == "parameter"]
@@ -78,7 +81,7 @@ def choose(shards: Sequence[Shard], select: Select | None, missed: Missed) -> fr
             if not hits:
                 known = abbreviate([s.fqn for s in floating])
                 text = f"select: {text_of(pattern)!r} matches no floating-point parameter"
-                missed.note(text, f"{text} of {known}")
+                unmatched.add(text, f"{text} of {known}")
             chosen += hits
     unmade = [s.fqn for s in chosen if s.local.device.type == "meta"]
     if unmade:
@@ -91,32 +94,35 @@ def choose(shards: Sequence[Shard], select: Select | None, missed: Missed) -> fr
         raise ValueError(
             f"{abbreviate([s.fqn for s in opaque])}: {opaque[0].opaque} does not declare one plain "
             "tensor of its own shape and dtype that holds its values (__tensor_flatten__), so "
-            "they cannot be averaged; freeze them or leave them out with select=, or average the "
-            "model in the form that it had before (bfloat16, float32)"
+            "they cannot be averaged; freeze them or exclude them with select=, or average the "
+            "model before its conversion (bfloat16, float32)"
         )
     if not chosen:
         text = "nothing to average: the model has no trainable floating-point parameter"
-        missed.note(text, text + ("" if select is None else " that select= takes"))
+        unmatched.add(text, text + ("" if select is None else " that select= matches"))
     complex_ones = [s.fqn for s in shards if s.local.is_complex() and s.role != "buffer"]
     if select is None and complex_ones:
         raise ValueError(
             f"{abbreviate(complex_ones)}: complex parameters are not averaged; keep them "
-            "as pairs of real numbers (torch.view_as_real), or leave them out with select="
+            "as pairs of real numbers (torch.view_as_real), or exclude them with select="
         )
     return frozenset(shard.fqn for shard in chosen)
 
 
 def sort_buffers(
-    shards: Sequence[Shard], buffers: Buffers | Mapping[Pattern, Buffers], missed: Missed
+    shards: Sequence[Shard],
+    buffers: Buffers | Mapping[Pattern, Buffers],
+    unmatched: UnmatchedPatterns,
 ) -> dict[str, Buffers]:
-    """What becomes of each buffer, by fqn. Waits for the device where some may be averaged.
+    """``"copy"``, ``"average"`` or ``"ignore"`` for each buffer, by fqn.
 
-    Only floating-point buffers without inf and NaN are averaged: a counter, a table of indices, a
-    flag or a mask would not survive it. The others are then the model's own, as with ``"copy"``.
+    Synchronizes with the device if buffers may be averaged. Only floating-point buffers without
+    inf and NaN are averaged, since averages of counters, indices, flags or masks are meaningless;
+    other buffers are copied.
 
     Raises:
-        ValueError: another word than the three, a pattern that matches no buffer, or an expanded
-            buffer that is to be averaged.
+        ValueError: another value than the three, a pattern that matches no buffer, or a buffer to
+            be averaged whose elements share memory (an expanded tensor).
     """
     rules = _rules(buffers)
     here = [shard for shard in shards if shard.role == "buffer"]
@@ -128,7 +134,7 @@ def sort_buffers(
             )
         if isinstance(buffers, Mapping) and not any(fits(pattern, s.names) for s in here):
             text = f"buffers: {text_of(pattern)!r} matches no buffer"
-            missed.note(text, f"{text} of {abbreviate([s.fqn for s in here])}")
+            unmatched.add(text, f"{text} of {abbreviate([s.fqn for s in here])}")
     return {shard.fqn: _word(shard, rules) for shard in here}
 
 
@@ -152,7 +158,7 @@ def _wanted(shard: Shard, rules: Mapping[Pattern, Buffers]) -> Buffers:
 
 
 def ignored(shard: Shard, buffers: Buffers | Mapping[Pattern, Buffers]) -> bool:
-    """Whether a buffer that came after the EMA was built is left out; it is copied else."""
+    """Whether a buffer registered after the EMA was built is ignored; else it is copied."""
     return _wanted(shard, _rules(buffers)) == "ignore"
 
 
@@ -160,23 +166,23 @@ def _rules(buffers: Buffers | Mapping[Pattern, Buffers]) -> Mapping[Pattern, Buf
     return buffers if isinstance(buffers, Mapping) else {"*": buffers}
 
 
-def check_rule(name: str, rule: Any, shards: Sequence[Shard], missed: Missed) -> None:
-    """Notes the patterns of a `by_pattern` that decide about no averaged tensor."""
+def check_rule(name: str, rule: Any, shards: Sequence[Shard], unmatched: UnmatchedPatterns) -> None:
+    """Adds the patterns of a `by_pattern` that apply to no averaged tensor to ``unmatched``."""
     if not isinstance(rule, by_pattern):
         return
     used = {rule.index(shard.names) for shard in shards}
     for place, (pattern, _) in enumerate(rule.rules, 1):
         if place not in used:
             text = f"by_pattern: {text_of(pattern)!r} decides about no averaged tensor"
-            missed.note(
+            unmatched.add(
                 f"{name}: {text}",
                 f"schedule of average {name!r}: {text} of {abbreviate([s.fqn for s in shards])} "
-                "(the first pattern that takes a name does)",
+                "(the first pattern that matches a name does)",
             )
 
 
 def facts(shard: Shard) -> tuple[Any, ...]:
-    """What must not change under an EMA; requires_grad may (the choice was made at the start)."""
+    """What must not change while an EMA exists. ``requires_grad`` may change."""
     local = shard.source
     place = (shard.boxes, shard.order, tuple(local.shape), shard.weights is not None)
     names = tuple(sorted(shard.names))
@@ -206,10 +212,10 @@ _WORDS = (
 
 
 def as_before(before: Sequence[Shard], now: Sequence[Shard]) -> list[Shard]:
-    """``now`` in the order of ``before`` and by its names, where only the order has changed.
+    """``now`` in the order and with the names of ``before``, for shards that are in both.
 
-    A block that is taken out and put in again comes last; of tied names another one comes first
-    then. Whatever else is in ``now`` keeps its place.
+    A module that was removed and registered again comes last, which also changes which of its
+    tied names is the first. Shards that are only in ``now`` keep their positions.
     """
     then = {frozenset(shard.names): shard for shard in before}
     known = {names: s for s in now if (names := frozenset(s.names)) in then}
@@ -222,7 +228,7 @@ def as_before(before: Sequence[Shard], now: Sequence[Shard]) -> list[Shard]:
 
 
 def difference(before: list[tuple[Any, ...]], now: list[tuple[Any, ...]]) -> str:
-    """What changed between two lists of `facts`, and the remedy."""
+    """The first change between two lists of `facts`, and the remedy, for an error message."""
     then, today = {f[0]: f for f in before}, {f[0]: f for f in now}
     remedy = "; build the EMA after the model has its final form, and a new one when it changes"
     for word, names in (("is new", today.keys() - then.keys()), ("is gone", then.keys() - today)):

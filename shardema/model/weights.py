@@ -1,10 +1,10 @@
-"""What an EMA averages, as shards: read from the model, and again when its storage moves.
+"""The weights that an EMA averages, as shards; read again when the model's storage changes.
 
 ::
 
-    model -read-> shards        all of this rank's; `mine` are averaged
-    mine  -cut->  slices        where each replica averages its part only
-    spread                      what is written into the shards reaches all ranks
+    model           -read->          shards    all that this rank holds
+    averaged_shards -local_slices->  slices    where each replica averages a slice only
+    publish_writes                             gathers what was written into the shards
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Weights:
         models: as the training loop holds them.
         backend: ``"auto"``, or the one that must match.
         reads_weights: average the 16-bit weights of an engine, not its masters.
-        buffers, select: as `ShardedEMA` takes them.
-        partly: the models are chunks, of which other ranks hold more.
+        buffers, select: see `ShardedEMA`.
+        partial_model: the models are chunks; other ranks hold other chunks.
 
     Attributes:
-        name: of the backend.
-        engine: what steps and gathers by itself, None where the training loop does.
-        shards: of every tensor that is gathered.
-        averaged: fqns of those that are averaged.
-        missed: patterns that found nothing here.
-        ignored: names of buffers that are left out of `shards`.
-        lent: those of `mine` whose masters are away until they are asked for.
+        name: name of the backend.
+        engine: the engine that steps the weights, None if the training loop does.
+        shards: the shard of every tensor, except ignored buffers.
+        averaged: fqns of the averaged tensors.
+        unmatched: patterns that match nothing on this rank.
+        ignored: names of buffers that `shards` does not contain.
+        on_disk: the averaged shards whose masters are stored on disk.
 
     Raises:
         ValueError: as `ShardedEMA` does.
@@ -59,7 +59,7 @@ class Weights:
         reads_weights: bool,
         buffers: Buffers | Mapping[Pattern, Buffers],
         select: Select | None,
-        partly: bool,
+        partial_model: bool,
     ) -> None:
         self.models = models
         backends.refuse_unknown(models)
@@ -67,49 +67,49 @@ class Weights:
         self._reads_weights = reads_weights
         self._rules = buffers
         self._buffers: dict[str, Buffers] = {}
-        self.missed = selection.Missed(partly)
+        self.unmatched = selection.UnmatchedPatterns(partial_model)
         self.ensure_sharded()
         found = self._backend.read(models)
-        self._buffers = selection.sort_buffers(found, buffers, self.missed)
+        self._buffers = selection.sort_buffers(found, buffers, self.unmatched)
         self.shards = self._read()
         self.engine = self._backend.engine(models)
         averaged_buffers = {fqn for fqn, word in self._buffers.items() if word == "average"}
-        self._cuts: dict[str, tuple[Any, ...]] = {}  # what the slices were at first
+        self._first_slices: dict[str, tuple[Any, ...]] = {}  # boxes and order when first sliced
         packed = own_state.packed(models)
         numbers = [shard for shard in self.shards if shard.fqn not in packed]
-        self.averaged = selection.choose(numbers, select, self.missed) | averaged_buffers
+        self.averaged = selection.choose(numbers, select, self.unmatched) | averaged_buffers
         self._frozen = self._frozen_now()
         self._watch()
 
     # ---- reading ------------------------------------------------------------------------------
 
     def ranks(self) -> tuple[int, ...] | None:
-        """The ranks that share the model, None for all."""
+        """The ranks that share the model; None for all ranks."""
         return self._backend.ranks(self.models)
 
     @property
     def gathers(self) -> bool:
-        """Whether a forward leaves weights gathered on all ranks, which a read here frees."""
+        """Whether a forward may leave weights gathered, which reading the model frees."""
         return self.name in ("fsdp1", "fsdp2")
 
     def ensure_sharded(self, *, force: bool = False) -> None:
-        """Frees what a forward has left gathered.
+        """Frees weights that a forward has left gathered.
 
         Raises:
-            RuntimeError: somebody needs it, and ``force`` is not given.
+            RuntimeError: they are in use, and ``force`` is not set.
         """
         self._backend.ensure_sharded(self.models, force=force)
 
     def applied(self) -> int | None:
-        """The engine's last step, if it moved the weights."""
+        """A number for the engine's last step; None if it did not change the weights."""
         return None if self.engine is None else self.engine.applied()
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether an optimizer steps a tensor that is averaged."""
+        """Whether an optimizer steps an averaged tensor."""
         return self.stepped_by([optimizer])[0]
 
     def stepped_by(self, optimizers: Sequence[torch.optim.Optimizer]) -> list[bool]:
-        """Of each optimizer, whether it steps a tensor that is averaged."""
+        """For each optimizer, whether it steps an averaged tensor."""
         self.ensure_sharded()
         averaged = {
             id(named.tensor)
@@ -121,34 +121,34 @@ class Weights:
 
     @property
     def forward_writes(self) -> bool:
-        """Whether something is averaged that a forward may write: a buffer."""
+        """Whether a forward may write averaged tensors, which are buffers."""
         return any(word == "average" for word in self._buffers.values())
 
     @property
     def averages_buffers(self) -> bool:
-        """Whether buffers are to be averaged, where there are any: the same on all ranks."""
+        """Whether ``buffers`` asks for averages of buffers: the same on all ranks."""
         rules = self._rules
         return "average" in (rules.values() if isinstance(rules, Mapping) else (rules,))
 
     @property
-    def mine(self) -> list[Shard]:
-        """The shards that are averaged."""
+    def averaged_shards(self) -> list[Shard]:
+        """The shards of the averaged tensors."""
         return [shard for shard in self.shards if shard.fqn in self.averaged]
 
-    def cut(self, policy: ShadowPolicy) -> list[Shard]:
-        """What this rank averages: `mine`, or its slices of them."""
-        return [self._sliced(s) if policy.shard_replicas else s for s in self.mine]
+    def local_slices(self, policy: ShadowPolicy) -> list[Shard]:
+        """What this rank averages: `averaged_shards`, or its slice of each."""
+        return [self._sliced(s) if policy.shard_replicas else s for s in self.averaged_shards]
 
-    def all_cut(self, policy: ShadowPolicy) -> list[Shard]:
-        """`shards`, those that are averaged as `cut` gives them."""
+    def all_shards(self, policy: ShadowPolicy) -> list[Shard]:
+        """`shards`, with `local_slices` in place of the averaged ones."""
         if not policy.shard_replicas:
             return self.shards
         return [self._sliced(s) if s.fqn in self.averaged else s for s in self.shards]
 
     def _sliced(self, shard: Shard) -> Shard:
         if shard.fqn not in self._slices:
-            cut = self._slices[shard.fqn] = replicas.slice_of(shard)
-            self._cuts.setdefault(shard.fqn, (cut.boxes, cut.order))
+            part = self._slices[shard.fqn] = replicas.slice_of(shard)
+            self._first_slices.setdefault(shard.fqn, (part.boxes, part.order))
         return self._slices[shard.fqn]
 
     def _read(self) -> list[Shard]:
@@ -161,54 +161,56 @@ class Weights:
         return [replace(shard, reads_weights=True) for shard in shards]
 
     def _ignored(self, shard: Shard) -> bool:
-        """Whether a buffer is left out; one that came later goes by the same rules."""
+        """Whether a buffer is ignored; buffers registered later follow the same rules."""
         if shard.role != "buffer":
             return False
         word = next((self._buffers[n] for n in shard.names if n in self._buffers), None)
         return selection.ignored(shard, self._rules) if word is None else word == "ignore"
 
     def _copied(self, shard: Shard) -> bool:
-        """Whether it is only copied: it has no shape or dtype to keep, and may come and go."""
+        """Whether it is a copied buffer, which may change its shape, appear and disappear."""
         return shard.role == "buffer" and shard.fqn not in self.averaged
 
     def _kept(self, shards: Sequence[Shard]) -> list[tuple[Any, ...]]:
-        """What must not change."""
+        """Facts about the shards that must not change."""
         return [selection.facts(shard) for shard in shards if not self._copied(shard)]
 
     def stamp(self) -> tuple[Any, ...]:
-        """What may change under an EMA and is part of a plan: another stamp, another plan."""
+        """What a plan contains and may change: if the stamp differs, the plan is out of date."""
         copied = [shard for shard in self.shards if self._copied(shard)]
         return tuple(selection.facts(shard) for shard in copied)
 
     def _watch(self) -> None:
-        """Notes what to compare later."""
+        """Records what later reads are compared with."""
         self._form = Form(self.models)
         self._facts = self._kept(self.shards)
-        self._addresses = [(shard.address, shard.address()) for shard in self.mine]
-        self.lent = [s for s in self.mine if s.away is not None and not s.reads_weights]
+        self._addresses = [(shard.address, shard.address()) for shard in self.averaged_shards]
+        self.on_disk = [
+            s for s in self.averaged_shards if s.on_disk is not None and not s.reads_weights
+        ]
         self._slices: dict[str, Shard] = {}
 
-    def at_home(self) -> bool:
-        """Whether the model has the tensors that it had when it was read, where they were then.
+    def storage_unchanged(self) -> bool:
+        """Whether the model still has the modules, tensors and addresses of the last read.
 
-        The addresses look into the tables of modules, so these must be the model's still.
+        Addresses are looked up in the modules, so these must be compared, too.
         """
         return self._form.holds() and all(address() == known for address, known in self._addresses)
 
     def refresh(self, rank: int) -> bool:
-        """Makes the shards the present weights; tells whether they are others now.
+        """Reads the model again if its storage changed; returns whether the shards moved.
 
         Raises:
-            RuntimeError: as `read_again`.
+            RuntimeError: as `reread`.
         """
         self.ensure_sharded()
-        return not self.at_home() and self.read_again(rank)
+        return not self.storage_unchanged() and self.reread(rank)
 
-    def read_again(self, rank: int) -> bool:
-        """Reads the model anew; tells whether the shards lie elsewhere now.
+    def reread(self, rank: int) -> bool:
+        """Reads the model again; returns whether the averaged shards have other addresses.
 
         Raises:
-            RuntimeError: it is no longer the model that the EMA was built for.
+            RuntimeError: the model is no longer the one that the EMA was built for.
         """
         name, _ = backends.find(self.models)
         if name != self.name:
@@ -227,11 +229,11 @@ class Weights:
         return before != [known for _, known in self._addresses]
 
     def _check_slices(self, shards: Sequence[Shard], rank: int) -> None:
-        """Slices are cut in the order of memory, which must be as it was."""
+        """Raises RuntimeError if a slice, which follows the memory order, has other elements."""
         now = {shard.fqn: shard for shard in shards}
-        for fqn, then in self._cuts.items():
-            cut = replicas.slice_of(now[fqn])
-            if (cut.boxes, cut.order) != then:
+        for fqn, then in self._first_slices.items():
+            part = replicas.slice_of(now[fqn])
+            if (part.boxes, part.order) != then:
                 raise RuntimeError(
                     f"rank {rank}: {fqn}: this replica's slice has other elements than when the "
                     "EMA was built, since the memory order of the tensor or its replicas changed; "
@@ -242,7 +244,7 @@ class Weights:
         return frozenset(shard.fqn for shard in self.shards if shard.role == "frozen")
 
     def newly_frozen(self) -> tuple[list[str], list[str]]:
-        """Averaged names that were frozen since the last look, and others that train since."""
+        """Averaged names frozen since the last call, and not averaged ones unfrozen since it."""
         then, self._frozen = self._frozen, self._frozen_now()
         frozen = (self._frozen - then) & self.averaged
         return sorted(frozen), sorted(then - self._frozen - self.averaged)
@@ -250,35 +252,37 @@ class Weights:
     # ---- writing ------------------------------------------------------------------------------
 
     def replicated(self, policy: ShadowPolicy) -> list[Shard]:
-        """Those of `mine` of which `cut` gives a slice only."""
-        found = [s for s in self.mine if policy.shard_replicas and replicas.sliced(s)]
+        """The averaged shards that `local_slices` cuts into slices."""
+        found = [s for s in self.averaged_shards if policy.shard_replicas and replicas.sliced(s)]
         return sorted(found, key=lambda shard: shard.fqn)  # the same order on all ranks
 
-    def carrier(
+    def all_gather_slices(
         self, policy: ShadowPolicy, ranks: Ranks, *, masters: bool = False
-    ) -> replicas.Spread:
-        """What `spread` brings slices to the other replicas with. Local, and allocates.
+    ) -> replicas.AllGatherSlices:
+        """Prepares the all-gather of slices for `publish_writes`. Local; allocates its buffers.
 
         Args:
-            masters: what the optimizer steps is written, too.
+            masters: also gather the masters that the optimizer steps.
         """
         same = self.replicated(policy)
         whole = [(s.own, s.replicas) for s in same]
         if masters:
             whole += [(s.local, s.replicas) for s in same if s.weights is not None]
-        return replicas.Spread(whole, ranks)
+        return replicas.AllGatherSlices(whole, ranks)
 
     @contextlib.contextmanager
-    def spread(self, op: str, carrier: replicas.Spread | None, ranks: Ranks) -> Iterator[None]:
-        """The block writes the model's own tensors; what it wrote reaches all ranks when it ends.
+    def publish_writes(
+        self, op: str, gather: replicas.AllGatherSlices | None, ranks: Ranks
+    ) -> Iterator[None]:
+        """Inside the block the model's tensors are written; at its end all ranks have the result.
 
-        Local, but for an engine and for slices. With slices, what the block raises on one rank is
-        raised on all, when they are together again.
+        Local; collective with an engine or with slices. With slices, an error in the block on one
+        rank is raised on all ranks, after the gather.
 
         Args:
-            carrier: of those tensors of which the block writes this replica's slice only.
+            gather: for the tensors of which the block writes this replica's slice only.
         """
-        if self.engine is None and carrier is None:
+        if self.engine is None and gather is None:
             yield
             return
         failed: BaseException | None = None
@@ -294,12 +298,12 @@ class Weights:
                 yield
             except BaseException as error:
                 failed = error
-            # the other ranks gather too, whatever happened here
-            if carrier is not None:
-                carrier(op)
+            # the other ranks gather, so this one must, even after an error
+            if gather is not None:
+                gather(op)
             if self.engine is not None:
                 ranks.transfer(op, self.engine.publish, ranks.transport(self._device()))
-            if carrier is not None:
+            if gather is not None:
                 ranks.agree(f"{op} (finishing)", finish)
             elif failed is not None:
                 raise failed
@@ -308,33 +312,33 @@ class Weights:
         return next((shard.own.device.type for shard in self.shards), "cpu")
 
     def counted(self, shards: Sequence[Shard]) -> dict[str, Tensor]:
-        """Tensors whose ``_version`` every in-place write moves; of an engine, its parameters."""
+        """Tensors whose ``_version`` changes with every write; with an engine, its parameters."""
         if self.engine is not None:
             return dict(self.engine.parameters())
         return {s.fqn: s.local for s in shards if s.role != "buffer"}
 
     def versions(self, shards: Sequence[Shard]) -> dict[str, int]:
-        """The present counters of `counted`."""
+        """The current ``_version`` of each of `counted`."""
         return {fqn: tensor._version for fqn, tensor in self.counted(shards).items()}
 
     def give_back(self, held: Sequence[Shard]) -> dict[str, Tensor]:
-        """Takes the values of ``held`` along to where the model keeps these tensors now.
+        """Copies the values of ``held`` to the tensors that have replaced them in the model.
 
         FSDP1 with CPU offload moves its shards to pinned memory in its first forward,
-        ``load_state_dict(assign=True)`` replaces them, an evaluation may have cast the model, or
-        taken a part of it out. A tensor of the same name and shape takes the values.
+        ``load_state_dict(assign=True)`` replaces them, an evaluation may have cast the model or
+        removed a part of it. Values are copied to a tensor of the same name and shape.
 
         Returns:
-            The values that found no place, or that a cast has rounded.
+            The values for which there is no such tensor, or that a cast has rounded.
         """
-        if self.at_home():
+        if self.storage_unchanged():
             return {}
         places = self._places()
-        own = {shard.local.data_ptr() for shard in held}  # the exchange has brought these back
+        own = {shard.local.data_ptr() for shard in held}  # the exchange has restored these
         lost = {}
         for old in held:
             new = places.get(old.fqn)
-            if not (new is not None and _takes(new, old)):
+            if not (new is not None and _fits(new, old)):
                 lost[old.fqn] = old.local
             elif new.weights is None and new.local.data_ptr() not in own:
                 new.local.copy_(old.local)
@@ -343,12 +347,12 @@ class Weights:
         return {fqn: local for fqn, local in lost.items() if local.numel()}
 
     def replaced(self, held: Sequence[Shard]) -> list[str]:
-        """Names of ``held`` in whose place the model has another tensor now, of other values.
+        """Names of ``held`` that the model has replaced by another tensor with other values.
 
-        An engine's weights are written from its masters, whatever took their place; and between
+        None with an engine: its weights are always restored from the masters, and between
         `release` and `publish` its parameters must not be read.
         """
-        if self.engine is not None or self.at_home():
+        if self.engine is not None or self.storage_unchanged():
             return []
         places = self._places()
         own = {shard.local.data_ptr() for shard in held}
@@ -356,46 +360,46 @@ class Weights:
         return [
             old.fqn
             for old, new in pairs
-            if _takes(new, old)
+            if _fits(new, old)
             and new.weights is None
             and new.local.data_ptr() not in own
             and not _alike(new.local, old.local)
         ]
 
     def _places(self) -> dict[str, Shard]:
-        """Where the model keeps each name now."""
-        return {name: shard for shard in self._whatever_is_there() for name in shard.names}
+        """The model's shards now, by each of their names."""
+        return {name: shard for shard in self._current_shards() for name in shard.names}
 
-    def _whatever_is_there(self) -> list[Shard]:
-        """The shards of the model as it is now, whether the EMA can go on with them or not."""
-        with contextlib.suppress(Exception):  # whatever an evaluation has left
+    def _current_shards(self) -> list[Shard]:
+        """The model's shards now, whether they still fit the EMA or not; empty if unreadable."""
+        with contextlib.suppress(Exception):  # an evaluation may have left any model
             _, backend = backends.find(self.models)
             return backend.read(self.models)
         return []
 
     def await_copies(self) -> None:
-        """Waits until no copy to an accelerator reads weights that lie in host memory.
+        """Waits until no copy to an accelerator reads weights in pinned host memory.
 
-        FSDP with CPU offload sends pinned shards to the device while the host goes on.
+        FSDP with CPU offload copies pinned shards to the device asynchronously.
         """
-        pinned = (s.own.is_pinned() for s in self.mine if s.own.device.type == "cpu")
+        pinned = (s.own.is_pinned() for s in self.averaged_shards if s.own.device.type == "cpu")
         if torch.accelerator.is_available() and any(pinned):
             torch.accelerator.synchronize()
 
     def announce_write(self) -> None:
-        """Tells everyone who may hold copies of the weights that they changed."""
+        """Invalidates cached copies of the weights, in the backend and in autocast."""
         self._backend.mark_written(self.models)
         torch.clear_autocast_cache()
 
 
 def _alike(new: Tensor, old: Tensor) -> bool:
-    """Whether they are equal, but for a cast to 16 bits and back."""
+    """Whether they are equal, up to a cast to 16 bits and back."""
     same = old.to(new.device, new.dtype)
     return torch.allclose(new, same, rtol=2**-7, atol=2**-14, equal_nan=True)
 
 
-def _takes(new: Shard, old: Shard) -> bool:
-    """Whether ``new`` is where the values of ``old`` can go."""
+def _fits(new: Shard, old: Shard) -> bool:
+    """Whether the values of ``old`` can be copied into ``new``."""
     same = new.shape == old.shape and new.boxes == old.boxes and new.order == old.order
     alike = same and new.local.shape == old.local.shape
     return alike and new.local.is_floating_point() and new.local.device.type != "meta"

@@ -36,12 +36,12 @@ REPLACED = -1  # what `Shard.address` gives when the model holds another tensor 
 
 
 @dataclass(frozen=True, eq=False)
-class Loan:
-    """Storage that is away, on a disk, but for the time that it is asked for.
+class OffloadedStorage:
+    """Storage on disk that can be loaded into memory for a while.
 
     Args:
-        hold: ``hold(write)`` brings it back for the length of a ``with`` block, as a flat tensor;
-            with ``write=True`` what the block wrote is kept.
+        hold: ``hold(write)`` is a context manager that loads it as a flat tensor; with
+            ``write=True`` it is written back at the end of the block.
     """
 
     hold: Callable[[bool], AbstractContextManager[Tensor]]
@@ -67,8 +67,9 @@ class Shard:
         weights: what the forward computes with, where that is another tensor than ``local``: the
             16-bit copy of an fp32 master, laid out alike. None where ``local`` is it.
         reads_weights: the average is of ``weights``, not of ``local``.
-        away: where ``local`` is lent and where it starts in the loan; ``local`` itself is then a
-            stand-in of the same size without values. See `present`.
+        on_disk: the storage that holds ``local`` and the offset of its first element there, if it
+            is not in memory; ``local`` itself is then a placeholder of the same size without
+            values. See `materialized`.
         replicas: the groups of ranks that are declared to hold the same ``local``: DDP's group,
             the replicated axes of a mesh.
         corners: where each box begins inside ``local``, which has the dims of the full tensor
@@ -87,7 +88,7 @@ class Shard:
     address: Callable[[], int] = field(default=lambda: 0, repr=False)
     weights: Tensor | None = None
     reads_weights: bool = False
-    away: tuple[Loan, int] | None = field(default=None, repr=False)
+    on_disk: tuple[OffloadedStorage, int] | None = field(default=None, repr=False)
     replicas: tuple[dist.ProcessGroup, ...] = field(default=(), repr=False)
     corners: tuple[Dims, ...] = ()
     opaque: str = ""
@@ -133,24 +134,24 @@ class Shard:
         assert start == local.numel(), (self.fqn, start, local.numel())
 
 
-def present(shards: Sequence[Shard], *, write: bool = False) -> Iterator[list[Shard]]:
-    """The shards in groups; while a group is at hand, the ``local`` of each is really there.
+def materialized(shards: Sequence[Shard], *, write: bool = False) -> Iterator[list[Shard]]:
+    """The shards in groups; while a group is yielded, the ``local`` of its shards is in memory.
 
     Args:
-        write: what is written into ``local`` is to be kept.
+        write: whether writes into ``local`` must be kept.
     """
     here: list[Shard] = []
-    lent: dict[Loan, list[tuple[Shard, int]]] = {}
+    groups: dict[OffloadedStorage, list[tuple[Shard, int]]] = {}
     for shard in shards:
-        if shard.away is None:
+        if shard.on_disk is None:
             here.append(shard)
         else:
-            lent.setdefault(shard.away[0], []).append((shard, shard.away[1]))
+            groups.setdefault(shard.on_disk[0], []).append((shard, shard.on_disk[1]))
     if here:
         yield here
-    for loan, group in lent.items():
-        with loan.hold(write) as flat:
+    for storage, group in groups.items():
+        with storage.hold(write) as flat:
             yield [
-                replace(s, local=flat.narrow(0, start, s.local.numel()), away=None)
+                replace(s, local=flat.narrow(0, start, s.local.numel()), on_disk=None)
                 for s, start in group
             ]

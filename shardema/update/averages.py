@@ -36,7 +36,7 @@ class Averages(Mapping[str, Average]):
         self.weights, self.ranks = weights, ranks
         self._by_name: dict[str, Average] = {}
         for name, rule in schedules.items():
-            held = weights.cut(policies[name])
+            held = weights.local_slices(policies[name])
             shadows = allocate(held, policies[name])
             shadows.copy_from(held)
             self._by_name[name] = Average(name, rule, policies[name], shadows)
@@ -92,7 +92,7 @@ class Averages(Mapping[str, Average]):
 
     def held(self, average: Average) -> list[Shard]:
         """What this rank averages."""
-        return self.weights.cut(average.policy)
+        return self.weights.local_slices(average.policy)
 
     def dtype_of(self, average: Average) -> Callable[[Item], torch.dtype]:
         """The dtype of an item where this average stands for the model."""

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from shardema.errors import abbreviate
-from shardema.shards.shard import Shard, present
+from shardema.shards.shard import Shard, materialized
 from shardema.update.averages import Averages
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class NonFinite:
         ranks, updates = self._averages.ranks, self._averages.num_updates
         names = [
             shard.fqn
-            for group in present(self._averages.weights.mine)
+            for group in materialized(self._averages.weights.averaged_shards)
             for shard in not_finite([s for s in group if s.source.numel()])
         ]
         found, most, least = ranks.max([float(bool(names)), updates, -updates])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shardema.policy import ShadowPolicy
-from shardema.shards.shard import Shard, present
+from shardema.shards.shard import Shard, materialized
 from shardema.shards.strides import dense_like
 
 _ALIGN = 64  # bytes
@@ -38,7 +38,7 @@ class Shadows:
 
     def copy_from(self, shards: Sequence[Shard]) -> None:
         """Sets every shadow to its shard's present value."""
-        for group in present(shards):
+        for group in materialized(shards):
             for shard in group:
                 self.views[shard.fqn].copy_(shard.source)
 
@@ -117,8 +117,8 @@ def _device(source: Tensor, policy: ShadowPolicy) -> torch.device:
 def _place(shard: Shard) -> tuple[int, int]:
     """Where the source lies: in which storage, at which byte."""
     size = shard.source.element_size()
-    if shard.away is not None and not shard.reads_weights:
-        return id(shard.away[0]), shard.away[1] * size
+    if shard.on_disk is not None and not shard.reads_weights:
+        return id(shard.on_disk[0]), shard.on_disk[1] * size
     return shard.source.untyped_storage().data_ptr(), int(shard.source.storage_offset()) * size
 
 

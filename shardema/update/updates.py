@@ -12,7 +12,7 @@ import torch
 from shardema import kernels
 from shardema.arguments import increment
 from shardema.scopes import to_the_end, uninterrupted, writable
-from shardema.shards.shard import Shard, present
+from shardema.shards.shard import Shard, materialized
 from shardema.update.average import Average
 from shardema.update.averages import Averages
 from shardema.update.following import Following
@@ -99,8 +99,8 @@ class Updates:
             with uninterrupted():  # all averages move, and their clocks, or none does
                 with self._naming("update"):
                     self.updater(flat)
-                for group in present(self._weights.lent):
-                    self.lerp_lent(group, flat)
+                for group in materialized(self._weights.on_disk):
+                    self.lerp_materialized(group, flat)
                 self._note(weights, step)
                 self._counted = applied
         self.following.seen()
@@ -125,7 +125,7 @@ class Updates:
             raise RuntimeError(
                 "before_replay: no graph has captured ema.update(); capture it first"
             )
-        if self._tables.moved or not self._weights.at_home():
+        if self._tables.moved or not self._weights.storage_unchanged():
             self._raise_moved()
         weights, flat = self.decide(step)
         with writable():
@@ -147,7 +147,7 @@ class Updates:
             if average.num_updates in (1, 100):
                 self._notices.odd_decay(average)
 
-    def lerp_lent(self, shards: Sequence[Shard], weights: Sequence[float]) -> None:
+    def lerp_materialized(self, shards: Sequence[Shard], weights: Sequence[float]) -> None:
         """Moves the averages of shards that are here for the moment."""
         pairs = list(slotted(self._averages.values(), lambda _: shards))
         if pairs:  # else the rank holds nothing of them
@@ -158,9 +158,9 @@ class Updates:
 
     def refresh(self) -> None:
         """Makes the shards the present weights: frees what is gathered, finds what was replaced."""
-        self.follow(self._weights.refresh(self._averages.ranks.rank))
+        self.carry_over(self._weights.refresh(self._averages.ranks.rank))
 
-    def follow(self, moved: bool) -> None:
+    def carry_over(self, moved: bool) -> None:
         """Binds the update anew where the weights moved, now or since that failed."""
         if moved:
             self._tables = Tables.LOST if self._tables.captured else Tables.MOVED
@@ -177,10 +177,10 @@ class Updates:
         self._tables = Tables.BOUND
 
     def _bound(self) -> Updater:
-        away = {shard.fqn for shard in self._weights.lent}
+        on_disk = {shard.fqn for shard in self._weights.on_disk}
 
         def here(average: Average) -> list[Shard]:
-            return [s for s in self._averages.held(average) if s.fqn not in away]
+            return [s for s in self._averages.held(average) if s.fqn not in on_disk]
 
         return Updater(list(self._averages.values()), here, self.bind_kernel)
 

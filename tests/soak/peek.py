@@ -133,7 +133,9 @@ def own_tensors(ema: ShardedEMA, model: nn.Module) -> list[Tensor]:
     if is_engine(model):
         return [p for p in model.parameters() if p.requires_grad and not hasattr(p, "ds_id")]
     return [
-        s.own for s in ema.internal.averages.weights.mine if s.own.numel() and s.role != "buffer"
+        s.own
+        for s in ema.internal.averages.weights.averaged_shards
+        if s.own.numel() and s.role != "buffer"
     ]
 
 
@@ -145,7 +147,7 @@ def flats(ema: ShardedEMA) -> set[int]:
 
 def parts(ema: ShardedEMA) -> Iterator[tuple[str, Box, Tensor]]:
     """What this rank's model computes with of what is averaged: tensor, place, values."""
-    for shard in ema.internal.averages.weights.mine:
+    for shard in ema.internal.averages.weights.averaged_shards:
         for box, values in shard.pieces(shard.own):
             yield shard.fqn, box, values
 

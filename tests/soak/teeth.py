@@ -266,7 +266,7 @@ PATCHES = {
         Patch(
             "moved",
             "update/updates.py",
-            "follow",
+            "carry_over",
             "if self._tables.moved:",
             "if False:",
             "an update goes on with the storage that the weights have left",
@@ -275,7 +275,7 @@ PATCHES = {
         Patch(
             "exchanged",
             "model/weights.py",
-            "at_home",
+            "storage_unchanged",
             "return self._form.holds() and "
             "all(address() == known for address, known in self._addresses)",
             "return all(address() == known for address, known in self._addresses)",
