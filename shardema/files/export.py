@@ -186,15 +186,7 @@ def export(
         ValueError: ``mode="direct"`` on several hosts or a file system that is not local.
         CheckpointError: on all ranks, if any could not write; nothing is left behind.
     """
-    ranks = contents.ranks
-    contents = contents.only([i for i in contents.chosen if contents.plan.items[i].stem])
-    refuse_opaque(
-        "export",
-        contents.plan,
-        contents.chosen,
-        "take ema.full_state_dict(), which hands it out as it is, or ema.save(folder) and "
-        "the averages alone with `shardema export --partial`",
-    )
+    ranks, contents = contents.ranks, _exported(contents)
     tensors = [(i.stem, i.file_name, contents.dtype(i), i.shape) for i in contents.items]
     targets, indices = plan_targets(tensors, max_shard_size)
     total = sum(entry.nbytes for target in targets for entry in target.entries.values())
@@ -224,6 +216,19 @@ def export(
 
         # one rank's sync writes what all wrote to the file
         ranks.agree("export (finishing)", sync, finish, nbytes=total)
+
+
+def _exported(contents: Contents) -> Contents:
+    """The part of ``contents`` that an export writes; raises ValueError for opaque tensors."""
+    contents = contents.only([i for i in contents.chosen if contents.plan.items[i].stem])
+    refuse_opaque(
+        "export",
+        contents.plan,
+        contents.chosen,
+        "take ema.full_state_dict(), which hands it out as it is, or ema.save(folder) and "
+        "the averages alone with `shardema export --partial`",
+    )
+    return contents
 
 
 def _bar(total: int, *, visible: bool) -> tqdm[Any]:

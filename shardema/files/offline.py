@@ -51,11 +51,8 @@ def export_checkpoint(
     limit = parse_size(max_shard_size)
     stored = manifests.read(folder, "export")
     name = _choose(stored, average)
-    if stored.left_out and not partial:
-        raise ValueError(
-            f"{folder} lacks {abbreviate(stored.left_out)}: parameters that are not averaged; "
-            "save with ema.save(folder, include_frozen=True), or export without them (--partial)"
-        )
+    if not partial:
+        _check_complete(folder, stored)
     numbers = [n for n, t in enumerate(stored.tensors) if t.average in (name, None) and t.stem]
     wanted = {n: list(whole(stored.tensors[n].shape)) for n in numbers}
 
@@ -85,6 +82,14 @@ def export_checkpoint(
             _copy_configs(stored.home, new.path, {target.stem for target in targets}, written)
         new.commit()
     return stored
+
+
+def _check_complete(folder: str | os.PathLike[str], stored: Manifest) -> None:
+    if stored.left_out:
+        raise ValueError(
+            f"{folder} lacks {abbreviate(stored.left_out)}: parameters that are not averaged; "
+            "save with ema.save(folder, include_frozen=True), or export without them (--partial)"
+        )
 
 
 def _choose(stored: Manifest, average: str | None) -> str:
