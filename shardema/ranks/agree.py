@@ -46,7 +46,7 @@ from shardema.ranks.messages import (
     unequal,
     unpacked,
 )
-from shardema.ranks.rounds import Cancelled, Rounds, call_of, rounds_of
+from shardema.ranks.rounds import GRACE, Cancelled, Rounds, call_of, rounds_of
 from shardema.scopes import uninterrupted
 
 _SLOWEST = 20e6  # bytes per second of a disk or a network that still counts as alive
@@ -95,6 +95,7 @@ class Ranks:
         self._who: int | None = None  # the round in which the ranks first agreed about this object
         self._calls = 0  # rounds that this object was in, or tried to be
         self._last = ""  # what the last of them was about
+        self._sent = False  # this rank's part of a transfer, and nothing since
 
     @property
     def size(self) -> int:
@@ -165,7 +166,7 @@ class Ranks:
         try:
             with uninterrupted():  # a rank that leaves half way breaks the group for all
                 self._await(op, rounds, _started(move, device))
-                ended = True
+                ended = self._sent = True
         except BaseException as error:
             if ended or is_told(error):  # held back until here, or told by the roll call
                 raise
@@ -342,8 +343,11 @@ class Ranks:
             rounds.withdraw(op)
             return absent
 
+        # while others' parts are under way the leader waits for them, and tells who is missing
+        limit = timeout + GRACE * self._sent
+        self._sent = False
         try:
-            answer = self._ask(rounds, lambda: rounds.follow(word, timeout, cancel))
+            answer = self._ask(rounds, lambda: rounds.follow(word, limit, cancel))
         except BaseException as error:
             cancel.set()
             if not isinstance(error, _StoreGone):  # an interrupt: nobody is to count on the word

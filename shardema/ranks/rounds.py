@@ -155,10 +155,8 @@ class Rounds:
         """
         end = time.monotonic() + limit
         while True:
-            if self._withdrawn:
-                word = {**word, "again": self._withdrawn}
-            mine = self._key(self.index)
-            self.store.set(mine, json.dumps(word))
+            again = {"again": self._withdrawn} if self._withdrawn else {}  # of this round alone
+            self.store.set(self._key(self.index), json.dumps({**word, **again}))
             if self._await_reply(end, limit, cancel):
                 reply: dict[str, Any] = json.loads(self.store.get(self._key("reply")))
                 if self._passed(reply):
