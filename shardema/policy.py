@@ -50,8 +50,8 @@ class ShadowPolicy:
             )
         if self.compute == "device" and self.device != "cpu":
             raise ValueError(
-                "ShadowPolicy: got compute='device' without device='cpu'; an average that lies "
-                "with the weights is always computed there"
+                "ShadowPolicy: got compute='device' without device='cpu'; an average that is "
+                "stored with the weights is always computed there"
             )
         every = self.update_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:

@@ -304,7 +304,7 @@ def damaged(folder: Path) -> Iterator[tuple[str, str]]:
     path, data = folder / "shardema.json", data_file(folder)
     good, aside = path.read_bytes(), folder / "aside"
     path.write_bytes(good + b" ")
-    yield "a frame", "its checksum does not fit"
+    yield "a frame", "checksum mismatch"
     path.unlink()
     yield "no manifest", "no shardema.json in it"
     path.mkdir()

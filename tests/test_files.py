@@ -230,7 +230,7 @@ def test_nothing_but_a_whole_checkpoint_is_replaced(tmp_path: Path) -> None:
     before = tree(tmp_path)
     for name, text in (
         ("lacking", "the checkpoint is not whole"),
-        ("damaged", "its checksum does not fit"),
+        ("damaged", "checksum mismatch"),
         ("file", "not a folder"),
         ("empty", "no shardema.json in it"),
         ("export", "no shardema.json in it"),

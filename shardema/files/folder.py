@@ -1,4 +1,4 @@
-"""A folder that appears whole under its name, or not at all; or takes the place of a checkpoint.
+"""A folder that appears complete under its name or not at all, or replaces a checkpoint.
 
 ::
 
@@ -120,7 +120,9 @@ class NewFolder:
     def _rename(self) -> None:
         if _exists(self._folder):
             raise CheckpointError(
-                f"{self._op} to {self._folder}: it appeared meanwhile", path=self._folder
+                f"{self._op} to {self._folder}: it was created by another process during the "
+                f"{self._op}",
+                path=self._folder,
             )
         os.rename(self.path, self._folder)
         self._settle(os.path.dirname(self._folder), lambda: os.rename(self._folder, self.path))

@@ -195,7 +195,7 @@ def read(folder: str | os.PathLike[str], op: str = "load") -> Manifest:
     )
     if not framed:
         raise CheckpointError(
-            f"reading {path}: its checksum does not fit: the file is damaged; load another step",
+            f"reading {path}: checksum mismatch: the file is damaged; load another step",
             path=path,
         )
     try:

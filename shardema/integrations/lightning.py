@@ -1,4 +1,4 @@
-"""Lightning: an EMA that follows a Trainer and lies beside its checkpoints.
+"""Lightning: an EMA that follows a Trainer and is saved beside its checkpoints.
 
 ::
 

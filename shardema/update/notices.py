@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Notices:
-    """What a user is told once of an EMA."""
+    """Warnings that an EMA logs once."""
 
     def __init__(self, averages: Averages) -> None:
         self._averages = averages
@@ -71,7 +71,7 @@ class Notices:
         """Logs parameters that were frozen or unfrozen since the last look, once each time."""
         frozen, unfrozen = self._averages.weights.newly_frozen()
         for names, what in (
-            (frozen, "frozen since: averaged on, towards its last value"),
+            (frozen, "now frozen; its average converges to the frozen value"),
             (unfrozen, "trainable now, and not averaged: build a new EMA"),
         ):
             if names and self._averages.ranks.leader:

@@ -227,7 +227,7 @@ def make_staged(
 
 
 def _alike(piece: ParamSlice) -> bool:
-    """Whether the parameter lies as its chunk will, so that every kernel takes it as it is."""
+    """Whether the parameter has the strides of its chunk: every kernel accepts it as it is."""
     shadow = piece.shadows[0]
     return shadow.dtype == piece.param.dtype and dense_like(shadow) == piece.param.stride()
 

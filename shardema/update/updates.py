@@ -25,9 +25,9 @@ class Tables(enum.Enum):
     """Where the addresses that the update was bound to stand; a CUDA graph keeps them for good."""
 
     BOUND = enum.auto()  # they are the weights'
-    MOVED = enum.auto()  # the weights lie elsewhere: to be bound anew
+    MOVED = enum.auto()  # the storage of the weights changed: bind again
     CAPTURED = enum.auto()  # a CUDA graph has them: not to be bound anew
-    LOST = enum.auto()  # captured, and the weights lie elsewhere: nothing goes on
+    LOST = enum.auto()  # captured, and the storage of the weights changed: every call raises
 
     @property
     def captured(self) -> bool:
@@ -120,7 +120,7 @@ class Updates:
         """Moves the clocks, and gives the replay that follows its weights.
 
         Raises:
-            RuntimeError: no update was captured, or the weights lie elsewhere now.
+            RuntimeError: no update was captured, or the storage of the weights changed.
         """
         if not self._tables.captured:
             raise RuntimeError(
@@ -187,8 +187,8 @@ class Updates:
 
     def _raise_moved(self) -> NoReturn:
         raise RuntimeError(
-            f"rank {self._averages.ranks.rank}: the model's weights lie elsewhere than when a CUDA "
-            "graph captured ema.update(), so its replays would read freed memory; build the EMA "
+            f"rank {self._averages.ranks.rank}: the storage of the model's weights changed since a "
+            "CUDA graph captured ema.update(), so its replays would read freed memory; build the EMA "
             "and capture again"
         )
 
