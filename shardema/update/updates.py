@@ -188,8 +188,8 @@ class Updates:
     def _raise_moved(self) -> NoReturn:
         raise RuntimeError(
             f"rank {self._averages.ranks.rank}: the storage of the model's weights changed since a "
-            "CUDA graph captured ema.update(), so its replays would read freed memory; build the EMA "
-            "and capture again"
+            "CUDA graph captured ema.update(), so its replays would read freed memory; build the "
+            "EMA and capture again"
         )
 
     # ---- who waits ----------------------------------------------------------------------------
