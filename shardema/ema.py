@@ -249,7 +249,7 @@ class ShardedEMA:
         self._calls.check_allowed("update")
         self._updates.following.refuse_by_hand(self._averages.ranks.rank)
         self._advance(dt)
-        self._updates.copied()
+        self._updates.await_reads()
 
     def _advance(self, dt: float | Callable[[], float] | None) -> None:
         """`update`, after which offloaded averages may still be reading the weights."""
@@ -287,7 +287,7 @@ class ShardedEMA:
         self._calls.end_swap("flush")
         self._calls.close_round()
         self._updates.flush("flush")
-        self._updates.copied()
+        self._updates.await_reads()
 
     def attach(
         self, *optimizers: Any, dt: float | Callable[[], float] | None = None
@@ -327,13 +327,13 @@ class ShardedEMA:
         def update() -> None:
             self._advance(dt)
             if self._averages.weights.forward_writes:
-                self._updates.copied()  # the next forward may come before the next step
+                self._updates.await_reads()  # the next forward may come before the next step
 
         def guard() -> None:
             self._calls.check_allowed("an optimizer step")
-            self._updates.copied()
+            self._updates.await_reads()
 
-        wait, ranks = self._updates.copied, self._averages.ranks
+        wait, ranks = self._updates.await_reads, self._averages.ranks
         return self._updates.following.attach(optimizers, update, guard, wait, ranks)
 
     # ---- evaluating ---------------------------------------------------------------------------

@@ -33,8 +33,8 @@ from shardema.files.manifest import (
     Reading,
     Stored,
     StoredAverage,
+    StoredBox,
     StoredFile,
-    StoredPiece,
 )
 from shardema.files.safetensors import NewFile, layout, reporting, write_file
 from shardema.model.own_state import Outward
@@ -236,7 +236,7 @@ def _stored_file(entry: dict[str, Any], tensors: Sequence[Stored]) -> StoredFile
     start = entry["head"]
     for number, offsets, sizes in entry["pieces"]:
         box = Box(tuple(offsets), tuple(sizes))
-        pieces.append(StoredPiece(number, box, start))
+        pieces.append(StoredBox(number, box, start))
         start += box.numel * tensors[number].dtype.itemsize
     blocks = tuple(entry["blocks"])
     return StoredFile(entry["name"], entry["size"], entry["head"], blocks, tuple(pieces))

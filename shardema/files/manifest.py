@@ -72,7 +72,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredPiece:
+class StoredBox:
     """A box of tensor number ``tensor``; ``start`` is its first byte in the file."""
 
     tensor: int
@@ -88,7 +88,7 @@ class StoredFile:
     size: int
     head: int
     blocks: tuple[str, ...]
-    pieces: tuple[StoredPiece, ...]
+    pieces: tuple[StoredBox, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +333,7 @@ def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:
         )
         if not inside:
             raise ValueError(f"{box!r:.200} is not inside {tensor.fqn} of shape {tensor.shape}")
-        pieces.append(StoredPiece(number, box, start))
+        pieces.append(StoredBox(number, box, start))
         start += box.numel * tensor.dtype.itemsize
     blocks = tuple(checked_text(block) for block in value["blocks"])
     if start != size:
@@ -371,7 +371,7 @@ class Reading:
     """What is to be read of one file: ``(first byte, last-plus-one, piece)`` in its order."""
 
     file: StoredFile
-    needed: tuple[tuple[int, int, StoredPiece], ...]
+    needed: tuple[tuple[int, int, StoredBox], ...]
 
     @property
     def blocks(self) -> list[int]:
@@ -410,7 +410,7 @@ def parts(manifest: Manifest, found: list[Reading]) -> Iterator[tuple[int, Box, 
         yield from _read_file(os.path.join(manifest.home, reading.file.name), reading, manifest)
 
 
-def _reach(piece: StoredPiece, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
+def _reach(piece: StoredBox, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
     """First and last-plus-one element of the piece that any of the boxes touches."""
     low, high = piece.box.numel, 0
     for box in boxes:
@@ -453,14 +453,14 @@ def _read_file(
 
 
 def _names_in(
-    needed: tuple[tuple[int, int, StoredPiece], ...], begin: int, end: int, manifest: Manifest
+    needed: tuple[tuple[int, int, StoredBox], ...], begin: int, end: int, manifest: Manifest
 ) -> str:
     inside = [piece for start, stop, piece in needed if start < end and stop > begin]
     return abbreviate([manifest.tensors[piece.tensor].fqn for piece in inside])
 
 
 def _part(
-    piece: StoredPiece, start: int, stop: int, begin: int, data: bytearray, manifest: Manifest
+    piece: StoredBox, start: int, stop: int, begin: int, data: bytearray, manifest: Manifest
 ) -> Iterator[tuple[int, Box, torch.Tensor]]:
     """The elements of ``piece`` in bytes ``[start, stop)``; ``data`` begins at ``begin``."""
     dtype = manifest.tensors[piece.tensor].dtype

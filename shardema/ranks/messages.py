@@ -1,4 +1,4 @@
-"""What the words of a round say: errors that travel, and in what the ranks differ."""
+"""What the messages of a round say: errors that travel, and in what the ranks differ."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _TRACE = 3000  # characters of a traceback, its end
 def different(came: Sequence[tuple[int, dict[str, Any]]]) -> str:
     """Where ranks call different things, or the same of different objects; else nothing."""
     calls: dict[str, list[int]] = {}
-    for rank, word in came:
-        calls.setdefault(word["op"], []).append(rank)
+    for rank, message in came:
+        calls.setdefault(message["op"], []).append(rank)
     if len(calls) > 1:
         listed = "; ".join(f"{_ranks(ranks)} {_calls(ranks)} {op}" for op, ranks in calls.items())
         return f"ranks differ: {listed}{_missed(came)}"
     objects: dict[Any, list[int]] = {}
-    for rank, word in came:
-        who, before = word["who"]
+    for rank, message in came:
+        who, before = message["who"]
         if who is not None or not before:  # else it was told, and the reply did not arrive
             objects.setdefault(who, []).append(rank)
     if len(objects) > 1:
@@ -50,8 +50,8 @@ def unequal(op: str, came: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, An
     leader, first = came[0]
     for name in first["same"] or {}:
         values: dict[str, list[int]] = {}
-        for rank, word in came:
-            value = (word["same"] or {}).get(name)
+        for rank, message in came:
+            value = (message["same"] or {}).get(name)
             values.setdefault(json.dumps(value), []).append(rank)
         if len(values) == 1:
             continue
@@ -60,7 +60,7 @@ def unequal(op: str, came: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, An
         listed += _missed(came)
         if name.startswith("clock"):
             return gave_up(
-                next(rank for rank, word in came if word["same"] != first["same"]),
+                next(rank for rank, message in came if message["same"] != first["same"]),
                 f"{op}: the ranks are out of step: {name} is {listed}; every rank must update as "
                 "often (not under `if rank == 0`; uneven inputs under Join, and local SGD, step "
                 "some ranks more often): load a checkpoint or call reset() on all ranks",
@@ -72,13 +72,13 @@ def unequal(op: str, came: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, An
 
 def _missed(came: Sequence[tuple[int, dict[str, Any]]]) -> str:
     """Which rank has missed what, where their numbers of calls say so."""
-    behind, word = min(came, key=lambda pair: int(pair[1]["who"][1]))
+    behind, message = min(came, key=lambda pair: int(pair[1]["who"][1]))
     ahead, most = max(came, key=lambda pair: int(pair[1]["who"][1]))
-    if word["who"][1] == most["who"][1]:
+    if message["who"][1] == most["who"][1]:
         return ""
     return (
         f" (rank {behind} has missed a call of this EMA: the last one on rank {ahead} was "
-        f"{most['last']}, on rank {behind} {word.get('last', 'none')})"
+        f"{most['last']}, on rank {behind} {message.get('last', 'none')})"
     )
 
 
@@ -150,15 +150,15 @@ def _bare(text: str) -> str:
     return re.sub(r"^rank \d+: ", "", text)
 
 
-def unpacked(word: dict[str, Any], rank: int) -> Exception:
-    cls = _RAISED[word["type"]]
+def unpacked(message: dict[str, Any], rank: int) -> Exception:
+    cls = _RAISED[message["type"]]
     if issubclass(cls, RankError):
         error: Exception = cls(
-            word["text"], rank=word["rank"], path=word["path"], errno=word["errno"]
+            message["text"], rank=message["rank"], path=message["path"], errno=message["errno"]
         )
     else:
-        error = cls(word["text"])
-    for other, trace in word.get("traces", {}).items():
+        error = cls(message["text"])
+    for other, trace in message.get("traces", {}).items():
         if int(other) != rank and hasattr(error, "add_note"):  # its own is the cause
             error.add_note(f"on rank {other}:\n{trace}")
     return error

@@ -29,7 +29,7 @@ _ALIGN = 16  # bytes; a part of a bucket starts where any dtype may start
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TransferChunk:
     """A box of an item that travels as one: ``owner`` is the index of the rank that sends it."""
 
     item: int
@@ -37,10 +37,10 @@ class Piece:
     owner: int
 
 
-def buckets(contents: Contents, limit: int) -> Iterator[list[Piece]]:
+def buckets(contents: Contents, limit: int) -> Iterator[list[TransferChunk]]:
     """The boxes of the chosen items, in order, in groups of at most ``limit`` bytes."""
     plan = contents.plan
-    bucket: list[Piece] = []
+    bucket: list[TransferChunk] = []
     used = 0
     for index, item in zip(contents.chosen, contents.items, strict=True):
         itemsize = contents.dtype(item).itemsize
@@ -50,7 +50,7 @@ def buckets(contents: Contents, limit: int) -> Iterator[list[Piece]]:
                 if bucket and used + size > limit:
                     yield bucket
                     bucket, used = [], 0
-                bucket.append(Piece(index, part, owner))
+                bucket.append(TransferChunk(index, part, owner))
                 used += size
     if bucket:
         yield bucket
@@ -61,7 +61,7 @@ class Prepared:
     """A stream that has all the memory that it needs."""
 
     transfer: _Transfer
-    groups: list[list[Piece]]
+    groups: list[list[TransferChunk]]
 
 
 def prepare(contents: Contents, *, limit: int, all_ranks: bool = False) -> Prepared:
@@ -81,7 +81,7 @@ def prepare(contents: Contents, *, limit: int, all_ranks: bool = False) -> Prepa
     return Prepared(transfer, groups)
 
 
-def stream(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
+def stream(prepared: Prepared, op: str) -> Generator[tuple[TransferChunk, Tensor]]:
     """Brings the items to the leader, bucket by bucket. Collective over the ranks.
 
     Every rank must run it to the end or close it: a consumer that stops early still takes part in
@@ -97,7 +97,7 @@ def stream(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
     return pieces
 
 
-def _pieces(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
+def _pieces(prepared: Prepared, op: str) -> Generator[tuple[TransferChunk, Tensor]]:
     """What arrives, behind a first item that is none."""
     transfer, ranks = prepared.transfer, prepared.transfer.ranks
     failed: BaseException | None = None
@@ -107,7 +107,7 @@ def _pieces(prepared: Prepared, op: str) -> Generator[tuple[Piece, Tensor]]:
             raise failed
 
     try:
-        yield Piece(-1, Box((), ()), -1), torch.empty(0)
+        yield TransferChunk(-1, Box((), ()), -1), torch.empty(0)
     except BaseException as error:  # the consumer stopped: the others go on to the end
         failed = error
     for number, bucket in enumerate(prepared.groups, 1):
@@ -140,7 +140,7 @@ class Iteration:
         ended_by: the call that ended it before its last tensor.
     """
 
-    def __init__(self, arriving: Generator[tuple[Piece, Tensor]]) -> None:
+    def __init__(self, arriving: Generator[tuple[TransferChunk, Tensor]]) -> None:
         self.ended_by = ""
         self._arriving = arriving
         _iterations.add(self)
@@ -174,7 +174,7 @@ class _Transfer:
         self._host = torch.tensor([], dtype=torch.uint8, device="cpu")
         self.receives = all_ranks or self.ranks.leader
 
-    def reserve(self, groups: Sequence[list[Piece]]) -> None:
+    def reserve(self, groups: Sequence[list[TransferChunk]]) -> None:
         """Allocates a buffer for each device, as large as its largest bucket needs."""
         sizes: dict[torch.device, int] = {}
         for bucket in groups:
@@ -194,7 +194,7 @@ class _Transfer:
             self.ranks.beat()
             self._beat_at = time.monotonic() + self.ranks.timeout / 4
 
-    def move(self, bucket: list[Piece], op: str) -> list[Tensor]:
+    def move(self, bucket: list[TransferChunk], op: str) -> list[Tensor]:
         """The pieces of the bucket, in order, on ranks that receive; else nothing.
 
         A rank that fails to fill its part sends it all the same, and raises afterwards.
@@ -246,7 +246,7 @@ class _Transfer:
         else:
             dist.send(slots[ranks.index], dst=ranks.ranks[0], group=group)
 
-    def _layout(self, bucket: list[Piece]) -> tuple[list[int], dict[int, tuple[int, int]]]:
+    def _layout(self, bucket: list[TransferChunk]) -> tuple[list[int], dict[int, tuple[int, int]]]:
         """First byte of each piece, and (first byte, bytes) of each owner: one span for each."""
         sizes: dict[int, int] = {}
         within = []
@@ -265,17 +265,17 @@ class _Transfer:
         """Owners whose span of a bucket this rank has room for: all, or itself."""
         return [owner for owner in spans if self.receives or owner == self.ranks.index]
 
-    def _nbytes(self, piece: Piece) -> int:
+    def _nbytes(self, piece: TransferChunk) -> int:
         return piece.box.numel * self._dtype(piece).itemsize
 
-    def _dtype(self, piece: Piece) -> torch.dtype:
+    def _dtype(self, piece: TransferChunk) -> torch.dtype:
         return self._contents.dtype(self._contents.plan.items[piece.item])
 
-    def _view(self, buffer: Tensor, start: int, piece: Piece) -> Tensor:
+    def _view(self, buffer: Tensor, start: int, piece: TransferChunk) -> Tensor:
         raw = buffer[start : start + self._nbytes(piece)]
         return raw.view(self._dtype(piece)).view(piece.box.sizes)
 
-    def _home(self, bucket: list[Piece]) -> torch.device:
+    def _home(self, bucket: list[TransferChunk]) -> torch.device:
         """The device that a bucket travels on; told from the plan, so all ranks choose alike."""
         if self.ranks.size == 1:
             return torch.device("cpu")
@@ -284,7 +284,7 @@ class _Transfer:
 
 
 def assemble(
-    contents: Contents, arriving: Iterator[tuple[Piece, Tensor]]
+    contents: Contents, arriving: Iterator[tuple[TransferChunk, Tensor]]
 ) -> Iterator[tuple[Item, Tensor]]:
     """Full tensors ``[*shape]`` on the CPU, one at a time, from the pieces of `stream`."""
     pieces = iter(arriving)

@@ -2,13 +2,13 @@
 
 ::
 
-    Background    device   params ---.              .---> params         a side stream
-                  host               '-> staging ---'                    two pinned buffers
-                  host                   lerp_(shadows, staging)         a worker thread
+    HostOffload    device   params ---.              .---> params         a side stream
+                   host               '-> staging ---'                    two pinned buffers
+                   host                   lerp_(shadows, staging)         a worker thread
 
-    Travelling    host     shadows --.               .--> shadows        pinned
-                  device             '-> chunk ------'                   two buffers, a stream each
-                  device                 lerp_(chunk, params)
+    DeviceOffload  host     shadows --.               .--> shadows        pinned
+                   device             '-> chunk ------'                   two buffers, a stream each
+                   device                 lerp_(chunk, params)
 
 Both cut the parameters into batches that each fill one buffer, and bind the kernel to every batch
 once, so that an update has nothing left to plan or to allocate. While one buffer is averaged the
@@ -33,7 +33,7 @@ from shardema import kernels
 from shardema.scopes import writable
 from shardema.update.staging import (
     Chunk,
-    Lane,
+    CopyStreams,
     Staged,
     buffer_sizes,
     chunk_bytes,
@@ -50,23 +50,25 @@ STAGING_BYTES = 512 << 20  # both buffers together
 _PATIENCE = 10.0  # seconds that the end of a process waits for a worker that does not stop
 
 
-class Background:
-    """Averages that lie in host memory, kept by a worker thread: at most one update behind.
+class HostOffload:
+    """Updates averages in host memory on a worker thread, at most one update behind the step.
 
-    A parameter that stands among ``params`` several times, once for each of its averages, is
-    copied once. To be used from one thread at a time.
+    A parameter that is listed several times, once for each of its averages, is copied once. Not
+    thread-safe.
 
     Args:
         shadows: on the CPU, of any dense strides; nobody else may touch them before `flush`.
         params: of the same shapes, on any devices.
-        slots: which of the weights each pair moves by.
+        slots: index of each pair's weight.
         bind: the kernel, for tensors on the CPU.
-        staging_bytes: size of the two buffers together; they are pinned if a parameter lies on a
+        staging_bytes: size of the two buffers together; they are pinned if a parameter is on a
             GPU, and no larger than needed.
 
     Raises:
         ValueError: ``staging_bytes`` is too small.
     """
+
+    name = "host_offload"  # beside the names of kernels
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class Background:
             pinned = any(param.device.type == "cuda" for param in params)
             sizes = buffer_sizes(packed, lambda piece: piece.param.nbytes)
             staging = [zeros(size, torch.uint8, pinned=pinned) for size in sizes]
-            self._lanes = {p.param.device: Lane(p.param.device, streams=1) for p in pieces}
+            self._lanes = {p.param.device: CopyStreams(p.param.device, streams=1) for p in pieces}
             batches = [
                 make_staged(
                     batch, k % 2, staging[k % 2], self._lanes[batch[0][1].param.device], bind
@@ -117,7 +119,7 @@ class Background:
         self._update = _Update(tuple(weights))
         self._work.queue.put(self._update)
 
-    def copied(self) -> None:
+    def await_reads(self) -> None:
         """Returns when the parameters may be changed.
 
         On a GPU the current stream waits for the last copy; the host only until that was issued.
@@ -126,10 +128,10 @@ class Background:
             RuntimeError: an update failed.
         """
         if self._update is not None:
-            self._wait(self._update, self._update.copied)
+            self._wait(self._update, self._update.read)
         self._check()
         for lane in self._lanes.values():
-            lane.hold_back()
+            lane.block_current_stream()
 
     def flush(self) -> None:
         """Returns when the averages are up to date. After an interrupt it may be called again.
@@ -172,23 +174,25 @@ class Background:
             _raise_failed(self._work.error)
 
 
-class Travelling:
-    """Averages that lie in host memory and are computed on the parameters' device.
+class DeviceOffload:
+    """Updates averages in host memory on the device of the parameters.
 
-    For a host that is too slow for `Background`: more travels, and the host computes nothing.
-    There is no thread. An update that is interrupted (Ctrl-C) is carried on with by the next call
-    of any method. To be used from one thread at a time.
+    For a host that is too slow for `HostOffload`: shadows are copied both ways, and the host
+    computes nothing. There is no worker thread. The next call of any method completes an update
+    that was interrupted (Ctrl-C). Not thread-safe.
 
     Args:
-        shadows: on the CPU, pinned where the parameters lie on a GPU (see `zeros`); nobody else
+        shadows: on the CPU, pinned where the parameters are on a GPU (see `zeros`); nobody else
             may touch them before `flush`.
-        params, slots: as for `Background`.
+        params, slots: as for `HostOffload`.
         bind: the kernel, for tensors on the parameters' device.
         staging_bytes: size of all buffers on a device together; no larger than needed.
 
     Raises:
         ValueError: ``staging_bytes`` is too small.
     """
+
+    name = "device_offload"
 
     def __init__(
         self,
@@ -203,12 +207,12 @@ class Travelling:
         by_device: dict[torch.device, list[int]] = {}
         for i, param in enumerate(params):
             by_device.setdefault(param.device, []).append(i)
-        self._lanes: list[Lane] = []
+        self._lanes: list[CopyStreams] = []
         self._batches: list[Chunk] = []
         self.nbytes = 0  # on all devices
         with writable():
             for device, mine in by_device.items():
-                lane = Lane(device, streams=2)
+                lane = CopyStreams(device, streams=2)
                 # one pair a piece: nothing is saved by keeping the averages of one together
                 pieces = [
                     piece
@@ -248,7 +252,7 @@ class Travelling:
         self._left = (tuple(weights), 0, False)
         self._go_on()
 
-    def copied(self) -> None:
+    def await_reads(self) -> None:
         """Returns when the parameters may be changed; on a GPU the current stream waits.
 
         Raises:
@@ -256,7 +260,7 @@ class Travelling:
         """
         self._go_on()
         for lane in self._lanes:
-            lane.hold_back()
+            lane.block_current_stream()
 
     def flush(self) -> None:
         """Returns when the averages are up to date. After an interrupt it may be called again.
@@ -314,7 +318,7 @@ class _Update:
 
     weights: tuple[float, ...]
     started: bool = False
-    copied: threading.Event = field(default_factory=threading.Event)
+    read: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -343,7 +347,7 @@ def _serve(work: _Work) -> None:
             except BaseException as error:  # whatever it is, the caller must see it
                 work.error = error
             finally:
-                update.copied.set()
+                update.read.set()
                 update.done.set()
 
 
@@ -356,7 +360,7 @@ def _average(work: _Work, update: _Update) -> None:
         if k + 1 < len(work.batches):
             work.batches[k + 1].copy()  # into the other buffer, which batch k - 1 has left
         else:
-            update.copied.set()
+            update.read.set()
         if work.given_up:
             return
         batch.lane.wait(batch.buffer)

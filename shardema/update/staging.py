@@ -31,7 +31,7 @@ def zeros(numel: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:
     return torch.zeros(numel, dtype=dtype, device="cpu", pin_memory=pinned)
 
 
-class Lane:
+class CopyStreams:
     """The way between the host and one device: side streams that the buffers take turns on.
 
     Only a GPU has streams; elsewhere a copy is done when it returns, and there is none to wait for.
@@ -82,7 +82,7 @@ class Lane:
         if self.streams:
             self._passed[buffer].synchronize()
 
-    def hold_back(self) -> None:
+    def block_current_stream(self) -> None:
         """The caller's stream waits for the last mark of each buffer; the host does not."""
         if self.streams:
             for event in self._passed:
@@ -98,7 +98,7 @@ class Lane:
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class ParamSlice:
     """A part of a parameter, and the same part of each of its averages."""
 
     param: Tensor
@@ -108,9 +108,9 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Staged:
-    """A batch of `Background`: ``lerp_`` reads the staging."""
+    """A batch of `HostOffload`: ``lerp_`` reads the staging."""
 
-    lane: Lane
+    lane: CopyStreams
     buffer: int
     staging: list[Tensor]
     params: list[Tensor]
@@ -124,9 +124,9 @@ class Staged:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """A batch of `Travelling`: ``lerp_`` writes the chunks."""
+    """A batch of `DeviceOffload`: ``lerp_`` writes the chunks."""
 
-    lane: Lane
+    lane: CopyStreams
     buffer: int
     chunks: list[Tensor]
     shadows: list[Tensor]
@@ -146,7 +146,7 @@ class Chunk:
         self.lane.copy(self.shadows, self.chunks)
 
 
-_Packed = list[list[tuple[int, Piece]]]  # batches of pieces, each with its start in the buffer
+_Packed = list[list[tuple[int, ParamSlice]]]  # batches of pieces, each with its start in the buffer
 
 
 def half_of(staging_bytes: int) -> int:
@@ -165,7 +165,7 @@ def cut_pairs(
     params: Sequence[Tensor],
     slots: Sequence[int],
     numel: Callable[[Tensor, Tensor], int],
-) -> list[Piece]:
+) -> list[ParamSlice]:
     """Parts of at most ``numel(shadow, param)`` elements, device by device, empty ones left out."""
     groups: dict[object, list[int]] = {}
     for i, (shadow, param, _) in enumerate(zip(shadows, params, slots, strict=True)):
@@ -179,11 +179,11 @@ def cut_pairs(
         cut = [aligned_parts(shadows[i], param, size) for i in group]
         for parts in zip(*cut, strict=True):
             mine = [shadow for shadow, _ in parts]
-            pieces.append(Piece(parts[0][1], mine, [slots[i] for i in group]))
+            pieces.append(ParamSlice(parts[0][1], mine, [slots[i] for i in group]))
     return pieces
 
 
-def pack(pieces: Iterable[Piece], nbytes: Callable[[Piece], int], limit: int) -> _Packed:
+def pack(pieces: Iterable[ParamSlice], nbytes: Callable[[ParamSlice], int], limit: int) -> _Packed:
     """Batches that each fill a buffer of ``limit`` bytes and are of one device."""
     batches: _Packed = []
     used = limit
@@ -197,7 +197,7 @@ def pack(pieces: Iterable[Piece], nbytes: Callable[[Piece], int], limit: int) ->
     return batches
 
 
-def buffer_sizes(packed: _Packed, nbytes: Callable[[Piece], int]) -> list[int]:
+def buffer_sizes(packed: _Packed, nbytes: Callable[[ParamSlice], int]) -> list[int]:
     """How large each of the two buffers must be."""
     ends = [batch[-1][0] + _aligned(nbytes(batch[-1][1])) for batch in packed]
     return [max(ends[k::2], default=0) for k in range(2)]
@@ -210,7 +210,11 @@ def _view(buffer: Tensor, start: int, part: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def make_staged(
-    batch: list[tuple[int, Piece]], k: int, buffer: Tensor, lane: Lane, bind: kernels.Bind
+    batch: list[tuple[int, ParamSlice]],
+    k: int,
+    buffer: Tensor,
+    lane: CopyStreams,
+    bind: kernels.Bind,
 ) -> Staged:
     staging = [_view(buffer, at, piece.shadows[0], piece.param.dtype) for at, piece in batch]
     read = [(s, piece) for s, (_, piece) in zip(staging, batch, strict=True)]
@@ -222,13 +226,13 @@ def make_staged(
     return Staged(lane, k, staging, [piece.param for _, piece in batch], lerp_)
 
 
-def _alike(piece: Piece) -> bool:
+def _alike(piece: ParamSlice) -> bool:
     """Whether the parameter lies as its chunk will, so that every kernel takes it as it is."""
     shadow = piece.shadows[0]
     return shadow.dtype == piece.param.dtype and dense_like(shadow) == piece.param.stride()
 
 
-def chunk_bytes(piece: Piece) -> int:
+def chunk_bytes(piece: ParamSlice) -> int:
     """Of the chunk and, after it, of the converted parameter.
 
     Not left to the kernel: it would take scratch for each batch anew.
@@ -238,7 +242,11 @@ def chunk_bytes(piece: Piece) -> int:
 
 
 def make_chunk(
-    batch: list[tuple[int, Piece]], k: int, buffer: Tensor, lane: Lane, bind: kernels.Bind
+    batch: list[tuple[int, ParamSlice]],
+    k: int,
+    buffer: Tensor,
+    lane: CopyStreams,
+    bind: kernels.Bind,
 ) -> Chunk:
     shadows = [piece.shadows[0] for _, piece in batch]
     slots = [piece.slots[0] for _, piece in batch]

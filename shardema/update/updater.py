@@ -10,7 +10,7 @@ from shardema import kernels
 from shardema.policy import ShadowPolicy
 from shardema.shards.shard import Shard
 from shardema.update.average import Average
-from shardema.update.offload import Background, Travelling
+from shardema.update.offload import DeviceOffload, HostOffload
 
 _INLINE = ("", 0)
 _Pairs = tuple[list[Tensor], list[Tensor], list[int]]  # shadows, sources, slots of the weights
@@ -55,16 +55,16 @@ class Updater:
             sources.append(source)
             slots.append(slot)
         self._inline = [bind(*pairs.pop(_INLINE))] if _INLINE in pairs else []
-        self._behind: list[Background | Travelling] = [
-            (Background if compute == "host" else Travelling)(*those, bind, staging_bytes=size)
+        self._behind: list[HostOffload | DeviceOffload] = [
+            (HostOffload if compute == "host" else DeviceOffload)(*those, bind, staging_bytes=size)
             for (compute, size), those in pairs.items()
         ]
 
     @property
     def runs(self) -> tuple[str, ...]:
-        """What runs: the kernels, ``"background"`` and ``"travelling"``."""
+        """What runs: the kernels, ``"host_offload"`` and ``"device_offload"``."""
         inline = dict.fromkeys(name for lerp_ in self._inline for name in lerp_.runs)
-        return (*inline, *(type(behind).__name__.lower() for behind in self._behind))
+        return (*inline, *(behind.name for behind in self._behind))
 
     @property
     def behind(self) -> bool:
@@ -85,7 +85,7 @@ class Updater:
     def await_thread(self) -> None:
         """Waits for the update before, where a thread makes it. Raises as `__call__`."""
         for behind in self._behind:
-            if isinstance(behind, Background):
+            if isinstance(behind, HostOffload):
                 behind.flush()
 
     def launch(self) -> None:
@@ -108,10 +108,10 @@ class Updater:
         for lerp_ in self._inline:
             lerp_.refresh(weights)  # type: ignore[attr-defined]
 
-    def copied(self) -> None:
+    def await_reads(self) -> None:
         """Returns when the weights may be changed. Raises as `__call__`."""
         for behind in self._behind:
-            behind.copied()
+            behind.await_reads()
 
     def flush(self) -> None:
         """Returns when all averages are up to date. Raises as `__call__`."""

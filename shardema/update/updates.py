@@ -45,7 +45,8 @@ class Updates:
 
         weights moved   refresh, follow   bind anew
         an update       advance           all averages and their clocks, or none
-        behind the step flush, copied     until the averages, or the weights, may be read or written
+        behind the step flush             until the averages may be read or written
+                        await_reads       until the weights may be written
         failed          flush raises, until `forget_errors`
 
     Args:
@@ -198,10 +199,10 @@ class Updates:
         with self._naming(op):
             self.updater.flush()
 
-    def copied(self) -> None:
+    def await_reads(self) -> None:
         """Waits until no update reads the weights any more: they may be changed."""
         with self._naming("update"):
-            self.updater.copied()
+            self.updater.await_reads()
 
     @contextlib.contextmanager
     def _naming(self, op: str) -> Iterator[None]:
