@@ -209,12 +209,12 @@ class ShardedEMA:
         held = max(sum(s.local.numel() for s in self._averages.held(a)) for a in averages)
         size = sum(f.nbytes for a in averages for f in a.shadows.flats)
         rules = ", ".join(f"{a.name}={a.schedule}" for a in averages)
-        weights = self._averages.weights
+        weights, names = self._averages.weights, self._updates.updater.kernel_names
         return (
             f"ShardedEMA({rules}; backend={weights.name}, "
             f"{len(weights.averaged)} tensors, "
             f"rank {ranks.rank} of {ranks.size}: {held:,} elements in "
-            f"{size / 2**20:.1f} MiB of shadows; kernel={'+'.join(self._updates.updater.runs)}; "
+            f"{size / 2**20:.1f} MiB of shadows; kernel={'+'.join(names)}; "
             f"t={self._averages.t} {self.unit}s)"
         )
 
@@ -249,7 +249,7 @@ class ShardedEMA:
         self._calls.check_allowed("update")
         self._updates.following.refuse_by_hand(self._averages.ranks.rank)
         self._advance(dt)
-        self._updates.copied()
+        self._updates.await_reads()
 
     def _advance(self, dt: float | Callable[[], float] | None) -> None:
         """`update`, after which offloaded averages may still be reading the weights."""
@@ -287,7 +287,7 @@ class ShardedEMA:
         self._calls.end_swap("flush")
         self._calls.close_round()
         self._updates.flush("flush")
-        self._updates.copied()
+        self._updates.await_reads()
 
     def attach(
         self, *optimizers: Any, dt: float | Callable[[], float] | None = None
@@ -327,13 +327,13 @@ class ShardedEMA:
         def update() -> None:
             self._advance(dt)
             if self._averages.weights.forward_writes:
-                self._updates.copied()  # the next forward may come before the next step
+                self._updates.await_reads()  # the next forward may come before the next step
 
         def guard() -> None:
             self._calls.check_allowed("an optimizer step")
-            self._updates.copied()
+            self._updates.await_reads()
 
-        wait, ranks = self._updates.copied, self._averages.ranks
+        wait, ranks = self._updates.await_reads, self._averages.ranks
         return self._updates.following.attach(optimizers, update, guard, wait, ranks)
 
     # ---- evaluating ---------------------------------------------------------------------------
@@ -583,8 +583,8 @@ class ShardedEMA:
             ValueError: no average of this name, or several and no name.
         """
         average = self._calls.begin(Call("metrics", name))
-        plan, runs = self._calls.plan_of(average), self._updates.updater.runs
-        return metrics.measure(plan, average, self._averages, runs)
+        plan, kernel_names = self._calls.plan_of(average), self._updates.updater.kernel_names
+        return metrics.measure(plan, average, self._averages, kernel_names)
 
     # ---- checkpoints --------------------------------------------------------------------------
 

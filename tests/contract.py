@@ -383,7 +383,7 @@ def metrics_are_those_of_the_whole_model(layout: Layout) -> None:
     size = {k: values[k].double().square().sum() for k in full}
     expected = {"decay": 0.75, "horizon": 4.0, "unmoved": 0.0, "nonfinite": 0.0}
     expected |= {"t": 3, "num_updates": 3}
-    behind = {"host": "background", "device": "travelling"}[layout.policy.compute]
+    behind = {"host": "host_offload", "device": "device_offload"}[layout.policy.compute]
     kernel = "foreach" if layout.kernel == "auto" else layout.kernel
     expected[f"kernel/{kernel if layout.policy.device == 'model' else behind}"] = 1.0
     expected["distance"] = float((sum(apart.values()) / sum(size.values())) ** 0.5)

@@ -23,7 +23,7 @@ UNITS = ("module", "conv", "frozen", "out", "narrow")  # the rest belongs to the
 BESIDE = ShadowPolicy()
 SLICES = ShadowPolicy(shard_replicas=True)
 OFFLOAD = ShadowPolicy(device="cpu", staging_bytes=1 << 20)
-TRAVELLING_SLICES = ShadowPolicy(
+DEVICE_OFFLOAD_SLICES = ShadowPolicy(
     device="cpu", compute="device", staging_bytes=1 << 20, shard_replicas=True
 )
 
@@ -181,6 +181,6 @@ LAYOUTS = {
         ),
         Layout("hsdp-slices", "fsdp2", (4,), hsdp, policy=SLICES, kernel="fused"),
         Layout("fsdp2-offload", "fsdp2", (2,), _fsdp2(), policy=OFFLOAD, kernel="fused"),
-        Layout("ddp-travelling-slices", "plain", (2,), ddp, policy=TRAVELLING_SLICES),
+        Layout("ddp-device-offload-slices", "plain", (2,), ddp, policy=DEVICE_OFFLOAD_SLICES),
     )
 }

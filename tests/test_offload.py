@@ -18,10 +18,10 @@ from torch import Tensor
 from shardema import kernels
 from shardema.kernels import foreach, reference
 from shardema.update import offload, staging
-from shardema.update.offload import Background, Travelling
+from shardema.update.offload import DeviceOffload, HostOffload
 from tests import meters
 
-BOTH = pytest.mark.parametrize("kind", [Background, Travelling])
+BOTH = pytest.mark.parametrize("kind", [HostOffload, DeviceOffload])
 TINY = 1024  # bytes of staging: most tensors of `case` are larger than one buffer
 WEIGHTS = [(0.25, 0.0, 0.9), (1.0, 0.5, 1e-4), (0.0, 0.0, 0.0), (0.1, 0.2, 0.3)]
 
@@ -98,7 +98,7 @@ def test_the_bits_are_those_of_the_update_done_at_once(
     for weights in WEIGHTS:
         lerp_(weights)
         behind(weights)
-        behind.copied()
+        behind.await_reads()
         for param in params[: len(params) // 3]:
             param.add_(1.0)
     behind.flush()
@@ -114,7 +114,7 @@ def test_dtypes_may_be_mixed_and_every_piece_starts_on_64_bytes(kind: Any) -> No
     seen: list[Tensor] = []
 
     def bind(*args: Any) -> kernels.Lerp:
-        seen.extend(args[1] if kind is Background else args[0])
+        seen.extend(args[1] if kind is HostOffload else args[0])
         return foreach.bind(*args)
 
     behind = kind(shadows, params, [0] * 5, bind)
@@ -131,7 +131,7 @@ def test_nothing_to_average_is_no_error(kind: Any) -> None:
     for tensors in ([], [torch.zeros(0, 4)]):
         behind = kind(tensors, tensors, [0] * len(tensors), foreach.bind)
         behind([0.5])
-        behind.copied()
+        behind.await_reads()
         behind.flush()
         assert behind.nbytes == 0
         behind.close()
@@ -144,7 +144,7 @@ def test_the_caller_may_be_in_inference_mode(kind: Any) -> None:
     with torch.inference_mode():
         behind = kind(*args, foreach.bind, staging_bytes=TINY)
         behind(WEIGHTS[0])
-        behind.copied()
+        behind.await_reads()
         behind.flush()
     assert same(args[0], plain)
     behind(WEIGHTS[1])  # nothing of it was made for inference only
@@ -157,7 +157,7 @@ def test_the_weights_are_those_at_the_call(kind: Any) -> None:
     plain = expected_after(args, [0.25])
     gate, weights = Gate(), [0.25]
     behind = kind(*args, gate)
-    if kind is Travelling:
+    if kind is DeviceOffload:
         gate.open.set()
     behind(weights)
     weights[0] = 1.0
@@ -173,12 +173,12 @@ def test_parameters_may_be_overwritten_once_copied() -> None:
     args = case()
     plain = expected_after(args, WEIGHTS[3])
     probe = Gate(-1)
-    Background(*args, probe, staging_bytes=TINY)
+    HostOffload(*args, probe, staging_bytes=TINY)
     assert probe.bound > 3
     gate = Gate(probe.bound - 1)
-    behind = Background(*args, gate, staging_bytes=TINY)
+    behind = HostOffload(*args, gate, staging_bytes=TINY)
     behind(WEIGHTS[3])
-    behind.copied()
+    behind.await_reads()
     assert gate.averaged < probe.bound  # the update still runs
     for param in args[1]:
         param.fill_(7.0)
@@ -187,17 +187,17 @@ def test_parameters_may_be_overwritten_once_copied() -> None:
     assert same(args[0], plain)
 
 
-def test_the_copies_are_done_before_copied_returns() -> None:
+def test_the_copies_are_done_before_await_reads_returns() -> None:
     """The first batches keep the worker: the last ones are not copied yet."""
     args = case()
     gate = Gate(0)
-    behind = Background(*args, gate, staging_bytes=TINY)
+    behind = HostOffload(*args, gate, staging_bytes=TINY)
     behind(WEIGHTS[3])
     gate.entered.wait()
     assert behind._update is not None
-    assert not behind._update.copied.is_set()
+    assert not behind._update.reads_issued.is_set()
     gate.open.set()
-    behind.copied()
+    behind.await_reads()
     assert gate.averaged >= gate.bound - 2  # two buffers: the last two batches may lie in them
     behind.flush()
 
@@ -207,18 +207,18 @@ def test_the_second_call_waits_for_the_first_update(monkeypatch: pytest.MonkeyPa
     plain = expected_after(args, WEIGHTS[0])
     reference.bind(plain, args[1], args[2])(WEIGHTS[1])
     gate = Gate()
-    behind = Background(*args, gate, staging_bytes=TINY)
+    behind = HostOffload(*args, gate, staging_bytes=TINY)
     behind(WEIGHTS[0])  # returns, though the kernel does not
     assert gate.averaged == 0
-    flush = Background.flush
+    flush = HostOffload.flush
 
-    def flushed(self: Background) -> None:
+    def flushed(self: HostOffload) -> None:
         gate.open.set()
         flush(self)
         assert gate.averaged == gate.bound
 
     with monkeypatch.context() as patch:
-        patch.setattr(Background, "flush", flushed)
+        patch.setattr(HostOffload, "flush", flushed)
         behind(WEIGHTS[1])
     assert gate.averaged >= gate.bound
     behind.flush()
@@ -232,7 +232,7 @@ def test_streams_and_buffers_are_used_in_the_order_that_keeps_them_whole(
     """What a GPU is asked for, and when; here it only notes it."""
     log: list[tuple[str, int]] = []
 
-    class Noted(staging.Lane):
+    class Noted(staging.CopyStreams):
         def begin(self) -> None:
             log.append(("begin", -1))
 
@@ -242,18 +242,18 @@ def test_streams_and_buffers_are_used_in_the_order_that_keeps_them_whole(
         def wait(self, buffer: int) -> None:
             log.append(("wait", buffer))
 
-        def hold_back(self) -> None:
+        def block_current_stream(self) -> None:
             log.append(("hold back", -1))
 
-    monkeypatch.setattr(offload, "Lane", Noted)
+    monkeypatch.setattr(offload, "CopyStreams", Noted)
     params = [torch.zeros(128) for _ in range(4)]  # one buffer each
 
     def noting(*args: Any) -> kernels.Lerp:
         return lambda weights: log.append(("average", -1))
 
-    behind = Background(params, params, [0] * 4, noting, staging_bytes=TINY)
+    behind = HostOffload(params, params, [0] * 4, noting, staging_bytes=TINY)
     behind([0.5])
-    behind.copied()
+    behind.await_reads()
     behind.flush()
     log.remove(("hold back", -1))  # by this thread, in its own time
     average = ("average", -1)
@@ -272,25 +272,25 @@ def test_what_travels_is_ordered_after_the_caller_and_before_what_it_does_next(
     """What a GPU is asked for, on every device; here it only notes it."""
     log: list[str] = []
 
-    class Noted(staging.Lane):
+    class Noted(staging.CopyStreams):
         def begin(self) -> None:
             log.append("begin")
 
-        def hold_back(self) -> None:
+        def block_current_stream(self) -> None:
             log.append("hold back")
 
         def finish(self) -> None:
             log.append("finish")
 
-    monkeypatch.setattr(offload, "Lane", Noted)
+    monkeypatch.setattr(offload, "CopyStreams", Noted)
 
     def noting(*args: Any) -> kernels.Lerp:
         return lambda weights: log.append("average")
 
     params = [torch.zeros(64), torch.zeros(64)]
-    behind = Travelling(params, params, [0] * 2, noting, staging_bytes=TINY)
+    behind = DeviceOffload(params, params, [0] * 2, noting, staging_bytes=TINY)
     behind([0.5])
-    behind.copied()
+    behind.await_reads()
     behind.flush()
     averages = ["average"] * len(behind._batches)
     assert averages
@@ -321,15 +321,15 @@ def test_an_interrupted_update_is_carried_on_with(
 
         return lerp_and_interrupt
 
-    class Lane(staging.Lane):
+    class CopyStreams(staging.CopyStreams):
         def copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
             super().copy(targets[:1], sources[:1])
             interrupt()
             super().copy(targets, sources)
             interrupt()
 
-    monkeypatch.setattr(offload, "Lane", Lane)
-    behind = Travelling(*args, bind, staging_bytes=TINY)
+    monkeypatch.setattr(offload, "CopyStreams", CopyStreams)
+    behind = DeviceOffload(*args, bind, staging_bytes=TINY)
     weights = list(WEIGHTS[3])
     with pytest.raises(KeyboardInterrupt):
         behind(weights)
@@ -343,7 +343,7 @@ def test_a_flush_that_is_interrupted_may_be_called_again(monkeypatch: pytest.Mon
     args = case()
     plain = expected_after(args, WEIGHTS[3])
     gate = Gate()
-    behind = Background(*args, gate)
+    behind = HostOffload(*args, gate)
 
     class Interrupted(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
@@ -375,7 +375,7 @@ def test_an_update_is_made_once_wherever_its_start_is_interrupted() -> None:
     for taken in (False, True):
         args = case()
         plain = expected_after(args, WEIGHTS[3])
-        behind = Background(*args, reference.bind)
+        behind = HostOffload(*args, reference.bind)
         queue = behind._work.queue
         behind._work.queue = Interrupting(queue, taken)  # type: ignore[assignment]
         with pytest.raises(KeyboardInterrupt):
@@ -427,12 +427,12 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of all copies between host and device."""
     sizes: list[int] = []
 
-    class Counting(staging.Lane):
+    class Counting(staging.CopyStreams):
         def copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
             sizes.extend(target.nbytes for target in targets)
             super().copy(targets, sources)
 
-    monkeypatch.setattr(offload, "Lane", Counting)
+    monkeypatch.setattr(offload, "CopyStreams", Counting)
     return sizes
 
 
@@ -441,7 +441,7 @@ def test_a_parameter_is_copied_once_for_all_of_its_averages(copied: list[int]) -
         shadows, params, slots = case(torch.bfloat16, averages)
         copied.clear()
         views = [p.as_strided(p.shape, p.stride()) for p in params]  # other objects, same memory
-        behind = Background(shadows, views, slots, foreach.bind, staging_bytes=TINY)
+        behind = HostOffload(shadows, views, slots, foreach.bind, staging_bytes=TINY)
         behind([0.5] * averages)
         behind.flush()
         assert sum(copied) == 2 * sum(p.numel() for p in params) // averages
@@ -450,7 +450,7 @@ def test_a_parameter_is_copied_once_for_all_of_its_averages(copied: list[int]) -
 def test_of_what_travels_only_averages_that_move_are_copied(copied: list[int]) -> None:
     shadows, params, slots = case(averages=2)
     numel = sum(p.numel() for p in params) // 2
-    behind = Travelling(shadows, params, slots, foreach.bind, staging_bytes=4 << 10)
+    behind = DeviceOffload(shadows, params, slots, foreach.bind, staging_bytes=4 << 10)
     behind([0.5, 0.5])
     both = sum(copied)
     assert both == 2 * 2 * 4 * numel  # there and back, two averages
@@ -463,7 +463,7 @@ def test_of_what_travels_only_averages_that_move_are_copied(copied: list[int]) -
 def test_an_update_that_moves_nothing_copies_nothing(kind: Any, copied: list[int]) -> None:
     behind = kind(*case(), foreach.bind)
     behind([0.0, 0.0, 0.0])
-    behind.copied()
+    behind.await_reads()
     behind.flush()
     assert copied == []
 
@@ -478,7 +478,7 @@ def allocated_by(behind: Any, monkeypatch: pytest.MonkeyPatch) -> int:
 
     def update() -> None:
         behind([0.1, 0.2, 0.3])
-        behind.copied()
+        behind.await_reads()
         behind.flush()
 
     in_caller = meters.allocated(update)
@@ -486,7 +486,7 @@ def allocated_by(behind: Any, monkeypatch: pytest.MonkeyPatch) -> int:
         # The meter sees the thread that it is used in, and two at a time would crash.
         patch.setattr(offload, "_average", metered)
         update()
-    assert len(in_worker) == (type(behind) is Background)
+    assert len(in_worker) == (type(behind) is HostOffload)
     return in_caller + sum(in_worker)
 
 
@@ -519,7 +519,7 @@ def test_a_kernel_needs_no_scratch_for_what_travels() -> None:
         return foreach.bind(*args)
 
     for dtype in (torch.float32, torch.bfloat16):
-        Travelling(*case(dtype), bind, staging_bytes=TINY)
+        DeviceOffload(*case(dtype), bind, staging_bytes=TINY)
     assert len(pairs) > 20
     assert all(a.dtype == b.dtype and a.stride() == b.stride() for a, b in pairs)
 
@@ -536,7 +536,7 @@ def failing(*_: Any) -> kernels.Lerp:
 
 CALLS: dict[str, Callable[[Any], None]] = {
     "update": lambda behind: behind([0.5]),
-    "copied": lambda behind: behind.copied(),
+    "await_reads": lambda behind: behind.await_reads(),
     "flush": lambda behind: behind.flush(),
 }
 
@@ -544,7 +544,7 @@ CALLS: dict[str, Callable[[Any], None]] = {
 @pytest.mark.parametrize("first", sorted(CALLS))
 def test_an_error_of_the_worker_surfaces_at_the_next_call_and_stays(first: str) -> None:
     args = [torch.zeros(3)], [torch.ones(3)], [0]
-    behind = Background(*args, failing)
+    behind = HostOffload(*args, failing)
     behind([0.5])
     assert behind._update is not None
     behind._update.done.wait()
@@ -557,9 +557,11 @@ def test_an_error_of_the_worker_surfaces_at_the_next_call_and_stays(first: str) 
         behind.flush()
 
 
-def test_an_error_of_this_update_is_not_missed_by_copied_and_flush() -> None:
-    for call in (CALLS["copied"], CALLS["flush"]):
-        behind = Background([torch.zeros(900)], [torch.ones(900)], [0], failing, staging_bytes=TINY)
+def test_an_error_of_this_update_is_not_missed_by_await_reads_and_flush() -> None:
+    for call in (CALLS["await_reads"], CALLS["flush"]):
+        behind = HostOffload(
+            [torch.zeros(900)], [torch.ones(900)], [0], failing, staging_bytes=TINY
+        )
         behind([0.5])
         with pytest.raises(RuntimeError, match="no room"):
             call(behind)
@@ -567,7 +569,7 @@ def test_an_error_of_this_update_is_not_missed_by_copied_and_flush() -> None:
 
 def test_after_an_error_no_update_is_made() -> None:
     shadow = torch.zeros(3)
-    behind = Background([shadow], [torch.ones(3)], [0], foreach.bind)
+    behind = HostOffload([shadow], [torch.ones(3)], [0], foreach.bind)
     behind._work.error = MemoryError("no room")
     update = offload._Update((0.5,))
     behind._work.queue.put(update)
@@ -584,7 +586,7 @@ def test_an_error_of_what_travels_surfaces_at_once_and_stays() -> None:
 
         return fails_at_first
 
-    behind = Travelling([torch.zeros(3)], [torch.ones(3)], [0], once)
+    behind = DeviceOffload([torch.zeros(3)], [torch.ones(3)], [0], once)
     for call in (CALLS["update"], *CALLS.values()):
         with pytest.raises(RuntimeError, match="failed: MemoryError: no room; they may") as caught:
             call(behind)
@@ -606,7 +608,7 @@ def test_close_ends_the_update_and_refuses_another_one(kind: Any) -> None:
     behind.close()
     assert threading.active_count() == before
     assert same(args[0], plain)
-    behind.copied()
+    behind.await_reads()
     behind.flush()
     with pytest.raises(RuntimeError, match=r"after close\(\); build a new object"):
         behind(WEIGHTS[3])
@@ -617,7 +619,7 @@ def test_close_frees_the_staging(kind: Any) -> None:
     staging: list[weakref.ref[Tensor]] = []
 
     def bind(*args: Any) -> kernels.Lerp:
-        staging.extend(weakref.ref(t) for t in args[1 if kind is Background else 0])
+        staging.extend(weakref.ref(t) for t in args[1 if kind is HostOffload else 0])
         return reference.bind(*args)
 
     behind = kind(*case(), bind, staging_bytes=TINY)
@@ -631,7 +633,7 @@ def test_close_frees_the_staging(kind: Any) -> None:
 def test_collecting_the_object_ends_its_thread_and_frees_the_parameters() -> None:
     param = torch.ones(3)
     freed = weakref.ref(param)
-    behind = Background([torch.zeros(3)], [param], [0], foreach.bind)
+    behind = HostOffload([torch.zeros(3)], [param], [0], foreach.bind)
     behind([0.5])
     behind.flush()
     thread = behind._end.peek()[2][1]  # type: ignore[index]
@@ -645,7 +647,7 @@ def test_collecting_the_object_ends_its_thread_and_frees_the_parameters() -> Non
 def test_an_object_that_is_collected_in_the_middle_gives_its_update_up() -> None:
     args = case()
     gate = Gate(0)
-    behind = Background(*args, gate, staging_bytes=TINY)
+    behind = HostOffload(*args, gate, staging_bytes=TINY)
     work = behind._work
 
     behind(WEIGHTS[3])
@@ -683,7 +685,7 @@ def bind(shadows, params, slots):
 
 params = [torch.zeros(1 << 16) for _ in range(100)]
 shadows = [p.clone() for p in params]
-behind = offload.Background(shadows, params, [0] * 100, bind, staging_bytes=1 << 19)
+behind = offload.HostOffload(shadows, params, [0] * 100, bind, staging_bytes=1 << 19)
 behind([0.5])
 going.wait()
 """
@@ -706,7 +708,7 @@ def test_a_process_exits_though_the_worker_does_not_stop() -> None:
 
 FORK = """
 def in_child(leave):
-    for call in (behind.flush, behind.copied, lambda: behind([0.5])):
+    for call in (behind.flush, behind.await_reads, lambda: behind([0.5])):
         try:
             call()
         except RuntimeError as error:
@@ -767,12 +769,12 @@ def test_on_a_gpu_the_streams_keep_the_order(kind: Any, dtype: torch.dtype, stag
         for target, param in zip(on_gpu, params, strict=False):
             target.copy_(param.cuda(), non_blocking=True)
         behind(weights)
-        behind.copied()
+        behind.await_reads()
         for target in on_gpu:
             target.fill_(7.0)
         behind.flush()
         plain = clones(shadows)
-        device = "cpu" if kind is Background else "cuda"
+        device = "cpu" if kind is HostOffload else "cuda"
         moved = [shadow.to(device) for shadow in plain]
         reference.bind(moved, [p.to(device) for p in params], slots)(weights)
         shadows = [shadow.cpu() for shadow in moved]
@@ -790,7 +792,7 @@ def test_on_a_gpu_an_update_after_the_first_allocates_nothing(kind: Any) -> None
 
     def update() -> None:
         behind([0.5])
-        behind.copied()
+        behind.await_reads()
         behind.flush()
 
     assert meters.allocated_on_gpu(update) == 0

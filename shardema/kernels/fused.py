@@ -85,7 +85,7 @@ def _joined(bound: Sequence[Bound]) -> Bound:
         for one in bound:
             one(weights)
 
-    return Bound(lerp_, tuple(dict.fromkeys(name for one in bound for name in one.runs)))
+    return Bound(lerp_, tuple(dict.fromkeys(name for one in bound for name in one.kernel_names)))
 
 
 def _on_gpu(tensor: Tensor) -> bool:

@@ -2,11 +2,11 @@
 
 ::
 
-    Background    device   params ---.              .---> params         a side stream
+    HostOffload    device   params ---.              .---> params         a side stream
                   host               '-> staging ---'                    two pinned buffers
                   host                   lerp_(shadows, staging)         a worker thread
 
-    Travelling    host     shadows --.               .--> shadows        pinned
+    DeviceOffload    host     shadows --.               .--> shadows        pinned
                   device             '-> chunk ------'                   two buffers, a stream each
                   device                 lerp_(chunk, params)
 
@@ -33,7 +33,7 @@ from shardema import kernels
 from shardema.scopes import writable
 from shardema.update.staging import (
     Chunk,
-    Lane,
+    CopyStreams,
     Staged,
     buffer_sizes,
     chunk_bytes,
@@ -50,7 +50,7 @@ STAGING_BYTES = 512 << 20  # both buffers together
 _PATIENCE = 10.0  # seconds that the end of a process waits for a worker that does not stop
 
 
-class Background:
+class HostOffload:
     """Averages that lie in host memory, kept by a worker thread: at most one update behind.
 
     A parameter that stands among ``params`` several times, once for each of its averages, is
@@ -68,6 +68,8 @@ class Background:
         ValueError: ``staging_bytes`` is too small.
     """
 
+    name = "host_offload"
+
     def __init__(
         self,
         shadows: Sequence[Tensor],
@@ -84,10 +86,10 @@ class Background:
             pinned = any(param.device.type == "cuda" for param in params)
             sizes = buffer_sizes(packed, lambda piece: piece.param.nbytes)
             staging = [zeros(size, torch.uint8, pinned=pinned) for size in sizes]
-            self._lanes = {p.param.device: Lane(p.param.device, streams=1) for p in pieces}
+            self._copies = {p.param.device: CopyStreams(p.param.device, streams=1) for p in pieces}
             batches = [
                 make_staged(
-                    batch, k % 2, staging[k % 2], self._lanes[batch[0][1].param.device], bind
+                    batch, k % 2, staging[k % 2], self._copies[batch[0][1].param.device], bind
                 )
                 for k, batch in enumerate(packed)
             ]
@@ -111,13 +113,13 @@ class Background:
         self._here()
         if not self._end.alive:
             _raise_closed()
-        for lane in self._lanes.values():
-            lane.begin()
+        for copies in self._copies.values():
+            copies.begin()
         # In this order: an interrupt in between leaves an update that `flush` puts once more.
         self._update = _Update(tuple(weights))
         self._work.queue.put(self._update)
 
-    def copied(self) -> None:
+    def await_reads(self) -> None:
         """Returns when the parameters may be changed.
 
         On a GPU the current stream waits for the last copy; the host only until that was issued.
@@ -126,10 +128,10 @@ class Background:
             RuntimeError: an update failed.
         """
         if self._update is not None:
-            self._wait(self._update, self._update.copied)
+            self._wait(self._update, self._update.reads_issued)
         self._check()
-        for lane in self._lanes.values():
-            lane.hold_back()
+        for copies in self._copies.values():
+            copies.block_current_stream()
 
     def flush(self) -> None:
         """Returns when the averages are up to date. After an interrupt it may be called again.
@@ -172,23 +174,25 @@ class Background:
             _raise_failed(self._work.error)
 
 
-class Travelling:
+class DeviceOffload:
     """Averages that lie in host memory and are computed on the parameters' device.
 
-    For a host that is too slow for `Background`: more travels, and the host computes nothing.
+    For a host that is too slow for `HostOffload`: more travels, and the host computes nothing.
     There is no thread. An update that is interrupted (Ctrl-C) is carried on with by the next call
     of any method. To be used from one thread at a time.
 
     Args:
         shadows: on the CPU, pinned where the parameters lie on a GPU (see `zeros`); nobody else
             may touch them before `flush`.
-        params, slots: as for `Background`.
+        params, slots: as for `HostOffload`.
         bind: the kernel, for tensors on the parameters' device.
         staging_bytes: size of all buffers on a device together; no larger than needed.
 
     Raises:
         ValueError: ``staging_bytes`` is too small.
     """
+
+    name = "device_offload"
 
     def __init__(
         self,
@@ -203,12 +207,12 @@ class Travelling:
         by_device: dict[torch.device, list[int]] = {}
         for i, param in enumerate(params):
             by_device.setdefault(param.device, []).append(i)
-        self._lanes: list[Lane] = []
+        self._copies: list[CopyStreams] = []
         self._batches: list[Chunk] = []
         self.nbytes = 0  # on all devices
         with writable():
             for device, mine in by_device.items():
-                lane = Lane(device, streams=2)
+                copies = CopyStreams(device, streams=2)
                 # one pair a piece: nothing is saved by keeping the averages of one together
                 pieces = [
                     piece
@@ -222,12 +226,12 @@ class Travelling:
                 # on the streams that use it: what is freed too early is then used again in order
                 buffers = []
                 for k, size in enumerate(sizes):
-                    with lane.stream(k):
+                    with copies.stream(k):
                         buffers.append(torch.empty(size, dtype=torch.uint8, device=device))
                 for k, batch in enumerate(packed):
-                    with lane.stream(k % 2):
-                        self._batches.append(make_chunk(batch, k % 2, buffers[k % 2], lane, bind))
-                self._lanes.append(lane)
+                    with copies.stream(k % 2):
+                        self._batches.append(make_chunk(batch, k % 2, buffers[k % 2], copies, bind))
+                self._copies.append(copies)
                 self.nbytes += sum(sizes)
         self._closed = False
         self._error: Exception | None = None
@@ -243,20 +247,20 @@ class Travelling:
         self._go_on()
         if self._closed:
             _raise_closed()
-        for lane in self._lanes:
-            lane.begin()
+        for copies in self._copies:
+            copies.begin()
         self._left = (tuple(weights), 0, False)
         self._go_on()
 
-    def copied(self) -> None:
+    def await_reads(self) -> None:
         """Returns when the parameters may be changed; on a GPU the current stream waits.
 
         Raises:
             RuntimeError: an update failed.
         """
         self._go_on()
-        for lane in self._lanes:
-            lane.hold_back()
+        for copies in self._copies:
+            copies.block_current_stream()
 
     def flush(self) -> None:
         """Returns when the averages are up to date. After an interrupt it may be called again.
@@ -266,8 +270,8 @@ class Travelling:
         """
         self._go_on()
         try:
-            for lane in self._lanes:
-                lane.finish()
+            for copies in self._copies:
+                copies.finish()
         except Exception as error:
             self._error = error
             _raise_failed(error)
@@ -294,7 +298,7 @@ class Travelling:
                     weights, k, averaged = self._left
                     batch = self._batches[k]
                     if any(weights[slot] for slot in batch.slots):
-                        with batch.lane.stream(batch.buffer):
+                        with batch.copies.stream(batch.buffer):
                             if not averaged:
                                 batch.average(weights)
                                 self._left = (weights, k, True)
@@ -314,7 +318,7 @@ class _Update:
 
     weights: tuple[float, ...]
     started: bool = False
-    copied: threading.Event = field(default_factory=threading.Event)
+    reads_issued: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -343,7 +347,7 @@ def _serve(work: _Work) -> None:
             except BaseException as error:  # whatever it is, the caller must see it
                 work.error = error
             finally:
-                update.copied.set()
+                update.reads_issued.set()
                 update.done.set()
 
 
@@ -356,10 +360,10 @@ def _average(work: _Work, update: _Update) -> None:
         if k + 1 < len(work.batches):
             work.batches[k + 1].copy()  # into the other buffer, which batch k - 1 has left
         else:
-            update.copied.set()
+            update.reads_issued.set()
         if work.given_up:
             return
-        batch.lane.wait(batch.buffer)
+        batch.copies.wait(batch.buffer)
         batch.lerp_(update.weights)
 
 

@@ -31,7 +31,7 @@ def zeros(numel: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:
     return torch.zeros(numel, dtype=dtype, device="cpu", pin_memory=pinned)
 
 
-class Lane:
+class CopyStreams:
     """The way between the host and one device: side streams that the buffers take turns on.
 
     Only a GPU has streams; elsewhere a copy is done when it returns, and there is none to wait for.
@@ -82,7 +82,7 @@ class Lane:
         if self.streams:
             self._passed[buffer].synchronize()
 
-    def hold_back(self) -> None:
+    def block_current_stream(self) -> None:
         """The caller's stream waits for the last mark of each buffer; the host does not."""
         if self.streams:
             for event in self._passed:
@@ -108,25 +108,25 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Staged:
-    """A batch of `Background`: ``lerp_`` reads the staging."""
+    """A batch of `HostOffload`: ``lerp_`` reads the staging."""
 
-    lane: Lane
+    copies: CopyStreams
     buffer: int
     staging: list[Tensor]
     params: list[Tensor]
     lerp_: kernels.Lerp
 
     def copy(self) -> None:
-        with self.lane.stream(self.buffer):
-            self.lane.copy(self.staging, self.params)
-            self.lane.mark(self.buffer)
+        with self.copies.stream(self.buffer):
+            self.copies.copy(self.staging, self.params)
+            self.copies.mark(self.buffer)
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """A batch of `Travelling`: ``lerp_`` writes the chunks."""
+    """A batch of `DeviceOffload`: ``lerp_`` writes the chunks."""
 
-    lane: Lane
+    copies: CopyStreams
     buffer: int
     chunks: list[Tensor]
     shadows: list[Tensor]
@@ -136,14 +136,14 @@ class Chunk:
     lerp_: kernels.Lerp
 
     def average(self, weights: Sequence[float]) -> None:
-        self.lane.copy(self.chunks, self.shadows)
+        self.copies.copy(self.chunks, self.shadows)
         if self.converted:
             torch._foreach_copy_(self.converted, self.params)
         self.lerp_(weights)
-        self.lane.mark(self.buffer)
+        self.copies.mark(self.buffer)
 
     def carry_back(self) -> None:
-        self.lane.copy(self.shadows, self.chunks)
+        self.copies.copy(self.shadows, self.chunks)
 
 
 _Packed = list[list[tuple[int, Piece]]]  # batches of pieces, each with its start in the buffer
@@ -210,7 +210,7 @@ def _view(buffer: Tensor, start: int, part: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def make_staged(
-    batch: list[tuple[int, Piece]], k: int, buffer: Tensor, lane: Lane, bind: kernels.Bind
+    batch: list[tuple[int, Piece]], k: int, buffer: Tensor, copies: CopyStreams, bind: kernels.Bind
 ) -> Staged:
     staging = [_view(buffer, at, piece.shadows[0], piece.param.dtype) for at, piece in batch]
     read = [(s, piece) for s, (_, piece) in zip(staging, batch, strict=True)]
@@ -219,7 +219,7 @@ def make_staged(
         [s for s, piece in read for _ in piece.shadows],
         [slot for _, piece in batch for slot in piece.slots],
     )
-    return Staged(lane, k, staging, [piece.param for _, piece in batch], lerp_)
+    return Staged(copies, k, staging, [piece.param for _, piece in batch], lerp_)
 
 
 def _alike(piece: Piece) -> bool:
@@ -238,7 +238,7 @@ def chunk_bytes(piece: Piece) -> int:
 
 
 def make_chunk(
-    batch: list[tuple[int, Piece]], k: int, buffer: Tensor, lane: Lane, bind: kernels.Bind
+    batch: list[tuple[int, Piece]], k: int, buffer: Tensor, copies: CopyStreams, bind: kernels.Bind
 ) -> Chunk:
     shadows = [piece.shadows[0] for _, piece in batch]
     slots = [piece.slots[0] for _, piece in batch]
@@ -252,4 +252,4 @@ def make_chunk(
             converted.append(source)
         sources.append(source)
     lerp_ = bind(chunks, sources, slots)
-    return Chunk(lane, k, chunks, shadows, converted, params, frozenset(slots), lerp_)
+    return Chunk(copies, k, chunks, shadows, converted, params, frozenset(slots), lerp_)

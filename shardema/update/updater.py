@@ -10,7 +10,7 @@ from shardema import kernels
 from shardema.policy import ShadowPolicy
 from shardema.shards.shard import Shard
 from shardema.update.average import Average
-from shardema.update.offload import Background, Travelling
+from shardema.update.offload import DeviceOffload, HostOffload
 
 _INLINE = ("", 0)
 _Pairs = tuple[list[Tensor], list[Tensor], list[int]]  # shadows, sources, slots of the weights
@@ -26,7 +26,7 @@ def slotted(
     """Every shadow with what it averages and its slot among the weights of all averages in turn."""
     first = 0
     for average in averages:
-        for shadow, source, index in average.runs(held(average)):
+        for shadow, source, index in average.merged_pairs(held(average)):
             yield average, shadow, source, first + index
         first += len(average.schedules)
 
@@ -55,16 +55,16 @@ class Updater:
             sources.append(source)
             slots.append(slot)
         self._inline = [bind(*pairs.pop(_INLINE))] if _INLINE in pairs else []
-        self._behind: list[Background | Travelling] = [
-            (Background if compute == "host" else Travelling)(*those, bind, staging_bytes=size)
+        self._behind: list[HostOffload | DeviceOffload] = [
+            (HostOffload if compute == "host" else DeviceOffload)(*those, bind, staging_bytes=size)
             for (compute, size), those in pairs.items()
         ]
 
     @property
-    def runs(self) -> tuple[str, ...]:
-        """What runs: the kernels, ``"background"`` and ``"travelling"``."""
-        inline = dict.fromkeys(name for lerp_ in self._inline for name in lerp_.runs)
-        return (*inline, *(type(behind).__name__.lower() for behind in self._behind))
+    def kernel_names(self) -> tuple[str, ...]:
+        """The kernels that run, ``"host_offload"`` and ``"device_offload"``."""
+        inline = dict.fromkeys(name for lerp_ in self._inline for name in lerp_.kernel_names)
+        return (*inline, *(behind.name for behind in self._behind))
 
     @property
     def behind(self) -> bool:
@@ -85,7 +85,7 @@ class Updater:
     def await_thread(self) -> None:
         """Waits for the update before, where a thread makes it. Raises as `__call__`."""
         for behind in self._behind:
-            if isinstance(behind, Background):
+            if isinstance(behind, HostOffload):
                 behind.flush()
 
     def launch(self) -> None:
@@ -96,9 +96,9 @@ class Updater:
         """
         if self._behind or not all(hasattr(lerp_, "launch") for lerp_ in self._inline):
             raise RuntimeError(
-                f"update under CUDA graph capture: {', '.join(self.runs)} cannot be captured; "
-                "build the EMA with kernel='fused' on a GPU with triton, and averages beside the "
-                "weights"
+                f"update under CUDA graph capture: {', '.join(self.kernel_names)} cannot be "
+                "captured; build the EMA with kernel='fused' on a GPU with triton, and averages "
+                "beside the weights"
             )
         for lerp_ in self._inline:
             lerp_.launch()  # type: ignore[attr-defined]
@@ -108,10 +108,10 @@ class Updater:
         for lerp_ in self._inline:
             lerp_.refresh(weights)  # type: ignore[attr-defined]
 
-    def copied(self) -> None:
+    def await_reads(self) -> None:
         """Returns when the weights may be changed. Raises as `__call__`."""
         for behind in self._behind:
-            behind.copied()
+            behind.await_reads()
 
     def flush(self) -> None:
         """Returns when all averages are up to date. Raises as `__call__`."""

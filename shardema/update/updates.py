@@ -198,10 +198,10 @@ class Updates:
         with self._naming(op):
             self.updater.flush()
 
-    def copied(self) -> None:
+    def await_reads(self) -> None:
         """Waits until no update reads the weights any more: they may be changed."""
         with self._naming("update"):
-            self.updater.copied()
+            self.updater.await_reads()
 
     @contextlib.contextmanager
     def _naming(self, op: str) -> Iterator[None]:

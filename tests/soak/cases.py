@@ -16,7 +16,7 @@ from tests.layouts import LAYOUTS
 from tests.soak.layouts import ALL, ENGINES
 
 FLAT = ("fsdp1-flat",)  # a flat parameter trains, freezes and is stepped as one
-WHOLE = ("plain", "ddp", "ddp-slices", "ddp-travelling-slices")
+WHOLE = ("plain", "ddp", "ddp-slices", "ddp-device-offload-slices")
 FSDP2 = ("fsdp2", "fsdp2-keep", "fsdp2-offload", "hsdp", "hsdp-slices")
 FSDP1 = tuple(name for name in LAYOUTS if name.startswith("fsdp1"))
 
@@ -305,7 +305,7 @@ def draw(
     model = {
         "bf16": bf16,
         "experts": rng.choice([0, 0, 2, 3]) if name not in FLAT else 0,
-        "all_experts": name in ("ddp", "ddp-slices", "ddp-travelling-slices", *ENGINES),
+        "all_experts": name in ("ddp", "ddp-slices", "ddp-device-offload-slices", *ENGINES),
         "tied": rng.random() < 0.7,
         # of BatchNorm's statistics in bf16 engines see `tests.engines.model`
         "norm": rng.random() < 0.6 and not (engine and engine.bf16),
