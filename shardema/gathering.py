@@ -57,7 +57,7 @@ def full_tensors(
 def _one_by_one(
     calls: Calls,
     op: str,
-    arriving: Generator[tuple[transfer.Piece, Tensor]],
+    arriving: Generator[tuple[transfer.TransferChunk, Tensor]],
     full: Iterator[tuple[Item, Tensor]],
     names: Callable[[Item], Sequence[str]],
 ) -> Iterator[tuple[str, Tensor]]:

@@ -92,7 +92,7 @@ def test_every_flipped_byte_of_the_data_is_found(saved: Path) -> None:
     before = bits(ema)
     stored = manifest.read(str(saved))
     (entry,) = stored.files
-    wanted = [p for p in entry.pieces if stored.tensors[p.tensor].average == "ema"]
+    wanted = [p for p in entry.boxes if stored.tensors[p.tensor].average == "ema"]
     start = min(p.start for p in wanted)
     positions = [*range(0, 64), *range(start, len(good), 97), len(good) - 1]
     for position in positions:
@@ -232,9 +232,9 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
         of("tensors")(lambda all: [*all, {**all[0], "fqn": "x", "file_name": "x"}]),
         "together hold 0 elements, expected",
     ),
-    "a piece that is missing": (
+    "a box that is missing": (
         of("files", 0, "pieces")(lambda pieces: pieces[1:]),
-        "its head and pieces are",
+        "its head and boxes are",
     ),
     "an overlap": (
         of("files", 0, "pieces")(
@@ -251,7 +251,7 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
         "and overlap",
     ),
     "a doubled file": (of("files")(lambda safetensors: safetensors * 2), "a file is listed twice"),
-    "bytes that nothing is of": (of("files", 0, "head")(lambda n: n + 8), "its head and pieces"),
+    "bytes that nothing is of": (of("files", 0, "head")(lambda n: n + 8), "its head and boxes"),
     "too few checksums": (put(["files", 0, "blocks"], []), "0 checksums, expected 1"),
     "too many checksums": (of("files", 0, "blocks")(lambda b: b * 2), "2 checksums, expected 1"),
     "a checksum that is no text": (put(["files", 0, "blocks"], [3]), "expected a text, got 3"),

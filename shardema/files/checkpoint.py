@@ -33,8 +33,8 @@ from shardema.files.manifest import (
     Reading,
     Stored,
     StoredAverage,
+    StoredBox,
     StoredFile,
-    StoredPiece,
 )
 from shardema.files.safetensors import NewFile, layout, reporting, write_file
 from shardema.model.own_state import Outward
@@ -232,14 +232,14 @@ def _tensors(sources: Sequence[Contents]) -> tuple[Stored, ...]:
 
 
 def _stored_file(entry: dict[str, Any], tensors: Sequence[Stored]) -> StoredFile:
-    pieces = []
+    boxes = []
     start = entry["head"]
     for number, offsets, sizes in entry["pieces"]:
         box = Box(tuple(offsets), tuple(sizes))
-        pieces.append(StoredPiece(number, box, start))
+        boxes.append(StoredBox(number, box, start))
         start += box.numel * tensors[number].dtype.itemsize
     blocks = tuple(entry["blocks"])
-    return StoredFile(entry["name"], entry["size"], entry["head"], blocks, tuple(pieces))
+    return StoredFile(entry["name"], entry["size"], entry["head"], blocks, tuple(boxes))
 
 
 def readings(manifest: Manifest, average: str, shards: Sequence[Shard]) -> list[Reading]:
@@ -261,7 +261,7 @@ def read_average(
         CheckpointError: a file is missing, cut short or damaged.
     """
     numbers = _numbers(manifest, average)
-    places = {numbers[s.fqn]: list(s.pieces(targets[s.fqn])) for s in shards}
+    places = {numbers[s.fqn]: list(s.local_boxes(targets[s.fqn])) for s in shards}
     for number, box, values in manifests.parts(manifest, found):
         for held, target in places[number]:
             common = held.intersect(box)

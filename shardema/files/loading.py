@@ -197,7 +197,7 @@ def read_full(
     staging = allocate(held, average.policy, pin=False)
     for shard in held:
         value = stored[names[shard.fqn]]
-        for box, target in shard.pieces(staging.views[shard.fqn]):
+        for box, target in shard.local_boxes(staging.views[shard.fqn]):
             if isinstance(value, consolidated.Place):
                 consolidated.read_into(target, value, box)
             else:

@@ -72,7 +72,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredPiece:
+class StoredBox:
     """A box of tensor number ``tensor``; ``start`` is its first byte in the file."""
 
     tensor: int
@@ -88,7 +88,7 @@ class StoredFile:
     size: int
     head: int
     blocks: tuple[str, ...]
-    pieces: tuple[StoredPiece, ...]
+    boxes: tuple[StoredBox, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def pack(manifest: Manifest) -> bytes:
                 "size": f.size,
                 "head": f.head,
                 "blocks": f.blocks,
-                "pieces": [[p.tensor, p.box.offsets, p.box.sizes] for p in f.pieces],
+                "pieces": [[b.tensor, b.box.offsets, b.box.sizes] for b in f.boxes],
             }
             for f in manifest.files
         ],
@@ -243,8 +243,8 @@ def _parse(body: Any, folder: str) -> Manifest:
         raise ValueError("a file is listed twice")
     boxes: list[list[Box]] = [[] for _ in tensors]
     for file in files:
-        for piece in file.pieces:
-            boxes[piece.tensor].append(piece.box)
+        for stored in file.boxes:
+            boxes[stored.tensor].append(stored.box)
     for tensor, held in zip(tensors, boxes, strict=True):
         check_covered(tensor.fqn, tensor.shape, held)
     return Manifest(
@@ -323,7 +323,7 @@ def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:
         raise ValueError(f"file name {reprlib.repr(name)}")
     size, head = checked_int(value["size"]), checked_int(value["head"])
     start = head
-    pieces = []
+    boxes = []
     for number, offsets, sizes in value["pieces"]:
         tensor = tensors[checked_int(number)]
         box = Box(tuple(checked_int(n) for n in offsets), tuple(checked_int(n) for n in sizes))
@@ -333,14 +333,14 @@ def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:
         )
         if not inside:
             raise ValueError(f"{box!r:.200} is not inside {tensor.fqn} of shape {tensor.shape}")
-        pieces.append(StoredPiece(number, box, start))
+        boxes.append(StoredBox(number, box, start))
         start += box.numel * tensor.dtype.itemsize
     blocks = tuple(checked_text(block) for block in value["blocks"])
     if start != size:
-        raise ValueError(f"{name}: {size} bytes, its head and pieces are {start}")
+        raise ValueError(f"{name}: {size} bytes, its head and boxes are {start}")
     if len(blocks) != -(-size // BLOCK):
         raise ValueError(f"{name}: {len(blocks)} checksums, expected {-(-size // BLOCK)}")
-    return StoredFile(name, size, head, blocks, tuple(pieces))
+    return StoredFile(name, size, head, blocks, tuple(boxes))
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -368,10 +368,10 @@ def _check_files(manifest: Manifest) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What is to be read of one file: ``(first byte, last-plus-one, piece)`` in its order."""
+    """What is to be read of one file: ``(first byte, last-plus-one, box)`` in its order."""
 
     file: StoredFile
-    needed: tuple[tuple[int, int, StoredPiece], ...]
+    needed: tuple[tuple[int, int, StoredBox], ...]
 
     @property
     def blocks(self) -> list[int]:
@@ -385,12 +385,12 @@ def readings(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[Reading]:
     found = []
     for file in manifest.files:
         needed = []
-        for piece in file.pieces:
-            reach = _reach(piece, wanted.get(piece.tensor, ()))
+        for stored in file.boxes:
+            reach = _reach(stored, wanted.get(stored.tensor, ()))
             if reach is not None:
-                itemsize = manifest.tensors[piece.tensor].dtype.itemsize
-                start, stop = (piece.start + edge * itemsize for edge in reach)
-                needed.append((start, stop, piece))
+                itemsize = manifest.tensors[stored.tensor].dtype.itemsize
+                start, stop = (stored.start + edge * itemsize for edge in reach)
+                needed.append((start, stop, stored))
         if needed:
             found.append(Reading(file, tuple(needed)))
     return found
@@ -410,16 +410,16 @@ def parts(manifest: Manifest, found: list[Reading]) -> Iterator[tuple[int, Box, 
         yield from _read_file(os.path.join(manifest.home, reading.file.name), reading, manifest)
 
 
-def _reach(piece: StoredPiece, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
-    """First and last-plus-one element of the piece that any of the boxes touches."""
-    low, high = piece.box.numel, 0
+def _reach(stored: StoredBox, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
+    """First and last-plus-one element of the stored box that any of the boxes touches."""
+    low, high = stored.box.numel, 0
     for box in boxes:
-        common = piece.box.intersect(box)
+        common = stored.box.intersect(box)
         if common is None:
             continue
-        inner = common.relative_to(piece.box.offsets)
+        inner = common.relative_to(stored.box.offsets)
         first = last = 0
-        for offset, size, full in zip(inner.offsets, inner.sizes, piece.box.sizes, strict=True):
+        for offset, size, full in zip(inner.offsets, inner.sizes, stored.box.sizes, strict=True):
             first = first * full + offset
             last = last * full + offset + size - 1
         low, high = min(low, first), max(high, last + 1)
@@ -446,31 +446,31 @@ def _read_file(
             while next_needed < len(needed) and needed[next_needed][1] <= begin:
                 next_needed += 1
             for number in range(next_needed, len(needed)):
-                start, stop, piece = needed[number]
+                start, stop, stored = needed[number]
                 if start >= end:
                     break
-                yield from _part(piece, max(start, begin), min(stop, end), begin, data, manifest)
+                yield from _part(stored, max(start, begin), min(stop, end), begin, data, manifest)
 
 
 def _names_in(
-    needed: tuple[tuple[int, int, StoredPiece], ...], begin: int, end: int, manifest: Manifest
+    needed: tuple[tuple[int, int, StoredBox], ...], begin: int, end: int, manifest: Manifest
 ) -> str:
-    inside = [piece for start, stop, piece in needed if start < end and stop > begin]
-    return abbreviate([manifest.tensors[piece.tensor].fqn for piece in inside])
+    inside = [stored for start, stop, stored in needed if start < end and stop > begin]
+    return abbreviate([manifest.tensors[stored.tensor].fqn for stored in inside])
 
 
 def _part(
-    piece: StoredPiece, start: int, stop: int, begin: int, data: bytearray, manifest: Manifest
+    stored: StoredBox, start: int, stop: int, begin: int, data: bytearray, manifest: Manifest
 ) -> Iterator[tuple[int, Box, torch.Tensor]]:
-    """The elements of ``piece`` in bytes ``[start, stop)``; ``data`` begins at ``begin``."""
-    dtype = manifest.tensors[piece.tensor].dtype
+    """The elements of ``stored`` in bytes ``[start, stop)``; ``data`` begins at ``begin``."""
+    dtype = manifest.tensors[stored.tensor].dtype
     count = (stop - start) // dtype.itemsize
     if count == 0:
         return
     flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start - begin)
-    first = (start - piece.start) // dtype.itemsize
+    first = (start - stored.start) // dtype.itemsize
     done = 0
-    for box in flat_boxes(piece.box.sizes, first, count):
+    for box in flat_boxes(stored.box.sizes, first, count):
         values = flat[done : done + box.numel].view(box.sizes)
         done += box.numel
-        yield piece.tensor, box.shifted(piece.box.offsets), values
+        yield stored.tensor, box.shifted(stored.box.offsets), values

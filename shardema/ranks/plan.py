@@ -77,12 +77,14 @@ class Holdings:
     """
 
     def __init__(self, plan: Plan, shards: Sequence[Shard], shadows: Mapping[str, Tensor]) -> None:
-        by_fqn = {s.fqn: list(s.pieces(shadows.get(s.fqn, s.own))) for s in shards if not s.opaque}
-        self._pieces = [by_fqn.get(item.fqn, []) for item in plan.items]
+        by_fqn = {
+            s.fqn: list(s.local_boxes(shadows.get(s.fqn, s.own))) for s in shards if not s.opaque
+        }
+        self._boxes = [by_fqn.get(item.fqn, []) for item in plan.items]
 
     def __call__(self, index: int, box: Box) -> Tensor:
         """Values of ``box`` of item ``index``, a view ``[*box.sizes]``."""
-        for held, values in self._pieces[index]:
+        for held, values in self._boxes[index]:
             if held.intersect(box) == box:
                 return box.relative_to(held.offsets).view(values)
         raise AssertionError((index, box))

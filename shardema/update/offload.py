@@ -81,12 +81,12 @@ class HostOffload:
     ) -> None:
         limit = half_of(staging_bytes)
         with writable():
-            pieces = cut_pairs(shadows, params, slots, lambda _, p: limit // p.itemsize)
-            packed = pack(pieces, lambda piece: piece.param.nbytes, limit)
+            slices = cut_pairs(shadows, params, slots, lambda _, p: limit // p.itemsize)
+            packed = pack(slices, lambda param_slice: param_slice.param.nbytes, limit)
             pinned = any(param.device.type == "cuda" for param in params)
-            sizes = buffer_sizes(packed, lambda piece: piece.param.nbytes)
+            sizes = buffer_sizes(packed, lambda param_slice: param_slice.param.nbytes)
             staging = [zeros(size, torch.uint8, pinned=pinned) for size in sizes]
-            self._copies = {p.param.device: CopyStreams(p.param.device, streams=1) for p in pieces}
+            self._copies = {p.param.device: CopyStreams(p.param.device, streams=1) for p in slices}
             batches = [
                 make_staged(
                     batch, k % 2, staging[k % 2], self._copies[batch[0][1].param.device], bind
@@ -213,15 +213,15 @@ class DeviceOffload:
         with writable():
             for device, mine in by_device.items():
                 copies = CopyStreams(device, streams=2)
-                # one pair a piece: nothing is saved by keeping the averages of one together
-                pieces = [
-                    piece
+                # one pair a slice: nothing is saved by keeping the averages of one together
+                slices = [
+                    param_slice
                     for i in mine
-                    for piece in cut_pairs(
+                    for param_slice in cut_pairs(
                         [shadows[i]], [params[i]], [slots[i]], lambda s, _: limit // 2 // s.itemsize
                     )
                 ]
-                packed = pack(pieces, chunk_bytes, limit)
+                packed = pack(slices, chunk_bytes, limit)
                 sizes = buffer_sizes(packed, chunk_bytes)
                 # on the streams that use it: what is freed too early is then used again in order
                 buffers = []

@@ -81,7 +81,7 @@ PATCHES = {
         Patch(
             "gap",
             "update/shadows.py",
-            "runs",
+            "merged_pairs",
             "next_door = end is not None and self.following.get(end) == shard.fqn",
             "next_door = end is not None",
             "neighbours are joined across a gap in which another averaged tensor lies",
