@@ -30,7 +30,7 @@ from shardema.files.folder import new_folder
 from shardema.files.manifest import (
     BLOCK,
     Manifest,
-    Reading,
+    ReadRequest,
     Stored,
     StoredAverage,
     StoredBox,
@@ -242,16 +242,16 @@ def _stored_file(entry: dict[str, Any], tensors: Sequence[Stored]) -> StoredFile
     return StoredFile(entry["name"], entry["size"], entry["head"], blocks, tuple(boxes))
 
 
-def readings(manifest: Manifest, average: str, shards: Sequence[Shard]) -> list[Reading]:
+def read_requests(manifest: Manifest, average: str, shards: Sequence[Shard]) -> list[ReadRequest]:
     """What this rank is to read of an average."""
     numbers = _numbers(manifest, average)
-    return manifests.readings(manifest, {numbers[s.fqn]: list(s.boxes) for s in shards})
+    return manifests.read_requests(manifest, {numbers[s.fqn]: list(s.boxes) for s in shards})
 
 
 def read_average(
     manifest: Manifest,
     average: str,
-    found: list[Reading],
+    found: list[ReadRequest],
     shards: Sequence[Shard],
     targets: Mapping[str, Tensor],
 ) -> None:

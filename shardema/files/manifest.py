@@ -367,8 +367,8 @@ def _check_files(manifest: Manifest) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What is to be read of one file: ``(first byte, last-plus-one, box)`` in its order."""
+class ReadRequest:
+    """What to read of one file: ``(first byte, last-plus-one, box)``, in the file's order."""
 
     file: StoredFile
     needed: tuple[tuple[int, int, StoredBox], ...]
@@ -380,8 +380,8 @@ class Reading:
         return sorted({block for first, last in stretches for block in range(first, last)})
 
 
-def readings(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[Reading]:
-    """What is to be read for boxes by number of the tensor."""
+def read_requests(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[ReadRequest]:
+    """What to read of each file for the boxes ``wanted``, by number of the tensor."""
     found = []
     for file in manifest.files:
         needed = []
@@ -392,11 +392,11 @@ def readings(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[Reading]:
                 start, stop = (stored.start + edge * itemsize for edge in reach)
                 needed.append((start, stop, stored))
         if needed:
-            found.append(Reading(file, tuple(needed)))
+            found.append(ReadRequest(file, tuple(needed)))
     return found
 
 
-def parts(manifest: Manifest, found: list[Reading]) -> Iterator[tuple[int, Box, torch.Tensor]]:
+def parts(manifest: Manifest, found: list[ReadRequest]) -> Iterator[tuple[int, Box, torch.Tensor]]:
     """Reads blocks, verified, once each, in the files' order.
 
     Yields:
@@ -406,8 +406,8 @@ def parts(manifest: Manifest, found: list[Reading]) -> Iterator[tuple[int, Box, 
     Raises:
         CheckpointError: a file is missing, cut short or damaged.
     """
-    for reading in found:
-        yield from _read_file(os.path.join(manifest.home, reading.file.name), reading, manifest)
+    for request in found:
+        yield from _read_file(os.path.join(manifest.home, request.file.name), request, manifest)
 
 
 def _reach(stored: StoredBox, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
@@ -427,12 +427,12 @@ def _reach(stored: StoredBox, boxes: list[Box] | tuple[()]) -> tuple[int, int] |
 
 
 def _read_file(
-    path: str, reading: Reading, manifest: Manifest
+    path: str, request: ReadRequest, manifest: Manifest
 ) -> Iterator[tuple[int, Box, torch.Tensor]]:
-    file, needed = reading.file, reading.needed
+    file, needed = request.file, request.needed
     with opened(path) as fd:
         next_needed = 0
-        for block in reading.blocks:
+        for block in request.blocks:
             begin = block * BLOCK
             end = min(begin + BLOCK, file.size)
             data = read_at(fd, begin, end - begin, path)

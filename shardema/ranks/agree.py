@@ -2,21 +2,21 @@
 
 ::
 
-    every rank    posts its word: {"op", "who", "same", and "error" or "payload"}
-    the leader    waits for all words, compares them, makes one reply
-    every rank    reads the reply; an error in it raises everywhere
+    every rank    posts a message: {"op", "who", "same", and "error" or "payload"}
+    the leader    waits for all messages, compares them, makes one reply
+    every rank    reads the reply; an error in it is raised on all ranks
 
-Words travel through the key-value store that every process group has (rounds.py), not through a
-collective: a rank that failed, or that never came, cannot leave the others hanging, and the timeout
-is ours, not the training's. A word says what its rank calls (``op``), of which object (``who``: the
-number of the round in which the object was first agreed about, so that objects need no number of
-their own and may be built anywhere), and with what (``same``: arguments and clocks that must be
-equal). The leader compares all of it before anything is done.
+Messages go through the key-value store of the process group (rounds.py), not through a collective:
+a rank that failed, or that never calls, cannot leave the others hanging, and the timeout
+is that of the EMA, not of the process group. A message contains the call (``op``), the object
+(``who``: the number of the round in which the ranks first agreed about it, so objects need no
+number of their own and may be built in any order), and the arguments and clocks that must be equal
+(``same``). The leader compares them all before anything is done.
 
-Numbers travel through the process group, in `transfer`. It waits no longer than the timeout,
-however long torch would. Where a transfer does not end, the ranks call the roll: who is alive says
-so within two seconds, the others are named, and the group is not used again, since a transfer was
-left half done in it.
+Tensors are sent through the process group, in `transfer`. It waits no longer than the timeout of
+the EMA, even where that of the process group is longer. If a transfer does not end, the ranks hold
+a roll call: each rank that is alive answers within two seconds, the error names the others, and the
+process group is not used again, since the transfer was left incomplete.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from shardema.ranks.messages import (
     different,
     everywhere,
     first_line,
-    gave_up,
-    is_told,
+    is_shared,
     joined,
+    mark_shared,
     packed,
-    told,
+    rank_error,
     unequal,
     unpacked,
 )
@@ -168,11 +168,11 @@ class Ranks:
                 self._await(op, rounds, _started(move, device))
                 ended = self._sent = True
         except BaseException as error:
-            if ended or is_told(error):  # held back until here, or told by the roll call
+            if ended or is_shared(error):  # held back until here, or told by the roll call
                 raise
             failure = self._roll_call(op, error)
             if not isinstance(error, Exception):  # an interrupt all the same
-                raise told(error) from None
+                raise mark_shared(error) from None
             raise failure from error
 
     def _await(self, op: str, rounds: Rounds, done: Callable[[float], bool]) -> None:
@@ -196,7 +196,7 @@ class Ranks:
         self._ask(rounds, rounds.beat)
 
     def _of_broken(self, op: str) -> RankError:
-        return told(
+        return mark_shared(
             RankError(
                 f"rank {self.rank}: {op}: the process group is broken, since a transfer was left "
                 f"half done in it: {self._rounds().broken}; start the run anew from its last "
@@ -219,7 +219,7 @@ class Ranks:
             marks = self._ask(rounds, lambda: rounds.call_roll(mark))
         except _StoreGone as gone:
             rounds.broken, rounds.culprit = str(gone), self._world[0]
-            return told(RankError(f"rank {self.rank}: {op}: {gone}", rank=rounds.culprit))
+            return mark_shared(RankError(f"rank {self.rank}: {op}: {gone}", rank=rounds.culprit))
         missing = [rank for rank, said in zip(self.ranks, marks, strict=True) if said is None]
         said = {rank: m for rank, m in zip(self.ranks, marks, strict=True) if m is not None}
         parts = []
@@ -232,7 +232,7 @@ class Ranks:
             parts.append(f"{op} did not end within {self.timeout:g} s although all ranks are in it")
         first = missing[0] if missing else errors[0]["rank"] if errors else self.rank
         rounds.broken, rounds.culprit = "; ".join(parts), first
-        return told(
+        return mark_shared(
             RankError(
                 f"{rounds.broken}; the transfer is left half done, so the process group is broken: "
                 "start the run anew from its last checkpoint",
@@ -240,7 +240,7 @@ class Ranks:
             )
         )
 
-    # ---- words --------------------------------------------------------------------------------
+    # ---- messages -----------------------------------------------------------------------------
 
     def agree(
         self,
@@ -275,19 +275,19 @@ class Ranks:
                 f"{op}: the process group was initialised after the EMA was built, which therefore "
                 "knows of one rank only; build it after init_process_group and after wrapping"
             )
-        word: dict[str, Any] = {"op": op}
+        message: dict[str, Any] = {"op": op}
         raised: BaseException | None = None
         try:
-            word["payload"] = work() if work is not None else None
+            message["payload"] = work() if work is not None else None
         except BaseException as error:  # also an interrupt: the others must hear of it
             raised = error
-            word["error"] = packed(error, self.rank)
-        word["same"] = same
-        answer = self._exchange(op, word, reply, max(self.timeout, nbytes / _SLOWEST))
+            message["error"] = packed(error, self.rank)
+        message["same"] = same
+        answer = self._exchange(op, message, reply, max(self.timeout, nbytes / _SLOWEST))
         if raised is not None and not isinstance(raised, Exception):
-            raise told(raised)
+            raise mark_shared(raised)
         if "error" in answer:
-            raise told(unpacked(answer["error"], self.rank)) from raised
+            raise mark_shared(unpacked(answer["error"], self.rank)) from raised
         return answer.get("reply")
 
     @contextlib.contextmanager
@@ -296,7 +296,7 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            if self.size > 1 and not is_told(error):
+            if self.size > 1 and not is_shared(error):
                 failure = error
 
                 def fail() -> None:
@@ -311,32 +311,37 @@ class Ranks:
     def _exchange(
         self,
         op: str,
-        word: dict[str, Any],
+        message: dict[str, Any],
         reply: Callable[[list[Any]], Any] | None,
         timeout: float,
     ) -> dict[str, Any]:
-        word["who"] = [self._who, self._calls]
+        message["who"] = [self._who, self._calls]
         if self.size == 1:
-            return self._answer([word], reply)
+            return self._answer([message], reply)
         rounds = self._rounds()
         if self._last:
-            word["last"] = self._last
+            message["last"] = self._last
         self._calls += 1
         self._last = op
         cancel = threading.Event()
         try:
             if self.leader:
-                answer = self._lead(rounds, op, word, reply, timeout, cancel)
+                answer = self._lead(rounds, op, message, reply, timeout, cancel)
             else:
-                answer = self._follow(rounds, op, word, timeout, cancel)
+                answer = self._follow(rounds, op, message, timeout, cancel)
         except _StoreGone as gone:
-            return {"error": gave_up(self.ranks[0], f"rank {self.rank}: {op}: {gone}")}
+            return {"error": rank_error(self.ranks[0], f"rank {self.rank}: {op}: {gone}")}
         if "who" in answer:
             self._who = answer["who"]
         return answer
 
     def _follow(
-        self, rounds: Rounds, op: str, word: dict[str, Any], timeout: float, cancel: threading.Event
+        self,
+        rounds: Rounds,
+        op: str,
+        message: dict[str, Any],
+        timeout: float,
+        cancel: threading.Event,
     ) -> dict[str, Any]:
         def withdraw() -> list[int]:
             absent = rounds.absent()
@@ -347,10 +352,10 @@ class Ranks:
         limit = timeout + GRACE * self._sent
         self._sent = False
         try:
-            answer = self._ask(rounds, lambda: rounds.follow(word, limit, cancel))
+            answer = self._ask(rounds, lambda: rounds.follow(message, limit, cancel))
         except BaseException as error:
             cancel.set()
-            if not isinstance(error, _StoreGone):  # an interrupt: nobody is to count on the word
+            if not isinstance(error, _StoreGone):  # an interrupt: the message is void
                 with contextlib.suppress(_StoreGone):
                     self._ask(rounds, withdraw)
             raise
@@ -365,10 +370,10 @@ class Ranks:
                 gone = f"ranks {absent} {text}"
             if rounds.missed:
                 gone += f"; before, this rank has missed a call: {rounds.missed}"
-            return {"error": gave_up((absent or self.ranks)[0], everywhere(gone, op))}
+            return {"error": rank_error((absent or self.ranks)[0], everywhere(gone, op))}
         if "late" in answer:
             text = f"{rounds.missed}; rank {self.rank} called it later, alone"
-            return {"error": gave_up(self.rank, text)}
+            return {"error": rank_error(self.rank, text)}
         if "roll" in answer:
             return {"error": packed(self._roll_call(op, None), self.rank)}
         return answer
@@ -377,70 +382,70 @@ class Ranks:
         self,
         rounds: Rounds,
         op: str,
-        word: dict[str, Any],
+        message: dict[str, Any],
         reply: Callable[[list[Any]], Any] | None,
         timeout: float,
         cancel: threading.Event,
     ) -> dict[str, Any]:
-        nobody: list[Any] = [word, *[None] * (self.size - 1)]
-        words = nobody
+        nobody: list[Any] = [message, *[None] * (self.size - 1)]
+        messages = nobody
         try:
             end = time.monotonic() + timeout
             while True:
                 left = max(0.0, end - time.monotonic())
-                words = self._ask(rounds, lambda: self._collect(rounds, word, left, cancel))  # noqa: B023
-                if None in words and self._ask(rounds, rounds.called):
+                messages = self._ask(rounds, lambda: self._collect(rounds, message, left, cancel))  # noqa: B023
+                if None in messages and self._ask(rounds, rounds.called):
                     return {"error": packed(self._roll_call(op, None), self.rank)}
-                late = [i for i, w in enumerate(words) if w is not None and _is_late(w, word)]
-                if not late or None in words:
+                late = [i for i, w in enumerate(messages) if w is not None and _is_late(w, message)]
+                if not late or None in messages:
                     break
-                self._ask(rounds, lambda: rounds.answer({"late": late}, words))  # noqa: B023
-            answer = self._answer(words, reply, rounds, timeout)
+                self._ask(rounds, lambda: rounds.answer({"late": late}, messages))  # noqa: B023
+            answer = self._answer(messages, reply, rounds, timeout)
         except BaseException as error:
             cancel.set()
             if not isinstance(error, _StoreGone):  # an interrupt: the others must hear of it
                 failed = {"error": packed(error, self.rank)}
                 with contextlib.suppress(_StoreGone):
-                    self._ask(rounds, lambda: rounds.answer(failed, words))
+                    self._ask(rounds, lambda: rounds.answer(failed, messages))
             raise
-        self._ask(rounds, lambda: rounds.answer(answer, words))
+        self._ask(rounds, lambda: rounds.answer(answer, messages))
         return answer
 
     def _collect(
-        self, rounds: Rounds, word: dict[str, Any], timeout: float, cancel: threading.Event
+        self, rounds: Rounds, message: dict[str, Any], timeout: float, cancel: threading.Event
     ) -> list[dict[str, Any] | None]:
-        return rounds.collect(word, timeout, cancel)
+        return rounds.collect(message, timeout, cancel)
 
     def _answer(
         self,
-        words: Sequence[dict[str, Any] | None],
+        messages: Sequence[dict[str, Any] | None],
         reply: Callable[[list[Any]], Any] | None,
         rounds: Rounds | None = None,
         timeout: float = 0.0,
     ) -> dict[str, Any]:
-        """On the leader: what becomes of the words."""
-        came = [(r, w) for r, w in zip(self.ranks, words, strict=True) if w is not None]
+        """On the leader: what becomes of the messages."""
+        came = [(r, w) for r, w in zip(self.ranks, messages, strict=True) if w is not None]
         op = came[0][1]["op"]  # the leader's own
-        errors = [word["error"] for _, word in came if "error" in word]
-        missing = [rank for rank, w in zip(self.ranks, words, strict=True) if w is None]
+        errors = [message["error"] for _, message in came if "error" in message]
+        missing = [rank for rank, w in zip(self.ranks, messages, strict=True) if w is None]
         if missing:
             text = everywhere(f"ranks {missing} did not call {op} within {timeout:g} s", op)
-            return {"error": joined([gave_up(missing[0], text), *errors])}
+            return {"error": joined([rank_error(missing[0], text), *errors])}
         if errors:
             return {"error": joined(errors)}
         if text := different(came):
-            return {"error": gave_up(self.rank, everywhere(text, op))}
+            return {"error": rank_error(self.rank, everywhere(text, op))}
         if odd := unequal(op, came):
             return {"error": odd}
         answer: dict[str, Any] = {}
-        if rounds is not None and any(word["who"][0] is None for _, word in came):
+        if rounds is not None and any(message["who"][0] is None for _, message in came):
             answer["who"] = rounds.number
         if reply is None:
             return answer
         if rounds is not None:
             rounds.beat()  # the others wait for what follows, too
         try:
-            return {**answer, "reply": reply([word["payload"] for _, word in came])}
+            return {**answer, "reply": reply([message["payload"] for _, message in came])}
         except Exception as error:
             return {"error": packed(error, self.rank)}
 
@@ -465,9 +470,9 @@ class Ranks:
             ) from error
 
 
-def _is_late(word: dict[str, Any], own: dict[str, Any]) -> bool:
+def _is_late(message: dict[str, Any], own: dict[str, Any]) -> bool:
     """Whether a rank comes with a call that the others gave up, and are no longer in."""
-    return bool(word.get("late")) and call_of(word) != call_of(own)
+    return bool(message.get("late")) and call_of(message) != call_of(own)
 
 
 class _StoreGone(RuntimeError):

@@ -1,4 +1,4 @@
-"""What the words of a round say: errors that travel, and in what the ranks differ."""
+"""What the messages of a round say: errors that travel, and in what the ranks differ."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _TRACE = 3000  # characters of a traceback, its end
 def different(came: Sequence[tuple[int, dict[str, Any]]]) -> str:
     """Where ranks call different things, or the same of different objects; else nothing."""
     calls: dict[str, list[int]] = {}
-    for rank, word in came:
-        calls.setdefault(word["op"], []).append(rank)
+    for rank, message in came:
+        calls.setdefault(message["op"], []).append(rank)
     if len(calls) > 1:
         listed = "; ".join(f"{_ranks(ranks)} {_calls(ranks)} {op}" for op, ranks in calls.items())
         return f"ranks differ: {listed}{_missed(came)}"
     objects: dict[Any, list[int]] = {}
-    for rank, word in came:
-        who, before = word["who"]
+    for rank, message in came:
+        who, before = message["who"]
         if who is not None or not before:  # else it was told, and the reply did not arrive
             objects.setdefault(who, []).append(rank)
     if len(objects) > 1:
@@ -50,8 +50,8 @@ def unequal(op: str, came: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, An
     leader, first = came[0]
     for name in first["same"] or {}:
         values: dict[str, list[int]] = {}
-        for rank, word in came:
-            value = (word["same"] or {}).get(name)
+        for rank, message in came:
+            value = (message["same"] or {}).get(name)
             values.setdefault(json.dumps(value), []).append(rank)
         if len(values) == 1:
             continue
@@ -59,26 +59,26 @@ def unequal(op: str, came: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, An
         listed = "; ".join(each[:8]) + (f"; and {len(each) - 8} more" if len(each) > 8 else "")
         listed += _missed(came)
         if name.startswith("clock"):
-            return gave_up(
-                next(rank for rank, word in came if word["same"] != first["same"]),
+            return rank_error(
+                next(rank for rank, message in came if message["same"] != first["same"]),
                 f"{op}: the ranks are out of step: {name} is {listed}; every rank must update as "
                 "often (not under `if rank == 0`; uneven inputs under Join, and local SGD, step "
                 "some ranks more often): load a checkpoint or call reset() on all ranks",
             )
         text = f"{op}: the ranks give different arguments: {name} is {listed}; give the same "
-        return {**gave_up(leader, f"{text}{name} on every rank"), "type": "ValueError"}
+        return {**rank_error(leader, f"{text}{name} on every rank"), "type": "ValueError"}
     return None
 
 
 def _missed(came: Sequence[tuple[int, dict[str, Any]]]) -> str:
     """Which rank has missed what, where their numbers of calls say so."""
-    behind, word = min(came, key=lambda pair: int(pair[1]["who"][1]))
+    behind, message = min(came, key=lambda pair: int(pair[1]["who"][1]))
     ahead, most = max(came, key=lambda pair: int(pair[1]["who"][1]))
-    if word["who"][1] == most["who"][1]:
+    if message["who"][1] == most["who"][1]:
         return ""
     return (
         f" (rank {behind} has missed a call of this EMA: the last one on rank {ahead} was "
-        f"{most['last']}, on rank {behind} {word.get('last', 'none')})"
+        f"{most['last']}, on rank {behind} {message.get('last', 'none')})"
     )
 
 
@@ -97,7 +97,7 @@ def everywhere(text: str, op: str) -> str:
     return f"{text}; {op} is collective: call it on every rank that shares the model"
 
 
-def gave_up(rank: int, text: str) -> dict[str, Any]:
+def rank_error(rank: int, text: str) -> dict[str, Any]:
     return {"type": "RankError", "text": text, "rank": rank, "path": "", "errno": None}
 
 
@@ -150,15 +150,15 @@ def _bare(text: str) -> str:
     return re.sub(r"^rank \d+: ", "", text)
 
 
-def unpacked(word: dict[str, Any], rank: int) -> Exception:
-    cls = _RAISED[word["type"]]
+def unpacked(message: dict[str, Any], rank: int) -> Exception:
+    cls = _RAISED[message["type"]]
     if issubclass(cls, RankError):
         error: Exception = cls(
-            word["text"], rank=word["rank"], path=word["path"], errno=word["errno"]
+            message["text"], rank=message["rank"], path=message["path"], errno=message["errno"]
         )
     else:
-        error = cls(word["text"])
-    for other, trace in word.get("traces", {}).items():
+        error = cls(message["text"])
+    for other, trace in message.get("traces", {}).items():
         if int(other) != rank and hasattr(error, "add_note"):  # its own is the cause
             error.add_note(f"on rank {other}:\n{trace}")
     return error
@@ -168,16 +168,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-_TOLD = "_shardema_told"  # marks an error that all ranks know of
+_SHARED = "_shardema_shared"  # marks an error that all ranks know of
 _E = TypeVar("_E", bound=BaseException)
 
 
-def told(error: _E) -> _E:
+def mark_shared(error: _E) -> _E:
     with contextlib.suppress(AttributeError):
-        setattr(error, _TOLD, True)
+        setattr(error, _SHARED, True)
     return error
 
 
-def is_told(error: BaseException) -> bool:
+def is_shared(error: BaseException) -> bool:
     """Whether all ranks know of the error."""
-    return getattr(error, _TOLD, False)
+    return getattr(error, _SHARED, False)

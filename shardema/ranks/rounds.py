@@ -1,26 +1,26 @@
-"""The rounds in which some ranks exchange words through a store: who posts what, and who waits.
+"""The rounds in which ranks exchange messages through a store: who posts what, and who waits.
 
 ::
 
-    round n    each rank      word   .../n/<index>     posted by it, deleted by it
-               the leader     beat   .../n/beat        only while it makes a reply that takes time
-               the leader     reply  .../n/reply       deleted by the last one that has read it
-               the last one   parted .../n/parted      where the store may end with the leader
-    roll call  who gives up   roll   .../n/roll        a transfer does not go on
-               each rank      here   .../n/here/<i>    it is alive
+    round n    each rank      message  .../n/<index>   posted and deleted by that rank
+               the leader     beat     .../n/beat      while a reply takes long to compute
+               the leader     reply    .../n/reply     deleted by the last rank that reads it
+               the last one   parted   .../n/parted    if the store may live in the leader's process
+    roll call  who gives up   roll     .../n/roll      a transfer does not end
+               each rank      here     .../n/here/<i>  this rank is alive
 
 All keys go again, but those of a roll call. What a rank knows is the number of its next round. The
 leader alone decides what a round was; one that somebody has missed is over too, and its reply stays
 until the missing ones come by: they read that it was not theirs, and take the next round. So ranks
 that missed a call, or gave one up, are in step again with their next one. Ranks meet because they
-wait at the same time; what they wait for is in their words, and compared (agree.py).
+wait at the same time; what they wait for is in their messages, and compared (agree.py).
 
-Where a rank comes to a round that was over, with the very call that it was about, its word says
+Where a rank comes to a round that was over, with the very call that it was about, its message says
 that it is late. If the others are in another call by now, that rank alone raises: the leader
-answers that round to it only, and the others post their words again in the next one.
+answers that round to it only, and the others post their messages again in the next one.
 
-A word that was withdrawn (its rank gave up, or was interrupted) says so, and counts as none. A
-reply names how often a rank had withdrawn before the word that it answers, so it is never taken
+A message that was withdrawn (its rank gave up, or was interrupted) says so, and counts as none. A
+reply names how often a rank had withdrawn before the message that it answers, so it is never taken
 for the reply to another one.
 """
 
@@ -39,11 +39,11 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
 
 GRACE = 2.0  # seconds beyond the timeout in which a leader that is there may still tell who is not
-PARTING = 2.0  # seconds that a leader waits until those who came have read its reply
+LINGER_S = 2.0  # seconds that a leader waits until those who came have read its reply
 ROLL_CALL = 2.0  # seconds in which every rank that is alive answers one
 LOOK = 0.25  # seconds between two looks for what is rare: a roll call, a beat
 _KEPT = ("reply", "read", "beat")  # of a round, until all have read its reply
-_PAUSES = (5e-5, 0.01)  # seconds between two looks for a word or a reply: at first, at last
+_PAUSES = (5e-5, 0.01)  # seconds between two looks for a message or a reply: at first, at last
 
 
 class Cancelled(Exception):
@@ -74,7 +74,7 @@ class Rounds:
         self.alive = time.monotonic()
         self._name = f"shardema/{self.ranks[0]}-{self.ranks[-1]}-{hash(self.ranks)}"
         self._next = 0
-        self._withdrawn = 0  # words of this rank in the next round
+        self._withdrawn = 0  # messages of this rank in the next round
         self._open: list[int] = []  # rounds whose replies wait for ranks that missed them
 
     @property
@@ -89,31 +89,31 @@ class Rounds:
     # ---- a round ------------------------------------------------------------------------------
 
     def collect(
-        self, word: dict[str, Any], limit: float, cancel: threading.Event
+        self, message: dict[str, Any], limit: float, cancel: threading.Event
     ) -> list[dict[str, Any] | None]:
-        """On the leader: the words of all ranks; None for one that has not come in time."""
+        """On the leader: the messages of all ranks; None for one that has not come in time."""
         keys = [self._key(index) for index in range(len(self.ranks))]
-        self.store.set(keys[0], json.dumps(word))
+        self.store.set(keys[0], json.dumps(message))
         end = time.monotonic() + limit
-        words: list[dict[str, Any] | None] = [None] * len(keys)
+        messages: list[dict[str, Any] | None] = [None] * len(keys)
         while True:
-            lacking = [index for index, found in enumerate(words) if found is None]
+            lacking = [index for index, found in enumerate(messages) if found is None]
             everyone = self._poll([keys[i] for i in lacking], end, cancel)
             came = lacking if everyone else [i for i in lacking if self._has(keys[i])]
-            known: dict[bytes, dict[str, Any]] = {}  # most words are the same
+            known: dict[bytes, dict[str, Any]] = {}  # most messages are the same
             for index, raw in zip(came, self._get_all([keys[i] for i in came]), strict=True):
                 found = known.setdefault(raw, json.loads(raw))
-                words[index] = None if "withdrawn" in found else found
-            if None not in words or not everyone or time.monotonic() >= end or self.called():
-                return words
+                messages[index] = None if "withdrawn" in found else found
+            if None not in messages or not everyone or time.monotonic() >= end or self.called():
+                return messages
             time.sleep(_PAUSES[1])  # somebody has withdrawn, and may come again
 
-    def answer(self, answer: dict[str, Any], words: Sequence[dict[str, Any] | None]) -> None:
+    def answer(self, answer: dict[str, Any], messages: Sequence[dict[str, Any] | None]) -> None:
         """On the leader: ends the round with a reply to those who came."""
         number = self._next
-        missing = [index for index, word in enumerate(words) if word is None]
-        again = {i: w["again"] for i, w in enumerate(words) if w is not None and "again" in w}
-        readers = len(words) - 1 - len(missing)
+        missing = [index for index, message in enumerate(messages) if message is None]
+        again = {i: w["again"] for i, w in enumerate(messages) if w is not None and "again" in w}
+        readers = len(messages) - 1 - len(missing)
         parting = readers > 0 and _may_be_here(self.store)
         extra: dict[str, Any] = {
             "missing": missing,
@@ -121,8 +121,8 @@ class Rounds:
             "readers": readers,
             "parting": parting,
         }
-        if missing and words[0] is not None:
-            extra["call"] = call_of(words[0])
+        if missing and messages[0] is not None:
+            extra["call"] = call_of(messages[0])
         self.store.set(self._key("reply"), json.dumps({**answer, **extra}))
         self._go_on()
         if missing:
@@ -134,7 +134,7 @@ class Rounds:
             self._open.clear()
         if parting:  # this process may be about to end, and the store with it
             parted = self._key("parted", number)
-            if self._poll([parted], time.monotonic() + PARTING, None):
+            if self._poll([parted], time.monotonic() + LINGER_S, None):
                 self.store.delete_key(parted)
         self.store.delete_key(self._key(0, number))
 
@@ -147,22 +147,22 @@ class Rounds:
         return int(self.store.add(self._key("beat"), 0))  # which waits for nothing, unlike a get
 
     def follow(
-        self, word: dict[str, Any], limit: float, cancel: threading.Event
+        self, message: dict[str, Any], limit: float, cancel: threading.Event
     ) -> dict[str, Any] | None:
-        """On the others: posts the word and returns the reply; None if there was none in time.
+        """On the others: posts the message and returns the reply; None if there was none in time.
 
-        After a None the word is withdrawn. Returns ``{"roll": True}`` where a roll call is on.
+        After a None the message is withdrawn. Returns ``{"roll": True}`` where a roll call is on.
         """
         end = time.monotonic() + limit
         while True:
             again = {"again": self._withdrawn} if self._withdrawn else {}  # of this round alone
-            self.store.set(self._key(self.index), json.dumps({**word, **again}))
+            self.store.set(self._key(self.index), json.dumps({**message, **again}))
             if self._await_reply(end, limit, cancel):
                 reply: dict[str, Any] = json.loads(self.store.get(self._key("reply")))
                 if self._passed(reply):
                     return reply
-                if reply.get("call") == call_of(word):
-                    word = {**word, "late": True}
+                if reply.get("call") == call_of(message):
+                    message = {**message, "late": True}
             elif self.called():
                 return {"roll": True}
             else:
@@ -183,7 +183,7 @@ class Rounds:
                 return here and self._poll([self._key("reply")], time.monotonic() + GRACE, cancel)
 
     def _passed(self, reply: dict[str, Any]) -> bool:
-        """Goes on after a reply; whether it was one to this rank's present word."""
+        """Goes on after a reply; whether it was one to this rank's present message."""
         number, withdrawn = self._next, self._withdrawn
         counted = self.index not in reply["missing"]
         mine = counted and reply["again"].get(str(self.index), 0) == withdrawn
@@ -204,12 +204,12 @@ class Rounds:
         return mine
 
     def withdraw(self, text: str) -> None:
-        """Takes back this rank's word in the round that is open."""
+        """Takes back this rank's message in the round that is open."""
         self._withdrawn += 1
         self.store.set(self._key(self.index), json.dumps({"withdrawn": text}))
 
     def absent(self) -> list[int]:
-        """Indices of the ranks whose words are not there."""
+        """Indices of the ranks whose messages are not there."""
         return [i for i in range(len(self.ranks)) if not self._has(self._key(i))]
 
     def _go_on(self) -> None:
@@ -243,7 +243,7 @@ class Rounds:
         marks: list[dict[str, Any] | None] = [None] * len(keys)
         for index, raw in zip(came, self._get_all([keys[i] for i in came]), strict=True):
             marks[index] = json.loads(raw)
-        self.store.delete_key(self._key(self.index))  # a word, where this rank waited with one
+        self.store.delete_key(self._key(self.index))  # a message, where this rank waited with one
         missing = [index for index, mark in enumerate(marks) if mark is None]
         if missing and self.index == came[0]:  # for those who were only late
             text = f"the others gave up: {mark['op']}"
@@ -290,9 +290,9 @@ class Rounds:
             pause = min(1.5 * pause, last)
 
 
-def call_of(word: dict[str, Any]) -> str:
-    """What a word calls, and with what."""
-    return json.dumps([word["op"], word["same"]], sort_keys=True)
+def call_of(message: dict[str, Any]) -> str:
+    """What a message calls, and with what."""
+    return json.dumps([message["op"], message["same"]], sort_keys=True)
 
 
 def _may_be_here(store: Any) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from shardema.ranks.messages import is_told
+from shardema.ranks.messages import is_shared
 from shardema.ranks.plan import Contents, Item, Plan, refuse_opaque
 from shardema.shards.boxes import Box, split_box, whole
 
@@ -115,7 +115,7 @@ def _chunks(prepared: Prepared, op: str) -> Generator[tuple[TransferChunk, Tenso
         try:
             parts = transfer.move(bucket, op)
         except BaseException as error:
-            if is_told(error):
+            if is_shared(error):
                 raise
             failed = failed or error
         if number == len(prepared.groups):

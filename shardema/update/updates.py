@@ -21,21 +21,21 @@ from shardema.update.notices import Notices
 from shardema.update.updater import Updater, slotted
 
 
-class Tables(enum.Enum):
-    """Where the addresses that the update was bound to stand; a CUDA graph keeps them for good."""
+class Binding(enum.Enum):
+    """Whether the addresses that the kernels are bound to are still those of the weights."""
 
-    BOUND = enum.auto()  # they are the weights'
-    MOVED = enum.auto()  # the weights lie elsewhere: to be bound anew
-    CAPTURED = enum.auto()  # a CUDA graph has them: not to be bound anew
-    LOST = enum.auto()  # captured, and the weights lie elsewhere: nothing goes on
+    BOUND = enum.auto()  # they are
+    MOVED = enum.auto()  # the weights have other storage: bind again before the next update
+    CAPTURED = enum.auto()  # a CUDA graph reads these addresses, so they cannot be bound again
+    LOST = enum.auto()  # captured, and the weights have other storage: every update raises
 
     @property
     def captured(self) -> bool:
-        return self in (Tables.CAPTURED, Tables.LOST)
+        return self in (Binding.CAPTURED, Binding.LOST)
 
     @property
     def moved(self) -> bool:
-        return self in (Tables.MOVED, Tables.LOST)
+        return self in (Binding.MOVED, Binding.LOST)
 
 
 class Updates:
@@ -70,7 +70,7 @@ class Updates:
         self._nonfinite = NonFinite(averages, on_nonfinite)
         self._notices = notices
         self._counted = self._weights.applied()  # the engine's step that the averages have
-        self._tables = Tables.BOUND
+        self._binding = Binding.BOUND
         self._failed: RuntimeError | None = None  # of an update in the background, or a load
         self.updater = self._bound()
 
@@ -113,7 +113,7 @@ class Updates:
             )
         with writable():
             self.updater.launch()
-        self._tables = Tables.LOST if self._tables.moved else Tables.CAPTURED
+        self._binding = Binding.LOST if self._binding.moved else Binding.CAPTURED
 
     def before_replay(self, step: float) -> None:
         """Moves the clocks, and gives the replay that follows its weights.
@@ -121,11 +121,11 @@ class Updates:
         Raises:
             RuntimeError: no update was captured, or the weights lie elsewhere now.
         """
-        if not self._tables.captured:
+        if not self._binding.captured:
             raise RuntimeError(
                 "before_replay: no graph has captured ema.update(); capture it first"
             )
-        if self._tables.moved or not self._weights.storage_unchanged():
+        if self._binding.moved or not self._weights.storage_unchanged():
             self._raise_moved()
         weights, flat = self.decide(step)
         with writable():
@@ -163,18 +163,18 @@ class Updates:
     def carry_over(self, moved: bool) -> None:
         """Binds the update anew where the weights moved, now or since that failed."""
         if moved:
-            self._tables = Tables.LOST if self._tables.captured else Tables.MOVED
-        if self._tables.moved:
+            self._binding = Binding.LOST if self._binding.captured else Binding.MOVED
+        if self._binding.moved:
             self.rebind()
 
     def rebind(self) -> None:
         """Binds the update to where the tensors are now."""
-        if self._tables.captured:
+        if self._binding.captured:
             self._raise_moved()
         self._failed = self._failed or self.updater.error()
         self.updater.close()
         self.updater = self._bound()
-        self._tables = Tables.BOUND
+        self._binding = Binding.BOUND
 
     def _bound(self) -> Updater:
         on_disk = {shard.fqn for shard in self._weights.on_disk}

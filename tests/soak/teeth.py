@@ -267,7 +267,7 @@ PATCHES = {
             "moved",
             "update/updates.py",
             "carry_over",
-            "if self._tables.moved:",
+            "if self._binding.moved:",
             "if False:",
             "an update goes on with the storage that the weights have left",
             ("plain", *FSDP2),
