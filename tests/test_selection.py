@@ -114,8 +114,8 @@ def test_what_is_frozen_or_unfrozen_later_follows_the_rule_and_is_told_once(
         before = ema.full_state_dict()
         ema.full_state_dict()
     assert caplog.messages == [
-        "base.weight: frozen since: averaged on, towards its last value",
-        "head.weight: trainable now, and not averaged: build a new EMA",
+        "base.weight: now frozen; its average converges to the frozen value",
+        "head.weight: now trainable, but not averaged; build a new EMA to average it",
     ]
     fill(model, 1.0)
     ema.update()

@@ -80,7 +80,7 @@ def slices_of_what_differs() -> None:
         with torch.no_grad():
             model.module.bias.add_(1)
     before = model.module.bias.detach().clone()
-    with pytest.raises(RuntimeError, match=r"bias: ranks \[1\] hold other values"), ema.swap():
+    with pytest.raises(RuntimeError, match=r"bias: ranks \[1\] hold different values"), ema.swap():
         raise AssertionError("the swap must not begin")
     assert torch.equal(model.module.bias, before)
 

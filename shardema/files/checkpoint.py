@@ -72,7 +72,7 @@ def save_averages(
     """
     if include_frozen:
         outward.check_tensors(
-            "save(include_frozen=True)", "save without include_frozen, which a load needs not"
+            "save(include_frozen=True)", "save without include_frozen, which a load does not need"
         )
     plan = averages[0].plan  # in own.plan packed parameters are buffers
     items = list(enumerate(plan.items))

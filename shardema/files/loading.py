@@ -81,8 +81,8 @@ def read_checkpoint(
     def same(told: list[tuple[str, int]]) -> int:
         if len({save_id for save_id, _ in told}) > 1:
             raise CheckpointError(
-                f"load from {folder}: the ranks see different checkpoints there; give a path "
-                "on a file system that all ranks share",
+                f"load from {folder}: the ranks see different checkpoints at this path; give a "
+                "path on a file system that all ranks share",
                 path=str(folder),
             )
         return max(nbytes for _, nbytes in told)

@@ -195,14 +195,15 @@ def read(folder: str | os.PathLike[str], op: str = "load") -> Manifest:
     )
     if not framed:
         raise CheckpointError(
-            f"reading {path}: its checksum does not fit: the file is damaged; load another step",
+            f"reading {path}: checksum mismatch: the file is damaged; load another step",
             path=path,
         )
     try:
         manifest = _parse(parse_json(body), folder)
     except BROKEN as error:
         raise CheckpointError(
-            f"reading {path}: {error!r:.300} in the manifest; it is not of ema.save", path=path
+            f"reading {path}: {error!r:.300} in the manifest; it was not written by ema.save",
+            path=path,
         ) from error
     with reporting(folder, "reading"):
         _check_files(manifest)
@@ -214,7 +215,7 @@ def _missing(folder: str) -> str:
         inside = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return f"reading {folder}: no such folder; give the folder that ema.save wrote"
-    text = f"reading {folder}: no {NAME} in it, so this is no finished checkpoint of ema.save"
+    text = f"reading {folder}: no {NAME} in it, so this is not a finished checkpoint of ema.save"
     nested = [name for name in inside if os.path.exists(os.path.join(folder, name, NAME))]
     return f"{text}; did you mean {os.path.join(folder, nested[-1])}?" if nested else text
 
@@ -354,7 +355,7 @@ def _check_files(manifest: Manifest) -> None:
             found = os.lstat(path)
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"reading {path}: {error.strerror}; the checkpoint is not whole",
+                f"reading {path}: {error.strerror}; the checkpoint is incomplete",
                 path=path,
                 errno=error.errno,
             ) from error
@@ -438,7 +439,7 @@ def _read_file(
             data = read_at(fd, begin, end - begin, path)
             if xxhash.xxh3_128_hexdigest(data) != file.blocks[block]:
                 raise CheckpointError(
-                    f"reading {path}: bytes {begin} to {end} do not fit their checksum "
+                    f"reading {path}: checksum mismatch in bytes {begin} to {end} "
                     f"({_names_in(needed, begin, end, manifest)}): the file is damaged; load "
                     "another step",
                     path=path,

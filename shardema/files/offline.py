@@ -117,7 +117,7 @@ def _with_dtype(data: bytes, path: str, dtype: torch.dtype | None) -> bytes:
         config = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"reading {path}: it is no JSON ({error!r:.300})", path=path
+            f"reading {path}: invalid JSON ({error!r:.300})", path=path
         ) from error
     stated = [key for key in ("dtype", "torch_dtype") if isinstance(config, dict) and key in config]
     if dtype is None or not stated:

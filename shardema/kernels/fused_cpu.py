@@ -99,7 +99,7 @@ def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[in
     """
     code = library()
     if code is None:
-        raise RuntimeError("fused: the CPU kernel could not be compiled, take 'foreach'")
+        raise RuntimeError("fused: the CPU kernel could not be compiled; use kernel='foreach'")
     return Bound(table(code, shadows, params, slots), ("fused",))
 
 

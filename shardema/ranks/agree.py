@@ -199,8 +199,7 @@ class Ranks:
         return mark_shared(
             RankError(
                 f"rank {self.rank}: {op}: the process group is broken, since a transfer was left "
-                f"half done in it: {self._rounds().broken}; start the run anew from its last "
-                "checkpoint",
+                f"incomplete: {self._rounds().broken}; restart the run from its last checkpoint",
                 rank=self._rounds().culprit,
             )
         )
@@ -224,7 +223,9 @@ class Ranks:
         said = {rank: m for rank, m in zip(self.ranks, marks, strict=True) if m is not None}
         parts = []
         if missing:
-            parts.append(f"ranks {missing} did not take part in {op} (ended, frozen or elsewhere)")
+            parts.append(
+                f"ranks {missing} did not take part in {op} (ended, frozen or in another call)"
+            )
         parts += [f"rank {rank} is in {m['op']}" for rank, m in said.items() if m["op"] != op]
         errors = [m["error"] for m in said.values() if "error" in m]
         parts += [e["text"][:LONG] for e in errors[:OTHERS]]
@@ -234,8 +235,8 @@ class Ranks:
         rounds.broken, rounds.culprit = "; ".join(parts), first
         return mark_shared(
             RankError(
-                f"{rounds.broken}; the transfer is left half done, so the process group is broken: "
-                "start the run anew from its last checkpoint",
+                f"{rounds.broken}; the transfer is incomplete, so the process group is broken: "
+                "restart the run from its last checkpoint",
                 rank=rounds.culprit,
             )
         )
@@ -273,7 +274,7 @@ class Ranks:
         if not self._active and dist.is_available() and dist.is_initialized():
             raise RuntimeError(
                 f"{op}: the process group was initialised after the EMA was built, which therefore "
-                "knows of one rank only; build it after init_process_group and after wrapping"
+                "uses one rank only; build it after init_process_group and after wrapping"
             )
         message: dict[str, Any] = {"op": op}
         raised: BaseException | None = None

@@ -231,7 +231,7 @@ def _disagreement(
         )
     return (
         f"{fqn}: rank {ranks.ranks[index]} has {word} {got}, rank {ranks.ranks[entry['first']]} "
-        f"has {expected}; the ranks do not hold one model: pass group= with the ranks that share it"
+        f"has {expected}; the ranks do not share one model: pass group= with those that do"
     )
 
 
@@ -259,6 +259,6 @@ def refuse_opaque(op: str, plan: Plan, chosen: Sequence[int], remedy: str) -> No
     if odd:
         raise ValueError(
             f"{op}: {abbreviate([item.fqn for item in odd])}: {odd[0].opaque} is a tensor "
-            "subclass that keeps its values in a form of its own, which cannot be taken apart; "
+            "subclass that stores its values in its own format, which cannot be split; "
             f"{remedy}"
         )

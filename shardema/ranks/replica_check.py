@@ -68,7 +68,7 @@ def refuse_replicas(
             if odd:
                 first = ranks.ranks[next(iter(values))]
                 raise RuntimeError(
-                    f"{item.fqn}: ranks {[ranks.ranks[i] for i in odd]} hold other values than "
+                    f"{item.fqn}: ranks {[ranks.ranks[i] for i in odd]} hold different values from "
                     f"rank {first}, so they are not replicas of one model; pass group= with the "
                     "ranks that share it (expert parallel, re-indexed pipeline chunks), give the "
                     "tensors distinct names, or make the ranks equal before training"

@@ -110,7 +110,7 @@ class Average:
         if erasing is not None:
             raise ValueError(
                 f"{op}: average {self.name!r} is at t={self.t}, from where its schedule {erasing} "
-                "forgets everything at the next move, all of what is loaded; give the progress "
+                "discards all of what is loaded at the next update; give the progress "
                 f"of what is loaded: load_full(source, t=<{erasing.unit}s>), or a schedule that "
                 "does not begin with a copy"
             )

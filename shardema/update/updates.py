@@ -108,7 +108,7 @@ class Updates:
     def _capture(self) -> None:
         if self._weights.engine is not None or self._nonfinite.policy != "ignore":
             raise RuntimeError(
-                "update under CUDA graph capture: not with a DeepSpeed engine, nor with "
+                "update under CUDA graph capture: not supported with a DeepSpeed engine, nor with "
                 "on_nonfinite='skip' or 'raise', which wait for the device"
             )
         with writable():
@@ -186,9 +186,9 @@ class Updates:
 
     def _raise_moved(self) -> NoReturn:
         raise RuntimeError(
-            f"rank {self._averages.ranks.rank}: the model's weights lie elsewhere than when a CUDA "
-            "graph captured ema.update(), so its replays would read freed memory; build the EMA "
-            "and capture again"
+            f"rank {self._averages.ranks.rank}: the model's weights have other storage than when a "
+            "CUDA graph captured ema.update(), so its replays would read freed memory; build the "
+            "EMA and capture again"
         )
 
     # ---- who waits ----------------------------------------------------------------------------
@@ -242,8 +242,8 @@ class Updates:
                 interrupt = to_the_end(whole)
             except Exception as error:
                 self._failed = RuntimeError(
-                    f"{op} failed: {type(error).__name__}: {error}; the averages may be half "
-                    "new: ema.load() a checkpoint, or ema.reset() them to the weights"
+                    f"{op} failed: {type(error).__name__}: {error}; the averages may be partly "
+                    "replaced: ema.load() a checkpoint, or ema.reset() them to the weights"
                 )
                 raise self._failed from error
         if interrupt is not None:
