@@ -1,8 +1,8 @@
-"""The errors that are the library's own.
+"""The exception classes of shardema.
 
-Bad arguments raise ValueError or TypeError, a call at the wrong moment RuntimeError. What can go
-wrong outside the program (a full disk, a broken file, a rank that died) raises one of these, the
-same class on every rank that is alive.
+Invalid arguments raise ValueError or TypeError, a call at the wrong moment RuntimeError. Failures
+outside of the program (a full disk, a damaged file, a dead rank) raise one of these classes, the
+same one on every rank that is alive.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class RankError(RuntimeError):
 
 
 class CheckpointError(RankError):
-    """A checkpoint or an export could not be written or read; what was there before still is."""
+    """A checkpoint or an export could not be written or read; existing ones are unchanged."""
 
 
 class SwapError(RuntimeError):
-    """The model that a swap leaves behind has no place for some weights; they are in the error.
+    """After a swap, some weights do not fit the model any more; the error holds them.
 
     Attributes:
-        weights: ``{fqn: tensor}``, this rank's part of each of them, as it was before the swap.
+        weights: ``{fqn: tensor}``, this rank's part of each, with the values before the swap.
     """
 
     def __init__(self, message: str, *, weights: Mapping[str, Tensor]):
@@ -45,5 +45,5 @@ class SwapError(RuntimeError):
 
 
 def abbreviate(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first five names, and the number of further ones."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""`ShadowPolicy`: how an average is kept."""
+"""`ShadowPolicy`: how an average is stored and computed."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class ShadowPolicy:
-    """How an average is kept.
+    """How an average is stored and computed.
 
     Args:
-        dtype: ``"auto"`` keeps float32 for parameters of float32 and less, float64 for float64;
-            or torch.float32, torch.float64. A 16-bit average is refused: a step that is smaller
-            than half of its last bit is rounded away, so it stands still.
-        device: ``"model"`` keeps the average where the weights are; ``"cpu"`` in host memory, from
-            which it is at most one update behind until something asks for it: see `offload`.
-        compute: with ``device="cpu"``: ``"host"`` sends the weights to the host, where a thread
-            averages them beside the training; ``"device"`` sends the average to the weights'
+        dtype: torch.float32 or torch.float64; ``"auto"`` uses float64 for float64 parameters and
+            float32 for all others. 16-bit averages are not accepted: changes smaller than half a
+            unit in the last place are rounded away, so the average would stop moving.
+        device: ``"model"`` stores the average on the device of the weights. ``"cpu"`` stores it in
+            host memory and updates it in the background: it is at most one update behind until it
+            is read.
+        compute: with ``device="cpu"``: ``"host"`` copies the weights to the host, where a thread
+            updates the average during training; ``"device"`` copies the average to the weights'
             device and back, for a host that is too slow.
-        staging_bytes: of host memory (``compute="device"``: of the device's) that the weights
-            travel through.
-        update_every: move at every k-th update only, and forget then what k updates forget: exact,
-            since schedules are multiplicative.
-        shard_replicas: where several ranks hold the same weights (DDP, HSDP, ZeRO-0), each of them
-            averages its slice of them. A swap and `copy_to_model`, of any average of the object,
-            are collective then.
+        staging_bytes: size of the staging buffers in host memory (on the device with
+            ``compute="device"``), in bytes.
+        update_every: update the average at every k-th update only, with the combined decay of k
+            updates, which is exact since schedules are multiplicative.
+        shard_replicas: if several ranks hold the same weights (DDP, HSDP, ZeRO-0), each of them
+            averages one slice of them. `swap` and `copy_to_model` are then collective, for every
+            average of the EMA.
 
     Raises:
-        ValueError: another dtype, device or compute; ``compute="device"`` without ``device="cpu"``;
-            ``update_every`` below 1; less than 1 MiB to travel through.
+        ValueError: an invalid dtype, device or compute; ``compute="device"`` without
+            ``device="cpu"``; ``update_every`` below 1; ``staging_bytes`` below 1 MiB.
     """
 
     dtype: torch.dtype | Literal["auto"] = "auto"

@@ -1,8 +1,8 @@
-"""Blocks without autograd, and blocks that no signal may leave half done."""
+"""Context managers: without autograd, and without interruption by signal handlers."""
 
 from __future__ import annotations
 
-# what `signal` wraps, and ten times as fast: an update asks for the handlers of all signals
+# the module that `signal` wraps, ten times as fast: every update reads all signal handlers
 import _signal  # type: ignore[import-not-found]
 import contextlib
 import functools
@@ -16,19 +16,19 @@ import torch
 
 @contextlib.contextmanager
 def writable() -> Iterator[None]:
-    """No autograd, and no inference mode: what is allocated in that can never be updated."""
+    """Disables autograd and inference mode, whose tensors could not be updated later."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 def to_the_end(work: Callable[[], None]) -> BaseException | None:
-    """Does ``work``, which may be done twice, again after an interrupt; returns the last interrupt.
+    """Runs ``work``, again if an exception interrupts it; returns the last such exception.
 
-    To be called where signals are held back: what comes all the same (from another thread, or out
-    of a hook of torch) is tried again, and what comes each time is an error of the work itself.
+    ``work`` must be safe to repeat. Called inside `uninterrupted`, where exceptions can still come
+    from another thread or a torch hook. An exception of every attempt is an error of ``work``.
 
     Raises:
-        BaseException: what ``work`` raised each time.
+        BaseException: what ``work`` raised in every attempt.
     """
     interrupt: BaseException | None = None
     for left in reversed(range(_TRIES)):
@@ -48,13 +48,13 @@ _SIGNALS = tuple(int(number) for number in signal.valid_signals())
 
 
 class uninterrupted:
-    """Holds all handlers of signals back until the block ends; then they are called.
+    """Defers all Python signal handlers until the block ends, then calls them.
 
-    Whatever a handler raises (a time limit, Ctrl-C) would leave the block half done: a rank that
-    leaves a collective half way is out of step with the others for good. Handlers are Python's, and
-    run in the main thread only: elsewhere there is nothing to hold.
+    A handler that raises (a time limit, Ctrl-C) would leave the block incomplete, and a rank that
+    leaves a collective early cannot communicate with the others again. Python's handlers run in the
+    main thread only; in other threads this does nothing.
 
-    What a handler raises while the others are not held yet is raised when the block has ended.
+    An exception of a handler that runs before all are deferred is raised after the block.
     """
 
     def __enter__(self) -> None:
@@ -63,11 +63,11 @@ class uninterrupted:
         self._raised: list[BaseException] = []
         if threading.get_ident() != threading.main_thread().ident:
             return
-        # a class and not a generator: an exception in here must not leave some of them held
+        # a class, not a generator: an exception in here must not leave some handlers deferred
         try:
             while not self._done(self._hold_all):
                 pass
-        except BaseException:  # a second one, while the first was kept
+        except BaseException:  # a second exception, while the first was recorded
             self._release_all()
             raise
 
@@ -84,7 +84,7 @@ class uninterrupted:
             raise next(ends, self._raised[0])
 
     def _done(self, work: Callable[[], object]) -> bool:
-        """Does ``work``; False where a handler raised in it, which is kept."""
+        """Runs ``work``; returns False if a handler raised in it, and records the exception."""
         try:
             work()
         except BaseException as error:
@@ -95,7 +95,7 @@ class uninterrupted:
     def _hold_all(self) -> None:
         for number in _SIGNALS:
             handler = _signal.getsignal(number)
-            # a handler of ours is no other's: the first try may have come half way
+            # not our own handler: an interrupted first attempt may have set some
             if callable(handler) and getattr(handler, "__self__", None) is not self:
                 self._before[number] = handler
                 _signal.signal(number, self._keep)

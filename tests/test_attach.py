@@ -8,6 +8,7 @@ import functools
 import gc
 import logging
 import pickle
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -735,3 +736,29 @@ def test_an_optimizer_that_is_dropped_is_not_kept_by_the_ema() -> None:
     del optimizer
     assert dropped() is None
     assert ema.num_updates == 0
+
+
+def test_a_step_that_another_threads_swap_refuses_loses_no_update() -> None:
+    """A thread that only looks does not end the round; the step that would end it is refused."""
+    model, ema, first = setup()
+    second = torch.optim.SGD(model.parameters(), lr=0.0)
+    ema.attach(first, second)
+    first.step()
+    entered, leave = threading.Event(), threading.Event()
+
+    def look() -> None:
+        with ema.swap():
+            entered.set()
+            assert leave.wait(60)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    assert entered.wait(60)
+    try:
+        with pytest.raises(RuntimeError, match="an optimizer step inside swap"):
+            first.step()
+    finally:
+        leave.set()
+        thread.join()
+    first.step()
+    assert ema.num_updates == 2

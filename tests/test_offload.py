@@ -416,6 +416,13 @@ def test_the_staging_is_no_larger_than_the_parameters_need(kind: Any) -> None:
     assert behind.nbytes == 4 * (32 + 64)
 
 
+def test_a_chunk_fills_its_buffer_together_with_the_converted_parameter() -> None:
+    shadows, params = [torch.zeros(64)], [torch.zeros(64, dtype=torch.bfloat16)]
+    behind = DeviceOffload(shadows, params, [0], foreach.bind, staging_bytes=2 * 512)
+    assert len(behind._batches) == 1
+    assert behind.nbytes == 2 * 4 * 64
+
+
 @BOTH
 def test_a_staging_that_holds_nothing_is_refused(kind: Any) -> None:
     with pytest.raises(ValueError, match="staging_bytes: got 255, expected 256 or more"):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from shardema import ShadowPolicy, ShardedEMA, schedules
+from shardema.update import shadows
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,9 @@ def test_moving_at_every_fourth_update_forgets_what_four_updates_forget(
         assert all(torch.equal(full[fqn], value) for fqn, value in expected.items())
         assert (seldom.t, seldom.num_updates) == (step, step)
     assert seldom.metrics()["decay"] == pytest.approx(rule.retention(8, 12), abs=1e-15)
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("model", "meta"), ("cpu", "cpu")])
+def test_an_average_is_stored_where_the_policy_says(policy: str, expected: str) -> None:
+    weights = torch.empty(1, device="meta")  # a device other than the host
+    assert shadows._device(weights, ShadowPolicy(device=policy)).type == expected  # type: ignore[arg-type]

@@ -133,10 +133,10 @@ def curves(
 
     Args:
         log: a file that `shardema.cli.logs.read` reads, or its rows, ``{column: number}``.
-        raw: column of the raw weights; None takes all pairs whose names say so, as ``raw_loss``
+        raw: column of the raw weights; None uses all pairs whose names say so, as ``raw_loss``
             and ``ema_loss``, ``eval_loss`` and ``eval_ema_loss``.
         averaged: column of the average.
-        step: column of the horizontal axis; None takes step, global_step or epoch.
+        step: column of the horizontal axis; None uses step, global_step or epoch.
         unit: of the quantities, for the vertical axis.
 
     Raises:

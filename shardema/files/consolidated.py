@@ -39,7 +39,7 @@ _EMA_MODEL = {"optimization_step", "decay", "min_decay", "update_after_step", "u
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor lies."""
+    """File and byte offset of a stored tensor."""
 
     path: str
     entry: Entry
@@ -48,7 +48,7 @@ class Place:
 def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
     """Every tensor of a ``.safetensors`` file, or of a folder in the HF layout.
 
-    Both may be symlinks, and so may the files in a folder, as those of a Hub snapshot are.
+    Both may be symlinks, and so may the files in a folder, as in a Hub snapshot.
 
     Raises:
         CheckpointError: there is none, or a header is broken.
@@ -135,7 +135,7 @@ def _read(fd: int, place: Place, box: Box, target: Tensor) -> None:
     numel, starts = contiguous_runs(entry.shape, box)
     span = starts[-1] + numel - starts[0]
     if span * itemsize <= _CHUNK:
-        # one read of the stretches and what lies between them (columns of a matrix, for one)
+        # one read of the stretches and the bytes between them (columns of a matrix, for one)
         data = read_at(fd, entry.start + starts[0] * itemsize, span * itemsize, place.path)
         strides = torch.empty(entry.shape, device="meta").stride()
         target.copy_(torch.frombuffer(data, dtype=entry.dtype).as_strided(box.sizes, strides))

@@ -364,7 +364,7 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._fds:  # after an error, which is told
+        while self._fds:  # after an error, which was raised
             close_quietly(self._fds.popitem()[1])
 
 

@@ -1,4 +1,4 @@
-"""A folder that appears whole under its name, or not at all; or takes the place of a checkpoint.
+"""A folder that appears complete under its name or not at all, or replaces a checkpoint.
 
 ::
 

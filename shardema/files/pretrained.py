@@ -54,7 +54,7 @@ class Form:
     """Under which names a model is exported.
 
     Attributes:
-        stem: of its files, ``<stem>.safetensors``; may lie in a folder.
+        stem: of its files, ``<stem>.safetensors``; may be in a folder.
         files: of an adapter, by fqn the stem and the name of each tensor that belongs to it; None
             where everything is written under its keys.
         refusal: why it cannot be exported.

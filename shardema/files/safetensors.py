@@ -55,7 +55,7 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def local_path(op: str, path: str | os.PathLike[str]) -> str:
-    """``path`` as the file system takes it; that of a ``file:///`` URL is in it.
+    """A local path; a ``file:///`` URL is converted to one.
 
     Raises:
         ValueError: it is empty, or the URL of something that is not a local file.
@@ -300,7 +300,7 @@ class Entry:
 def layout(
     tensors: Sequence[tuple[str, torch.dtype, Dims]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, Entry]]:
-    """The head of a safetensors file (length and header) and where each tensor lies behind it.
+    """The head of a safetensors file (length and header) and the offset of each tensor.
 
     The same bytes as the safetensors package writes: widest dtype first, then by name.
 
@@ -355,7 +355,7 @@ def read_header(fd: int, path: str) -> dict[str, Entry]:
 
 
 def _entries(header: Any, begin: int, size: int) -> dict[str, Entry]:
-    """The entries of a header; the tensors behind it lie one after the other and fill the file."""
+    """The entries of a header; the tensors behind it are contiguous and fill the file."""
     _check_metadata(header.pop("__metadata__", {}))
     places = []
     for name, value in header.items():

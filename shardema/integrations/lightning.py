@@ -1,4 +1,4 @@
-"""Lightning: an EMA that follows a Trainer and lies beside its checkpoints.
+"""Lightning: an EMA that follows a Trainer and is saved beside its checkpoints.
 
 ::
 
@@ -518,16 +518,16 @@ def _carry(trainer: Trainer) -> None:
     be another one by then, or out of the list, as a tuner does.
     """
     strategy: Any = trainer.strategy
-    connector: Any = trainer._checkpoint_connector
     if getattr(strategy, "_carries_ema", False):
         return
     strategy._carries_ema = True
-    save, load, remove = (
-        strategy.save_checkpoint,
-        strategy.load_checkpoint,
-        strategy.remove_checkpoint,
-    )
-    resumed, teardown = connector.resume_end, strategy.teardown
+    _wrap_checkpoints(trainer, strategy)
+    _wrap_ends(trainer, strategy)
+
+
+def _wrap_checkpoints(trainer: Trainer, strategy: Any) -> None:
+    save, load = strategy.save_checkpoint, strategy.load_checkpoint
+    remove = strategy.remove_checkpoint
 
     def save_too(checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> None:
         def write() -> None:
@@ -549,6 +549,15 @@ def _carry(trainer: Trainer) -> None:
         for callback in _callbacks(trainer):
             callback._remove(os.fspath(filepath))
 
+    strategy.save_checkpoint, strategy.load_checkpoint = save_too, load_too
+    strategy.remove_checkpoint = remove_too
+
+
+def _wrap_ends(trainer: Trainer, strategy: Any) -> None:
+    """The end of a restore, and of a run."""
+    connector: Any = trainer._checkpoint_connector
+    resumed, teardown = connector.resume_end, strategy.teardown
+
     def resumed_too() -> None:
         for callback in _callbacks(trainer):
             callback._restored(trainer)
@@ -559,6 +568,4 @@ def _carry(trainer: Trainer) -> None:
             callback._finish(trainer)
         teardown()
 
-    strategy.save_checkpoint, strategy.load_checkpoint = save_too, load_too
-    strategy.remove_checkpoint, strategy.teardown = remove_too, teardown_too
-    connector.resume_end = resumed_too
+    strategy.teardown, connector.resume_end = teardown_too, resumed_too

@@ -4,7 +4,7 @@ A callback alone cannot do it: the Trainer hands callbacks the unwrapped model, 
 an evaluation, tells them of no path to resume from and of no exception. So `EMACallback.bind` also
 puts itself around methods of the one trainer::
 
-    train            knows the checkpoint to resume from; takes the hooks off, also after an error
+    train            knows the checkpoint to resume from; removes the hooks, also after an error
     on_train_begin   the model is wrapped now: builds the ShardedEMA, loads, attaches
     evaluate         once for each pass, of which the outside sees one evaluation
     evaluation_loop  of evaluate and predict: inside ema.swap()
@@ -63,8 +63,8 @@ class EMACallback(TrainerCallback):
             in samples, of which a step counts ``trainer.get_total_train_batch_size``.
         eval_with: what ``evaluate`` and ``predict`` compute with: ``"raw"`` weights, the average
             of this name (one without a name is called ``"ema"``), or ``"both"``: ``eval_*`` are
-            metrics of the raw weights then, ``eval_NAME_*`` those of an average, and ``predict``
-            takes the last average.
+            then the metrics of the raw weights, ``eval_NAME_*`` those of an average, and
+            ``predict`` uses the last average.
         save_with: what is written to ``output_dir`` at the end, by ``save_model`` and
             ``push_to_hub``: the average of this name, or ``"raw"``: as without this callback.
         allow_missing: at a checkpoint without an average begin one from its weights; else raise.

@@ -2,7 +2,7 @@
 
 ::
 
-    pairs    (shadow, param, slot) ...        tensors that lie alike and dense
+    pairs    (shadow, param, slot) ...        dense tensors of equal strides
     rows     param, numel | param, numel      one for each param; read from memory once
     twins    shadow slot  shadow slot | ..    the averages of each row
     lerp_    weights -> C doubles, then one call that walks the rows with all threads of torch
@@ -77,7 +77,7 @@ class Table:
 
 
 def takes(shadow: Tensor, param: Tensor) -> bool:
-    """Whether the compiled code can move this pair: plain CPU tensors that lie alike and dense."""
+    """Whether the compiled code can move this pair: plain CPU dense tensors of equal strides."""
     if shadow.dtype not in SHADOW_DTYPES or param.dtype not in PARAM_DTYPES:
         return False
     for tensor in (shadow, param):

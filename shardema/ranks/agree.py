@@ -1,4 +1,4 @@
-"""How the ranks that share a model agree: all go on together, or all raise.
+"""Agreement of the ranks that share a model: all of them proceed, or all raise.
 
 ::
 
@@ -269,7 +269,7 @@ class Ranks:
             ValueError, TypeError, RuntimeError, CheckpointError: what a rank raised, everywhere; a
                 ValueError where ``same`` is not.
             RankError: another error of a rank, ranks in different calls, or the timeout. Each error
-                names those of the other ranks too; a rank's own is its cause.
+                names the other ranks' errors too; a rank's own is its cause.
         """
         if not self._active and dist.is_available() and dist.is_initialized():
             raise RuntimeError(

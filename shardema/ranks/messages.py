@@ -18,7 +18,7 @@ _RAISED: dict[str, type[Exception]] = {
     "CheckpointError": CheckpointError,
     "RankError": RankError,
 }
-OTHERS = 4  # errors of other ranks that are told beside the first one
+OTHERS = 4  # errors of other ranks that are reported beside the first one
 LONG = 400  # characters of each of them
 _TRACE = 3000  # characters of a traceback, its end
 

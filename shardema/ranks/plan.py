@@ -29,7 +29,7 @@ class Item:
 
     Attributes:
         dtype: of the model's own tensor; an average of it may have another.
-        device: type of the device that it lies on, or its average does.
+        device: device type of its storage, or of its average's.
         averaged: whether there are averages of it.
         file_name: of its names the one that an export writes it under.
         opaque: the class of a tensor that has no values to gather; see `Shard`. Else empty.

@@ -134,7 +134,7 @@ def _chunks(prepared: Prepared, op: str) -> Generator[tuple[TransferChunk, Tenso
 
 
 class Iteration:
-    """Full tensors that a caller takes one by one, while the other ranks have sent theirs.
+    """Full tensors that a caller consumes one by one; the other ranks send and go on.
 
     Attributes:
         ended_by: the call that ended it before its last tensor.

@@ -17,7 +17,7 @@ _REGEX = "re:"  # how a checkpoint marks a pattern that was a regular expression
 @register_rule
 @dataclass(frozen=True, init=False)
 class by_pattern:
-    """A tensor follows the schedule of the first pattern that takes its name, else ``default``.
+    """A tensor follows the schedule of the first pattern that matches its name, else ``default``.
 
     It is given to `ShardedEMA` as an average's schedule, and is none itself: wrap the schedules
     inside of it (``clip``, ``start``), not the whole.
@@ -25,7 +25,7 @@ class by_pattern:
     Args:
         rules: ``{pattern: schedule}``; a glob over fqns or a compiled regular expression, and a
             schedule, a decay or a callable. All of one unit.
-        default: of the tensors that no pattern takes.
+        default: for tensors that no pattern matches.
 
     Raises:
         ValueError: no rules, or schedules of several units.

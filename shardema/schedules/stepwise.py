@@ -4,7 +4,7 @@
 
     steps   1 ... 64 | 65 ... 128 | ...         a block is the product of 64 smaller ones
             |  64 ^ 1             | 64 ^ 1
-            |  64 ^ 2 ...                       so an interval takes few factors, however long
+            |  64 ^ 2 ...                       so an interval needs few factors, however long
 """
 
 from __future__ import annotations

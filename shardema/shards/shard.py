@@ -73,7 +73,7 @@ class Shard:
         replicas: the groups of ranks that are declared to hold the same ``local``: DDP's group,
             the replicated axes of a mesh.
         corners: where each box begins inside ``local``, which has the dims of the full tensor
-            then; empty where the boxes lie one after the other.
+            then; empty where the boxes are contiguous.
         opaque: the class of a tensor that keeps its values in a form of its own (quantised
             weights); ``local`` is that tensor itself, of which nothing is read. Empty elsewhere.
     """

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory: its order of dims, overlaps, views of the same stretch."""
+"""Memory layout of tensors: order of dims, overlaps, views of the same storage."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def dense_like(tensor: Tensor) -> Dims:
 def aligned_parts(a: Tensor, b: Tensor, max_numel: int) -> list[tuple[Tensor, Tensor]]:
     """Two tensors of one shape as pairs of views of at most ``max_numel`` elements each.
 
-    Flat stretches of memory where both lie alike and dense, blocks of the shape elsewhere.
+    Flat views where both are dense with equal strides, blocks of the shape elsewhere.
     """
     n = a.numel()
     if n == 0:

@@ -24,7 +24,7 @@ from shardema.update.watch import Holds, Others
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 100  # updates that an attached optimizer may miss without a word
+_PATIENCE = 100  # updates that an attached optimizer may miss before a warning
 
 
 class Source(Protocol):

@@ -38,7 +38,7 @@ class Average:
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:
-        """What its tensors follow: the schedule, or the default and those of the patterns."""
+        """The schedules of its tensors: the one, or the default and one for each pattern."""
         rule = self.schedule
         return rule.schedules if isinstance(rule, by_pattern) else (rule,)
 

@@ -82,7 +82,7 @@ class Averages(Mapping[str, Average]):
         return max(average.num_updates for average in self.values())
 
     def clocks(self) -> dict[str, Any]:
-        """What the ranks compare of them, in words."""
+        """What the ranks compare of them, as JSON."""
         return {
             f"clock of {a.name!r} (t, num_updates, moved_at)": [a.t, a.num_updates, a.moved_at]
             for a in self.values()
@@ -105,7 +105,7 @@ class Averages(Mapping[str, Average]):
 
     @property
     def written_together(self) -> bool:
-        """Whether writing the model takes all ranks: an engine's, or slices of replicas."""
+        """Whether writing the model is collective: an engine's, or slices of replicas."""
         return self.weights.engine is not None or self.sliced
 
     @property

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Notices:
-    """What a user is told once of an EMA."""
+    """Warnings that an EMA logs once."""
 
     def __init__(self, averages: Averages) -> None:
         self._averages = averages

@@ -53,15 +53,15 @@ _PATIENCE = 10.0  # seconds that the end of a process waits for a worker that do
 class HostOffload:
     """Averages that lie in host memory, kept by a worker thread: at most one update behind.
 
-    A parameter that stands among ``params`` several times, once for each of its averages, is
-    copied once. To be used from one thread at a time.
+    A parameter that is listed several times, once for each of its averages, is copied once. Not
+    thread-safe.
 
     Args:
         shadows: on the CPU, of any dense strides; nobody else may touch them before `flush`.
         params: of the same shapes, on any devices.
-        slots: which of the weights each pair moves by.
+        slots: index of each pair's weight.
         bind: the kernel, for tensors on the CPU.
-        staging_bytes: size of the two buffers together; they are pinned if a parameter lies on a
+        staging_bytes: size of the two buffers together; they are pinned if a parameter is on a
             GPU, and no larger than needed.
 
     Raises:
@@ -182,7 +182,7 @@ class DeviceOffload:
     of any method. To be used from one thread at a time.
 
     Args:
-        shadows: on the CPU, pinned where the parameters lie on a GPU (see `zeros`); nobody else
+        shadows: on the CPU, pinned where the parameters are on a GPU (see `zeros`); nobody else
             may touch them before `flush`.
         params, slots: as for `HostOffload`.
         bind: the kernel, for tensors on the parameters' device.

@@ -44,7 +44,7 @@ class Shadows:
 
     def copy_all(self, other: Shadows) -> None:
         """Sets every shadow to that of ``other``, which is of the same shards."""
-        for fqn, mine in self.views.items():  # the flats may lie in another order
+        for fqn, mine in self.views.items():  # the flats may be in another order
             mine.copy_(other.views[fqn])
 
     def merged_pairs(self, shards: Sequence[Shard]) -> tuple[list[Tensor], list[Tensor]]:
@@ -56,7 +56,7 @@ class Shadows:
         end: str | None = None  # the last shadow of the last pair
         for shard in sorted((s for s in shards if s.source.numel()), key=_place):
             shadow, source = self.views[shard.fqn], shard.source
-            # what lies between the two is nobody's: padding is written too
+            # nothing is stored between the two: padding is written too
             next_door = end is not None and self.following.get(end) == shard.fqn
             joined = _joined(*pairs[-1], shadow, source) if next_door else None
             if joined is None:
@@ -70,7 +70,7 @@ class Shadows:
 def allocate(shards: Sequence[Shard], policy: ShadowPolicy, *, pin: bool = True) -> Shadows:
     """Zeroed shadows of ``shards``, on the devices of what they average or in host memory.
 
-    What lies together in memory does so among the shadows too, small gaps included. With ``pin``
+    Adjacent tensors stay adjacent, small gaps included. With ``pin``
     host memory is pinned where the weights are on a GPU.
     """
     ends: dict[_Key, int] = {}
@@ -115,7 +115,7 @@ def _device(source: Tensor, policy: ShadowPolicy) -> torch.device:
 
 
 def _place(shard: Shard) -> tuple[int, int]:
-    """Where the source lies: in which storage, at which byte."""
+    """Storage and byte offset of the source."""
     size = shard.source.element_size()
     if shard.on_disk is not None and not shard.reads_weights:
         return id(shard.on_disk[0]), shard.on_disk[1] * size
@@ -136,8 +136,8 @@ def _joined(
 ) -> tuple[Tensor, Tensor] | None:
     """The two pairs as one, with the padding between them; None where that is not possible.
 
-    The padding is averaged too, and never read. In the model other tensors may lie there, which
-    are read to no effect; among the shadows nothing may.
+    The padding is averaged too, and never read. In the model other tensors may be stored there,
+    which are read to no effect; between two shadows there is nothing else.
     """
     here, there = source.untyped_storage(), next_source.untyped_storage()
     if (here.data_ptr(), here.nbytes()) != (there.data_ptr(), there.nbytes()):

@@ -20,7 +20,7 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
     """The torch optimizer that ``optimizer`` is, or wraps as accelerate does.
 
     Raises:
-        TypeError: no torch optimizer, or one whose steps nobody is told of.
+        TypeError: no torch optimizer, or one that runs no step hooks.
     """
     kind = type(optimizer).__name__
     if type(optimizer).__module__.split(".")[0] == "deepspeed":

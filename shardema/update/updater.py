@@ -35,7 +35,7 @@ class Updater:
     """Moves the averages of given shards; bound once, until the tensors are others.
 
     Args:
-        averages: all of an EMA's; ``weights`` are those of each in turn.
+        averages: all of an EMA's; ``weights`` has the weights of each in turn.
         held: what this rank averages for one of them.
         bind: the kernel.
     """

@@ -45,7 +45,8 @@ class Updates:
 
         weights moved   refresh, follow   bind anew
         an update       advance           all averages and their clocks, or none
-        behind the step flush, copied     until the averages, or the weights, may be read or written
+        behind the step flush             until the averages may be read or written
+                        await_reads       until the weights may be written
         failed          flush raises, until `forget_errors`
 
     Args:
@@ -119,7 +120,7 @@ class Updates:
         """Moves the clocks, and gives the replay that follows its weights.
 
         Raises:
-            RuntimeError: no update was captured, or the weights lie elsewhere now.
+            RuntimeError: no update was captured, or the storage of the weights changed.
         """
         if not self._binding.captured:
             raise RuntimeError(
