@@ -172,7 +172,9 @@ def update_bn(
         ranks.agree("update_bn (forwards)", lambda: _measure(loader, model, layers, moments))
     pooled = _pool(layers, moments, ranks)
     if not pooled:
-        raise ValueError("update_bn: the loader gave no data on any rank; give it a batch at least")
+        raise ValueError(
+            "update_bn: the loader yielded no data on any rank; expected one batch or more"
+        )
     return Statistics(tuple((layers[fqn], *values) for fqn, values in pooled.items()))
 
 

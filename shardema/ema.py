@@ -209,12 +209,12 @@ class ShardedEMA:
         held = max(sum(s.local.numel() for s in self._averages.held(a)) for a in averages)
         size = sum(f.nbytes for a in averages for f in a.shadows.flats)
         rules = ", ".join(f"{a.name}={a.schedule}" for a in averages)
-        weights = self._averages.weights
+        weights, names = self._averages.weights, self._updates.updater.kernel_names
         return (
             f"ShardedEMA({rules}; backend={weights.name}, "
             f"{len(weights.averaged)} tensors, "
             f"rank {ranks.rank} of {ranks.size}: {held:,} elements in "
-            f"{size / 2**20:.1f} MiB of shadows; kernel={'+'.join(self._updates.updater.runs)}; "
+            f"{size / 2**20:.1f} MiB of shadows; kernel={'+'.join(names)}; "
             f"t={self._averages.t} {self.unit}s)"
         )
 
@@ -583,8 +583,8 @@ class ShardedEMA:
             ValueError: no average of this name, or several and no name.
         """
         average = self._calls.begin(Call("metrics", name))
-        plan, runs = self._calls.plan_of(average), self._updates.updater.runs
-        return metrics.measure(plan, average, self._averages, runs)
+        plan, kernel_names = self._calls.plan_of(average), self._updates.updater.kernel_names
+        return metrics.measure(plan, average, self._averages, kernel_names)
 
     # ---- checkpoints --------------------------------------------------------------------------
 

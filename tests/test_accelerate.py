@@ -455,7 +455,7 @@ def others_that_do_not_come_are_named(kind: str, folder: str) -> None:
 
 
 def a_load_that_fails_leaves_a_pair(kind: str, folder: str) -> None:
-    """Average and weights are both as before, or the average begins anew, and the error says so."""
+    """Average and weights are both as before; or the average starts again, as the error says."""
     run = started(kind)
     ema = attach(run.accelerator, run.model, run.optimizer, schedule=DECAY)
     run.epoch()
@@ -467,7 +467,7 @@ def a_load_that_fails_leaves_a_pair(kind: str, folder: str) -> None:
         data = file.read_bytes()
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     dist.barrier()
-    with pytest.raises(CheckpointError, match=r"load_state: .*so the average begins anew"):
+    with pytest.raises(CheckpointError, match=r"load_state: .*so the average starts again"):
         run.accelerator.load_state(folder)
     assert ema.num_updates == 0
     check_average(ema, run.seen[4])

@@ -504,7 +504,7 @@ def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 
 NEVER = "average 'ema' was never updated"
-MISSED = "the weights moved and no update came"
+MISSED = "the weights changed without an update"
 
 
 @pytest.mark.parametrize("read", ["swap", "save", "export"])

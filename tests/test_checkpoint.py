@@ -92,14 +92,14 @@ def test_every_flipped_byte_of_the_data_is_found(saved: Path) -> None:
     before = bits(ema)
     stored = manifest.read(str(saved))
     (entry,) = stored.files
-    wanted = [p for p in entry.pieces if stored.tensors[p.tensor].average == "ema"]
+    wanted = [p for p in entry.boxes if stored.tensors[p.tensor].average == "ema"]
     start = min(p.start for p in wanted)
     positions = [*range(0, 64), *range(start, len(good), 97), len(good) - 1]
     for position in positions:
         bad = bytearray(good)
         bad[position] ^= 0x10
         path.write_bytes(bad)
-        with pytest.raises(CheckpointError, match=r"do not fit their checksum \(.*weight"):
+        with pytest.raises(CheckpointError, match=r"checksum mismatch in bytes .* \(.*weight"):
             ema.load(saved)
         assert bits(ema) == before
     path.write_bytes(good)
@@ -120,7 +120,7 @@ def test_only_regular_files_are_read(saved: Path, tmp_path: Path) -> None:
     path = data_file(saved)
     aside = tmp_path / "aside"
     path.rename(aside)
-    assert_refused(saved, "No such file.*not whole")
+    assert_refused(saved, "No such file.*incomplete")
     path.symlink_to(aside)
     assert_refused(saved, "expected a regular file")
     path.unlink()
@@ -198,7 +198,7 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
     "a file of another kind": (put(["files", 0, "name"], "x.bin"), "file name 'x.bin'"),
     "a file name that is no text": (put(["files", 0, "name"], 3), "file name 3"),
     "a place outside": (put(["place"], ".."), r"place '\.\.'"),
-    "a place that is no text": (put(["place"], 3), "expected a text, got 3"),
+    "a place that is no text": (put(["place"], 3), "expected a string, got 3"),
     "a place that is not there": (put(["place"], "save-" + "0" * 16), "No such file or directory"),
     "an offset outside the tensor": (
         put(["files", 0, "pieces", -1, 1, 0], 10**6),
@@ -218,7 +218,7 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
     "another file name": (put(["tensors", 0, "file_name"], "x"), "has the file name 'x'"),
     "a file to export to outside": (put(["tensors", 0, "stem"], "../x"), r"the file '\.\./x'"),
     "a file to export to that is no text": (put(["tensors", 0, "stem"], 3), "has the file 3"),
-    "a name that is no text": (put(["tensors", 0, "fqn"], 3), "expected a text, got 3"),
+    "a name that is no text": (put(["tensors", 0, "fqn"], 3), "expected a string, got 3"),
     "half a character": (put(["left_out"], ["\ud800"]), "surrogates not allowed"),
     "a tensor listed twice": (
         of("tensors")(lambda tensors: [*tensors, tensors[0]]),
@@ -232,9 +232,9 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
         of("tensors")(lambda all: [*all, {**all[0], "fqn": "x", "file_name": "x"}]),
         "together hold 0 elements, expected",
     ),
-    "a piece that is missing": (
+    "a box that is missing": (
         of("files", 0, "pieces")(lambda pieces: pieces[1:]),
-        "its head and pieces are",
+        "its head and boxes are",
     ),
     "an overlap": (
         of("files", 0, "pieces")(
@@ -251,10 +251,10 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
         "and overlap",
     ),
     "a doubled file": (of("files")(lambda safetensors: safetensors * 2), "a file is listed twice"),
-    "bytes that nothing is of": (of("files", 0, "head")(lambda n: n + 8), "its head and pieces"),
+    "bytes that nothing is of": (of("files", 0, "head")(lambda n: n + 8), "its head and boxes"),
     "too few checksums": (put(["files", 0, "blocks"], []), "0 checksums, expected 1"),
     "too many checksums": (of("files", 0, "blocks")(lambda b: b * 2), "2 checksums, expected 1"),
-    "a checksum that is no text": (put(["files", 0, "blocks"], [3]), "expected a text, got 3"),
+    "a checksum that is no text": (put(["files", 0, "blocks"], [3]), "expected a string, got 3"),
     "a negative progress": (put(["averages", "ema", "t"], -1), "expected a number, got -1"),
     "an endless progress": (put(["averages", "ema", "t"], 10**4000), "a number of 4001 digits"),
     "a progress that no float is": (put(["averages", "ema", "t"], 10**390), "expected a number"),
@@ -267,13 +267,13 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
     "a schedule without a name": (put(["averages", "ema", "schedule", "name"], 3), "a text, got 3"),
     "other params": (put(["averages", "ema", "schedule", "params"], 1), "with the params 1"),
     "a dtype that is no text": (put(["averages", "ema", "dtype"], None), "a text, got None"),
-    "an id that is no text": (put(["save_id"], None), "expected a text, got None"),
+    "an id that is no text": (put(["save_id"], None), "expected a string, got None"),
     "a list for a dict": (lambda body: [body], "list indices must be integers"),
     "a missing key": (lambda body: {k: v for k, v in body.items() if k != "files"}, "'files'"),
 }
 RAW = {
     "deep nesting": (b"[" * 200_000, "RecursionError"),
-    "a key twice": (b'{"format":"shardema","format":"shardema"}', "a key is there twice"),
+    "a key twice": (b'{"format":"shardema","format":"shardema"}', "a duplicate key"),
     "an infinite number": (b'{"format":1e999}', "format inf, expected"),
     "minus infinity": (b'{"format":-Infinity}', "the number -Infinity"),
     "another encoding": ("{}".encode("utf-16"), "invalid start byte"),
@@ -304,7 +304,7 @@ def damaged(folder: Path) -> Iterator[tuple[str, str]]:
     path, data = folder / "shardema.json", data_file(folder)
     good, aside = path.read_bytes(), folder / "aside"
     path.write_bytes(good + b" ")
-    yield "a frame", "checksum mismatch"
+    yield "a frame", "checksum mismatch: "
     path.unlink()
     yield "no manifest", "no shardema.json in it"
     path.mkdir()
@@ -312,7 +312,7 @@ def damaged(folder: Path) -> Iterator[tuple[str, str]]:
     path.rmdir()
     path.write_bytes(good)
     data.rename(aside)
-    yield "no file", "the checkpoint is not whole"
+    yield "no file", "the checkpoint is incomplete"
     data.write_bytes(aside.read_bytes()[:-1])
     yield "a short file", "expected a regular file of"
     data.unlink()
@@ -338,7 +338,7 @@ def mutants() -> Iterator[tuple[str, ModuleType]]:
             text = ast.unparse(guard)
             if home is safetensors and not any(word in text for word in PARSING):
                 continue
-            if "fit their checksum" in text:  # of the data, which a manifest does not read
+            if "checksum mismatch in bytes" in text:  # of the data, which a manifest does not read
                 continue
             Taken(guard).visit(tree)
             code = compile(ast.fix_missing_locations(tree), name, "exec")
@@ -359,7 +359,7 @@ PARSING = (
     "'expected a count",
     "'expected a text",
     "out of reach",
-    "is there twice",
+    "a duplicate key",
     "digits",
     "the number",
     "not a regular file",
@@ -514,7 +514,7 @@ def test_a_save_never_writes_into_what_is_there(saved: Path, tmp_path: Path) -> 
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     ema = ShardedEMA(model(), 0.5)
     for call in (ema.save, ema.export):
-        with pytest.raises(CheckpointError, match="it exists already"):
+        with pytest.raises(CheckpointError, match="it already exists"):
             call(saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["ema"]
@@ -588,7 +588,7 @@ def damage_seen_by_one_rank(folder: str) -> None:
     dist.barrier()
     ema.update()
     before = bits(ema)
-    with pytest.raises(CheckpointError, match=r"rank 1: .*do not fit their checksum"):
+    with pytest.raises(CheckpointError, match=r"rank 1: .*checksum mismatch in bytes"):
         ema.load(f"{folder}/ema")
     assert bits(ema) == before
     with pytest.raises(CheckpointError, match="no such folder"):

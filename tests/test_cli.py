@@ -80,7 +80,7 @@ def test_what_is_wrong_is_one_line(folder: Path) -> None:
         (("export", folder / "whole", out), 2, "there are several averages, choose one of"),
         (("export", folder / "whole", out, "--average", "x"), 2, "expected one of"),
         (("export", folder / "lean", out, "--average", "fast"), 2, "lacks 1.bias"),
-        (("export", folder / "whole", folder, "--average", "fast"), 1, "it exists already"),
+        (("export", folder / "whole", folder, "--average", "fast"), 1, "it already exists"),
         (
             ("export", folder / "whole", out, "--average", "fast", "--max-shard-size", "x"),
             2,
@@ -144,7 +144,7 @@ def test_a_schedule_that_is_none_is_one_line(tmp_path: Path, schedule: dict) -> 
     path.write_bytes(signed(body))
     code, text = run("inspect", tmp_path / "ema")
     assert code == 1
-    assert "in the manifest; it is not of ema.save" in text
+    assert "in the manifest; it was not written by ema.save" in text
 
 
 def save_sharded(folder: str) -> None:

@@ -229,8 +229,8 @@ def test_nothing_but_a_whole_checkpoint_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to("nowhere")
     before = tree(tmp_path)
     for name, text in (
-        ("lacking", "the checkpoint is not whole"),
-        ("damaged", "checksum mismatch"),
+        ("lacking", "the checkpoint is incomplete"),
+        ("damaged", "checksum mismatch: "),
         ("file", "not a folder"),
         ("empty", "no shardema.json in it"),
         ("export", "no shardema.json in it"),
@@ -439,9 +439,7 @@ def test_what_cannot_be_made_durable_is_undone(tmp_path: Path, verb: str) -> Non
     assert tree(tmp_path) == before
     with (
         nothing_is_durable(1),
-        pytest.raises(
-            CheckpointError, match=r"it is there and whole, but .* could not be"
-        ) as caught,
+        pytest.raises(CheckpointError, match=r"it is complete, but .* could not be") as caught,
     ):
         WRITES[verb](make(2.0), tmp_path)
     assert caught.value.errno == errno.EIO
@@ -569,7 +567,7 @@ HEADERS = {
     "bytes behind the last": (header(a=entry(0, 4)), 9, "bytes, expected"),
     "a file that was cut short": (header(a=entry(0, 4)), 3, "bytes, expected"),
     "bytes and no tensor": (b"{}", 4, "bytes, expected"),
-    "offsets of another shape": (header(a=entry(0, 4, [5])), 4, "offsets do not fit its shape"),
+    "offsets of another shape": (header(a=entry(0, 4, [5])), 4, "offsets do not match its shape"),
     "offsets that go back": (header(a=entry(4, 0, [4])), 4, "begins at byte 4, expected 0"),
     "a negative offset": (header(a=entry(-4, 0, [4])), 4, "expected a count, got -4"),
     "an endless shape": (header(a=entry(0, 4, [1 << 53] * 60000)), 4, "is out of reach"),
@@ -577,8 +575,8 @@ HEADERS = {
     "a shape of fractions": (header(a=entry(0, 4, [4.0])), 4, "expected a count, got 4.0"),
     "a size that is true": (header(a=entry(0, 1, [True])), 1, "expected a count, got True"),
     "another dtype": (header(a=entry(0, 4, dtype="U7")), 4, "dtype 'U7' is not known"),
-    "a name twice": (f'{{"a":{W},"a":{W}}}'.encode(), 4, "a key is there twice"),
-    "a field twice": (f'{{"a":{W[:-1]},"dtype":"U8"}}}}'.encode(), 4, "a key is there twice"),
+    "a name twice": (f'{{"a":{W},"a":{W}}}'.encode(), 4, "a duplicate key"),
+    "a field twice": (f'{{"a":{W[:-1]},"dtype":"U8"}}}}'.encode(), 4, "a duplicate key"),
     "metadata that is no text": (header(__metadata__={"a": 1}, b=entry(0, 4)), 4, "text by text"),
     "metadata in a list": (header(__metadata__=[], b=entry(0, 4)), 4, "not text by text"),
     "not a number": (f'{{"a":{W[:-1]},"x":NaN}}}}'.encode(), 4, "the number NaN"),

@@ -279,7 +279,9 @@ def test_what_the_next_move_would_forget_is_refused(rule: str, every: int) -> No
     model = nn.Linear(2, 2)
     ema = ShardedEMA(model, COPY[rule], shadow=ShadowPolicy(update_every=every))
     before = bits(ema)
-    with pytest.raises(ValueError, match=r"forgets everything at the next move, .*load_full\(sou"):
+    with pytest.raises(
+        ValueError, match=r"discards all of what is loaded at the next update; .*load_full\(sou"
+    ):
         ema.load_full(full)
     assert bits(ema) == before
     ema.load_full(full, t=0, num_updates=0)  # said by hand: it may be forgotten

@@ -190,7 +190,7 @@ CALLS: dict[str, Callable[[Kept], None]] = {
 POLICIES = {
     "beside": ShadowPolicy(),
     "offload": ShadowPolicy(device="cpu", staging_bytes=1 << 20),
-    "device offload": ShadowPolicy(device="cpu", compute="device", staging_bytes=1 << 20),
+    "device_offload": ShadowPolicy(device="cpu", compute="device", staging_bytes=1 << 20),
 }
 
 
@@ -350,7 +350,7 @@ def test_a_load_that_fails_half_way_is_told_until_another_one_is_whole(tmp_path:
     with pytest.raises(RuntimeError, match=r"load_state_dict failed: .*; the averages may be half"):
         kept.ema.load_state_dict(kept.state)
     for call in (kept.ema.update, lambda: kept.ema.full_state_dict("a"), kept.ema.state_dict):
-        with pytest.raises(RuntimeError, match="the averages may be half new"):
+        with pytest.raises(RuntimeError, match="the averages may be partly replaced"):
             call()
     kept.ema.load(kept.folder)
     kept.ema.update()

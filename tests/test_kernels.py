@@ -218,29 +218,29 @@ def test_an_unknown_kernel_is_refused() -> None:
 # ---- which kernel runs ---------------------------------------------------------------------------
 
 
-def runs(name: str, shadows: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[str, ...]:
-    return kernels.find(name)(shadows, params, [0] * len(params)).runs
+def kernel_names(name: str, shadows: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[str, ...]:
+    return kernels.find(name)(shadows, params, [0] * len(params)).kernel_names
 
 
 @needs_compiled
 def test_what_is_bound_says_which_kernels_run() -> None:
     dense = torch.zeros(4, 4)
-    assert runs("reference", [dense], [dense]) == ("reference",)
-    assert runs("foreach", [dense], [dense]) == ("foreach",)
-    assert runs("fused", [dense], [dense.bfloat16()]) == ("fused",)
-    assert runs("fused", [dense, dense], [dense, dense.t()]) == ("fused", "foreach")
-    assert runs("fused", [dense.half()], [dense]) == ("foreach",)
+    assert kernel_names("reference", [dense], [dense]) == ("reference",)
+    assert kernel_names("foreach", [dense], [dense]) == ("foreach",)
+    assert kernel_names("fused", [dense], [dense.bfloat16()]) == ("fused",)
+    assert kernel_names("fused", [dense, dense], [dense, dense.t()]) == ("fused", "foreach")
+    assert kernel_names("fused", [dense.half()], [dense]) == ("foreach",)
     for name in ("reference", "foreach", "fused", "auto"):
-        assert runs(name, [], []) == ()
+        assert kernel_names(name, [], []) == ()
 
 
 @needs_compiled
 def test_auto_compiles_nothing_for_few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = torch.zeros(fused.AUTO_NUMEL - 1), torch.zeros(fused.AUTO_NUMEL)
-    assert runs("auto", [many], [many]) == ("fused",)
-    assert runs("auto", [many, few], [many.half(), few.t()]) == ("fused",)
+    assert kernel_names("auto", [many], [many]) == ("fused",)
+    assert kernel_names("auto", [many, few], [many.half(), few.t()]) == ("fused",)
     monkeypatch.delattr(fused_cpu, "library")
-    assert runs("auto", [few], [few]) == ("foreach",)
+    assert kernel_names("auto", [few], [few]) == ("foreach",)
 
 
 # ---- the compiled one ----------------------------------------------------------------------------

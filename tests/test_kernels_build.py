@@ -162,7 +162,7 @@ def test_where_nothing_can_be_compiled_foreach_runs_after_one_warning(
     for name in ("fused", "auto"):
         shadow, param = torch.zeros(fused.AUTO_NUMEL), torch.ones(fused.AUTO_NUMEL)
         lerp_ = (fused.bind if name == "fused" else fused.bind_auto)([shadow], [param], [0])
-        assert lerp_.runs == ("foreach",)
+        assert lerp_.kernel_names == ("foreach",)
         lerp_([0.25])
         assert torch.equal(shadow, torch.full_like(shadow, 0.25))
     (record,) = caplog.records
@@ -197,7 +197,7 @@ def test_a_library_that_rounds_otherwise_is_not_used(
     made = build.load(changed, flags)
     monkeypatch.setattr(build, "load", lambda source, flags: made)
     for _ in range(2):
-        assert fused.bind([torch.zeros(3)], [torch.zeros(3)], [0]).runs == ("foreach",)
+        assert fused.bind([torch.zeros(3)], [torch.zeros(3)], [0]).kernel_names == ("foreach",)
     (record,) = caplog.records
     assert "does not round as torch.lerp" in record.getMessage()
 
@@ -227,7 +227,7 @@ def test_it_can_be_bound_in_any_mode(mode: str) -> None:
             lerp_ = fused.bind([shadow], [param], [0])
         finally:
             torch.set_default_dtype(torch.float32)
-    assert lerp_.runs == ("fused",)
+    assert lerp_.kernel_names == ("fused",)
     lerp_([0.5])
     assert torch.equal(shadow, torch.full((5,), 0.5))
 
@@ -253,4 +253,4 @@ def test_without_openmp_one_thread_does_it(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(ctypes, "CDLL", gone)
     assert not fused_cpu._threads().fork
-    assert foreach.bind([], [], []).runs == ()
+    assert foreach.bind([], [], []).kernel_names == ()

@@ -143,7 +143,7 @@ for missing, env in json.loads(sys.argv[1]).items():
     for _ in range(3):
         shadows, params = [torch.zeros(9), torch.zeros(2)], [torch.ones(9), torch.ones(2)]
         lerp_ = fused.bind(shadows, params, [0, 1])
-        assert lerp_.runs == ("foreach",), lerp_.runs
+        assert lerp_.kernel_names == ("foreach",), lerp_.kernel_names
         lerp_([0.25, 0.5])
         assert [float(s.sum()) for s in shadows] == [2.25, 1.0]
     (record,) = said

@@ -106,7 +106,13 @@ def test_neighbours_with_padding_between_them_are_one_stretch() -> None:
     model = flat_model({"a": 63, "b": 5, "c": 64})  # 4 bytes of padding behind a and behind b
     ema = ShardedEMA(model, 0.5)
     assert (
-        len(list(ema.internal.averages["ema"].runs(ema.internal.averages.weights.averaged_shards)))
+        len(
+            list(
+                ema.internal.averages["ema"].merged_pairs(
+                    ema.internal.averages.weights.averaged_shards
+                )
+            )
+        )
         == 1
     )
     fill(model, 1.0)

@@ -187,7 +187,7 @@ def test_parameters_may_be_overwritten_once_copied() -> None:
     assert same(args[0], plain)
 
 
-def test_the_copies_are_done_before_copied_returns() -> None:
+def test_the_copies_are_done_before_await_reads_returns() -> None:
     """The first batches keep the worker: the last ones are not copied yet."""
     args = case()
     gate = Gate(0)
@@ -195,7 +195,7 @@ def test_the_copies_are_done_before_copied_returns() -> None:
     behind(WEIGHTS[3])
     gate.entered.wait()
     assert behind._update is not None
-    assert not behind._update.read.is_set()
+    assert not behind._update.reads_issued.is_set()
     gate.open.set()
     behind.await_reads()
     assert gate.averaged >= gate.bound - 2  # two buffers: the last two batches may lie in them

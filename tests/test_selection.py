@@ -115,7 +115,7 @@ def test_what_is_frozen_or_unfrozen_later_follows_the_rule_and_is_told_once(
         ema.full_state_dict()
     assert caplog.messages == [
         "base.weight: now frozen; its average converges to the frozen value",
-        "head.weight: trainable now, and not averaged: build a new EMA",
+        "head.weight: now trainable, but not averaged; build a new EMA to average it",
     ]
     fill(model, 1.0)
     ema.update()

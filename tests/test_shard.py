@@ -93,7 +93,7 @@ def test_a_flat_range_of_any_memory_order_finds_its_elements(order: list[int]) -
         placed.append(Box(offsets, tuple(box.sizes[i] for i in inverse)))
     flat = full.permute(order).reshape(-1)[start : start + numel]
     shard = Shard("w", flat, tuple(full.shape), tuple(placed), order=kept)
-    for box, values in shard.pieces():
+    for box, values in shard.local_boxes():
         assert torch.equal(values, box.view(full))
 
 

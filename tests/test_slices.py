@@ -59,7 +59,7 @@ def test_the_slices_of_a_tensor_hold_each_element_once(
             part = replicas.slice_of(shard)
             sizes.append(part.local.numel())
             assert part.local.untyped_storage().data_ptr() == local.untyped_storage().data_ptr()
-            for box, values in part.pieces():
+            for box, values in part.local_boxes():
                 assert torch.equal(values, box.view(full))
                 box.view(seen).add_(1)
     assert torch.equal(seen, torch.ones_like(full))
@@ -80,7 +80,7 @@ def slices_of_what_differs() -> None:
         with torch.no_grad():
             model.module.bias.add_(1)
     before = model.module.bias.detach().clone()
-    with pytest.raises(RuntimeError, match=r"bias: ranks \[1\] hold other values"), ema.swap():
+    with pytest.raises(RuntimeError, match=r"bias: ranks \[1\] hold different values"), ema.swap():
         raise AssertionError("the swap must not begin")
     assert torch.equal(model.module.bias, before)
 

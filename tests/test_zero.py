@@ -197,7 +197,7 @@ def an_update_is_one_lerp_for_each_partition(config: Config) -> None:
     engine = config.engine()
     ema = ShardedEMA(engine, 0.5)
     shadows = ema.internal.averages["ema"].shadows
-    runs, _ = shadows.runs(ema.internal.averages.weights.averaged_shards)
+    merged, _ = shadows.merged_pairs(ema.internal.averages.weights.averaged_shards)
     opt = engine.optimizer
     expected = {
         "AdamW": len(ema.internal.averages.weights.averaged_shards),
@@ -207,7 +207,7 @@ def an_update_is_one_lerp_for_each_partition(config: Config) -> None:
         "DeepSpeedZeroOptimizer": len(opt.param_groups),
         "DeepSpeedZeroOptimizer_Stage3": len(getattr(opt, "fp16_groups", ())),
     }[config.optimizer]
-    assert len(runs) <= expected  # fewer where this rank has nothing of a group
+    assert len(merged) <= expected  # fewer where this rank has nothing of a group
     engines.step(engine, 0)
     ema.update()
     held: list[int] = []

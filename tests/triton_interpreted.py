@@ -302,7 +302,7 @@ def test_the_version_of_a_shadow_counts_its_updates() -> None:
 def test_memory_that_a_parameter_had_is_kept() -> None:
     shadow, param = torch.zeros(5), torch.nn.Parameter(torch.ones(5))
     lerp_ = fused_gpu.bind([shadow], [param], [0])
-    assert lerp_.runs == ("fused",)
+    assert lerp_.kernel_names == ("fused",)
     param.data = torch.zeros(5)
     lerp_([1.0])
     assert shadow.tolist() == [1.0] * 5
@@ -378,7 +378,7 @@ def test_what_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     model = torch.nn.Linear(7, 6)
     for ema, text in (
         (ShardedEMA(model, 0.5, kernel="foreach"), "foreach cannot be captured"),
-        (ShardedEMA(model, 0.5, shadow=ShadowPolicy(device="cpu")), "background cannot be"),
+        (ShardedEMA(model, 0.5, shadow=ShadowPolicy(device="cpu")), "host_offload cannot be"),
         (ShardedEMA(model, 0.5, on_nonfinite="skip"), "on_nonfinite='skip'"),
     ):
         with pytest.raises(RuntimeError, match=text):

@@ -46,7 +46,7 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
                 else list(csv.DictReader(io.StringIO(text)))
             )
         except (ValueError, csv.Error, RecursionError) as error:
-            raise ValueError(f"{path} is no log: {error}") from error
+            raise ValueError(f"{path} is not a log: {error}") from error
     rows = [{k: n for k, v in row.items() if (n := _number(v)) is not None} for row in found]
     if not any(rows):
         raise ValueError(

@@ -42,7 +42,7 @@ def schedule(text: str) -> Schedule:
         raise ValueError(f"got {text!r}, expected a decay, or a schedule such as power(std=0.10)")
     made: Schedule = _made(lambda: as_schedule(found), text)
     if not isinstance(made.unit, str):
-        raise ValueError(f"{text}: got unit={made.unit!r}, expected a text such as 'sample'")
+        raise ValueError(f"{text}: got unit={made.unit!r}, expected a string such as 'sample'")
     return made
 
 
@@ -96,7 +96,7 @@ def _presets() -> dict[str, Callable[..., Any]]:
 def _parse(text: str) -> ast.expr:
     """The syntax tree of an expression."""
     if len(text) > _LONGEST:
-        raise ValueError(f"got a text of {len(text)} characters, expected at most {_LONGEST}")
+        raise ValueError(f"got a string of {len(text)} characters, expected at most {_LONGEST}")
     try:
         return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -128,8 +128,8 @@ def _value(node: ast.expr, known: dict[str, Callable[..., Any]], text: str) -> A
             return _call(node.func.id, positional, keywords, known, text)
     part = ast.get_source_segment(text.strip(), node) or ast.unparse(node)
     raise ValueError(
-        f"got {part!r}, expected a call such as power(std=0.10), of numbers, texts, lists and such "
-        "calls; nothing else is read"
+        f"got {part!r}, expected a call such as power(std=0.10), of numbers, strings, lists and "
+        "such calls"
     )
 
 

@@ -30,7 +30,7 @@ from shardema.files.folder import new_folder
 from shardema.files.manifest import (
     BLOCK,
     Manifest,
-    Reading,
+    ReadRequest,
     Stored,
     StoredAverage,
     StoredBox,
@@ -72,7 +72,7 @@ def save_averages(
     """
     if include_frozen:
         outward.check_tensors(
-            "save(include_frozen=True)", "save without include_frozen, which a load needs not"
+            "save(include_frozen=True)", "save without include_frozen, which a load does not need"
         )
     plan = averages[0].plan  # in own.plan packed parameters are buffers
     items = list(enumerate(plan.items))
@@ -232,26 +232,26 @@ def _tensors(sources: Sequence[Contents]) -> tuple[Stored, ...]:
 
 
 def _stored_file(entry: dict[str, Any], tensors: Sequence[Stored]) -> StoredFile:
-    pieces = []
+    boxes = []
     start = entry["head"]
     for number, offsets, sizes in entry["pieces"]:
         box = Box(tuple(offsets), tuple(sizes))
-        pieces.append(StoredBox(number, box, start))
+        boxes.append(StoredBox(number, box, start))
         start += box.numel * tensors[number].dtype.itemsize
     blocks = tuple(entry["blocks"])
-    return StoredFile(entry["name"], entry["size"], entry["head"], blocks, tuple(pieces))
+    return StoredFile(entry["name"], entry["size"], entry["head"], blocks, tuple(boxes))
 
 
-def readings(manifest: Manifest, average: str, shards: Sequence[Shard]) -> list[Reading]:
+def read_requests(manifest: Manifest, average: str, shards: Sequence[Shard]) -> list[ReadRequest]:
     """What this rank is to read of an average."""
     numbers = _numbers(manifest, average)
-    return manifests.readings(manifest, {numbers[s.fqn]: list(s.boxes) for s in shards})
+    return manifests.read_requests(manifest, {numbers[s.fqn]: list(s.boxes) for s in shards})
 
 
 def read_average(
     manifest: Manifest,
     average: str,
-    found: list[Reading],
+    found: list[ReadRequest],
     shards: Sequence[Shard],
     targets: Mapping[str, Tensor],
 ) -> None:
@@ -261,7 +261,7 @@ def read_average(
         CheckpointError: a file is missing, cut short or damaged.
     """
     numbers = _numbers(manifest, average)
-    places = {numbers[s.fqn]: list(s.pieces(targets[s.fqn])) for s in shards}
+    places = {numbers[s.fqn]: list(s.local_boxes(targets[s.fqn])) for s in shards}
     for number, box, values in manifests.parts(manifest, found):
         for held, target in places[number]:
             common = held.intersect(box)

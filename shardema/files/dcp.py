@@ -126,7 +126,7 @@ class BoxedTensor(torch.Tensor):
         order, corners = tuple(self.order), tuple(map(tuple, self.corners))
         return Shard("", self.local, tuple(self.shape), boxes, order=order, corners=corners)
 
-    def _pieces(self) -> Iterator[tuple[Box, Tensor]]:
+    def _local_boxes(self) -> Iterator[tuple[Box, Tensor]]:
         """The boxes of `local` with their values; of an empty tensor the one box of no element.
 
         DCP knows a tensor by its chunks, so one without any would be missing in the checkpoint.
@@ -135,7 +135,7 @@ class BoxedTensor(torch.Tensor):
             shape = tuple(self.shape)
             yield Box((0,) * len(shape), shape), self.local.new_empty(shape)
             return
-        yield from self._shard().pieces()
+        yield from self._shard().local_boxes()
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         from torch.distributed.checkpoint.metadata import (
@@ -148,7 +148,7 @@ class BoxedTensor(torch.Tensor):
         items: list[WriteItem] = []
         if not self.saved:
             return items
-        for box, values in self._pieces():
+        for box, values in self._local_boxes():
             offsets = torch.Size(box.offsets)
             data = TensorWriteData(
                 chunk=ChunkStorageMetadata(offsets, torch.Size(box.sizes)),
@@ -165,7 +165,7 @@ class BoxedTensor(torch.Tensor):
         return [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in self.places]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        for box, values in self._pieces():
+        for box, values in self._local_boxes():
             if torch.Size(box.offsets) == index.offset:
                 return values
         raise KeyError(f"{index.fqn}: no chunk at {index.offset} on this rank")

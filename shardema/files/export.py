@@ -383,11 +383,11 @@ def _write_own(contents: Contents, writer: Writer) -> None:
 def _write_streamed(contents: Contents, prepared: Prepared, writer: Writer) -> Exception | None:
     """Writes what arrives, on the leader; returns what went wrong, for all ranks to hear."""
     failed: Exception | None = None
-    for piece, values in stream(prepared, "export"):
+    for chunk, values in stream(prepared, "export"):
         if failed is None:  # after a failure go on receiving, so that no sender waits for ever
             try:
-                item = contents.plan.items[piece.item]
-                writer.write(item.stem, item.file_name, piece.box, values)
+                item = contents.plan.items[chunk.item]
+                writer.write(item.stem, item.file_name, chunk.box, values)
             except Exception as error:
                 failed = error
     return failed

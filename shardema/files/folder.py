@@ -125,8 +125,7 @@ class NewFolder:
     def _rename(self) -> None:
         if _exists(self._folder):
             raise CheckpointError(
-                f"{self._op} to {self._folder}: it was created by another process during the "
-                f"{self._op}",
+                f"{self._op} to {self._folder}: it was created by another process during the save",
                 path=self._folder,
             )
         os.rename(self.path, self._folder)
@@ -158,7 +157,7 @@ class NewFolder:
                 undo()
             except OSError:
                 raise CheckpointError(
-                    f"{self._op} to {self._folder}: it is there and whole, but {parent} could not "
+                    f"{self._op} to {self._folder}: it is complete, but {parent} could not "
                     f"be synced ({error.strerror}), so a power failure may still take it away",
                     path=self._folder,
                     errno=error.errno,
@@ -240,8 +239,8 @@ def _exists(path: str) -> bool:
 def _exists_already(op: str, folder: str) -> str:
     replace = ", replace a checkpoint by save(..., overwrite=True)" if op == "save" else ""
     return (
-        f"{op} to {folder}: it exists already; {op} never writes into what is there: give a new "
-        f"path, such as one with the step in its name{replace}, or remove it first"
+        f"{op} to {folder}: it already exists, and {op} does not write into an existing path: give "
+        f"a new one, such as one with the step in its name{replace}, or remove it first"
     )
 
 
@@ -256,8 +255,8 @@ def _replaceable(folder: str, op: str) -> Manifest:
     else:
         number = None
     raise CheckpointError(
-        f"{op} to {folder}: overwrite=True replaces a complete checkpoint of ema.save and nothing "
-        f"else, and what is there is none ({reason}); give a new path, or remove it first",
+        f"{op} to {folder}: overwrite=True replaces only a complete checkpoint of ema.save, and "
+        f"this is not one ({reason}); give a new path, or remove it first",
         path=folder,
         errno=number,
     )

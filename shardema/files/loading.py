@@ -13,7 +13,7 @@ from shardema.arguments import progress
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import checkpoint, consolidated, manifest
 from shardema.files.dcp import BoxedTensor
-from shardema.files.manifest import Manifest, Reading
+from shardema.files.manifest import Manifest, ReadRequest
 from shardema.ranks.plan import Plan
 from shardema.schedules import describe
 from shardema.update.average import Average
@@ -64,25 +64,25 @@ def read_checkpoint(
         plan: of the model.
         new_schedule, add, drop: as for `ShardedEMA.load`.
     """
-    found: list[tuple[Manifest, dict[str, list[Reading]]]] = []
+    found: list[tuple[Manifest, dict[str, list[ReadRequest]]]] = []
 
     def look() -> tuple[str, int]:
         stored = manifest.read(folder)
         check_checkpoint(str(folder), stored, averages, plan, new_schedule, add, drop)
-        readings = {
-            average.name: checkpoint.readings(stored, average.name, averages.held(average))
+        requests = {
+            average.name: checkpoint.read_requests(stored, average.name, averages.held(average))
             for average in averages.values()
             if average.name in stored.averages
         }
-        found.append((stored, readings))
-        blocks = sum(len(part.blocks) for parts in readings.values() for part in parts)
+        found.append((stored, requests))
+        blocks = sum(len(part.blocks) for parts in requests.values() for part in parts)
         return stored.save_id, blocks * manifest.BLOCK
 
     def same(told: list[tuple[str, int]]) -> int:
         if len({save_id for save_id, _ in told}) > 1:
             raise CheckpointError(
-                f"load from {folder}: the ranks see different checkpoints there; give a path "
-                "on a file system that all ranks share",
+                f"load from {folder}: the ranks see different checkpoints at this path; give a "
+                "path on a file system that all ranks share",
                 path=str(folder),
             )
         return max(nbytes for _, nbytes in told)
@@ -91,23 +91,26 @@ def read_checkpoint(
     staged: dict[str, Staged] = {}
 
     def read() -> None:
-        stored, readings = found[0]
+        stored, requests = found[0]
         for average in averages.values():
-            staged[average.name] = _read_average(stored, average, averages, readings)
+            staged[average.name] = _read_average(stored, average, averages, requests)
 
     averages.ranks.agree("load (reading)", read, nbytes=nbytes)
     return list(staged.values())
 
 
 def _read_average(
-    stored: Manifest, average: Average, averages: Averages, readings: Mapping[str, list[Reading]]
+    stored: Manifest,
+    average: Average,
+    averages: Averages,
+    requests: Mapping[str, list[ReadRequest]],
 ) -> Staged:
     held = averages.held(average)
     staging = allocate(held, average.policy, pin=False)
-    if average.name not in readings:
+    if average.name not in requests:
         staging.copy_from(held)
         return Staged(average, staging, (0, 0, None), loaded=False)
-    checkpoint.read_average(stored, average.name, readings[average.name], held, staging.views)
+    checkpoint.read_average(stored, average.name, requests[average.name], held, staging.views)
     kept = stored.averages[average.name]
     clock = kept.t, kept.num_updates, kept.moved_at
     return Staged(average, staging, clock, loaded=True)
@@ -197,7 +200,7 @@ def read_full(
     staging = allocate(held, average.policy, pin=False)
     for shard in held:
         value = stored[names[shard.fqn]]
-        for box, target in shard.pieces(staging.views[shard.fqn]):
+        for box, target in shard.local_boxes(staging.views[shard.fqn]):
             if isinstance(value, consolidated.Place):
                 consolidated.read_into(target, value, box)
             else:

@@ -88,7 +88,7 @@ class StoredFile:
     size: int
     head: int
     blocks: tuple[str, ...]
-    pieces: tuple[StoredBox, ...]
+    boxes: tuple[StoredBox, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def pack(manifest: Manifest) -> bytes:
                 "size": f.size,
                 "head": f.head,
                 "blocks": f.blocks,
-                "pieces": [[p.tensor, p.box.offsets, p.box.sizes] for p in f.pieces],
+                "pieces": [[b.tensor, b.box.offsets, b.box.sizes] for b in f.boxes],
             }
             for f in manifest.files
         ],
@@ -202,7 +202,8 @@ def read(folder: str | os.PathLike[str], op: str = "load") -> Manifest:
         manifest = _parse(parse_json(body), folder)
     except BROKEN as error:
         raise CheckpointError(
-            f"reading {path}: {error!r:.300} in the manifest; it is not of ema.save", path=path
+            f"reading {path}: {error!r:.300} in the manifest; it was not written by ema.save",
+            path=path,
         ) from error
     with reporting(folder, "reading"):
         _check_files(manifest)
@@ -214,7 +215,7 @@ def _missing(folder: str) -> str:
         inside = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return f"reading {folder}: no such folder; give the folder that ema.save wrote"
-    text = f"reading {folder}: no {NAME} in it, so this is no finished checkpoint of ema.save"
+    text = f"reading {folder}: no {NAME} in it, so this is not a finished checkpoint of ema.save"
     nested = [name for name in inside if os.path.exists(os.path.join(folder, name, NAME))]
     return f"{text}; did you mean {os.path.join(folder, nested[-1])}?" if nested else text
 
@@ -243,8 +244,8 @@ def _parse(body: Any, folder: str) -> Manifest:
         raise ValueError("a file is listed twice")
     boxes: list[list[Box]] = [[] for _ in tensors]
     for file in files:
-        for piece in file.pieces:
-            boxes[piece.tensor].append(piece.box)
+        for stored in file.boxes:
+            boxes[stored.tensor].append(stored.box)
     for tensor, held in zip(tensors, boxes, strict=True):
         check_covered(tensor.fqn, tensor.shape, held)
     return Manifest(
@@ -323,7 +324,7 @@ def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:
         raise ValueError(f"file name {reprlib.repr(name)}")
     size, head = checked_int(value["size"]), checked_int(value["head"])
     start = head
-    pieces = []
+    boxes = []
     for number, offsets, sizes in value["pieces"]:
         tensor = tensors[checked_int(number)]
         box = Box(tuple(checked_int(n) for n in offsets), tuple(checked_int(n) for n in sizes))
@@ -333,14 +334,14 @@ def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:
         )
         if not inside:
             raise ValueError(f"{box!r:.200} is not inside {tensor.fqn} of shape {tensor.shape}")
-        pieces.append(StoredBox(number, box, start))
+        boxes.append(StoredBox(number, box, start))
         start += box.numel * tensor.dtype.itemsize
     blocks = tuple(checked_text(block) for block in value["blocks"])
     if start != size:
-        raise ValueError(f"{name}: {size} bytes, its head and pieces are {start}")
+        raise ValueError(f"{name}: {size} bytes, its head and boxes are {start}")
     if len(blocks) != -(-size // BLOCK):
         raise ValueError(f"{name}: {len(blocks)} checksums, expected {-(-size // BLOCK)}")
-    return StoredFile(name, size, head, blocks, tuple(pieces))
+    return StoredFile(name, size, head, blocks, tuple(boxes))
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -354,7 +355,7 @@ def _check_files(manifest: Manifest) -> None:
             found = os.lstat(path)
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"reading {path}: {error.strerror}; the checkpoint is not whole",
+                f"reading {path}: {error.strerror}; the checkpoint is incomplete",
                 path=path,
                 errno=error.errno,
             ) from error
@@ -367,8 +368,8 @@ def _check_files(manifest: Manifest) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What is to be read of one file: ``(first byte, last-plus-one, piece)`` in its order."""
+class ReadRequest:
+    """What to read of one file: ``(first byte, last-plus-one, box)``, in the file's order."""
 
     file: StoredFile
     needed: tuple[tuple[int, int, StoredBox], ...]
@@ -380,23 +381,23 @@ class Reading:
         return sorted({block for first, last in stretches for block in range(first, last)})
 
 
-def readings(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[Reading]:
-    """What is to be read for boxes by number of the tensor."""
+def read_requests(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[ReadRequest]:
+    """What to read of each file for the boxes ``wanted``, by number of the tensor."""
     found = []
     for file in manifest.files:
         needed = []
-        for piece in file.pieces:
-            reach = _reach(piece, wanted.get(piece.tensor, ()))
+        for stored in file.boxes:
+            reach = _reach(stored, wanted.get(stored.tensor, ()))
             if reach is not None:
-                itemsize = manifest.tensors[piece.tensor].dtype.itemsize
-                start, stop = (piece.start + edge * itemsize for edge in reach)
-                needed.append((start, stop, piece))
+                itemsize = manifest.tensors[stored.tensor].dtype.itemsize
+                start, stop = (stored.start + edge * itemsize for edge in reach)
+                needed.append((start, stop, stored))
         if needed:
-            found.append(Reading(file, tuple(needed)))
+            found.append(ReadRequest(file, tuple(needed)))
     return found
 
 
-def parts(manifest: Manifest, found: list[Reading]) -> Iterator[tuple[int, Box, torch.Tensor]]:
+def parts(manifest: Manifest, found: list[ReadRequest]) -> Iterator[tuple[int, Box, torch.Tensor]]:
     """Reads blocks, verified, once each, in the files' order.
 
     Yields:
@@ -406,20 +407,20 @@ def parts(manifest: Manifest, found: list[Reading]) -> Iterator[tuple[int, Box, 
     Raises:
         CheckpointError: a file is missing, cut short or damaged.
     """
-    for reading in found:
-        yield from _read_file(os.path.join(manifest.home, reading.file.name), reading, manifest)
+    for request in found:
+        yield from _read_file(os.path.join(manifest.home, request.file.name), request, manifest)
 
 
-def _reach(piece: StoredBox, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
-    """First and last-plus-one element of the piece that any of the boxes touches."""
-    low, high = piece.box.numel, 0
+def _reach(stored: StoredBox, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
+    """First and last-plus-one element of the stored box that any of the boxes touches."""
+    low, high = stored.box.numel, 0
     for box in boxes:
-        common = piece.box.intersect(box)
+        common = stored.box.intersect(box)
         if common is None:
             continue
-        inner = common.relative_to(piece.box.offsets)
+        inner = common.relative_to(stored.box.offsets)
         first = last = 0
-        for offset, size, full in zip(inner.offsets, inner.sizes, piece.box.sizes, strict=True):
+        for offset, size, full in zip(inner.offsets, inner.sizes, stored.box.sizes, strict=True):
             first = first * full + offset
             last = last * full + offset + size - 1
         low, high = min(low, first), max(high, last + 1)
@@ -427,18 +428,18 @@ def _reach(piece: StoredBox, boxes: list[Box] | tuple[()]) -> tuple[int, int] | 
 
 
 def _read_file(
-    path: str, reading: Reading, manifest: Manifest
+    path: str, request: ReadRequest, manifest: Manifest
 ) -> Iterator[tuple[int, Box, torch.Tensor]]:
-    file, needed = reading.file, reading.needed
+    file, needed = request.file, request.needed
     with opened(path) as fd:
         next_needed = 0
-        for block in reading.blocks:
+        for block in request.blocks:
             begin = block * BLOCK
             end = min(begin + BLOCK, file.size)
             data = read_at(fd, begin, end - begin, path)
             if xxhash.xxh3_128_hexdigest(data) != file.blocks[block]:
                 raise CheckpointError(
-                    f"reading {path}: bytes {begin} to {end} do not fit their checksum "
+                    f"reading {path}: checksum mismatch in bytes {begin} to {end} "
                     f"({_names_in(needed, begin, end, manifest)}): the file is damaged; load "
                     "another step",
                     path=path,
@@ -446,31 +447,31 @@ def _read_file(
             while next_needed < len(needed) and needed[next_needed][1] <= begin:
                 next_needed += 1
             for number in range(next_needed, len(needed)):
-                start, stop, piece = needed[number]
+                start, stop, stored = needed[number]
                 if start >= end:
                     break
-                yield from _part(piece, max(start, begin), min(stop, end), begin, data, manifest)
+                yield from _part(stored, max(start, begin), min(stop, end), begin, data, manifest)
 
 
 def _names_in(
     needed: tuple[tuple[int, int, StoredBox], ...], begin: int, end: int, manifest: Manifest
 ) -> str:
-    inside = [piece for start, stop, piece in needed if start < end and stop > begin]
-    return abbreviate([manifest.tensors[piece.tensor].fqn for piece in inside])
+    inside = [stored for start, stop, stored in needed if start < end and stop > begin]
+    return abbreviate([manifest.tensors[stored.tensor].fqn for stored in inside])
 
 
 def _part(
-    piece: StoredBox, start: int, stop: int, begin: int, data: bytearray, manifest: Manifest
+    stored: StoredBox, start: int, stop: int, begin: int, data: bytearray, manifest: Manifest
 ) -> Iterator[tuple[int, Box, torch.Tensor]]:
-    """The elements of ``piece`` in bytes ``[start, stop)``; ``data`` begins at ``begin``."""
-    dtype = manifest.tensors[piece.tensor].dtype
+    """The elements of ``stored`` in bytes ``[start, stop)``; ``data`` begins at ``begin``."""
+    dtype = manifest.tensors[stored.tensor].dtype
     count = (stop - start) // dtype.itemsize
     if count == 0:
         return
     flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start - begin)
-    first = (start - piece.start) // dtype.itemsize
+    first = (start - stored.start) // dtype.itemsize
     done = 0
-    for box in flat_boxes(piece.box.sizes, first, count):
+    for box in flat_boxes(stored.box.sizes, first, count):
         values = flat[done : done + box.numel].view(box.sizes)
         done += box.numel
-        yield piece.tensor, box.shifted(piece.box.offsets), values
+        yield stored.tensor, box.shifted(stored.box.offsets), values

@@ -72,7 +72,7 @@ def export_checkpoint(
         Writer(new.path, targets, done) as writer,
     ):
         reserve(new.path, targets)
-        for number, box, values in manifests.parts(stored, manifests.readings(stored, wanted)):
+        for number, box, values in manifests.parts(stored, manifests.read_requests(stored, wanted)):
             tensor = stored.tensors[number]
             writer.write(tensor.stem, tensor.file_name, box, values)
         writer.sync()

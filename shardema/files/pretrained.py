@@ -152,7 +152,8 @@ def _altered(module: nn.Module) -> bool:
     odd = [name for name, child in module.named_modules() if isinstance(child, kinds)]
     if odd:
         log.warning(
-            "no config.json beside the weights of %s: %s was put into it, so its names are others",
+            "no config.json beside the weights of %s: %s was inserted into it, so its parameter "
+            "names differ",
             type(module).__name__,
             abbreviate(odd),
         )
@@ -227,7 +228,7 @@ def _adapter_form(
 
 
 def _refused(adapter: str, name: str, computed: bool, twice: bool) -> str:
-    why = "its name is no folder's" if not twice else f"{name} belongs to several adapters"
+    why = "its name is not a folder name" if not twice else f"{name} belongs to several adapters"
     if computed:
         why = f"PEFT computes {name} from the weights"
     return (

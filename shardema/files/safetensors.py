@@ -370,7 +370,7 @@ def _entries(header: Any, begin: int, size: int) -> dict[str, Entry]:
             raise ValueError(f"{name:.100}: dtype {reprlib.repr(value['dtype'])} is not known")
         entry = Entry(DTYPES[value["dtype"]], checked_shape(value["shape"]), begin + start)
         if start + entry.nbytes != stop:
-            raise ValueError(f"{name:.100}: offsets do not fit its shape")
+            raise ValueError(f"{name:.100}: offsets do not match its shape")
         entries[name] = entry
         at = stop
     if begin + at != size:
@@ -391,7 +391,7 @@ def _check_metadata(metadata: Any) -> None:
     if metadata is None:
         return
     if type(metadata) is not dict or any(type(value) is not str for value in metadata.values()):
-        raise ValueError("its __metadata__ is not text by text")
+        raise ValueError("its __metadata__ does not map strings to strings")
 
 
 # What parsing and checking what others wrote may raise.
@@ -415,7 +415,7 @@ def parse_json(data: bytes | bytearray) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a duplicate key")
     return found
 
 
@@ -450,7 +450,7 @@ def checked_shape(value: Any) -> Dims:
     for count, size in enumerate(value, start=1):
         numel *= checked_int(size)
         if count > _MAX_DIMS or numel > MAX_NUMBER:
-            raise ValueError(f"shape {reprlib.repr(value)} is out of reach")
+            raise ValueError(f"shape {reprlib.repr(value)} is too large")
     return tuple(value)
 
 
@@ -461,6 +461,6 @@ def checked_text(value: Any) -> str:
         ValueError: it is not a string of Unicode characters.
     """
     if type(value) is not str:
-        raise ValueError(f"expected a text, got {reprlib.repr(value)}")
+        raise ValueError(f"expected a string, got {reprlib.repr(value)}")
     value.encode()
     return value

@@ -190,8 +190,8 @@ class _Carrier:
         except Exception as error:
             ema.reset()
             raise CheckpointError(
-                f"load_state: {error}. The weights were loaded by then, so the average begins anew "
-                "from them; load another state to go on from an average",
+                f"load_state: {error}. The weights were loaded by then, so the average starts "
+                "again from them; load another state to go on from an average",
                 path=folder,
             ) from error
 
@@ -222,8 +222,8 @@ def _tidy(folder: str, partial: str) -> None:
             os.rename(os.path.join(partial, "new"), folder)
         if os.path.lexists(folder) and not _is_ours(folder):
             raise CheckpointError(
-                f"save_state to {folder}: what is there is no EMA, so it is not replaced; give "
-                "attach(..., name=) another name, or remove it first",
+                f"save_state to {folder}: the existing folder is not an EMA checkpoint, so it is "
+                "not replaced; give attach(..., name=) another name, or remove it first",
                 path=folder,
             )
         if os.path.lexists(partial):
@@ -417,7 +417,7 @@ def _paired(carriers: Iterable[_Carrier]) -> Iterator[None]:
     except BaseException:
         for ema, writes in zip(emas, before, strict=True):
             if _writes(ema) != writes:
-                log.warning("load_state failed after weights were loaded: the average begins anew")
+                log.warning("load_state failed after weights were loaded: the average starts again")
                 ema.reset()
         raise
 

@@ -132,12 +132,13 @@ class EMACallback(Callback):
         if on_xla or not isinstance(strategy, _SUPPORTED):
             raise ValueError(
                 f"Trainer(strategy=): got {kind}, expected one of lightning.pytorch's "
-                f"{[s.__name__ for s in _SUPPORTED]}, not on XLA; others are not proven"
+                f"{[s.__name__ for s in _SUPPORTED]}, not on XLA; others are not "
+                "supported (untested)"
             )
         if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
             raise ValueError(
-                "Trainer(plugins=): got AsyncCheckpointIO, which tells nobody when a checkpoint "
-                "is whole, so its average could not be kept in step; leave it out"
+                "Trainer(plugins=): got AsyncCheckpointIO, which does not report when a checkpoint "
+                "is complete, so its average could not be kept in step; leave it out"
             )
         if self.module is not None and isinstance(strategy, _WRAPPING):
             raise ValueError(
@@ -159,7 +160,7 @@ class EMACallback(Callback):
             kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
             raise ValueError(
                 f"fit: none of the trainer's optimizers ({', '.join(kinds)}) holds an averaged "
-                "parameter, so the average would never move; give EMACallback the module= or "
+                "parameter, so the average would never change; give EMACallback the module= or "
                 "select= that they step, or return the one that does in configure_optimizers"
             )
 

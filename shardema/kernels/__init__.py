@@ -3,9 +3,10 @@
 A kernel is a module with ``bind(shadows, params, slots) -> lerp_``: ``lerp_(weights)`` moves the
 ``i``-th shadow by ``weights[slots[i]]`` towards the ``i``-th parameter. A parameter may stand there
 several times, once for each of its averages. ``bind`` looks at the tensors once (dtypes, strides,
-the cutting into pieces), so that ``lerp_`` has nothing left to plan and nothing to allocate;
-``lerp_.runs`` says which kernels run in it. All kernels round alike: the weight to the type of the
-arithmetic, where 0 is then a no-op and 1 a copy, also over inf and NaN; the rest as ``torch.lerp``.
+how they are split), so that ``lerp_`` has nothing left to plan and nothing to allocate;
+``lerp_.kernel_names`` lists the kernels that run in it. All kernels round alike: the weight to the
+dtype of the arithmetic, where 0 is then a no-op and 1 a copy, also over inf and NaN; the rest as
+``torch.lerp``.
 """
 
 from __future__ import annotations

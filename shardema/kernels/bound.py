@@ -15,11 +15,11 @@ class Bound:
 
     Args:
         call: does it; weights are Python floats, one for each slot.
-        runs: the kernels that run, by their names in ``KERNELS``; empty where nothing is moved.
+        kernel_names: names of the kernels that run, as in ``KERNELS``; empty without pairs.
     """
 
     call: Callable[[Sequence[float]], None]
-    runs: tuple[str, ...]
+    kernel_names: tuple[str, ...]
 
     def __call__(self, weights: Sequence[float]) -> None:
         self.call(weights)

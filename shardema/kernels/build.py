@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # No option may round otherwise than the source says; the two -fno only let loops be vectorised.
 FLAGS = (
@@ -67,7 +67,7 @@ def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
         try:
             return ctypes.CDLL(str(path))
         except OSError:  # of another system, or damaged: compile it anew
-            _log.info("%s cannot be loaded, it is compiled again", path)
+            log.info("%s cannot be loaded, it is compiled again", path)
     _compile(source, flags, path)
     return ctypes.CDLL(str(path))
 
@@ -86,7 +86,7 @@ def _compile(source: Path, flags: Sequence[str], path: Path) -> None:
     from torch.utils.cpp_extension import get_cxx_compiler
 
     compiler = shlex.split(get_cxx_compiler())  # type: ignore[no-untyped-call]
-    _log.info("compiling %s with %s, once; it is kept as %s", source.name, compiler[0], path)
+    log.info("compiling %s with %s, once; it is kept as %s", source.name, compiler[0], path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".build-", dir=path.parent)
     try:

@@ -6,7 +6,7 @@
     else, batch by batch      scratch <- params (converted);  _foreach_lerp_(shadows, scratch)
 
 The scratch holds one batch, never a copy of the parameters. It is allocated once, at ``bind``.
-Cutting a tensor into pieces does not change its bits: ``lerp`` is elementwise.
+Splitting a tensor does not change its bits: ``lerp`` is elementwise.
 """
 
 from __future__ import annotations

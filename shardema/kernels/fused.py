@@ -23,7 +23,7 @@ from torch import Tensor
 from shardema.kernels import foreach, fused_cpu
 from shardema.kernels.bound import Bound
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # Elements that are worth a compiled kernel where none was asked for by name: below it a step
 # takes foreach some microseconds, and nothing need be compiled or looked up.
@@ -85,7 +85,7 @@ def _joined(bound: Sequence[Bound]) -> Bound:
         for one in bound:
             one(weights)
 
-    return Bound(lerp_, tuple(dict.fromkeys(name for one in bound for name in one.runs)))
+    return Bound(lerp_, tuple(dict.fromkeys(name for one in bound for name in one.kernel_names)))
 
 
 def _on_gpu(tensor: Tensor) -> bool:
@@ -108,7 +108,7 @@ def _fused_gpu() -> ModuleType | None:
 
 def _do_without_triton(error: Exception) -> None:
     _failed.set()
-    _log.warning(
+    log.warning(
         "kernel 'fused' cannot be compiled for the GPU, 'foreach' runs instead: %s: %s",
         type(error).__name__,
         error,

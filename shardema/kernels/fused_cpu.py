@@ -31,7 +31,7 @@ from shardema.kernels import build, reference
 from shardema.kernels.bound import Bound
 from shardema.shards.strides import dense_like
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("fused_cpu.cpp")
 
 # the numbers by which fused_cpu.cpp knows them
@@ -99,7 +99,7 @@ def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[in
     """
     code = library()
     if code is None:
-        raise RuntimeError("fused: the CPU kernel could not be compiled, take 'foreach'")
+        raise RuntimeError("fused: the CPU kernel could not be compiled; use kernel='foreach'")
     return Bound(table(code, shadows, params, slots), ("fused",))
 
 
@@ -144,12 +144,12 @@ def _library() -> Library | None:
     try:
         code = open_library(build.load(_SOURCE, (*build.FLAGS, *build.instructions())))
     except (ImportError, OSError, RuntimeError) as error:
-        _log.warning(
+        log.warning(
             "kernel 'fused' cannot be compiled for the CPU, 'foreach' runs instead: %s", error
         )
         return None
     if not agrees(code):
-        _log.warning(
+        log.warning(
             "kernel 'fused' does not round as torch.lerp of torch %s (%s) does on this CPU, "
             "'foreach' runs instead",
             torch.__version__,

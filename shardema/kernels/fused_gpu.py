@@ -235,7 +235,7 @@ def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[in
             raise ValueError(
                 f"fused: got a shadow of {_facts(shadow)} and a parameter of {_facts(param)}, "
                 "expected dense tensors of a floating dtype, laid out alike on one device; the "
-                "kernel 'foreach' takes others"
+                "kernel 'foreach' supports others"
             )
         if shadow.numel() == 0:
             continue

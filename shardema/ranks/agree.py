@@ -2,21 +2,21 @@
 
 ::
 
-    every rank    posts its message: {"op", "who", "same", and "error" or "payload"}
+    every rank    posts a message: {"op", "who", "same", and "error" or "payload"}
     the leader    waits for all messages, compares them, makes one reply
-    every rank    reads the reply; an error in it raises everywhere
+    every rank    reads the reply; an error in it is raised on all ranks
 
-Messages go through the key-value store that every process group has (rounds.py), not through a
-collective: a rank that failed, or never called, cannot leave the others hanging, and the timeout is
-the EMA's, not the training's. A message names the call (``op``), the object (``who``: the number of
-the round in which the ranks first agreed about it, so objects need no number of their own and may
-be built anywhere) and what must be equal on all ranks (``same``: arguments and clocks). The leader
-compares all of it before anything is changed.
+Messages go through the key-value store of the process group (rounds.py), not through a collective:
+a rank that failed, or that never calls, cannot leave the others hanging, and the timeout
+is that of the EMA, not of the process group. A message contains the call (``op``), the object
+(``who``: the number of the round in which the ranks first agreed about it, so objects need no
+number of their own and may be built in any order), and the arguments and clocks that must be equal
+(``same``). The leader compares them all before anything is done.
 
-Tensors go through the process group, in `transfer`. It waits no longer than the EMA's timeout,
-however long torch would. If a transfer does not complete, the ranks call the roll: each one that is
-alive answers within two seconds, the others are named, and the group is not used again, since the
-transfer is incomplete.
+Tensors are sent through the process group, in `transfer`. It waits no longer than the timeout of
+the EMA, even where that of the process group is longer. If a transfer does not end, the ranks hold
+a roll call: each rank that is alive answers within two seconds, the error names the others, and the
+process group is not used again, since the transfer was left incomplete.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from shardema.ranks.messages import (
     different,
     everywhere,
     first_line,
-    gave_up,
-    is_told,
+    is_shared,
     joined,
+    mark_shared,
     packed,
-    told,
+    rank_error,
     unequal,
     unpacked,
 )
@@ -168,11 +168,11 @@ class Ranks:
                 self._await(op, rounds, _started(move, device))
                 ended = self._sent = True
         except BaseException as error:
-            if ended or is_told(error):  # held back until here, or told by the roll call
+            if ended or is_shared(error):  # held back until here, or told by the roll call
                 raise
             failure = self._roll_call(op, error)
             if not isinstance(error, Exception):  # an interrupt all the same
-                raise told(error) from None
+                raise mark_shared(error) from None
             raise failure from error
 
     def _await(self, op: str, rounds: Rounds, done: Callable[[float], bool]) -> None:
@@ -196,11 +196,10 @@ class Ranks:
         self._ask(rounds, rounds.beat)
 
     def _of_broken(self, op: str) -> RankError:
-        return told(
+        return mark_shared(
             RankError(
                 f"rank {self.rank}: {op}: the process group is broken, since a transfer was left "
-                f"half done in it: {self._rounds().broken}; start the run anew from its last "
-                "checkpoint",
+                f"incomplete: {self._rounds().broken}; restart the run from its last checkpoint",
                 rank=self._rounds().culprit,
             )
         )
@@ -219,12 +218,14 @@ class Ranks:
             marks = self._ask(rounds, lambda: rounds.call_roll(mark))
         except _StoreGone as gone:
             rounds.broken, rounds.culprit = str(gone), self._world[0]
-            return told(RankError(f"rank {self.rank}: {op}: {gone}", rank=rounds.culprit))
+            return mark_shared(RankError(f"rank {self.rank}: {op}: {gone}", rank=rounds.culprit))
         missing = [rank for rank, said in zip(self.ranks, marks, strict=True) if said is None]
         said = {rank: m for rank, m in zip(self.ranks, marks, strict=True) if m is not None}
         parts = []
         if missing:
-            parts.append(f"ranks {missing} did not take part in {op} (ended, frozen or elsewhere)")
+            parts.append(
+                f"ranks {missing} did not take part in {op} (ended, frozen or in another call)"
+            )
         parts += [f"rank {rank} is in {m['op']}" for rank, m in said.items() if m["op"] != op]
         errors = [m["error"] for m in said.values() if "error" in m]
         parts += [e["text"][:LONG] for e in errors[:OTHERS]]
@@ -232,15 +233,15 @@ class Ranks:
             parts.append(f"{op} did not end within {self.timeout:g} s although all ranks are in it")
         first = missing[0] if missing else errors[0]["rank"] if errors else self.rank
         rounds.broken, rounds.culprit = "; ".join(parts), first
-        return told(
+        return mark_shared(
             RankError(
-                f"{rounds.broken}; the transfer is left half done, so the process group is broken: "
-                "start the run anew from its last checkpoint",
+                f"{rounds.broken}; the transfer is incomplete, so the process group is broken: "
+                "restart the run from its last checkpoint",
                 rank=rounds.culprit,
             )
         )
 
-    # ---- messages --------------------------------------------------------------------------------
+    # ---- messages -----------------------------------------------------------------------------
 
     def agree(
         self,
@@ -273,7 +274,7 @@ class Ranks:
         if not self._active and dist.is_available() and dist.is_initialized():
             raise RuntimeError(
                 f"{op}: the process group was initialised after the EMA was built, which therefore "
-                "knows of one rank only; build it after init_process_group and after wrapping"
+                "uses one rank only; build it after init_process_group and after wrapping"
             )
         message: dict[str, Any] = {"op": op}
         raised: BaseException | None = None
@@ -285,9 +286,9 @@ class Ranks:
         message["same"] = same
         answer = self._exchange(op, message, reply, max(self.timeout, nbytes / _SLOWEST))
         if raised is not None and not isinstance(raised, Exception):
-            raise told(raised)
+            raise mark_shared(raised)
         if "error" in answer:
-            raise told(unpacked(answer["error"], self.rank)) from raised
+            raise mark_shared(unpacked(answer["error"], self.rank)) from raised
         return answer.get("reply")
 
     @contextlib.contextmanager
@@ -296,7 +297,7 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            if self.size > 1 and not is_told(error):
+            if self.size > 1 and not is_shared(error):
                 failure = error
 
                 def fail() -> None:
@@ -330,7 +331,7 @@ class Ranks:
             else:
                 answer = self._follow(rounds, op, message, timeout, cancel)
         except _StoreGone as gone:
-            return {"error": gave_up(self.ranks[0], f"rank {self.rank}: {op}: {gone}")}
+            return {"error": rank_error(self.ranks[0], f"rank {self.rank}: {op}: {gone}")}
         if "who" in answer:
             self._who = answer["who"]
         return answer
@@ -355,7 +356,7 @@ class Ranks:
             answer = self._ask(rounds, lambda: rounds.follow(message, limit, cancel))
         except BaseException as error:
             cancel.set()
-            if not isinstance(error, _StoreGone):  # an interrupt: nobody is to count on the message
+            if not isinstance(error, _StoreGone):  # an interrupt: the message is void
                 with contextlib.suppress(_StoreGone):
                     self._ask(rounds, withdraw)
             raise
@@ -370,10 +371,10 @@ class Ranks:
                 gone = f"ranks {absent} {text}"
             if rounds.missed:
                 gone += f"; before, this rank has missed a call: {rounds.missed}"
-            return {"error": gave_up((absent or self.ranks)[0], everywhere(gone, op))}
+            return {"error": rank_error((absent or self.ranks)[0], everywhere(gone, op))}
         if "late" in answer:
             text = f"{rounds.missed}; rank {self.rank} called it later, alone"
-            return {"error": gave_up(self.rank, text)}
+            return {"error": rank_error(self.rank, text)}
         if "roll" in answer:
             return {"error": packed(self._roll_call(op, None), self.rank)}
         return answer
@@ -430,11 +431,11 @@ class Ranks:
         missing = [rank for rank, w in zip(self.ranks, messages, strict=True) if w is None]
         if missing:
             text = everywhere(f"ranks {missing} did not call {op} within {timeout:g} s", op)
-            return {"error": joined([gave_up(missing[0], text), *errors])}
+            return {"error": joined([rank_error(missing[0], text), *errors])}
         if errors:
             return {"error": joined(errors)}
         if text := different(came):
-            return {"error": gave_up(self.rank, everywhere(text, op))}
+            return {"error": rank_error(self.rank, everywhere(text, op))}
         if odd := unequal(op, came):
             return {"error": odd}
         answer: dict[str, Any] = {}

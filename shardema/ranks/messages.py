@@ -59,14 +59,14 @@ def unequal(op: str, came: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, An
         listed = "; ".join(each[:8]) + (f"; and {len(each) - 8} more" if len(each) > 8 else "")
         listed += _missed(came)
         if name.startswith("clock"):
-            return gave_up(
+            return rank_error(
                 next(rank for rank, message in came if message["same"] != first["same"]),
                 f"{op}: the ranks are out of step: {name} is {listed}; every rank must update as "
                 "often (not under `if rank == 0`; uneven inputs under Join, and local SGD, step "
                 "some ranks more often): load a checkpoint or call reset() on all ranks",
             )
         text = f"{op}: the ranks give different arguments: {name} is {listed}; give the same "
-        return {**gave_up(leader, f"{text}{name} on every rank"), "type": "ValueError"}
+        return {**rank_error(leader, f"{text}{name} on every rank"), "type": "ValueError"}
     return None
 
 
@@ -97,7 +97,7 @@ def everywhere(text: str, op: str) -> str:
     return f"{text}; {op} is collective: call it on every rank that shares the model"
 
 
-def gave_up(rank: int, text: str) -> dict[str, Any]:
+def rank_error(rank: int, text: str) -> dict[str, Any]:
     return {"type": "RankError", "text": text, "rank": rank, "path": "", "errno": None}
 
 
@@ -168,16 +168,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-_TOLD = "_shardema_told"  # marks an error that all ranks know of
+_SHARED = "_shardema_shared"  # marks an error that all ranks know of
 _E = TypeVar("_E", bound=BaseException)
 
 
-def told(error: _E) -> _E:
+def mark_shared(error: _E) -> _E:
     with contextlib.suppress(AttributeError):
-        setattr(error, _TOLD, True)
+        setattr(error, _SHARED, True)
     return error
 
 
-def is_told(error: BaseException) -> bool:
+def is_shared(error: BaseException) -> bool:
     """Whether all ranks know of the error."""
-    return getattr(error, _TOLD, False)
+    return getattr(error, _SHARED, False)

@@ -77,12 +77,14 @@ class Holdings:
     """
 
     def __init__(self, plan: Plan, shards: Sequence[Shard], shadows: Mapping[str, Tensor]) -> None:
-        by_fqn = {s.fqn: list(s.pieces(shadows.get(s.fqn, s.own))) for s in shards if not s.opaque}
-        self._pieces = [by_fqn.get(item.fqn, []) for item in plan.items]
+        by_fqn = {
+            s.fqn: list(s.local_boxes(shadows.get(s.fqn, s.own))) for s in shards if not s.opaque
+        }
+        self._boxes = [by_fqn.get(item.fqn, []) for item in plan.items]
 
     def __call__(self, index: int, box: Box) -> Tensor:
         """Values of ``box`` of item ``index``, a view ``[*box.sizes]``."""
-        for held, values in self._pieces[index]:
+        for held, values in self._boxes[index]:
             if held.intersect(box) == box:
                 return box.relative_to(held.offsets).view(values)
         raise AssertionError((index, box))
@@ -229,7 +231,7 @@ def _disagreement(
         )
     return (
         f"{fqn}: rank {ranks.ranks[index]} has {word} {got}, rank {ranks.ranks[entry['first']]} "
-        f"has {expected}; the ranks do not hold one model: pass group= with the ranks that share it"
+        f"has {expected}; the ranks do not share one model: pass group= with those that do"
     )
 
 
@@ -257,6 +259,6 @@ def refuse_opaque(op: str, plan: Plan, chosen: Sequence[int], remedy: str) -> No
     if odd:
         raise ValueError(
             f"{op}: {abbreviate([item.fqn for item in odd])}: {odd[0].opaque} is a tensor "
-            "subclass that keeps its values in a form of its own, which cannot be taken apart; "
+            "subclass that stores its values in its own format, which cannot be split; "
             f"{remedy}"
         )

@@ -1,4 +1,4 @@
-"""Compares what supposed replicas hold, by hash: before numbers of one of them stand for all."""
+"""Compares the values of replicas by hash, before the values of one of them are used for all."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from shardema.shards.strides import raw_bytes
 def replica_digests(
     plan: Plan, local: Callable[[int, Box], Tensor], ranks: Ranks
 ) -> dict[str, str]:
-    """What this rank holds of supposed replicas, in a word that the ranks compare. Local.
+    """Hashes what this rank holds of replicated boxes, for the ranks to compare. Local.
 
     Args:
         local: this rank's values of a box of item ``index``.
 
     Returns:
-        A digest for each set of ranks that hold boxes together, this rank among them.
+        A digest for each set of ranks, this rank among them, that hold the same boxes.
     """
     digests: dict[str, xxhash.xxh3_128] = {}
     for index, _, box, holders in _replicated(plan):
@@ -32,11 +32,11 @@ def replica_digests(
     return {key: digest.hexdigest() for key, digest in digests.items()}
 
 
-def differing(all_words: Sequence[Mapping[str, str]]) -> list[str]:
+def differing(of_all_ranks: Sequence[Mapping[str, str]]) -> list[str]:
     """The sets of ranks whose `replica_digests` are not equal."""
     seen: dict[str, set[str]] = {}
-    for words in all_words:
-        for key, digest in words.items():
+    for of_rank in of_all_ranks:
+        for key, digest in of_rank.items():
             seen.setdefault(key, set()).add(digest)
     return [key for key, digests in seen.items() if len(digests) > 1]
 
@@ -48,10 +48,10 @@ def refuse_replicas(
     op: str,
     suspects: Sequence[str],
 ) -> None:
-    """Names the tensor that ranks hold different values of. Collective over ``ranks``.
+    """Raises for the first tensor whose values differ between replicas. Collective over ``ranks``.
 
     Raises:
-        RuntimeError: always, if there is one.
+        RuntimeError: there is such a tensor.
     """
 
     def look() -> dict[str, str]:
@@ -68,7 +68,7 @@ def refuse_replicas(
             if odd:
                 first = ranks.ranks[next(iter(values))]
                 raise RuntimeError(
-                    f"{item.fqn}: ranks {[ranks.ranks[i] for i in odd]} hold other values than "
+                    f"{item.fqn}: ranks {[ranks.ranks[i] for i in odd]} hold different values from "
                     f"rank {first}, so they are not replicas of one model; pass group= with the "
                     "ranks that share it (expert parallel, re-indexed pipeline chunks), give the "
                     "tensors distinct names, or make the ranks equal before training"
@@ -78,7 +78,7 @@ def refuse_replicas(
 
 
 def _set_of(holders: tuple[int, ...]) -> str:
-    """A short name of a set of ranks, however many they are."""
+    """A name of a set of ranks, short however many ranks there are."""
     return xxhash.xxh3_64_hexdigest(",".join(map(str, holders)).encode())
 
 

@@ -1,19 +1,19 @@
-"""The rounds in which some ranks exchange messages through a store: who posts what, and who waits.
+"""The rounds in which ranks exchange messages through a store: who posts what, and who waits.
 
 ::
 
-    round n    each rank      message   .../n/<index>     posted by it, deleted by it
-               the leader     beat   .../n/beat        only while it makes a reply that takes time
-               the leader     reply  .../n/reply       deleted by the last one that has read it
-               the last one   parted .../n/parted      where the store may end with the leader
-    roll call  who gives up   roll   .../n/roll        a transfer does not go on
-               each rank      here   .../n/here/<i>    it is alive
+    round n    each rank      message  .../n/<index>   posted and deleted by that rank
+               the leader     beat     .../n/beat      while a reply takes long to compute
+               the leader     reply    .../n/reply     deleted by the last rank that reads it
+               the last one   parted   .../n/parted    if the store may live in the leader's process
+    roll call  who gives up   roll     .../n/roll      a transfer does not end
+               each rank      here     .../n/here/<i>  this rank is alive
 
-All keys are deleted again, except those of a roll call. A rank keeps the number of its next round.
-The leader alone decides how a round ended. A round that some ranks missed is over as well; its
-reply stays until they read that it did not count them, and go on to the next round. So ranks that
-missed or gave up a call are in step again with their next one. Ranks meet because they wait at the
-same time; what they wait for is in their messages, which are compared (agree.py).
+All keys go again, but those of a roll call. What a rank knows is the number of its next round. The
+leader alone decides what a round was; one that somebody has missed is over too, and its reply stays
+until the missing ones come by: they read that it was not theirs, and take the next round. So ranks
+that missed a call, or gave one up, are in step again with their next one. Ranks meet because they
+wait at the same time; what they wait for is in their messages, and compared (agree.py).
 
 Where a rank comes to a round that was over, with the very call that it was about, its message says
 that it is late. If the others are in another call by now, that rank alone raises: the leader
@@ -39,7 +39,7 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
 
 GRACE = 2.0  # seconds beyond the timeout in which a leader that is there may still tell who is not
-PARTING = 2.0  # seconds that a leader waits until those who came have read its reply
+LINGER_S = 2.0  # seconds that a leader waits until those who came have read its reply
 ROLL_CALL = 2.0  # seconds in which every rank that is alive answers one
 LOOK = 0.25  # seconds between two looks for what is rare: a roll call, a beat
 _KEPT = ("reply", "read", "beat")  # of a round, until all have read its reply
@@ -134,7 +134,7 @@ class Rounds:
             self._open.clear()
         if parting:  # this process may be about to end, and the store with it
             parted = self._key("parted", number)
-            if self._poll([parted], time.monotonic() + PARTING, None):
+            if self._poll([parted], time.monotonic() + LINGER_S, None):
                 self.store.delete_key(parted)
         self.store.delete_key(self._key(0, number))
 

@@ -3,7 +3,7 @@
 ::
 
     Contents  -buckets->  buckets   boxes in the order of the tensors, at most 256 MiB
-    bucket    -stream->   pieces    each owner sends its part, the leader receives
+    bucket    -stream->   chunks    each owner sends its part, the leader receives
 
 A rank sends only boxes that it owns: of several replicas of a box one is the owner. The leader
 never needs more than its result plus one bucket, the others one bucket.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from shardema.ranks.messages import is_told
+from shardema.ranks.messages import is_shared
 from shardema.ranks.plan import Contents, Item, Plan, refuse_opaque
 from shardema.shards.boxes import Box, split_box, whole
 
@@ -89,15 +89,15 @@ def stream(prepared: Prepared, op: str) -> Generator[tuple[TransferChunk, Tensor
     given out the ranks agree that all of them have come to the end.
 
     Yields:
-        A piece and its values ``[*piece.box.sizes]`` on the CPU, valid until the next one; only
+        A chunk and its values ``[*chunk.box.sizes]`` on the CPU, valid until the next one; only
         on ranks that receive.
     """
-    pieces = _pieces(prepared, op)
-    next(pieces)  # closing a generator that never ran would not move what is left
-    return pieces
+    chunks = _chunks(prepared, op)
+    next(chunks)  # closing a generator that never ran would not move what is left
+    return chunks
 
 
-def _pieces(prepared: Prepared, op: str) -> Generator[tuple[TransferChunk, Tensor]]:
+def _chunks(prepared: Prepared, op: str) -> Generator[tuple[TransferChunk, Tensor]]:
     """What arrives, behind a first item that is none."""
     transfer, ranks = prepared.transfer, prepared.transfer.ranks
     failed: BaseException | None = None
@@ -115,16 +115,16 @@ def _pieces(prepared: Prepared, op: str) -> Generator[tuple[TransferChunk, Tenso
         try:
             parts = transfer.move(bucket, op)
         except BaseException as error:
-            if is_told(error):
+            if is_shared(error):
                 raise
             failed = failed or error
         if number == len(prepared.groups):
             ranks.agree(f"{op} (finishing)", finish)
         if failed is None and transfer.receives:
             try:
-                for piece, part in zip(bucket, parts, strict=True):
+                for chunk, part in zip(bucket, parts, strict=True):
                     transfer.go_on()
-                    yield piece, part
+                    yield chunk, part
             except BaseException as error:
                 failed = error
     if not prepared.groups:
@@ -195,7 +195,7 @@ class _Transfer:
             self._beat_at = time.monotonic() + self.ranks.timeout / 4
 
     def move(self, bucket: list[TransferChunk], op: str) -> list[Tensor]:
-        """The pieces of the bucket, in order, on ranks that receive; else nothing.
+        """The chunks of the bucket, in order, on ranks that receive; else nothing.
 
         A rank that fails to fill its part sends it all the same, and raises afterwards.
         """
@@ -209,10 +209,10 @@ class _Transfer:
         slots = {o: buffer[spans[o][0] - first :][: spans[o][1]] for o in owners}
         failed: BaseException | None = None
         try:
-            for piece, place in zip(bucket, places, strict=True):
-                if piece.owner == self.ranks.index:
-                    values = self._contents.holdings(piece.item, piece.box)
-                    self._view(buffer, place - first, piece).copy_(values)
+            for chunk, place in zip(bucket, places, strict=True):
+                if chunk.owner == self.ranks.index:
+                    values = self._contents.holdings(chunk.item, chunk.box)
+                    self._view(buffer, place - first, chunk).copy_(values)
         except BaseException as error:
             failed = error
         if self.ranks.size > 1 and self._takes_part(owners):
@@ -247,57 +247,57 @@ class _Transfer:
             dist.send(slots[ranks.index], dst=ranks.ranks[0], group=group)
 
     def _layout(self, bucket: list[TransferChunk]) -> tuple[list[int], dict[int, tuple[int, int]]]:
-        """First byte of each piece, and (first byte, bytes) of each owner: one span for each."""
+        """First byte of each chunk, and (first byte, bytes) of each owner: one span for each."""
         sizes: dict[int, int] = {}
         within = []
-        for piece in bucket:
-            within.append(sizes.get(piece.owner, 0))
-            sizes[piece.owner] = within[-1] + -(-self._nbytes(piece) // _ALIGN) * _ALIGN
+        for chunk in bucket:
+            within.append(sizes.get(chunk.owner, 0))
+            sizes[chunk.owner] = within[-1] + -(-self._nbytes(chunk) // _ALIGN) * _ALIGN
         spans: dict[int, tuple[int, int]] = {}
         start = 0
         for owner, size in sizes.items():
             spans[owner] = (start, size)
             start += size
         pairs = zip(bucket, within, strict=True)
-        return [spans[piece.owner][0] + offset for piece, offset in pairs], spans
+        return [spans[chunk.owner][0] + offset for chunk, offset in pairs], spans
 
     def _owners(self, spans: dict[int, tuple[int, int]]) -> list[int]:
         """Owners whose span of a bucket this rank has room for: all, or itself."""
         return [owner for owner in spans if self.receives or owner == self.ranks.index]
 
-    def _nbytes(self, piece: TransferChunk) -> int:
-        return piece.box.numel * self._dtype(piece).itemsize
+    def _nbytes(self, chunk: TransferChunk) -> int:
+        return chunk.box.numel * self._dtype(chunk).itemsize
 
-    def _dtype(self, piece: TransferChunk) -> torch.dtype:
-        return self._contents.dtype(self._contents.plan.items[piece.item])
+    def _dtype(self, chunk: TransferChunk) -> torch.dtype:
+        return self._contents.dtype(self._contents.plan.items[chunk.item])
 
-    def _view(self, buffer: Tensor, start: int, piece: TransferChunk) -> Tensor:
-        raw = buffer[start : start + self._nbytes(piece)]
-        return raw.view(self._dtype(piece)).view(piece.box.sizes)
+    def _view(self, buffer: Tensor, start: int, chunk: TransferChunk) -> Tensor:
+        raw = buffer[start : start + self._nbytes(chunk)]
+        return raw.view(self._dtype(chunk)).view(chunk.box.sizes)
 
     def _home(self, bucket: list[TransferChunk]) -> torch.device:
         """The device that a bucket travels on; told from the plan, so all ranks choose alike."""
         if self.ranks.size == 1:
             return torch.device("cpu")
-        kinds = {self._contents.plan.items[piece.item].device for piece in bucket} - {"cpu"}
+        kinds = {self._contents.plan.items[chunk.item].device for chunk in bucket} - {"cpu"}
         return self.ranks.transport(kinds.pop() if kinds else "cpu")
 
 
 def assemble(
     contents: Contents, arriving: Iterator[tuple[TransferChunk, Tensor]]
 ) -> Iterator[tuple[Item, Tensor]]:
-    """Full tensors ``[*shape]`` on the CPU, one at a time, from the pieces of `stream`."""
-    pieces = iter(arriving)
+    """Full tensors ``[*shape]`` on the CPU, one at a time, from the chunks of `stream`."""
+    chunks = iter(arriving)
     for index, item in zip(contents.chosen, contents.items, strict=True):
         missing = sum(box.numel for box, _ in item.holders)
         full: Tensor | None = None
         while missing:
-            piece, values = next(pieces)
-            assert piece.item == index, (piece, item.fqn)
+            chunk, values = next(chunks)
+            assert chunk.item == index, (chunk, item.fqn)
             if full is None:
                 full = torch.empty(item.shape, dtype=values.dtype, device="cpu")
-            piece.box.view(full).copy_(values)
-            missing -= piece.box.numel
+            chunk.box.view(full).copy_(values)
+            missing -= chunk.box.numel
         if full is None:
             full = torch.empty(item.shape, dtype=contents.dtype(item), device="cpu")
         yield item, full

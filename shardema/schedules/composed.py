@@ -243,7 +243,7 @@ class join:
         if len(at) != len(schedules) - 1 or not at or not rising:
             raise ValueError(
                 f"schedules.join: got {len(schedules)} schedules and at={list(at)}, expected "
-                "rising progress above 0, one fewer than schedules"
+                "increasing progress above 0, one fewer than schedules"
             )
         units = sorted({schedule.unit for schedule in schedules})
         if len(units) > 1:

@@ -108,7 +108,7 @@ class Shard:
         """What is averaged."""
         return self.own if self.reads_weights else self.local
 
-    def pieces(self, local: Tensor | None = None) -> Iterator[tuple[Box, Tensor]]:
+    def local_boxes(self, local: Tensor | None = None) -> Iterator[tuple[Box, Tensor]]:
         """Each box with the view of ``local`` that fills it, ``[*box.sizes]``.
 
         ``local`` may be any tensor laid out like this shard's (its shadow, a staging buffer).

@@ -66,13 +66,13 @@ class Average:
             found.append(1.0 - retention)
         return found
 
-    def runs(self, shards: Sequence[Shard]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def merged_pairs(self, shards: Sequence[Shard]) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Shadows, what they average, and which of `schedules` they follow; in long stretches."""
         by_schedule: dict[int, list[Shard]] = {}
         for shard in shards:
             by_schedule.setdefault(self.index(shard), []).append(shard)
         for index, group in by_schedule.items():
-            for shadow, source in zip(*self.shadows.runs(group), strict=True):
+            for shadow, source in zip(*self.shadows.merged_pairs(group), strict=True):
                 yield shadow, source, index
 
     def moved(self, weights: Sequence[float], dt: float) -> None:
@@ -110,7 +110,7 @@ class Average:
         if erasing is not None:
             raise ValueError(
                 f"{op}: average {self.name!r} is at t={self.t}, from where its schedule {erasing} "
-                "forgets everything at the next move, all of what is loaded; give the progress "
+                "discards all of what is loaded at the next update; give the progress "
                 f"of what is loaded: load_full(source, t=<{erasing.unit}s>), or a schedule that "
                 "does not begin with a copy"
             )

@@ -87,7 +87,7 @@ class Following:
             self._writes.note(self._weights.shards)
 
     def missed(self) -> tuple[str, str] | None:
-        """Where the weights moved and no update came: what is attached, and who stepped them."""
+        """Where the weights changed without an update: what is attached, and who stepped them."""
         if self.source is None:
             return None
         others = self.source.others

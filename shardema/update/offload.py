@@ -3,12 +3,12 @@
 ::
 
     HostOffload    device   params ---.              .---> params         a side stream
-                   host               '-> staging ---'                    two pinned buffers
-                   host                   lerp_(shadows, staging)         a worker thread
+                  host               '-> staging ---'                    two pinned buffers
+                  host                   lerp_(shadows, staging)         a worker thread
 
-    DeviceOffload  host     shadows --.               .--> shadows        pinned
-                   device             '-> chunk ------'                   two buffers, a stream each
-                   device                 lerp_(chunk, params)
+    DeviceOffload    host     shadows --.               .--> shadows        pinned
+                  device             '-> chunk ------'                   two buffers, a stream each
+                  device                 lerp_(chunk, params)
 
 Both cut the parameters into batches that each fill one buffer, and bind the kernel to every batch
 once, so that an update has nothing left to plan or to allocate. While one buffer is averaged the
@@ -51,7 +51,7 @@ _PATIENCE = 10.0  # seconds that the end of a process waits for a worker that do
 
 
 class HostOffload:
-    """Updates averages in host memory on a worker thread, at most one update behind the step.
+    """Averages that lie in host memory, kept by a worker thread: at most one update behind.
 
     A parameter that is listed several times, once for each of its averages, is copied once. Not
     thread-safe.
@@ -68,7 +68,7 @@ class HostOffload:
         ValueError: ``staging_bytes`` is too small.
     """
 
-    name = "host_offload"  # beside the names of kernels
+    name = "host_offload"
 
     def __init__(
         self,
@@ -81,15 +81,15 @@ class HostOffload:
     ) -> None:
         limit = half_of(staging_bytes)
         with writable():
-            pieces = cut_pairs(shadows, params, slots, lambda _, p: limit // p.itemsize)
-            packed = pack(pieces, lambda piece: piece.param.nbytes, limit)
+            slices = cut_pairs(shadows, params, slots, lambda _, p: limit // p.itemsize)
+            packed = pack(slices, lambda param_slice: param_slice.param.nbytes, limit)
             pinned = any(param.device.type == "cuda" for param in params)
-            sizes = buffer_sizes(packed, lambda piece: piece.param.nbytes)
+            sizes = buffer_sizes(packed, lambda param_slice: param_slice.param.nbytes)
             staging = [zeros(size, torch.uint8, pinned=pinned) for size in sizes]
-            self._lanes = {p.param.device: CopyStreams(p.param.device, streams=1) for p in pieces}
+            self._copies = {p.param.device: CopyStreams(p.param.device, streams=1) for p in slices}
             batches = [
                 make_staged(
-                    batch, k % 2, staging[k % 2], self._lanes[batch[0][1].param.device], bind
+                    batch, k % 2, staging[k % 2], self._copies[batch[0][1].param.device], bind
                 )
                 for k, batch in enumerate(packed)
             ]
@@ -113,8 +113,8 @@ class HostOffload:
         self._here()
         if not self._end.alive:
             _raise_closed()
-        for lane in self._lanes.values():
-            lane.begin()
+        for copies in self._copies.values():
+            copies.begin()
         # In this order: an interrupt in between leaves an update that `flush` puts once more.
         self._update = _Update(tuple(weights))
         self._work.queue.put(self._update)
@@ -128,10 +128,10 @@ class HostOffload:
             RuntimeError: an update failed.
         """
         if self._update is not None:
-            self._wait(self._update, self._update.read)
+            self._wait(self._update, self._update.reads_issued)
         self._check()
-        for lane in self._lanes.values():
-            lane.block_current_stream()
+        for copies in self._copies.values():
+            copies.block_current_stream()
 
     def flush(self) -> None:
         """Returns when the averages are up to date. After an interrupt it may be called again.
@@ -175,11 +175,11 @@ class HostOffload:
 
 
 class DeviceOffload:
-    """Updates averages in host memory on the device of the parameters.
+    """Averages that lie in host memory and are computed on the parameters' device.
 
-    For a host that is too slow for `HostOffload`: shadows are copied both ways, and the host
-    computes nothing. There is no worker thread. The next call of any method completes an update
-    that was interrupted (Ctrl-C). Not thread-safe.
+    For a host that is too slow for `HostOffload`: more travels, and the host computes nothing.
+    There is no thread. An update that is interrupted (Ctrl-C) is carried on with by the next call
+    of any method. To be used from one thread at a time.
 
     Args:
         shadows: on the CPU, pinned where the parameters are on a GPU (see `zeros`); nobody else
@@ -207,31 +207,31 @@ class DeviceOffload:
         by_device: dict[torch.device, list[int]] = {}
         for i, param in enumerate(params):
             by_device.setdefault(param.device, []).append(i)
-        self._lanes: list[CopyStreams] = []
+        self._copies: list[CopyStreams] = []
         self._batches: list[Chunk] = []
         self.nbytes = 0  # on all devices
         with writable():
             for device, mine in by_device.items():
-                lane = CopyStreams(device, streams=2)
-                # one pair a piece: nothing is saved by keeping the averages of one together
-                pieces = [
-                    piece
+                copies = CopyStreams(device, streams=2)
+                # one pair a slice: nothing is saved by keeping the averages of one together
+                slices = [
+                    param_slice
                     for i in mine
-                    for piece in cut_pairs(
+                    for param_slice in cut_pairs(
                         [shadows[i]], [params[i]], [slots[i]], lambda s, _: limit // 2 // s.itemsize
                     )
                 ]
-                packed = pack(pieces, chunk_bytes, limit)
+                packed = pack(slices, chunk_bytes, limit)
                 sizes = buffer_sizes(packed, chunk_bytes)
                 # on the streams that use it: what is freed too early is then used again in order
                 buffers = []
                 for k, size in enumerate(sizes):
-                    with lane.stream(k):
+                    with copies.stream(k):
                         buffers.append(torch.empty(size, dtype=torch.uint8, device=device))
                 for k, batch in enumerate(packed):
-                    with lane.stream(k % 2):
-                        self._batches.append(make_chunk(batch, k % 2, buffers[k % 2], lane, bind))
-                self._lanes.append(lane)
+                    with copies.stream(k % 2):
+                        self._batches.append(make_chunk(batch, k % 2, buffers[k % 2], copies, bind))
+                self._copies.append(copies)
                 self.nbytes += sum(sizes)
         self._closed = False
         self._error: Exception | None = None
@@ -247,8 +247,8 @@ class DeviceOffload:
         self._go_on()
         if self._closed:
             _raise_closed()
-        for lane in self._lanes:
-            lane.begin()
+        for copies in self._copies:
+            copies.begin()
         self._left = (tuple(weights), 0, False)
         self._go_on()
 
@@ -259,8 +259,8 @@ class DeviceOffload:
             RuntimeError: an update failed.
         """
         self._go_on()
-        for lane in self._lanes:
-            lane.block_current_stream()
+        for copies in self._copies:
+            copies.block_current_stream()
 
     def flush(self) -> None:
         """Returns when the averages are up to date. After an interrupt it may be called again.
@@ -270,8 +270,8 @@ class DeviceOffload:
         """
         self._go_on()
         try:
-            for lane in self._lanes:
-                lane.finish()
+            for copies in self._copies:
+                copies.finish()
         except Exception as error:
             self._error = error
             _raise_failed(error)
@@ -298,7 +298,7 @@ class DeviceOffload:
                     weights, k, averaged = self._left
                     batch = self._batches[k]
                     if any(weights[slot] for slot in batch.slots):
-                        with batch.lane.stream(batch.buffer):
+                        with batch.copies.stream(batch.buffer):
                             if not averaged:
                                 batch.average(weights)
                                 self._left = (weights, k, True)
@@ -318,7 +318,7 @@ class _Update:
 
     weights: tuple[float, ...]
     started: bool = False
-    read: threading.Event = field(default_factory=threading.Event)
+    reads_issued: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -347,7 +347,7 @@ def _serve(work: _Work) -> None:
             except BaseException as error:  # whatever it is, the caller must see it
                 work.error = error
             finally:
-                update.read.set()
+                update.reads_issued.set()
                 update.done.set()
 
 
@@ -360,10 +360,10 @@ def _average(work: _Work, update: _Update) -> None:
         if k + 1 < len(work.batches):
             work.batches[k + 1].copy()  # into the other buffer, which batch k - 1 has left
         else:
-            update.read.set()
+            update.reads_issued.set()
         if work.given_up:
             return
-        batch.lane.wait(batch.buffer)
+        batch.copies.wait(batch.buffer)
         batch.lerp_(update.weights)
 
 

@@ -47,7 +47,7 @@ class Shadows:
         for fqn, mine in self.views.items():  # the flats may be in another order
             mine.copy_(other.views[fqn])
 
-    def runs(self, shards: Sequence[Shard]) -> tuple[list[Tensor], list[Tensor]]:
+    def merged_pairs(self, shards: Sequence[Shard]) -> tuple[list[Tensor], list[Tensor]]:
         """Shadows and sources of ``shards``, as few tensors as their memory allows.
 
         Neighbours in memory become one flat tensor: a whole flat partition is one.

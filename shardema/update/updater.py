@@ -26,7 +26,7 @@ def slotted(
     """Every shadow with what it averages and its slot among the weights of all averages in turn."""
     first = 0
     for average in averages:
-        for shadow, source, index in average.runs(held(average)):
+        for shadow, source, index in average.merged_pairs(held(average)):
             yield average, shadow, source, first + index
         first += len(average.schedules)
 
@@ -61,9 +61,9 @@ class Updater:
         ]
 
     @property
-    def runs(self) -> tuple[str, ...]:
-        """What runs: the kernels, ``"host_offload"`` and ``"device_offload"``."""
-        inline = dict.fromkeys(name for lerp_ in self._inline for name in lerp_.runs)
+    def kernel_names(self) -> tuple[str, ...]:
+        """The kernels that run, ``"host_offload"`` and ``"device_offload"``."""
+        inline = dict.fromkeys(name for lerp_ in self._inline for name in lerp_.kernel_names)
         return (*inline, *(behind.name for behind in self._behind))
 
     @property
@@ -96,9 +96,9 @@ class Updater:
         """
         if self._behind or not all(hasattr(lerp_, "launch") for lerp_ in self._inline):
             raise RuntimeError(
-                f"update under CUDA graph capture: {', '.join(self.runs)} cannot be captured; "
-                "build the EMA with kernel='fused' on a GPU with triton, and averages beside the "
-                "weights"
+                f"update under CUDA graph capture: {', '.join(self.kernel_names)} cannot be "
+                "captured; build the EMA with kernel='fused' on a GPU with triton, and averages "
+                "beside the weights"
             )
         for lerp_ in self._inline:
             lerp_.launch()  # type: ignore[attr-defined]

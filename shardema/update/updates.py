@@ -21,21 +21,21 @@ from shardema.update.notices import Notices
 from shardema.update.updater import Updater, slotted
 
 
-class Tables(enum.Enum):
-    """Where the addresses that the update was bound to stand; a CUDA graph keeps them for good."""
+class Binding(enum.Enum):
+    """Whether the addresses that the kernels are bound to are still those of the weights."""
 
-    BOUND = enum.auto()  # they are the weights'
-    MOVED = enum.auto()  # the storage of the weights changed: bind again
-    CAPTURED = enum.auto()  # a CUDA graph has them: not to be bound anew
-    LOST = enum.auto()  # captured, and the storage of the weights changed: every call raises
+    BOUND = enum.auto()  # they are
+    MOVED = enum.auto()  # the weights have other storage: bind again before the next update
+    CAPTURED = enum.auto()  # a CUDA graph reads these addresses, so they cannot be bound again
+    LOST = enum.auto()  # captured, and the weights have other storage: every update raises
 
     @property
     def captured(self) -> bool:
-        return self in (Tables.CAPTURED, Tables.LOST)
+        return self in (Binding.CAPTURED, Binding.LOST)
 
     @property
     def moved(self) -> bool:
-        return self in (Tables.MOVED, Tables.LOST)
+        return self in (Binding.MOVED, Binding.LOST)
 
 
 class Updates:
@@ -71,7 +71,7 @@ class Updates:
         self._nonfinite = NonFinite(averages, on_nonfinite)
         self._notices = notices
         self._counted = self._weights.applied()  # the engine's step that the averages have
-        self._tables = Tables.BOUND
+        self._binding = Binding.BOUND
         self._failed: RuntimeError | None = None  # of an update in the background, or a load
         self.updater = self._bound()
 
@@ -109,12 +109,12 @@ class Updates:
     def _capture(self) -> None:
         if self._weights.engine is not None or self._nonfinite.policy != "ignore":
             raise RuntimeError(
-                "update under CUDA graph capture: not with a DeepSpeed engine, nor with "
+                "update under CUDA graph capture: not supported with a DeepSpeed engine, nor with "
                 "on_nonfinite='skip' or 'raise', which wait for the device"
             )
         with writable():
             self.updater.launch()
-        self._tables = Tables.LOST if self._tables.moved else Tables.CAPTURED
+        self._binding = Binding.LOST if self._binding.moved else Binding.CAPTURED
 
     def before_replay(self, step: float) -> None:
         """Moves the clocks, and gives the replay that follows its weights.
@@ -122,11 +122,11 @@ class Updates:
         Raises:
             RuntimeError: no update was captured, or the storage of the weights changed.
         """
-        if not self._tables.captured:
+        if not self._binding.captured:
             raise RuntimeError(
                 "before_replay: no graph has captured ema.update(); capture it first"
             )
-        if self._tables.moved or not self._weights.storage_unchanged():
+        if self._binding.moved or not self._weights.storage_unchanged():
             self._raise_moved()
         weights, flat = self.decide(step)
         with writable():
@@ -164,18 +164,18 @@ class Updates:
     def carry_over(self, moved: bool) -> None:
         """Binds the update anew where the weights moved, now or since that failed."""
         if moved:
-            self._tables = Tables.LOST if self._tables.captured else Tables.MOVED
-        if self._tables.moved:
+            self._binding = Binding.LOST if self._binding.captured else Binding.MOVED
+        if self._binding.moved:
             self.rebind()
 
     def rebind(self) -> None:
         """Binds the update to where the tensors are now."""
-        if self._tables.captured:
+        if self._binding.captured:
             self._raise_moved()
         self._failed = self._failed or self.updater.error()
         self.updater.close()
         self.updater = self._bound()
-        self._tables = Tables.BOUND
+        self._binding = Binding.BOUND
 
     def _bound(self) -> Updater:
         on_disk = {shard.fqn for shard in self._weights.on_disk}
@@ -187,7 +187,7 @@ class Updates:
 
     def _raise_moved(self) -> NoReturn:
         raise RuntimeError(
-            f"rank {self._averages.ranks.rank}: the storage of the model's weights changed since a "
+            f"rank {self._averages.ranks.rank}: the model's weights have other storage than when a "
             "CUDA graph captured ema.update(), so its replays would read freed memory; build the "
             "EMA and capture again"
         )
@@ -243,8 +243,8 @@ class Updates:
                 interrupt = to_the_end(whole)
             except Exception as error:
                 self._failed = RuntimeError(
-                    f"{op} failed: {type(error).__name__}: {error}; the averages may be half "
-                    "new: ema.load() a checkpoint, or ema.reset() them to the weights"
+                    f"{op} failed: {type(error).__name__}: {error}; the averages may be partly "
+                    "replaced: ema.load() a checkpoint, or ema.reset() them to the weights"
                 )
                 raise self._failed from error
         if interrupt is not None:

@@ -531,7 +531,7 @@ def load_full(at: Scene, *, name: str, file: bool, clock: str, steps: int) -> No
         truth.set(at.weights())
     if clock in ("begins", "unknown"):
         if truth.begins_with_a_copy():
-            with refuse(ValueError, "forgets everything"):
+            with refuse(ValueError, "discards all of what is loaded"):
                 at.ema.load_full(source, name)
             return
         at.ema.load_full(source, name)

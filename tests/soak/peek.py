@@ -103,7 +103,7 @@ def shadows(ema: ShardedEMA, name: str) -> Iterator[tuple[str, Box, Tensor]]:
     """This rank's part of an average: tensor, place, values."""
     average = ema.internal.averages[name]
     for shard in ema.internal.averages.held(average):
-        for box, values in shard.pieces(average.shadows.views[shard.fqn]):
+        for box, values in shard.local_boxes(average.shadows.views[shard.fqn]):
             yield shard.fqn, box, values
 
 
@@ -148,7 +148,7 @@ def flats(ema: ShardedEMA) -> set[int]:
 def parts(ema: ShardedEMA) -> Iterator[tuple[str, Box, Tensor]]:
     """What this rank's model computes with of what is averaged: tensor, place, values."""
     for shard in ema.internal.averages.weights.averaged_shards:
-        for box, values in shard.pieces(shard.own):
+        for box, values in shard.local_boxes(shard.own):
             yield shard.fqn, box, values
 
 

@@ -48,7 +48,7 @@ def _slow(shadows: Any, params: Any, slots: Any) -> Lerp:
         time.sleep(0.02)
         lerp_(weights)
 
-    return Lerp(late, lerp_.runs)
+    return Lerp(late, lerp_.kernel_names)
 
 
 KERNELS["slow"] = _slow

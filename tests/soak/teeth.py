@@ -81,7 +81,7 @@ PATCHES = {
         Patch(
             "gap",
             "update/shadows.py",
-            "runs",
+            "merged_pairs",
             "next_door = end is not None and self.following.get(end) == shard.fqn",
             "next_door = end is not None",
             "neighbours are joined across a gap in which another averaged tensor lies",
@@ -267,7 +267,7 @@ PATCHES = {
             "moved",
             "update/updates.py",
             "carry_over",
-            "if self._tables.moved:",
+            "if self._binding.moved:",
             "if False:",
             "an update goes on with the storage that the weights have left",
             ("plain", *FSDP2),
