@@ -190,7 +190,7 @@ CALLS: dict[str, Callable[[Kept], None]] = {
 POLICIES = {
     "beside": ShadowPolicy(),
     "offload": ShadowPolicy(device="cpu", staging_bytes=1 << 20),
-    "device_offload": ShadowPolicy(device="cpu", compute="device", staging_bytes=1 << 20),
+    "device offload": ShadowPolicy(device="cpu", compute="device", staging_bytes=1 << 20),
 }
 
 

@@ -125,7 +125,8 @@ class NewFolder:
     def _rename(self) -> None:
         if _exists(self._folder):
             raise CheckpointError(
-                f"{self._op} to {self._folder}: it was created by another process during the save",
+                f"{self._op} to {self._folder}: it was created by another process during the "
+                f"{self._op}",
                 path=self._folder,
             )
         os.rename(self.path, self._folder)

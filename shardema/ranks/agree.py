@@ -2,21 +2,21 @@
 
 ::
 
-    every rank    posts a message: {"op", "who", "same", and "error" or "payload"}
+    every rank    posts its message: {"op", "who", "same", and "error" or "payload"}
     the leader    waits for all messages, compares them, makes one reply
-    every rank    reads the reply; an error in it is raised on all ranks
+    every rank    reads the reply; an error in it raises everywhere
 
-Messages go through the key-value store of the process group (rounds.py), not through a collective:
-a rank that failed, or that never calls, cannot leave the others hanging, and the timeout
-is that of the EMA, not of the process group. A message contains the call (``op``), the object
-(``who``: the number of the round in which the ranks first agreed about it, so objects need no
-number of their own and may be built in any order), and the arguments and clocks that must be equal
-(``same``). The leader compares them all before anything is done.
+Messages go through the key-value store that every process group has (rounds.py), not through a
+collective: a rank that failed, or never called, cannot leave the others hanging, and the timeout is
+the EMA's, not the training's. A message names the call (``op``), the object (``who``: the number of
+the round in which the ranks first agreed about it, so objects need no number of their own and may
+be built anywhere) and what must be equal on all ranks (``same``: arguments and clocks). The leader
+compares all of it before anything is changed.
 
-Tensors are sent through the process group, in `transfer`. It waits no longer than the timeout of
-the EMA, even where that of the process group is longer. If a transfer does not end, the ranks hold
-a roll call: each rank that is alive answers within two seconds, the error names the others, and the
-process group is not used again, since the transfer was left incomplete.
+Tensors go through the process group, in `transfer`. It waits no longer than the EMA's timeout,
+however long torch would. If a transfer does not complete, the ranks call the roll: each one that is
+alive answers within two seconds, the others are named, and the group is not used again, since the
+transfer is incomplete.
 """
 
 from __future__ import annotations

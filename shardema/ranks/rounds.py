@@ -9,11 +9,11 @@
     roll call  who gives up   roll     .../n/roll      a transfer does not end
                each rank      here     .../n/here/<i>  this rank is alive
 
-All keys go again, but those of a roll call. What a rank knows is the number of its next round. The
-leader alone decides what a round was; one that somebody has missed is over too, and its reply stays
-until the missing ones come by: they read that it was not theirs, and take the next round. So ranks
-that missed a call, or gave one up, are in step again with their next one. Ranks meet because they
-wait at the same time; what they wait for is in their messages, and compared (agree.py).
+All keys are deleted again, except those of a roll call. A rank keeps the number of its next round.
+The leader alone decides how a round ended. A round that some ranks missed is over as well; its
+reply stays until they read that it did not count them, and go on to the next round. So ranks that
+missed or gave up a call are in step again with their next one. Ranks meet because they wait at the
+same time; what they wait for is in their messages, which are compared (agree.py).
 
 Where a rank comes to a round that was over, with the very call that it was about, its message says
 that it is late. If the others are in another call by now, that rank alone raises: the leader
