@@ -330,22 +330,32 @@ class Planned(Exception):
 
 
 @action
-def swap(at: Scene, *, name: str, forwards: list[dict[str, Any]], ends: str, around: bool) -> None:
+def swap(
+    at: Scene,
+    *,
+    name: str,
+    forwards: list[dict[str, Any]],
+    ends: str,
+    around: bool,
+    buffers: bool = False,
+) -> None:
     """All of it under one autocast where ``around`` is set, which remembers what it has cast."""
     at.close_round()
     at.both(lambda model: model.eval())
     with _context("autocast" if around else ""):
-        _swap(at, name, forwards, ends)
+        _swap(at, name, forwards, ends, buffers)
     at.both(lambda model: model.train())
 
 
-def _swap(at: Scene, name: str, forwards: list[dict[str, Any]], ends: str) -> None:
+def _swap(at: Scene, name: str, forwards: list[dict[str, Any]], ends: str, buffers: bool) -> None:
     before = _forward_of_both(at)
     plain = _plain(at, name)
     leaves = refuse(Planned, "planned") if ends == "exception" else contextlib.nullcontext()
     with leaves, at.ema.swap(name):
         for args in forwards:
             _check_forward(at, plain, {"expert": 0, **args})
+        if buffers:
+            _write_averaged_buffers(at, name)
         if ends == "exception":
             raise Planned("planned")
         if ends == "nested":
@@ -357,6 +367,14 @@ def _swap(at: Scene, name: str, forwards: list[dict[str, Any]], ends: str) -> No
                     refused()
     after = _forward_of_both(at)
     assert peek.equal(before, after), "a forward after a swap differs from one before it"
+
+
+def _write_averaged_buffers(at: Scene, name: str) -> None:
+    """As a forward in train mode does: neither the average nor the model keeps it."""
+    with torch.no_grad():
+        for key, buffer in unwrapped(at.model).named_buffers():
+            if key in at.truths[name].full:
+                buffer.add_(1.0)
 
 
 @action

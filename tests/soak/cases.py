@@ -126,6 +126,7 @@ def _swap(rng: random.Random, case: Case) -> dict[str, Any]:
         ],
         "ends": rng.choice(["well", "well", "well", "exception", "nested", "refused"]),
         "around": case.layout in ("plain", "ddp") and rng.random() < 0.3,
+        "buffers": rng.random() < 0.3,
     }
 
 

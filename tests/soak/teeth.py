@@ -341,7 +341,7 @@ PATCHES = {
             'if param.dtype != shadow.dtype or shard.role == "buffer":',
             "if param.dtype != shadow.dtype:",
             "what a forward inside of a swap writes into a buffer stays in the average",
-            ("ddp", "ddp-slices"),
+            ("plain", "ddp"),
         ),
         Patch(
             "written",
