@@ -6,10 +6,12 @@ from shardema import presets, schedules
 from shardema.batchnorm import update_bn
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError, SwapError
+from shardema.manager import CheckpointManager
 from shardema.policy import ShadowPolicy
 
 __all__ = [
     "CheckpointError",
+    "CheckpointManager",
     "RankError",
     "ShadowPolicy",
     "ShardedEMA",

@@ -455,7 +455,7 @@ def others_that_do_not_come_are_named(kind: str, folder: str) -> None:
 
 
 def a_load_that_fails_leaves_a_pair(kind: str, folder: str) -> None:
-    """Average and weights are both as before, or the average starts again and the error says so."""
+    """Average and weights are both as before; or the average starts again, as the error says."""
     run = started(kind)
     ema = attach(run.accelerator, run.model, run.optimizer, schedule=DECAY)
     run.epoch()

@@ -23,6 +23,7 @@ from shardema.errors import CheckpointError
 from shardema.files import manifest as manifests
 from shardema.files.manifest import MAX_MANIFEST, NAME, PLACE, Manifest
 from shardema.files.safetensors import (
+    close_quietly,
     local_path,
     make_folders,
     read_whole,
@@ -31,6 +32,7 @@ from shardema.files.safetensors import (
     sync_tree,
     write_file,
 )
+from shardema.files.steps import lock
 from shardema.ranks.agree import Ranks
 
 _REPLACED = "replaced.json"  # the old manifest, until the new one is durable
@@ -52,6 +54,7 @@ class NewFolder:
         self._ranks = ranks
         self._folder = ""
         self._made: list[str] = []  # folders above it
+        self._lock = -1  # of the temporary folder: a manager removes one that nobody holds
         self._moving = False  # the manifest of a replacement may have been renamed
 
     def begin(self, folder: str | os.PathLike[str], overwrite: bool) -> None:
@@ -103,6 +106,8 @@ class NewFolder:
             place, path = "", os.path.join(parent, f".{cut}.{secrets.token_hex(4)}.tmp")
         self.path, self.place = path, place
         os.mkdir(path)
+        self._lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        lock(self._lock)
 
     def commit(self) -> None:
         """Makes what was written count, durably. On the leader only.
@@ -172,6 +177,12 @@ class NewFolder:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self._folder, file.name))
 
+    def close(self) -> None:
+        """Unlocks what was written."""
+        if self._lock >= 0:
+            close_quietly(self._lock)
+            self._lock = -1
+
     def discard(self) -> None:
         """Removes what was written, after a failure. The leader does it."""
         if not self._ranks.leader:
@@ -205,6 +216,8 @@ def new_folder(
     except BaseException:
         new.discard()
         raise
+    finally:
+        new.close()
 
 
 def absolute(folder: str | os.PathLike[str], op: str) -> str:

@@ -1,0 +1,210 @@
+"""The checkpoints of a run, one folder for each step, in a directory that one manager writes to.
+
+::
+
+    run/average/
+        .lock                  held with flock by the manager that writes here
+        manager.json           the steps that a manager saved, so that it removes nothing else
+        step-00001000/         a checkpoint of ema.save
+        step-00002000/
+        .step-00003000.*.tmp   of a writer; locked while that lives
+
+A lock of the kernel ends with its process, however that ends, so nothing here depends on clocks,
+process numbers or hosts. Everything in this file is local: the leader calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable
+
+from shardema.errors import CheckpointError, abbreviate
+from shardema.files.safetensors import (
+    BROKEN,
+    checked_int,
+    close_quietly,
+    parse_json,
+    read_whole,
+    reporting,
+    sync_path,
+    write_file,
+)
+
+log = logging.getLogger(__name__)
+
+RECORD = "manager.json"
+LOCK = ".lock"
+MAX_STEP = 10**15
+_MAX_RECORD = 1 << 24  # bytes
+_STEP = re.compile(r"step-(\d{8,16})")
+_TEMPORARY = re.compile(r"\.step-\d{8,16}\.[0-9a-f]{8}\.(tmp|old)")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+
+
+def name_of(step: int) -> str:
+    """The folder of a step."""
+    return f"step-{step:08d}"
+
+
+class Steps:
+    """The steps in ``folder``; made with it, and locked, by the first method that is called."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._lock = -1
+
+    def open(self) -> None:
+        """Creates the directory if needed, and locks it.
+
+        Raises:
+            CheckpointError: another manager writes to it, or it cannot be written.
+        """
+        if self._lock >= 0:
+            return
+        path = os.path.join(self.folder, LOCK)
+        with reporting(self.folder, "opening"):
+            os.makedirs(self.folder, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            free = lock(fd)
+        except BaseException:
+            close_quietly(fd)
+            raise
+        if not free:
+            close_quietly(fd)
+            raise CheckpointError(
+                f"opening {self.folder}: another CheckpointManager writes to it; give each run a "
+                "directory of its own, or close() the other manager first",
+                path=self.folder,
+            )
+        self._lock = fd
+
+    def close(self) -> None:
+        """Unlocks the directory."""
+        if self._lock >= 0:
+            close_quietly(self._lock)
+            self._lock = -1
+
+    def path(self, step: int) -> str:
+        """Where the checkpoint of a step is."""
+        return os.path.join(self.folder, name_of(step))
+
+    def present(self) -> list[int]:
+        """All steps that have a folder, ascending; whether they are complete is not looked at."""
+        with reporting(self.folder, "reading"):
+            try:
+                names = os.listdir(self.folder)
+            except FileNotFoundError:
+                return []
+        found = (_STEP.fullmatch(name) for name in names)
+        steps = (int(match[1]) for match in found if match)
+        return sorted(step for step in steps if os.path.isdir(self.path(step)))
+
+    def recorded(self) -> list[int]:
+        """The steps that a manager saved here, or began to, ascending."""
+        path = os.path.join(self.folder, RECORD)
+        if not os.path.lexists(path):
+            return []
+        try:
+            steps = parse_json(read_whole(path, _MAX_RECORD))["steps"]
+            return sorted({checked_int(step) for step in steps})
+        except BROKEN as error:
+            raise CheckpointError(
+                f"reading {path}: {error!r:.300}: the file is damaged; remove it: the manager then "
+                "keeps every step that is there now",
+                path=path,
+            ) from error
+
+    def record(self, steps: Iterable[int]) -> None:
+        """Replaces the record, atomically and durably."""
+        path = os.path.join(self.folder, RECORD)
+        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+        with reporting(path, "writing"):
+            try:
+                write_file(temporary, json.dumps({"steps": sorted(set(steps))}).encode())
+                os.rename(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+            sync_path(self.folder)
+
+    def remove(self, steps: Iterable[int]) -> list[int]:
+        """Removes checkpoints; returns those that are gone. What fails is a warning.
+
+        Each one loses its name first, by one rename, so no reader finds half a checkpoint.
+        """
+        gone = []
+        for step in steps:
+            hidden = os.path.join(self.folder, f".{name_of(step)}.{secrets.token_hex(4)}.old")
+            try:
+                os.rename(self.path(step), hidden)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                log.warning("%s: cannot be removed: %s", self.path(step), error.strerror)
+                continue
+            gone.append(step)
+            _remove_tree(hidden)
+        return gone
+
+    def sweep(self) -> None:
+        """Removes what killed writers left; what a live one writes is locked, and stays."""
+        try:
+            names = os.listdir(self.folder)
+        except OSError as error:
+            log.warning("%s: cannot be cleaned up: %s", self.folder, error.strerror)
+            return
+        for name in filter(_TEMPORARY.fullmatch, names):
+            path = os.path.join(self.folder, name)
+            if name.endswith(".old") or not _is_locked(path):
+                _remove_tree(path)
+
+
+def lock(fd: int) -> bool:
+    """Locks an open file or folder until it is closed; False if another process holds it.
+
+    A file system without locks (some network ones) says True: there a second writer is not seen.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def _is_locked(path: str) -> bool:
+    """Whether a writer of a temporary folder is alive, or may be."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # also where the file system has no locks: nobody can tell
+        return True
+    finally:
+        close_quietly(fd)
+    return False
+
+
+def _remove_tree(path: str) -> None:
+    failed: list[str] = []
+
+    def note(_: object, name: str, error: object) -> None:
+        failed.append(name)
+
+    shutil.rmtree(path, onerror=note)
+    if failed:
+        log.warning("%s: cannot be removed: %s", path, abbreviate(failed))
