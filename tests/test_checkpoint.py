@@ -264,7 +264,10 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
     "a move in the future": (put(["averages", "ema", "moved_at"], 9), "moved at 9, at progress 1"),
     "part of an update": (put(["averages", "ema", "num_updates"], 0.5), "expected a count"),
     "no schedule": (put(["averages", "ema", "schedule"], {}), r"KeyError\('name'\)"),
-    "a schedule without a name": (put(["averages", "ema", "schedule", "name"], 3), "a string, got 3"),
+    "a schedule without a name": (
+        put(["averages", "ema", "schedule", "name"], 3),
+        "a string, got 3",
+    ),
     "other params": (put(["averages", "ema", "schedule", "params"], 1), "with the params 1"),
     "a dtype that is no text": (put(["averages", "ema", "dtype"], None), "a string, got None"),
     "an id that is no text": (put(["save_id"], None), "expected a string, got None"),

@@ -577,8 +577,16 @@ HEADERS = {
     "another dtype": (header(a=entry(0, 4, dtype="U7")), 4, "dtype 'U7' is not known"),
     "a name twice": (f'{{"a":{W},"a":{W}}}'.encode(), 4, "a duplicate key"),
     "a field twice": (f'{{"a":{W[:-1]},"dtype":"U8"}}}}'.encode(), 4, "a duplicate key"),
-    "metadata that is no text": (header(__metadata__={"a": 1}, b=entry(0, 4)), 4, "does not map strings to strings"),
-    "metadata in a list": (header(__metadata__=[], b=entry(0, 4)), 4, "does not map strings to strings"),
+    "metadata that is no text": (
+        header(__metadata__={"a": 1}, b=entry(0, 4)),
+        4,
+        "does not map strings to strings",
+    ),
+    "metadata in a list": (
+        header(__metadata__=[], b=entry(0, 4)),
+        4,
+        "does not map strings to strings",
+    ),
     "not a number": (f'{{"a":{W[:-1]},"x":NaN}}}}'.encode(), 4, "the number NaN"),
     "infinity": (f'{{"a":{W[:-1]},"x":-Infinity}}}}'.encode(), 4, "the number -Infinity"),
     "an endless number": (b'{"a":{"x":' + b"9" * 9999 + b"}}", 0, "a number of 9999 digits"),
