@@ -51,8 +51,8 @@ class ShadowPolicy:
             )
         if self.compute == "device" and self.device != "cpu":
             raise ValueError(
-                "ShadowPolicy: got compute='device' without device='cpu'; an average that is "
-                "stored with the weights is always computed there"
+                "ShadowPolicy: got compute='device' without device='cpu'; an average on the "
+                "model's device is always computed there"
             )
         every = self.update_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
@@ -67,7 +67,7 @@ class ShadowPolicy:
         if self.dtype not in ("auto", torch.float32, torch.float64):
             raise ValueError(
                 f"ShadowPolicy: got dtype={self.dtype!r}, expected 'auto', torch.float32 or "
-                "torch.float64; a 16-bit average rounds small changes away and stops moving"
+                "torch.float64; small updates of a 16-bit average round to zero"
             )
 
     def dtype_for(self, param: torch.dtype) -> torch.dtype:

@@ -41,6 +41,8 @@ class Block(contextlib.ContextDecorator):
         dropped: called if it was never entered.
     """
 
+    _used = True  # where an interrupt comes before the constructor's end, there is nothing to drop
+
     def __init__(
         self,
         enter: Callable[[], Any],

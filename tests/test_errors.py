@@ -88,7 +88,11 @@ def net() -> nn.Module:
             r"policies for \['a'\], expected \['ema'\]",
         ),
         (lambda: ShardedEMA(net(), 0.5, shadow="fp32"), TypeError, "expected a ShadowPolicy"),
-        (lambda: ShadowPolicy(dtype=torch.bfloat16), ValueError, "a 16-bit average rounds"),
+        (
+            lambda: ShadowPolicy(dtype=torch.bfloat16),
+            ValueError,
+            "updates of a 16-bit average round to zero",
+        ),
         (
             lambda: ShardedEMA(nn.Linear(2, 2, dtype=torch.complex64), 0.5),
             ValueError,

@@ -280,7 +280,7 @@ def test_what_the_next_move_would_forget_is_refused(rule: str, every: int) -> No
     ema = ShardedEMA(model, COPY[rule], shadow=ShadowPolicy(update_every=every))
     before = bits(ema)
     with pytest.raises(
-        ValueError, match=r"discards all of what is loaded at the next .*load_full\(sou"
+        ValueError, match=r"discards all of what is loaded at the next update; .*load_full\(sou"
     ):
         ema.load_full(full)
     assert bits(ema) == before

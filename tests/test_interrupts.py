@@ -190,7 +190,7 @@ CALLS: dict[str, Callable[[Kept], None]] = {
 POLICIES = {
     "beside": ShadowPolicy(),
     "offload": ShadowPolicy(device="cpu", staging_bytes=1 << 20),
-    "device offload": ShadowPolicy(device="cpu", compute="device", staging_bytes=1 << 20),
+    "device_offload": ShadowPolicy(device="cpu", compute="device", staging_bytes=1 << 20),
 }
 
 
@@ -347,7 +347,9 @@ def test_an_exchange_that_fails_is_not_tried_for_ever_and_nothing_goes_on_from_i
 def test_a_load_that_fails_half_way_is_told_until_another_one_is_whole(tmp_path: Path) -> None:
     kept = Kept(POLICIES["beside"], tmp_path)
     kept.state["averages"]["b"]["0.weight"].local = torch.zeros(4, 3, device="meta")
-    with pytest.raises(RuntimeError, match=r"load_state_dict failed: .*; the averages may be half"):
+    with pytest.raises(
+        RuntimeError, match=r"load_state_dict failed: .*; the averages may be partly"
+    ):
         kept.ema.load_state_dict(kept.state)
     for call in (kept.ema.update, lambda: kept.ema.full_state_dict("a"), kept.ema.state_dict):
         with pytest.raises(RuntimeError, match="the averages may be partly replaced"):

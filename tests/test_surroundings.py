@@ -24,7 +24,7 @@ from tests.contract import shared_folder
 POLICIES = {
     "beside": ShadowPolicy(),
     "offload": ShadowPolicy(device="cpu", staging_bytes=1 << 20),
-    "device offload": ShadowPolicy(device="cpu", compute="device", staging_bytes=1 << 20),
+    "device_offload": ShadowPolicy(device="cpu", compute="device", staging_bytes=1 << 20),
 }
 
 

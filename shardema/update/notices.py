@@ -37,7 +37,9 @@ class Notices:
                 "average %r: a decay of %g %s",
                 average.name,
                 odd,
-                "never moves" if odd == 1 else f"forgets nearly all; was {1 - odd:g} meant?",
+                "never moves"
+                if odd == 1
+                else f"keeps almost nothing of the past; was {1 - odd:g} meant?",
             )
 
     def missed(self, op: str, following: Following) -> None:
@@ -47,7 +49,7 @@ class Notices:
             attached, other = found
             self.once(
                 "missed",
-                "%s: the weights moved and no update came%s. Was the optimizer replaced that "
+                "%s: the weights changed without an update%s. Was the optimizer replaced that "
                 "is attached (%s), or is its step() never called? handle.remove(), and attach "
                 "the one that steps; else call ema.update() after each step. After weights "
                 "were loaded call ema.reset()",
@@ -61,7 +63,7 @@ class Notices:
         if not average.num_updates and not average.loaded:
             self.once(
                 "never",
-                "%s: average %r was never updated: it is the weights that it began with; call "
+                "%s: average %r was never updated: it still equals the initial weights; call "
                 "ema.update() after each step, or ema.attach(optimizer) once",
                 op,
                 average.name,
