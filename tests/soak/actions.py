@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardema import RankError
+from shardema import CheckpointManager, RankError
 from tests import zoo
 from tests.soak import models, peek
 from tests.soak.layouts import ALL
@@ -480,6 +480,25 @@ def load(at: Scene, *, back: int, stepped: bool) -> None:
     saved = at.saved[-1 - back % len(at.saved)]
     at.ema.load(saved.folder)
     at.truths = {name: truth.copy() for name, truth in saved.truths.items()}
+    at.take_first_ranks_buffers()
+    at.loaded()
+
+
+@action
+def managed(at: Scene, *, damaged: bool) -> None:
+    """Three steps of a manager that keeps two, and a resume from the newest that is whole."""
+    at.close_round()
+    folder = at.path("steps")
+    with CheckpointManager(at.ema, folder, keep_last=2) as manager:
+        for step in (1, 2, 3):
+            manager.save(step)
+        if dist.get_rank() == 0:
+            kept = [name for name in sorted(os.listdir(folder)) if "step-" in name]
+            assert kept == ["step-00000002", "step-00000003"], kept
+            if damaged:
+                os.truncate(os.path.join(folder, kept[-1], "shardema.json"), 100)
+        dist.barrier()
+        assert manager.resume() == (2 if damaged else 3)
     at.take_first_ranks_buffers()
     at.loaded()
 

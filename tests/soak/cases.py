@@ -215,6 +215,7 @@ KINDS: dict[str, Kind] = {
     "export": Kind(1, _export),
     "save": Kind(2, lambda rng, case: {"frozen": rng.random() < 0.3}),
     "load": Kind(2, _older),
+    "managed": Kind(0.7, lambda rng, case: {"damaged": rng.random() < 0.5}),
     "load_elsewhere": Kind(0.7, _other, layouts=tuple(n for n in ALL if n != "fsdp2-tp")),
     "load_full": Kind(3, _import),
     "dcp": Kind(1.5),
