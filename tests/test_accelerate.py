@@ -542,7 +542,10 @@ def a_folder_of_the_user_is_kept(folder: str) -> None:
     if dist.get_rank():  # the main process alone saves
         run.accelerator.save_state(folder)
     else:
-        with pytest.raises(CheckpointError, match=r"what is there is no EMA, so it is not repla"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"the existing folder is not an EMA checkpoint, so it is not repla",
+        ):
             run.accelerator.save_state(folder)
     assert (mine / "notes.txt").read_text() == "mine"
 

@@ -2,7 +2,7 @@
 
 ::
 
-    text -> syntax tree -> calls of known names with numbers, texts, lists -> {label: Schedule}
+    text -> syntax tree -> calls of known names with numbers, strings, lists -> {label: Schedule}
 
 Anything else in a text (attributes, lambdas, operators, comprehensions, other names) is refused.
 """

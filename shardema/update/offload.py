@@ -3,12 +3,12 @@
 ::
 
     HostOffload    device   params ---.              .---> params         a side stream
-                  host               '-> staging ---'                    two pinned buffers
-                  host                   lerp_(shadows, staging)         a worker thread
+                   host               '-> staging ---'                    two pinned buffers
+                   host                   lerp_(shadows, staging)         a worker thread
 
-    DeviceOffload    host     shadows --.               .--> shadows        pinned
-                  device             '-> chunk ------'                   two buffers, a stream each
-                  device                 lerp_(chunk, params)
+    DeviceOffload  host     shadows --.               .--> shadows        pinned
+                   device             '-> chunk ------'                   two buffers, a stream each
+                   device                 lerp_(chunk, params)
 
 Both cut the parameters into batches that each fill one buffer, and bind the kernel to every batch
 once, so that an update has nothing left to plan or to allocate. While one buffer is averaged the
@@ -51,7 +51,7 @@ _PATIENCE = 10.0  # seconds that the end of a process waits for a worker that do
 
 
 class HostOffload:
-    """Averages that lie in host memory, kept by a worker thread: at most one update behind.
+    """Updates averages in host memory on a worker thread, at most one update behind the step.
 
     A parameter that is listed several times, once for each of its averages, is copied once. Not
     thread-safe.
@@ -68,7 +68,7 @@ class HostOffload:
         ValueError: ``staging_bytes`` is too small.
     """
 
-    name = "host_offload"
+    name = "host_offload"  # beside the names of kernels
 
     def __init__(
         self,
@@ -81,12 +81,12 @@ class HostOffload:
     ) -> None:
         limit = half_of(staging_bytes)
         with writable():
-            slices = cut_pairs(shadows, params, slots, lambda _, p: limit // p.itemsize)
-            packed = pack(slices, lambda param_slice: param_slice.param.nbytes, limit)
+            pieces = cut_pairs(shadows, params, slots, lambda _, p: limit // p.itemsize)
+            packed = pack(pieces, lambda piece: piece.param.nbytes, limit)
             pinned = any(param.device.type == "cuda" for param in params)
-            sizes = buffer_sizes(packed, lambda param_slice: param_slice.param.nbytes)
+            sizes = buffer_sizes(packed, lambda piece: piece.param.nbytes)
             staging = [zeros(size, torch.uint8, pinned=pinned) for size in sizes]
-            self._copies = {p.param.device: CopyStreams(p.param.device, streams=1) for p in slices}
+            self._copies = {p.param.device: CopyStreams(p.param.device, streams=1) for p in pieces}
             batches = [
                 make_staged(
                     batch, k % 2, staging[k % 2], self._copies[batch[0][1].param.device], bind
@@ -175,11 +175,11 @@ class HostOffload:
 
 
 class DeviceOffload:
-    """Averages that lie in host memory and are computed on the parameters' device.
+    """Updates averages in host memory on the device of the parameters.
 
-    For a host that is too slow for `HostOffload`: more travels, and the host computes nothing.
-    There is no thread. An update that is interrupted (Ctrl-C) is carried on with by the next call
-    of any method. To be used from one thread at a time.
+    For a host that is too slow for `HostOffload`: shadows are copied both ways, and the host
+    computes nothing. There is no worker thread. The next call of any method completes an update
+    that was interrupted (Ctrl-C). Not thread-safe.
 
     Args:
         shadows: on the CPU, pinned where the parameters are on a GPU (see `zeros`); nobody else
@@ -213,15 +213,15 @@ class DeviceOffload:
         with writable():
             for device, mine in by_device.items():
                 copies = CopyStreams(device, streams=2)
-                # one pair a slice: nothing is saved by keeping the averages of one together
-                slices = [
-                    param_slice
+                # one pair a piece: nothing is saved by keeping the averages of one together
+                pieces = [
+                    piece
                     for i in mine
-                    for param_slice in cut_pairs(
+                    for piece in cut_pairs(
                         [shadows[i]], [params[i]], [slots[i]], lambda s, _: limit // 2 // s.itemsize
                     )
                 ]
-                packed = pack(slices, chunk_bytes, limit)
+                packed = pack(pieces, chunk_bytes, limit)
                 sizes = buffer_sizes(packed, chunk_bytes)
                 # on the streams that use it: what is freed too early is then used again in order
                 buffers = []

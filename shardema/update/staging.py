@@ -2,8 +2,8 @@
 
 ::
 
-    pairs  -cut_pairs->  slices     stretches of a parameter and of its averages
-    slices -pack->       batches    each fills one of two buffers
+    pairs  -cut_pairs->  pieces     stretches of a parameter and of its averages
+    pieces -pack->       batches    each fills one of two buffers
     batch  -make_staged->           parameters copied to the host, averaged there
            -make_chunk->            averages copied to the device, averaged there, and back
 """
@@ -146,7 +146,7 @@ class Chunk:
         self.copies.copy(self.shadows, self.chunks)
 
 
-_Packed = list[list[tuple[int, ParamSlice]]]  # batches of slices, each with its start in the buffer
+_Packed = list[list[tuple[int, ParamSlice]]]  # batches of pieces, each with its start in the buffer
 
 
 def half_of(staging_bytes: int) -> int:
@@ -172,27 +172,27 @@ def cut_pairs(
         # the averages of one parameter, where they are cut alike
         key = (param.data_ptr(), param.shape, param.stride(), shadow.stride())
         groups.setdefault(key, []).append(i)
-    slices = []
+    pieces = []
     for group in sorted(groups.values(), key=lambda group: str(params[group[0]].device)):
         param = params[group[0]]
         size = min(numel(shadows[i], param) for i in group)
         cut = [aligned_parts(shadows[i], param, size) for i in group]
         for parts in zip(*cut, strict=True):
             mine = [shadow for shadow, _ in parts]
-            slices.append(ParamSlice(parts[0][1], mine, [slots[i] for i in group]))
-    return slices
+            pieces.append(ParamSlice(parts[0][1], mine, [slots[i] for i in group]))
+    return pieces
 
 
-def pack(slices: Iterable[ParamSlice], nbytes: Callable[[ParamSlice], int], limit: int) -> _Packed:
+def pack(pieces: Iterable[ParamSlice], nbytes: Callable[[ParamSlice], int], limit: int) -> _Packed:
     """Batches that each fill a buffer of ``limit`` bytes and are of one device."""
     batches: _Packed = []
     used = limit
-    for param_slice in slices:
-        size = _aligned(nbytes(param_slice))
-        if used + size > limit or batches[-1][0][1].param.device != param_slice.param.device:
+    for piece in pieces:
+        size = _aligned(nbytes(piece))
+        if used + size > limit or batches[-1][0][1].param.device != piece.param.device:
             batches.append([])
             used = 0
-        batches[-1].append((used, param_slice))
+        batches[-1].append((used, piece))
         used += size
     return batches
 
@@ -216,34 +216,29 @@ def make_staged(
     copies: CopyStreams,
     bind: kernels.Bind,
 ) -> Staged:
-    staging = [
-        _view(buffer, at, param_slice.shadows[0], param_slice.param.dtype)
-        for at, param_slice in batch
-    ]
-    read = [(s, param_slice) for s, (_, param_slice) in zip(staging, batch, strict=True)]
+    staging = [_view(buffer, at, piece.shadows[0], piece.param.dtype) for at, piece in batch]
+    read = [(s, piece) for s, (_, piece) in zip(staging, batch, strict=True)]
     lerp_ = bind(
-        [shadow for _, param_slice in batch for shadow in param_slice.shadows],
-        [s for s, param_slice in read for _ in param_slice.shadows],
-        [slot for _, param_slice in batch for slot in param_slice.slots],
+        [shadow for _, piece in batch for shadow in piece.shadows],
+        [s for s, piece in read for _ in piece.shadows],
+        [slot for _, piece in batch for slot in piece.slots],
     )
-    return Staged(copies, k, staging, [param_slice.param for _, param_slice in batch], lerp_)
+    return Staged(copies, k, staging, [piece.param for _, piece in batch], lerp_)
 
 
-def _alike(param_slice: ParamSlice) -> bool:
-    """Whether the parameter lies as its chunk will, so that every kernel takes it as it is."""
-    shadow = param_slice.shadows[0]
-    return (
-        shadow.dtype == param_slice.param.dtype and dense_like(shadow) == param_slice.param.stride()
-    )
+def _alike(piece: ParamSlice) -> bool:
+    """Whether the parameter has the strides of its chunk: every kernel accepts it as it is."""
+    shadow = piece.shadows[0]
+    return shadow.dtype == piece.param.dtype and dense_like(shadow) == piece.param.stride()
 
 
-def chunk_bytes(param_slice: ParamSlice) -> int:
+def chunk_bytes(piece: ParamSlice) -> int:
     """Of the chunk and, after it, of the converted parameter.
 
     Not left to the kernel: it would take scratch for each batch anew.
     """
-    size = _aligned(param_slice.shadows[0].nbytes)
-    return size if _alike(param_slice) else 2 * size
+    size = _aligned(piece.shadows[0].nbytes)
+    return size if _alike(piece) else 2 * size
 
 
 def make_chunk(
@@ -253,13 +248,13 @@ def make_chunk(
     copies: CopyStreams,
     bind: kernels.Bind,
 ) -> Chunk:
-    shadows = [param_slice.shadows[0] for _, param_slice in batch]
-    slots = [param_slice.slots[0] for _, param_slice in batch]
+    shadows = [piece.shadows[0] for _, piece in batch]
+    slots = [piece.slots[0] for _, piece in batch]
     chunks, sources, converted, params = [], [], [], []
-    for at, param_slice in batch:
-        shadow, source = param_slice.shadows[0], param_slice.param
+    for at, piece in batch:
+        shadow, source = piece.shadows[0], piece.param
         chunks.append(_view(buffer, at, shadow, shadow.dtype))
-        if not _alike(param_slice):
+        if not _alike(piece):
             params.append(source)
             source = _view(buffer, at + _aligned(shadow.nbytes), shadow, shadow.dtype)
             converted.append(source)
