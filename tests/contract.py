@@ -629,7 +629,9 @@ def a_replica_that_is_none_is_refused(layout: Layout) -> None:
         view = ema.internal.averages["ema"].shadows.views[shard.fqn]
         (shard.local if layout.policy.shard_replicas else view).add_(1)
     for call in (ema.full_state_dict, lambda: ema.save("/nonexistent/x")):
-        with pytest.raises(RuntimeError, match=rf"{fqn}: ranks \[.*{holders[-1]}.*\] hold other"):
+        with pytest.raises(
+            RuntimeError, match=rf"{fqn}: ranks \[.*{holders[-1]}.*\] hold different"
+        ):
             call()
 
 

@@ -293,7 +293,7 @@ def test_a_callable_is_stored_by_what_it_does() -> None:
         (lambda: schedules.shift(0.9, by=math.inf), ValueError, "by: got inf"),
         (lambda: schedules.scaled(0.9, kappa=0), ValueError, "kappa: got 0"),
         (lambda: schedules.join([0.9], at=[]), ValueError, "got 1 schedules"),
-        (lambda: schedules.join([0.9, 0.8, 0.7], at=[5, 5]), ValueError, "expected rising"),
+        (lambda: schedules.join([0.9, 0.8, 0.7], at=[5, 5]), ValueError, "expected increasing"),
         (
             lambda: schedules.join([0.9, schedules.half_life(5, "token")], at=[5]),
             ValueError,

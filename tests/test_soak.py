@@ -51,7 +51,7 @@ def test_no_sequence_of_calls_is_wrong() -> None:
 def test_a_seed_draws_the_same_case_and_every_kind_is_drawn() -> None:
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)
-    drawn = {action.kind for seed in range(200) for action in draw(seed).actions}
+    drawn = {action.kind for seed in range(400) for action in draw(seed).actions}
     assert drawn == set(KINDS)
 
 

@@ -226,7 +226,7 @@ class join:
 
     Args:
         schedules: two or more of one unit; schedules, decays or callables.
-        at: progress at which the next one takes over, rising, one fewer than schedules.
+        at: progress at which the next one takes over, increasing, one fewer than schedules.
 
     >>> join([0.5, 0.25], at=[2]).retention(1, 3)
     0.125
