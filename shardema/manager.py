@@ -69,11 +69,6 @@ class CheckpointManager:
         self._resumed = False
         self._abandoned: list[int] = []  # steps beyond the one that was resumed from
 
-    @property
-    def every(self) -> int:
-        """`step` saves at multiples of it."""
-        return self._every
-
     def __repr__(self) -> str:
         keep = f"keep_last={self._keep_last}, keep_every={self._keep_every}"
         return f"CheckpointManager({self._steps.folder!r}, every={self._every}, {keep})"
@@ -266,12 +261,11 @@ class CheckpointManager:
 
 
 def _whole(name: str, value: Any) -> int:
+    text = f"CheckpointManager: got {name}={value!r}, expected an integer of 1 or more"
     if type(value) is not int:
-        raise TypeError(
-            f"CheckpointManager: got {name}={value!r}, expected an integer of 1 or more"
-        )
+        raise TypeError(text)
     if value < 1:
-        raise ValueError(f"CheckpointManager: got {name}={value}, expected an integer of 1 or more")
+        raise ValueError(text)
     return value
 
 
