@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from shardema import ShardedEMA, schedules
+from shardema import CheckpointError, ShardedEMA, schedules
 from tests import contract, world, zoo
 from tests.layouts import LAYOUTS
 
@@ -63,8 +63,14 @@ def load(layout: str, folder: str) -> None:
     model = build(layout)
     ema = ShardedEMA(model, RULES)
     for ranks, writer in WRITERS:
+        contract.write(model, values_at(1))
         ema.reset()
-        ema.load(f"{folder}/{writer}-{ranks}")
+        before = ema.full_state_dict("slow", all_ranks=True)
+        with pytest.raises(CheckpointError, match=r"not those .* saved with, after 3"):
+            ema.load(f"{folder}/{writer}-{ranks}", model="check")
+        contract.assert_same(ema.full_state_dict("slow", all_ranks=True), before)
+        contract.write(model, values_at(2))  # as at the save, on whatever layout it was
+        ema.load(f"{folder}/{writer}-{ranks}", model="check")
         assert (ema.t, ema.num_updates) == (3, 3)
         for name in RULES:
             full = ema.full_state_dict(name, all_ranks=True)

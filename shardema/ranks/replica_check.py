@@ -1,4 +1,4 @@
-"""Compares the values of replicas by hash, before the values of one of them are used for all."""
+"""Compares replicas by fingerprint, before the values of one of them are used for all."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from shardema.ranks.agree import Ranks
 from shardema.ranks.plan import Item, Plan
-from shardema.shards.boxes import Box, split_box
-from shardema.shards.strides import raw_bytes
+from shardema.shards.boxes import Box
+from shardema.shards.fingerprint import fingerprint, total
 
 
 def replica_digests(
     plan: Plan, local: Callable[[int, Box], Tensor], ranks: Ranks
 ) -> dict[str, str]:
-    """Hashes what this rank holds of replicated boxes, for the ranks to compare. Local.
+    """Fingerprints of what this rank holds of replicated boxes, for the ranks to compare. Local.
 
     Args:
         local: this rank's values of a box of item ``index``.
@@ -24,12 +24,7 @@ def replica_digests(
     Returns:
         A digest for each set of ranks, this rank among them, that hold the same boxes.
     """
-    digests: dict[str, xxhash.xxh3_128] = {}
-    for index, _, box, holders in _replicated(plan):
-        if ranks.index in holders:
-            key = _set_of(holders)
-            _hash_into(digests.setdefault(key, xxhash.xxh3_128()), local(index, box))
-    return {key: digest.hexdigest() for key, digest in digests.items()}
+    return _digests(plan, local, ranks, lambda item, holders: _set_of(holders))
 
 
 def differing(of_all_ranks: Sequence[Mapping[str, str]]) -> list[str]:
@@ -55,26 +50,47 @@ def refuse_replicas(
     """
 
     def look() -> dict[str, str]:
-        return {
-            item.fqn: _digest(local(index, box))
-            for index, item, box, holders in _replicated(plan)
-            if ranks.index in holders and _set_of(holders) in suspects
-        }
+        def key(item: Item, holders: tuple[int, ...]) -> str:
+            name = _set_of(holders)
+            return f"{name} {item.fqn}" if name in suspects else ""
+
+        return _digests(plan, local, ranks, key)
 
     def name_them(all_details: list[dict[str, str]]) -> None:
         for item in plan.items:
-            values = {i: d[item.fqn] for i, d in enumerate(all_details) if item.fqn in d}
-            odd = [i for i in values if values[i] != next(iter(values.values()))]
-            if odd:
-                first = ranks.ranks[next(iter(values))]
-                raise RuntimeError(
-                    f"{item.fqn}: ranks {[ranks.ranks[i] for i in odd]} hold different values from "
-                    f"rank {first}, so they are not replicas of one model; pass group= with the "
-                    "ranks that share it (expert parallel, re-indexed pipeline chunks), give the "
-                    "tensors distinct names, or make the ranks equal before training"
-                )
+            for name in suspects:
+                key = f"{name} {item.fqn}"
+                values = {i: d[key] for i, d in enumerate(all_details) if key in d}
+                odd = [i for i in values if values[i] != next(iter(values.values()))]
+                if odd:
+                    raise RuntimeError(_differ(item, ranks, next(iter(values)), odd))
 
     ranks.agree(f"{op} (comparing replicas)", look, name_them)
+
+
+def _differ(item: Item, ranks: Ranks, first: int, odd: Sequence[int]) -> str:
+    return (
+        f"{item.fqn}: ranks {[ranks.ranks[i] for i in odd]} hold different values from rank "
+        f"{ranks.ranks[first]}, so they are not replicas of one model; pass group= with the ranks "
+        "that share it (expert parallel, re-indexed pipeline chunks), give the tensors distinct "
+        "names, or make the ranks equal before training"
+    )
+
+
+def _digests(
+    plan: Plan,
+    local: Callable[[int, Box], Tensor],
+    ranks: Ranks,
+    key_of: Callable[[Item, tuple[int, ...]], str],
+) -> dict[str, str]:
+    """Fingerprints of this rank's replicated boxes by key; boxes with an empty key are left out."""
+    sums: dict[str, list[Tensor]] = {}
+    for index, item, box, holders in _replicated(plan):
+        key = key_of(item, holders) if ranks.index in holders else ""
+        if key:
+            part = fingerprint(item.fqn, item.shape, [(box, local(index, box))])
+            sums.setdefault(key, []).append(part)
+    return {key: f"{total(parts):016x}" for key, parts in sums.items()}
 
 
 def _set_of(holders: tuple[int, ...]) -> str:
@@ -88,14 +104,3 @@ def _replicated(plan: Plan) -> Iterator[tuple[int, Item, Box, tuple[int, ...]]]:
             for box, holders in item.holders:
                 if len(holders) > 1:
                     yield index, item, box, holders
-
-
-def _digest(tensor: Tensor) -> str:
-    digest = xxhash.xxh3_128()
-    _hash_into(digest, tensor)
-    return digest.hexdigest()
-
-
-def _hash_into(digest: xxhash.xxh3_128, tensor: Tensor) -> None:
-    for part in split_box(Box((0,) * tensor.dim(), tuple(tensor.shape)), 1 << 22):
-        digest.update(raw_bytes(part.view(tensor).cpu()))
