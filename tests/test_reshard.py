@@ -103,7 +103,34 @@ def test_every_layout_reads_every_other(checkpoints: Path, ranks: int) -> None:
         for size, layout in READERS
         if size == ranks
     ]
+    if ranks == 4:
+        facts.append(world.Fact("differing", a_rank_that_differs_in_one_box_is_named))
     world.hold(facts, ranks)
+
+
+def a_rank_that_differs_in_one_box_is_named() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    mesh = dist.init_device_mesh("cpu", (2, 2))
+    model = FullyShardedDataParallel(
+        nn.Linear(3, 5, bias=False),
+        device_mesh=mesh,
+        device_id=torch.device("cpu"),
+        sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+        use_orig_params=True,
+    )
+    ema = ShardedEMA(model, 0.5)
+    ema.full_state_dict()
+    (held,) = ema.internal.averages.weights.shards
+    assert len(held.boxes) == 2  # whole rows, and a part of one
+    rank = dist.get_rank()
+    for odd in (2, 3):  # replicas of 0 and 1
+        if rank == odd:
+            next(iter(ema.internal.averages["ema"].shadows.views.values()))[0] += 1
+        with pytest.raises(
+            RuntimeError, match=r"weight: ranks \[2\] hold different values from rank 0"
+        ):
+            ema.full_state_dict()
 
 
 def test_all_exports_are_the_same_bytes(checkpoints: Path) -> None:
