@@ -9,13 +9,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import xxhash
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
+from shardema.kernels import fingerprint as module
+from shardema.kernels.fingerprint import fingerprint, total
 from shardema.shards.boxes import Box, flat_boxes, split_box, whole
-from shardema.shards.fingerprint import fingerprint, total
 
-BLOCK = 1 << 16
+BLOCK = 4096
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.complex64]
 
 
@@ -47,13 +48,24 @@ def _of(fqn: str, values: Tensor, boxes: Any = None) -> int:
     return total([fingerprint(fqn, shape, parts)])
 
 
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiled code, which must be there, and as on a device or without a compiler."""
+    if request.param == "compiled":
+        assert module._library() is not None
+    else:
+        monkeypatch.setattr(module, "_library", lambda: None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
 def test_it_is_the_sum_of_the_definition(dtype: torch.dtype) -> None:
     values = (torch.randn(2, 33_001, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
     assert _of("layer.weight", values) == _by_definition("layer.weight", values)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(
+    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.sampled_from([(7,), (5, 6), (3, 4, 5), (2, 70_001), (300, 300), (), (0, 4)]),
     st.sampled_from(DTYPES),

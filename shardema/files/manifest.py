@@ -105,7 +105,7 @@ class StoredAverage:
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """See `shardema.shards.fingerprint`: of a full tensor in a dtype, 16 hexadecimal digits."""
+    """See `shardema.kernels.fingerprint`: of a full tensor in a dtype, 16 hexadecimal digits."""
 
     dtype: str
     digits: str

@@ -16,9 +16,9 @@ from torch import Tensor
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files.manifest import Fingerprint, Manifest
 from shardema.files.safetensors import NAMES
+from shardema.kernels.fingerprint import fingerprint, to_host
 from shardema.ranks.agree import Ranks
 from shardema.ranks.plan import Plan
-from shardema.shards.fingerprint import fingerprint, to_host
 from shardema.shards.shard import Shard
 
 log = logging.getLogger(__name__)

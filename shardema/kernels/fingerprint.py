@@ -8,25 +8,34 @@
 
 A change of one bit always changes the fingerprint, since the factors are odd; any other change is
 missed with a probability of about 2**-64. It detects accidents and does not protect against an
-adversary. The values are read once, on their device; 8 bytes a tensor are copied to the host.
+adversary. The values are read once, on their device; 8 bytes a tensor are copied to the host. On a
+CPU compiled code reads them, or torch where there is no compiler.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import logging
 import math
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
+from shardema.kernels import build
 from shardema.shards.boxes import Box, Dims, contiguous_runs, split_box
 
-_BLOCK = 1 << 16  # elements that have one table of factors; each block multiplies it by its own
-_ROWS = {"cpu": 1}  # blocks at a time: what fits into a cache
-_MOST_ROWS = 64
+log = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("fingerprint_cpu.cpp")
+_BLOCK = 4096  # elements that have one table of factors; each block multiplies it by its own
+_ROWS = {"cpu": 16}  # blocks at a time: what fits into a cache
+_MOST_ROWS = 1024
 _MOST = 1 << 22  # elements of a box that is not contiguous in the full tensor, at a time
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -43,7 +52,7 @@ def fingerprint(fqn: str, shape: Dims, boxes: Iterable[tuple[Box, Tensor]]) -> T
     Returns:
         int64 scalar on the values' device; 0 for no element.
     """
-    blocks = _block_factors(fqn, -(-math.prod(shape) // _BLOCK))
+    blocks = _odd(xxhash.xxh3_64_intdigest(fqn.encode()), -(-math.prod(shape) // _BLOCK))
     sums = [one for box, values in boxes for one in _of_box(shape, box, values, blocks)]
     return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64)
 
@@ -67,15 +76,19 @@ def total(sums: Sequence[Tensor]) -> int:
 def _of_box(shape: Dims, box: Box, values: Tensor, blocks: Tensor) -> Iterator[Tensor]:
     if box.numel == 0:
         return
-    starts = contiguous_runs(shape, box)[1]
-    if len(starts) == 1 and values.is_contiguous():
+    code = _library() if values.device.type == "cpu" else None
+    run, starts = contiguous_runs(shape, box)
+    if code is not None:
+        bits = _bits(values).contiguous()
+        yield torch.tensor(_compiled(code, bits, run, starts, blocks), device="cpu")
+    elif len(starts) == 1 and values.is_contiguous():
         yield from _of_run(_bits(values).view(-1), starts[0], blocks)
-        return
-    for part in split_box(box, _MOST):
-        bits = _bits(part.relative_to(box.offsets).view(values)).reshape(-1)
-        index = _indices(shape, part, bits.device)
-        factors = _table(bits.device)[index % _BLOCK] * blocks.to(bits.device)[index // _BLOCK]
-        yield (bits * factors).sum()
+    else:
+        for part in split_box(box, _MOST):
+            bits = _bits(part.relative_to(box.offsets).view(values)).reshape(-1)
+            index = _indices(shape, part, bits.device)
+            factors = _table(bits.device)[index % _BLOCK] * blocks.to(bits.device)[index // _BLOCK]
+            yield (bits * factors).sum()
 
 
 def _of_run(bits: Tensor, first: int, blocks: Tensor) -> Iterator[Tensor]:
@@ -115,11 +128,6 @@ def _indices(shape: Dims, box: Box, device: torch.device) -> Tensor:
 # ---- factors ------------------------------------------------------------------------------------
 
 
-def _block_factors(fqn: str, count: int) -> Tensor:
-    """An odd factor for each block of a tensor, ``[count]``, on the CPU."""
-    return _odd(xxhash.xxh3_64_intdigest(fqn.encode()), count)
-
-
 @functools.lru_cache(maxsize=8)
 def _table(device: torch.device) -> Tensor:
     """An odd factor for each element of a block, ``[_BLOCK]``."""
@@ -137,3 +145,38 @@ def _odd(seed: int, count: int) -> Tensor:
 
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio
+
+
+# ---- compiled -----------------------------------------------------------------------------------
+
+
+def _compiled(code: Any, bits: Tensor, run: int, starts: Sequence[int], blocks: Tensor) -> int:
+    """The sum as a signed integer. ``bits`` [len(starts) * run] is contiguous."""
+    places = (ctypes.c_int64 * len(starts))(*starts)
+    table = _table(bits.device)
+    size, count = bits.element_size(), len(starts)
+    addresses = table.data_ptr(), blocks.data_ptr()
+    value: int = code(bits.data_ptr(), size, run, count, places, *addresses)
+    return value
+
+
+_once = threading.Lock()
+
+
+def _library() -> Any:
+    """The compiled function; None where it cannot be had, which is logged once."""
+    with _once:
+        return _load()
+
+
+@functools.cache
+def _load() -> Any:
+    try:
+        code = build.load(_SOURCE, (*build.FLAGS, *build.instructions())).shardema_fingerprint
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        log.info("fingerprints cannot be compiled for the CPU, torch computes them: %s", error)
+        return None
+    address, number = ctypes.c_void_p, ctypes.c_int64
+    code.restype = number
+    code.argtypes = [address, number, number, number, address, address, address]
+    return code

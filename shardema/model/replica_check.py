@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import xxhash
 from torch import Tensor
 
+from shardema.kernels.fingerprint import fingerprint, total
 from shardema.ranks.agree import Ranks
 from shardema.ranks.plan import Item, Plan
 from shardema.shards.boxes import Box
-from shardema.shards.fingerprint import fingerprint, total
 
 
 def replica_digests(
