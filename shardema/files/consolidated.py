@@ -19,6 +19,7 @@ from shardema.files.safetensors import (
     WHOLE,
     Entry,
     checked_int,
+    is_file_name,
     local_path,
     opened,
     parse_json,
@@ -82,7 +83,7 @@ def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
         ) from error
     found: dict[str, Place] = {}
     for name in names:
-        if not isinstance(name, str) or os.path.basename(name) != name:
+        if not is_file_name(name):
             raise CheckpointError(
                 f"reading {index}: it names {name!r:.300}, outside it", path=index
             )

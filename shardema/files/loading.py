@@ -162,7 +162,7 @@ def _check_schedule(op: str, average: Average, was: dict[str, Any], otherwise: s
     now = describe(average.schedule)
     if was != now:
         raise ValueError(
-            f"{op}: average {average.name!r} was kept with schedule {was}, this object has "
+            f"{op}: average {average.name!r} was kept with schedule {was!s:.1000}, this object has "
             f"{now}; build it with the same schedule{otherwise}"
         )
 
