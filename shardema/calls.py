@@ -19,6 +19,7 @@ import torch
 
 from shardema.arguments import check_dtype
 from shardema.files import pretrained
+from shardema.files.background import PendingSave
 from shardema.model import own_state, replica_check, selection
 from shardema.model.own_state import Outward, OwnState
 from shardema.policy import ShadowPolicy
@@ -98,6 +99,7 @@ class Calls:
         iterations: open `iter_full` iterations.
         outward: facts about the model's state dict that are equal on all ranks.
         own: what the model's own code adds to its state dict, on this rank.
+        pending: a save that is being written, or None.
     """
 
     def __init__(self, averages: Averages, updates: Updates, notices: Notices) -> None:
@@ -107,6 +109,7 @@ class Calls:
         self.iterations: set[Iteration] = set()
         self.outward = Outward.none()
         self.own = OwnState()
+        self.pending: PendingSave | None = None
         self._added: list[Shard] = []  # tensors that modules add to the state dict, on this rank
         self._plans: dict[bool, Plan] = {}  # False: whole shards; True: the replicas' slices
         self._planned: tuple[Any, ...] = ()  # `Weights.stamp` when the plans were made
@@ -160,6 +163,13 @@ class Calls:
         """Makes the update of an open round of `attach`, before an average is read."""
         if self.swap.inside is None:
             self.updates.following.close()
+
+    def finish_save(self) -> None:
+        """Waits for a save that is being written; raises its error. Collective if there is one."""
+        pending = self.pending
+        if pending is not None and not pending.finished:
+            pending.result()
+        self.pending = None
 
     # ---- the start of a collective call -------------------------------------------------------
 

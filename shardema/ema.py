@@ -32,6 +32,7 @@ from shardema.backends.tree import unwrap
 from shardema.calls import Call, Calls
 from shardema.files import checkpoint, dcp, loading, pretrained
 from shardema.files import export as exporter
+from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
 from shardema.gathering import full_tensors
 from shardema.model import selection
@@ -594,7 +595,8 @@ class ShardedEMA:
         *,
         include_frozen: bool = False,
         overwrite: bool = False,
-    ) -> None:
+        wait: bool = True,
+    ) -> PendingSave | None:
         """Writes every average, its progress and its schedule to a new folder. Collective.
 
         Every rank writes its own shards; replicas share the work. The checkpoint contains no
@@ -607,6 +609,14 @@ class ShardedEMA:
                 needs them, `load` does not.
             overwrite: the folder may exist if it is a complete checkpoint of `save`. It is
                 replaced atomically once the new one is complete. Other folders are not replaced.
+            wait: if False, return once the averages are copied to host memory, of their size; a
+                thread writes them while training goes on. One such save at a time: the next `save`
+                and `load` wait for it. The files hold the averages as they were at the call.
+
+        Returns:
+            None; with ``wait=False`` a `PendingSave`, whose ``result()`` waits. An error of the
+            thread is raised by ``result()``, or by the next `save` or `load`; if the program ends
+            before, it is printed and the exit status is 1.
 
         Raises:
             CheckpointError: the folder exists, or a write failed (a full disk). Raised on all
@@ -621,9 +631,11 @@ class ShardedEMA:
                 "path": absolute(folder, "save"),
                 "include_frozen": bool(include_frozen),
                 "overwrite": bool(overwrite),
+                "wait": bool(wait),
             }
 
         calls, averages = self._calls, self._averages
+        calls.finish_save()
         calls.begin(
             Call(
                 "save",
@@ -635,7 +647,7 @@ class ShardedEMA:
         )
         with writable(), calls.ranks.together("save"):
             module = unwrap(averages.weights.models[0])
-            checkpoint.save_averages(
+            calls.pending = checkpoint.save_averages(
                 folder,
                 [calls.contents(average) for average in averages.values()],
                 calls.own_contents(),
@@ -645,7 +657,9 @@ class ShardedEMA:
                 include_frozen=include_frozen,
                 overwrite=overwrite,
                 extra=lambda place: pretrained.write_config(module, place, None),
+                wait=wait,
             )
+        return calls.pending
 
     def load(
         self,
@@ -683,6 +697,7 @@ class ShardedEMA:
         if model not in ("check", None):
             raise ValueError(f"load: got model={model!r}, expected 'check' or None")
         added, dropped = _names(add), _names(drop)
+        self._calls.finish_save()
         self._calls.begin(
             Call(
                 "load",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import manifest
+from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
 from shardema.files.steps import MAX_STEP, Steps
 
@@ -31,7 +32,8 @@ class CheckpointManager:
                 manager.step(step)
 
     Each step has a folder ``step-00001000`` in ``dir``, a checkpoint of `ShardedEMA.save`. The
-    first rank locks ``dir`` while the manager is open. All methods but `close` are collective.
+    first rank locks ``dir`` while the manager is open. All methods are collective; `close` is if a
+    save is being written.
 
     Args:
         ema: what is saved and loaded.
@@ -40,6 +42,9 @@ class CheckpointManager:
         keep_last: how many of the newest steps are kept; None keeps all.
         keep_every: steps that are multiples of it are kept for ever, beside the newest.
         include_frozen: as for `ShardedEMA.save`.
+        wait: if False, a save returns once the averages are copied to host memory, and a thread
+            writes them; see `ShardedEMA.save`. The next save, `resume` and `close` wait for it and
+            raise its error; steps are removed only after it.
 
     Raises:
         ValueError, TypeError: a number that is no integer of 1 or more, or a path that is not
@@ -55,6 +60,7 @@ class CheckpointManager:
         keep_last: int | None = None,
         keep_every: int | None = None,
         include_frozen: bool = False,
+        wait: bool = True,
     ) -> None:
         if not isinstance(ema, ShardedEMA):
             raise TypeError(f"CheckpointManager: got {type(ema).__name__}, expected a ShardedEMA")
@@ -63,7 +69,8 @@ class CheckpointManager:
         self._every = _whole("every", every)
         self._keep_last = None if keep_last is None else _whole("keep_last", keep_last)
         self._keep_every = None if keep_every is None else _whole("keep_every", keep_every)
-        self._include_frozen = include_frozen
+        self._include_frozen, self._wait = include_frozen, bool(wait)
+        self._pending: tuple[PendingSave, int, list[int]] | None = None  # and what `_rotate` needs
         self._steps = Steps(absolute(dir, "CheckpointManager"))
         self._last = -1  # the step that was saved or resumed from
         self._resumed = False
@@ -101,6 +108,7 @@ class CheckpointManager:
                 needs no cleaning up.
         """
         _checked_step("save", step)
+        self._finish()
         path = self._steps.path(step)
 
         def prepare(_: list[Any]) -> bool:
@@ -110,8 +118,28 @@ class CheckpointManager:
 
         same = {"step": step, "dir": self._steps.folder, **self._policy()}
         replace = self._ranks.agree("CheckpointManager.save", None, prepare, same=same)
-        self._ema.save(path, include_frozen=self._include_frozen, overwrite=replace)
+        pending = self._ema.save(
+            path, include_frozen=self._include_frozen, overwrite=replace, wait=self._wait
+        )
         self._last, abandoned, self._abandoned = step, self._abandoned, []
+        if pending is not None:
+            self._pending = pending, step, abandoned
+        elif self._ranks.leader:
+            self._rotate(step, abandoned)
+
+    def _finish(self) -> None:
+        """Waits for the save that is being written. Collective if there is one."""
+        if self._pending is None:
+            return
+        pending, step, abandoned = self._pending
+        try:
+            if not pending.finished:
+                pending.result()
+        except BaseException:
+            if pending.finished:
+                self._abandoned, self._pending = abandoned, None
+            raise
+        self._pending = None
         if self._ranks.leader:
             self._rotate(step, abandoned)
 
@@ -139,6 +167,8 @@ class CheckpointManager:
         """
         if step is not None:
             _checked_step("resume", step)
+
+        self._finish()
 
         def look(_: list[Any]) -> list[list[int]]:
             self._steps.open()
@@ -172,8 +202,17 @@ class CheckpointManager:
         ) from reason
 
     def close(self) -> None:
-        """Unlocks ``dir``; the manager may be used again, and locks it then. Local."""
-        self._steps.close()
+        """Waits for a save that is being written, and unlocks ``dir``. Collective if there is one.
+
+        The manager may be used again, and locks ``dir`` then.
+
+        Raises:
+            CheckpointError, RankError: the save failed.
+        """
+        try:
+            self._finish()
+        finally:
+            self._steps.close()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -184,11 +223,14 @@ class CheckpointManager:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        if kind is None:
+            self.close()
+        else:  # the other ranks may not come; the thread goes on, and the interpreter waits for it
+            self._steps.close()
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # its constructor raised
-            self.close()
+            self._steps.close()
 
     # ---- on the leader ------------------------------------------------------------------------
 

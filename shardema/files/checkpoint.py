@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from torch import Tensor
 from shardema.errors import abbreviate
 from shardema.files import manifest as manifests
 from shardema.files import pairing
-from shardema.files.folder import new_folder
+from shardema.files.background import PendingSave
+from shardema.files.folder import NewFolder, new_folder
 from shardema.files.manifest import (
     BLOCK,
     Manifest,
@@ -48,6 +50,17 @@ from shardema.shards.strides import raw_bytes
 from shardema.update.average import Average
 
 _CHUNK = BLOCK  # bytes that travel from a device at a time
+_Told = tuple[dict[str, Any] | None, list[pairing.Part]]  # entry of a file, fingerprints
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A box that this rank writes: its key in the file, the number of its tensor, its values."""
+
+    key: str
+    number: int
+    box: Box
+    values: Tensor
 
 
 def save_averages(
@@ -61,7 +74,8 @@ def save_averages(
     include_frozen: bool,
     overwrite: bool,
     extra: Callable[[str], None],
-) -> None:
+    wait: bool,
+) -> PendingSave | None:
     """Writes averages, and what belongs to them of the model. Collective.
 
     Args:
@@ -71,7 +85,7 @@ def save_averages(
         outward: what the model's own code makes of its state.
         weights: this rank's shards of the averaged tensors, of which the fingerprint is kept.
         include_frozen: also the parameters that are not averaged.
-        overwrite, extra: as for `save`.
+        overwrite, extra, wait: as for `save`.
     """
     if include_frozen:
         outward.check_tensors(
@@ -95,7 +109,17 @@ def save_averages(
     left_out += sorted(outward.holders)
     sources = [*(one.only(averaged) for one in averages), own.only(rest)]
     parts = pairing.local_parts(own.plan, weights, own.ranks)
-    save(folder, sources, progress, left_out, parts, own.ranks, extra=extra, overwrite=overwrite)
+    return save(
+        folder,
+        sources,
+        progress,
+        left_out,
+        parts,
+        own.ranks,
+        extra=extra,
+        overwrite=overwrite,
+        wait=wait,
+    )
 
 
 def progress_of(average: Average) -> StoredAverage:
@@ -119,7 +143,8 @@ def save(
     *,
     extra: Callable[[str], None],
     overwrite: bool,
-) -> None:
+    wait: bool,
+) -> PendingSave | None:
     """Writes a checkpoint. Collective over ``ranks``.
 
     Args:
@@ -127,33 +152,59 @@ def save(
         parts: this rank's fingerprints of the model.
         extra: called on the leader with the temporary folder, to write what else belongs in it.
         overwrite: a complete checkpoint may be there, and is replaced.
+        wait: whether it is written on return; else values are copied, and a thread writes them.
 
     Raises:
         CheckpointError: on all ranks, if any could not write; nothing is left behind.
     """
     tensors = _tensors(sources)
+    nbytes = _busiest(sources)
+
+    def commit(new: NewFolder, told: Sequence[_Told]) -> None:
+        manifest = Manifest(
+            secrets.token_hex(16),
+            ranks.size,
+            dict(averages),
+            tensors,
+            tuple(left_out),
+            tuple(_stored_file(entry, tensors) for entry, _ in told if entry is not None),
+            new.place,
+            model=pairing.merged(sources[-1].plan, [theirs for _, theirs in told]),
+        )
+        with reporting(new.path, "save to"):
+            write_file(os.path.join(new.path, manifests.NAME), manifests.pack(manifest))
+        new.commit()
+
+    def write(new: NewFolder, boxes: Sequence[_Box]) -> _Told:
+        return _write_rank(new.path, boxes, ranks), list(parts)
+
     with new_folder(folder, "save", ranks, overwrite=overwrite) as new:
 
-        def finish(told: list[tuple[dict[str, Any] | None, list[pairing.Part]]]) -> None:
-            manifest = Manifest(
-                secrets.token_hex(16),
-                ranks.size,
-                dict(averages),
-                tensors,
-                tuple(left_out),
-                tuple(_stored_file(entry, tensors) for entry, _ in told if entry is not None),
-                new.place,
-                model=pairing.merged(sources[-1].plan, [theirs for _, theirs in told]),
-            )
+        def write_extra() -> None:
             with reporting(new.path, "save to"):
                 extra(new.path)
-                write_file(os.path.join(new.path, manifests.NAME), manifests.pack(manifest))
-            new.commit()
 
-        def write() -> tuple[dict[str, Any] | None, Sequence[pairing.Part]]:
-            return _write_rank(new.path, sources, ranks), parts
+        def finish(told: list[_Told]) -> None:
+            write_extra()
+            commit(new, told)
 
-        ranks.agree("save (writing)", write, finish, nbytes=_busiest(sources))
+        if wait:
+            boxes = _boxes_of(sources, ranks)
+            ranks.agree("save (writing)", lambda: write(new, boxes), finish, nbytes=nbytes)
+            return None
+        staged: list[_Box] = []
+
+        def stage() -> None:
+            staged.extend(replace(box, values=_on_host(box)) for box in _boxes_of(sources, ranks))
+
+        ranks.agree("save (staging)", stage, lambda _: write_extra(), nbytes=nbytes)
+        return PendingSave(
+            new.handed_over(),
+            ranks,
+            lambda: write(new, staged),
+            lambda told: commit(new, told),
+            nbytes,
+        )
 
 
 def _busiest(sources: Sequence[Contents]) -> int:
@@ -162,9 +213,9 @@ def _busiest(sources: Sequence[Contents]) -> int:
     return max(map(sum, zip(*loads, strict=True)))
 
 
-def _write_rank(temporary: str, sources: Sequence[Contents], ranks: Ranks) -> dict[str, Any] | None:
-    """Writes this rank's file and returns its entry for the manifest; None if it owns nothing."""
-    found = []  # key, dtype, number of the tensor, box, values
+def _boxes_of(sources: Sequence[Contents], ranks: Ranks) -> list[_Box]:
+    """The boxes that this rank writes."""
+    found = []
     first = 0
     several = sum(source.name is not None for source in sources) > 1
     for source in sources:
@@ -175,25 +226,35 @@ def _write_rank(temporary: str, sources: Sequence[Contents], ranks: Ranks) -> di
             boxes = [box for (box, _), writer in pairs if writer == ranks.index]
             for k, box in enumerate(boxes):
                 key = f"{prefix}{item.fqn}" + (f"#{k}" if len(boxes) > 1 else "")
-                values = source.holdings(index, box)
-                found.append((key, values.dtype, first + number, box, values))
+                found.append(_Box(key, first + number, box, source.holdings(index, box)))
         first += len(source.chosen)
-    if not found:
+    return found
+
+
+def _on_host(box: _Box) -> Tensor:
+    """A copy of the values in host memory, which no update changes."""
+    values = box.values
+    return torch.empty(box.box.sizes, dtype=values.dtype, device="cpu").copy_(values)
+
+
+def _write_rank(temporary: str, boxes: Sequence[_Box], ranks: Ranks) -> dict[str, Any] | None:
+    """Writes this rank's file and returns its entry for the manifest; None if it owns nothing."""
+    if not boxes:
         return None
-    head, entries = layout([(key, dtype, box.sizes) for key, dtype, _, box, _ in found])
-    found.sort(key=lambda part: entries[part[0]].start)
-    size = len(head) + sum(entries[part[0]].nbytes for part in found)
+    head, entries = layout([(one.key, one.values.dtype, one.box.sizes) for one in boxes])
+    boxes = sorted(boxes, key=lambda one: entries[one.key].start)
+    size = len(head) + sum(entries[one.key].nbytes for one in boxes)
     name = f"rank-{ranks.index:05d}-of-{ranks.size:05d}.safetensors"
     path = os.path.join(temporary, name)
     blocks: list[str] = []
     with reporting(path, "writing"), NewFile(path, size) as file:
         offset = 0
-        for block in _in_blocks(head, (part[4] for part in found)):
+        for block in _in_blocks(head, (one.values for one in boxes)):
             blocks.append(xxhash.xxh3_128_hexdigest(block))
             file.write_at(offset, block)
             offset += len(block)
         file.sync()
-    pieces = [[number, box.offsets, box.sizes] for _, _, number, box, _ in found]
+    pieces = [[one.number, one.box.offsets, one.box.sizes] for one in boxes]
     return {"name": name, "size": size, "head": len(head), "blocks": blocks, "pieces": pieces}
 
 

@@ -43,6 +43,7 @@ class NewFolder:
     """A folder that the ranks write into; made by `new_folder`.
 
     Attributes:
+        folder: its name.
         path: where they write.
         place: name of ``path`` where it stays in the folder that it replaces, else "".
     """
@@ -52,8 +53,9 @@ class NewFolder:
         self.place = ""
         self._op = op
         self._ranks = ranks
-        self._folder = ""
+        self.folder = ""
         self._made: list[str] = []  # folders above it
+        self._handed_over = False  # `close` is for another thread to call
         self._lock = -1  # of the temporary folder: a manager removes one that nobody holds
         self._moving = False  # the manifest of a replacement may have been renamed
 
@@ -62,20 +64,20 @@ class NewFolder:
         op, ranks = self._op, self._ranks
 
         def propose() -> str:
-            self._folder = absolute(folder, op)
-            with reporting(self._folder, f"{op} to"):
-                if _exists(self._folder) and not overwrite:
-                    raise CheckpointError(_exists_already(op, self._folder), path=self._folder)
-            return self._folder
+            self.folder = absolute(folder, op)
+            with reporting(self.folder, f"{op} to"):
+                if _exists(self.folder) and not overwrite:
+                    raise CheckpointError(_exists_already(op, self.folder), path=self.folder)
+            return self.folder
 
         def choose(proposals: list[str]) -> list[str]:
             for rank, proposal in zip(ranks.ranks, proposals, strict=True):
-                if proposal != self._folder:
+                if proposal != self.folder:
                     raise ValueError(
                         f"{op}: rank {rank} names {proposal}, rank {ranks.ranks[0]} names "
-                        f"{self._folder}; give the same path on every rank"
+                        f"{self.folder}; give the same path on every rank"
                     )
-            with reporting(self._folder, f"{op} to"):
+            with reporting(self.folder, f"{op} to"):
                 self._make()
             return [self.path, self.place]
 
@@ -85,20 +87,20 @@ class NewFolder:
             with reporting(self.path, f"{op} to"):
                 if not _exists(self.path):
                     raise CheckpointError(
-                        f"{op} to {self._folder}: rank {ranks.rank} does not see the folder that "
+                        f"{op} to {self.folder}: rank {ranks.rank} does not see the folder that "
                         f"rank {ranks.ranks[0]} made; give a path on a file system that all ranks "
                         "share",
-                        path=self._folder,
+                        path=self.folder,
                     )
 
         ranks.agree(f"{op} (looking)", look)
 
     def _make(self) -> None:
-        parent, name = os.path.split(self._folder)
-        if _exists(self._folder):
-            _replaceable(self._folder, self._op)
+        parent, name = os.path.split(self.folder)
+        if _exists(self.folder):
+            _replaceable(self.folder, self._op)
             place = f"save-{secrets.token_hex(8)}"
-            path = os.path.join(self._folder, place)
+            path = os.path.join(self.folder, place)
         else:
             make_folders(parent, self._made)
             sync_path(parent)  # where that fails, the rename could not be made durable either
@@ -115,7 +117,7 @@ class NewFolder:
         Raises:
             CheckpointError: it could not; what was there before is there.
         """
-        with reporting(self._folder, f"{self._op} to"):
+        with reporting(self.folder, f"{self._op} to"):
             sync_tree(self.path)  # the model's config was written by its own code
             if self.place:
                 self._replace()
@@ -123,22 +125,22 @@ class NewFolder:
                 self._rename()
 
     def _rename(self) -> None:
-        if _exists(self._folder):
+        if _exists(self.folder):
             raise CheckpointError(
-                f"{self._op} to {self._folder}: it was created by another process during the "
+                f"{self._op} to {self.folder}: it was created by another process during the "
                 f"{self._op}",
-                path=self._folder,
+                path=self.folder,
             )
-        os.rename(self.path, self._folder)
-        self._settle(os.path.dirname(self._folder), lambda: os.rename(self._folder, self.path))
+        os.rename(self.path, self.folder)
+        self._settle(os.path.dirname(self.folder), lambda: os.rename(self.folder, self.path))
 
     def _replace(self) -> None:
-        old = _replaceable(self._folder, self._op)
-        shown, hidden = os.path.join(self._folder, NAME), os.path.join(self.path, NAME)
+        old = _replaceable(self.folder, self._op)
+        shown, hidden = os.path.join(self.folder, NAME), os.path.join(self.path, NAME)
         kept = os.path.join(self.path, _REPLACED)
         write_file(kept, read_whole(shown, MAX_MANIFEST))
         sync_path(self.path)
-        sync_path(self._folder)  # the files are to be found before anything says that they count
+        sync_path(self.folder)  # the files are to be found before anything says that they count
 
         def undo() -> None:
             os.rename(kept, shown)
@@ -146,7 +148,7 @@ class NewFolder:
 
         self._moving = True
         os.rename(hidden, shown)
-        self._settle(self._folder, undo)
+        self._settle(self.folder, undo)
         self._clear(old, kept)
 
     def _settle(self, parent: str, undo: Callable[[], None]) -> None:
@@ -158,9 +160,9 @@ class NewFolder:
                 undo()
             except OSError:
                 raise CheckpointError(
-                    f"{self._op} to {self._folder}: it is complete, but {parent} could not "
+                    f"{self._op} to {self.folder}: it is complete, but {parent} could not "
                     f"be synced ({error.strerror}), so a power failure may still take it away",
-                    path=self._folder,
+                    path=self.folder,
                     errno=error.errno,
                 ) from error
             raise
@@ -170,12 +172,17 @@ class NewFolder:
         with contextlib.suppress(OSError):
             os.unlink(kept)
         with contextlib.suppress(OSError):
-            for name in os.listdir(self._folder):
+            for name in os.listdir(self.folder):
                 if PLACE.fullmatch(name) and name != self.place:
-                    shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)
+                    shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
         for file in () if old.place else old.files:
             with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self._folder, file.name))
+                os.unlink(os.path.join(self.folder, file.name))
+
+    def handed_over(self) -> NewFolder:
+        """Itself, which `new_folder` does not close then."""
+        self._handed_over = True
+        return self
 
     def close(self) -> None:
         """Unlocks what was written."""
@@ -215,8 +222,9 @@ def new_folder(
         yield new
     except BaseException:
         new.discard()
+        new.close()
         raise
-    finally:
+    if not new._handed_over:
         new.close()
 
 

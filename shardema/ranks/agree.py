@@ -56,6 +56,11 @@ _GLANCE = 0.5  # seconds between two looks at the store in a transfer
 _T = TypeVar("_T")
 
 
+def patience(timeout: float, nbytes: int) -> float:
+    """Seconds that ranks wait for one that moves so many bytes."""
+    return max(timeout, nbytes / _SLOWEST)
+
+
 class Ranks:
     """The ranks that share a model.
 
@@ -284,7 +289,7 @@ class Ranks:
             raised = error
             message["error"] = packed(error, self.rank)
         message["same"] = same
-        answer = self._exchange(op, message, reply, max(self.timeout, nbytes / _SLOWEST))
+        answer = self._exchange(op, message, reply, patience(self.timeout, nbytes))
         if raised is not None and not isinstance(raised, Exception):
             raise mark_shared(raised)
         if "error" in answer:
