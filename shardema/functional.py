@@ -24,7 +24,7 @@ def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
 
     Raises:
         ValueError: a decay outside [0, 1]; a parameter or buffer that only one of the modules has,
-            or that differs between them in dtype or in the part that this rank holds.
+            or whose dtype, shape or local shard differs between them; a DeepSpeed engine.
 
     Example:
         >>> import copy, torch

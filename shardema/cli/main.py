@@ -1,6 +1,6 @@
-"""The command line: look into checkpoints, export them, draw averages, without the model's code.
+"""The command line: inspects and exports checkpoints, plots averages; needs no model code.
 
-Exit codes: 0 done, 1 the checkpoint, the log or the disk is at fault, 2 the command is.
+Exit codes: 0 success, 1 an error of the checkpoint, the log or the file system, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="shardema")
 def main() -> None:
-    """Checkpoints of averaged weights: what is in them, and one file out of them."""
+    """Inspect and export checkpoints of averaged weights; plot averages."""
 
 
 @main.command()
@@ -66,12 +66,12 @@ def inspect(checkpoint: str, tensors: bool, as_json: bool) -> None:
 
 
 def _shown(text: object) -> str:
-    """``text`` without what a terminal acts on, or cannot show: names may hold anything."""
+    """``text`` with unprintable characters escaped: names may contain any."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _row(table: Table, *cells: object) -> None:
-    """Adds cells as they are: brackets in them are no markup."""
+    """Adds cells as plain text: rich interprets brackets in strings as markup."""
     table.add_row(*(Text(_shown(cell)) for cell in cells))
 
 
@@ -156,11 +156,11 @@ def _size(nbytes: float) -> str:
 @main.command()
 @click.argument("checkpoint", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--average", help="Which average, where there are several.")
+@click.option("--average", help="Name of the average, if there are several.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Dtype of the weights in OUT.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Size of one file.")
-@click.option("--partial", is_flag=True, help="Go on though the checkpoint left parameters out.")
-@click.option("--quiet", is_flag=True, help="No progress bar and no last line.")
+@click.option("--partial", is_flag=True, help="Export without parameters that are not saved.")
+@click.option("--quiet", is_flag=True, help="Print no progress bar and no summary.")
 def export(
     checkpoint: str,
     out: str,
@@ -197,15 +197,15 @@ def export(
 
 @main.group()
 def plot() -> None:
-    """Draw what averages are made of, how they decay, and what they do in a run."""
+    """Plot weight profiles and decays of averages, and learning curves."""
 
 
 _FORMATS = (".png", ".svg", ".pdf")
-_force = click.option("--force", is_flag=True, help="Replace the picture if it exists.")
+_force = click.option("--force", is_flag=True, help="Replace an existing file.")
 
 
 def _output(default: str) -> Callable[..., Any]:
-    """The option that names the picture, in a format that its suffix says."""
+    """The option for the output file, whose suffix sets the format."""
 
     def checked(ctx: click.Context, param: click.Parameter, path: str) -> str:
         if not path.endswith(_FORMATS):
@@ -219,12 +219,12 @@ def _output(default: str) -> Callable[..., Any]:
 
 
 def _of_rules(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say which averages and how long a run."""
+    """The options for the schedules and the length of the run."""
     for option in (
-        click.option("--dt", type=float, help="Samples, tokens, ... of one step, where counted."),
+        click.option("--dt", type=float, help="Samples or tokens per step."),
         click.option("--steps", type=click.IntRange(1), required=True, help="Steps of the run."),
-        click.option("--preset", multiple=True, help="As 'timm_v3(decay=0.9999)'; repeatable."),
-        click.option("--schedule", multiple=True, help="As 'power(std=0.10)'; repeatable."),
+        click.option("--preset", multiple=True, help="Such as 'swa'; repeatable."),
+        click.option("--schedule", multiple=True, help="Such as 'power(0.10)'; repeatable."),
     ):
         command = option(command)
     return command
@@ -232,7 +232,7 @@ def _of_rules(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @plot.command()
 @_of_rules
-@click.option("--log", is_flag=True, help="A logarithmic axis of weights.")
+@click.option("--log", is_flag=True, help="Logarithmic vertical axis.")
 @_output("profile.png")
 @_force
 def profile(
@@ -244,7 +244,7 @@ def profile(
     output: str,
     force: bool,
 ) -> None:
-    """Draw how much each step of a run weighs in the average at its end."""
+    """Plot how much each step of a run contributes to the average at its end."""
     _draw(
         output,
         force,
@@ -264,16 +264,16 @@ def decay(
     output: str,
     force: bool,
 ) -> None:
-    """Draw the decay of each update of a run."""
+    """Plot the decay of each update of a run."""
     _draw(output, force, lambda drawing: drawing.decay(_rules(schedule, preset), steps, dt=dt))
 
 
 @plot.command()
 @click.argument("log", type=click.Path())
-@click.option("--raw", help="Column of the raw weights; else all pairs by their names.")
+@click.option("--raw", help="Column of the raw weights; default: all pairs by name.")
 @click.option("--average", help="Column of the average.")
 @click.option("--step", help="Column of the horizontal axis.  [default: step]")
-@click.option("--unit", default="", help="Unit of the vertical axis, as nats.")
+@click.option("--unit", default="", help="Unit of the vertical axis, such as nats.")
 @_output("curves.png")
 @_force
 def curves(
@@ -285,9 +285,9 @@ def curves(
     output: str,
     force: bool,
 ) -> None:
-    """Draw the raw and the averaged learning curves of LOG.
+    """Plot the raw and the averaged learning curves of LOG.
 
-    LOG is the log.csv of the scripts in launch/, Lightning's metrics.csv, lines of JSON, or the
+    LOG is the log.csv of the scripts in launch/, Lightning's metrics.csv, JSON lines, or the
     trainer_state.json of transformers.
     """
     try:
@@ -313,7 +313,7 @@ def _rules(written: tuple[str, ...], presets: tuple[str, ...]) -> dict[str, Sche
 
 
 def _draw(output: str, force: bool, make: Callable[[Any], Any]) -> None:
-    """Writes a picture, into an existing file only by force, and only when it is drawn."""
+    """Draws a figure, then writes it; replaces an existing file only with ``force``."""
     if os.path.lexists(output) and not force:
         raise click.ClickException(f"{output} exists already: give another --output, or --force")
     try:

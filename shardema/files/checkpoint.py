@@ -1,16 +1,16 @@
-"""Our own checkpoint folder: every rank writes its shards, any layout reads them again.
+"""The checkpoint folder: every rank writes its shards; any world size and backend reads them.
 
 ::
 
     run/ema-000100/
-        shardema.json                        what is where, with checksums; see manifest.py
+        shardema.json                        index and checksums; see manifest.py
         rank-00000-of-00002.safetensors      keys fqn, or fqn#k for the k-th box
         rank-00001-of-00002.safetensors
         config.json                          of a transformers model, for a later export
 
-A save goes into a folder of its own, which is synced before it counts (see folder.py), so under
-the final name there is a whole checkpoint or nothing. A load reads and verifies into staging of
-the shadows' size; only when every rank has all of its own is anything copied.
+A save writes to a temporary folder, syncs it and renames it (see folder.py), so a folder of the
+final name is complete. A load reads and verifies into staging of the shadows' size; values are
+copied only after every rank has read all of its own.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from shardema.shards.shard import Shard
 from shardema.shards.strides import raw_bytes
 from shardema.update.average import Average
 
-_CHUNK = BLOCK  # bytes that travel from a device at a time
+_CHUNK = BLOCK  # bytes copied from a device at a time
 
 
 def save_averages(
@@ -60,12 +60,12 @@ def save_averages(
     overwrite: bool,
     extra: Callable[[str], None],
 ) -> None:
-    """Writes averages, and what belongs to them of the model. Collective.
+    """Writes all averages with the model's buffers and, if asked for, frozen parameters. Collective.
 
     Args:
-        averages: all that there are of the model.
+        averages: every average of the model.
         own: the model's own tensors.
-        progress: by the name of the average.
+        progress: by name of the average.
         outward: what the model's own code makes of its state.
         include_frozen: also the parameters that are not averaged.
         overwrite, extra: as for `save`.
@@ -95,7 +95,7 @@ def save_averages(
 
 
 def progress_of(average: Average) -> StoredAverage:
-    """What the manifest keeps of an average beside its tensors."""
+    """Schedule, clock and dtype of an average, as the manifest stores them."""
     return StoredAverage(
         describe(average.schedule),
         average.t,
@@ -118,12 +118,12 @@ def save(
     """Writes a checkpoint. Collective over ``ranks``.
 
     Args:
-        folder: where; must not exist. Its parent is made.
-        extra: called on the leader with the temporary folder, to write what else belongs in it.
-        overwrite: a complete checkpoint may be there, and is replaced.
+        folder: must not exist, unless ``overwrite``; its parent is created.
+        extra: called on the leader with the temporary folder, to write further files.
+        overwrite: replace a complete checkpoint at ``folder``.
 
     Raises:
-        CheckpointError: on all ranks, if any could not write; nothing is left behind.
+        CheckpointError: on all ranks, if any failed to write; nothing is left behind.
     """
     tensors = _tensors(sources)
     with new_folder(folder, "save", ranks, overwrite=overwrite) as new:
@@ -146,7 +146,7 @@ def save(
 
 
 def _busiest(sources: Sequence[Contents]) -> int:
-    """Bytes that the rank which writes most of all writes."""
+    """Bytes written by the rank that writes most."""
     loads = (source.loads() for source in sources)
     return max(map(sum, zip(*loads, strict=True)))
 
@@ -243,7 +243,7 @@ def _stored_file(entry: dict[str, Any], tensors: Sequence[Stored]) -> StoredFile
 
 
 def read_requests(manifest: Manifest, average: str, shards: Sequence[Shard]) -> list[ReadRequest]:
-    """What this rank is to read of an average."""
+    """The parts of files that this rank reads for an average."""
     numbers = _numbers(manifest, average)
     return manifests.read_requests(manifest, {numbers[s.fqn]: list(s.boxes) for s in shards})
 
@@ -255,7 +255,7 @@ def read_average(
     shards: Sequence[Shard],
     targets: Mapping[str, Tensor],
 ) -> None:
-    """Reads this rank's part of an average into ``targets``, tensors laid out like the shards.
+    """Reads this rank's part of an average into ``targets``, tensors shaped like the shards. Local.
 
     Raises:
         CheckpointError: a file is missing, cut short or damaged.
@@ -285,13 +285,13 @@ def check_same_tensors(
     stored = {t.fqn: t for t in manifest.tensors if t.average == average}
     here = {item.fqn: item for item in items}
     for names, text in (
-        (here.keys() - stored.keys(), "which the model has, are missing in it"),
-        (stored.keys() - here.keys(), "which it holds, are unknown to the model"),
+        (here.keys() - stored.keys(), "missing"),
+        (stored.keys() - here.keys(), "unexpected"),
     ):
         if names:
             raise ValueError(
-                f"load from {folder}: {abbreviate(sorted(names))}, {text} (average {average!r}); "
-                "it is a checkpoint of another model, or of another select= or buffers="
+                f"load from {folder}: {text} tensors {abbreviate(sorted(names))} in average "
+                f"{average!r}; it is a checkpoint of another model, or of another select= or buffers="
             )
     for fqn, item in here.items():
         there = stored[fqn]

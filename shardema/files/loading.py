@@ -1,4 +1,4 @@
-"""What averages are to become, read into staging; only when all ranks have theirs is it copied."""
+"""Reads new values of averages into staging; they are copied once all ranks have read theirs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from shardema.update.average import Average
 from shardema.update.averages import Averages
 from shardema.update.shadows import Shadows, allocate
 
-_EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
+_EXTRA = "_extra_state"  # key of a module's get_extra_state() in a state dict
 _FullTensor = Tensor | consolidated.Place
 
 
 @dataclass(frozen=True)
 class Staged:
-    """Values that an average is to take over.
+    """New values of an average, in staging.
 
     Attributes:
-        clock: arguments of `Average.restart`; None leaves the clock as it is.
-        loaded: they were read, and are not the weights.
+        clock: arguments of `Average.restart`; None leaves the clock unchanged.
+        loaded: the values were loaded, not copied from the weights.
     """
 
     average: Average
@@ -39,7 +39,7 @@ class Staged:
     loaded: bool
 
     def take_over(self) -> None:
-        """Copies them in. May be done twice."""
+        """Copies the values and sets the clock. Idempotent."""
         self.average.shadows.copy_all(self.shadows)
         if self.clock is not None:
             self.average.restart(*self.clock)
@@ -78,14 +78,14 @@ def read_checkpoint(
         blocks = sum(len(part.blocks) for parts in requests.values() for part in parts)
         return stored.save_id, blocks * manifest.BLOCK
 
-    def same(told: list[tuple[str, int]]) -> int:
-        if len({save_id for save_id, _ in told}) > 1:
+    def same(found: list[tuple[str, int]]) -> int:
+        if len({save_id for save_id, _ in found}) > 1:
             raise CheckpointError(
                 f"load from {folder}: the ranks see different checkpoints at this path; give a "
                 "path on a file system that all ranks share",
                 path=str(folder),
             )
-        return max(nbytes for _, nbytes in told)
+        return max(nbytes for _, nbytes in found)
 
     nbytes = averages.ranks.agree("load (looking)", look, same)
     staged: dict[str, Staged] = {}
@@ -133,7 +133,7 @@ def check_checkpoint(
         checkpoint.check_same_tensors(folder, stored, average.name, items, dtype)
         if not new_schedule:
             was = stored.averages[average.name].schedule
-            otherwise = ", or load(..., new_schedule=True) to go on with the new one"
+            otherwise = ", or load(..., new_schedule=True) to continue with the new one"
             _check_schedule(f"load from {folder}", average, was, otherwise)
 
 
@@ -157,7 +157,7 @@ def _check_schedule(op: str, average: Average, was: dict[str, Any], otherwise: s
     now = describe(average.schedule)
     if was != now:
         raise ValueError(
-            f"{op}: average {average.name!r} was kept with schedule {was}, this object has "
+            f"{op}: average {average.name!r} was saved with schedule {was}, this object has "
             f"{now}; build it with the same schedule{otherwise}"
         )
 
@@ -178,7 +178,7 @@ def read_full(
 
     Args:
         plan: of the model.
-        beside: names that the source may have and that are not used.
+        beside: names that are allowed in the source and not used.
         clock: ``t`` and ``num_updates``, as for `ShardedEMA.load_full`.
     """
     label = "load_full" if isinstance(source, Mapping) else f"load_full from {source}"
@@ -212,12 +212,13 @@ def read_full(
 
 
 def check_state(state: Mapping[str, Any], averages: Averages) -> None:
-    """Raises ValueError unless it is what ``ema.state_dict()`` of the same averages gives."""
+    """Raises ValueError unless ``state`` has the form of ``ema.state_dict()`` of these averages."""
     op = "load_state_dict"
     missing = {"averages", "progress", "schedules"} - set(state)
     if missing:
-        words = sorted(missing)
-        raise ValueError(f"{op}: got no {words}, expected what ema.state_dict() gives")
+        raise ValueError(
+            f"{op}: missing keys {sorted(missing)}, expected a dict as ema.state_dict() returns"
+        )
     for part in ("averages", "progress", "schedules"):
         if set(state[part]) != set(averages):
             got, expected = sorted(state[part]), sorted(averages.names)
@@ -233,19 +234,19 @@ def _check_tensors(op: str, average: Average, given: Mapping[str, Any]) -> None:
         odd = sorted(set(given) ^ set(views))
         raise ValueError(
             f"{op}: average {average.name!r} differs in {abbreviate(odd)}; "
-            "it is of another model, or of another select= or buffers="
+            "the state is of another model, or of another select= or buffers="
         )
     for fqn, value in given.items():
         local = value.local if isinstance(value, BoxedTensor) else None
         if local is None or local.shape != views[fqn].shape:
             raise ValueError(
-                f"{op}: {fqn}: got {type(value).__name__}, expected what "
-                "ema.state_dict() gives; take ema.load_full for full tensors"
+                f"{op}: {fqn}: got {type(value).__name__}, expected a local shard as "
+                "ema.state_dict() returns; use ema.load_full for full tensors"
             )
 
 
 def take_over_state(state: Mapping[str, Any], averages: Averages) -> None:
-    """Copies in what `check_state` has passed. May be done twice."""
+    """Copies in a state that `check_state` accepted. Idempotent."""
     for average in averages.values():
         for fqn, value in state["averages"][average.name].items():
             if value.local.data_ptr() != average.shadows.views[fqn].data_ptr():

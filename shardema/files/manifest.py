@@ -1,4 +1,4 @@
-"""``shardema.json``: what a checkpoint holds, where it is, and a checksum of every block.
+"""``shardema.json``: the tensors of a checkpoint, their offsets, and a checksum of every block.
 
 docs/format.md has the format field by field. Nothing in a manifest is trusted: every number is
 checked before it is used. A checksum finds damage; it is not a signature, and whoever can write the
@@ -57,8 +57,8 @@ class Stored:
 
     Attributes:
         average: None for buffers and frozen parameters.
-        file_name: the name that an export writes it under; one of the fqn and its aliases.
-        stem: of the file that an export writes it to; empty, to none.
+        file_name: its name in an export; the fqn or one of its aliases.
+        stem: stem of its file in an export; empty if it is not exported.
     """
 
     average: str | None
@@ -82,7 +82,7 @@ class StoredBox:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One safetensors file of a checkpoint."""
+    """One safetensors file of a checkpoint: bytes in all and of its head, checksums, boxes."""
 
     name: str
     size: int
@@ -104,11 +104,11 @@ class StoredAverage:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that is known of a checkpoint without reading a tensor.
+    """Everything in a checkpoint but the values of its tensors.
 
     Attributes:
-        place: the folder in the checkpoint's that its files are in, "" if they are beside this.
-        home: the path of the folder that its files are in, where it was read.
+        place: name of the subfolder with the files, "" if they are beside the manifest.
+        home: path of the folder with the files; set by `read`.
     """
 
     save_id: str
@@ -173,9 +173,9 @@ def read(folder: str | os.PathLike[str], op: str = "load") -> Manifest:
     """The manifest of the checkpoint in ``folder``, checked.
 
     Raises:
-        CheckpointError: no checkpoint, a damaged manifest, a version that is not known, or files
-            that are missing or of another size.
-        ValueError: the path of ``op`` is no local one.
+        CheckpointError: no checkpoint, a damaged manifest, an unsupported version, or files that
+            are missing or of another size.
+        ValueError: the path is not local; the message begins with ``op``.
     """
     folder = local_path(op, folder)
     path = os.path.join(folder, NAME)
@@ -264,7 +264,7 @@ def _average(value: Any) -> StoredAverage:
     t = _number(value["t"])
     moved_at = _number(value.get("moved_at", t))
     if moved_at > t:
-        raise ValueError(f"an average that moved at {moved_at}, at progress {t}")
+        raise ValueError(f"moved_at {moved_at}, expected at most t, {t}")
     count = checked_int(value["num_updates"])
     dtype = checked_text(value["dtype"])
     return StoredAverage(_schedule(value["schedule"]), t, count, dtype, moved_at)
@@ -273,7 +273,7 @@ def _average(value: Any) -> StoredAverage:
 def _schedule(value: Any) -> dict[str, Any]:
     checked_text(value["name"])
     if type(value["params"]) is not dict:
-        raise ValueError(f"a schedule with the params {reprlib.repr(value['params'])}")
+        raise ValueError(f"params of a schedule: {reprlib.repr(value['params'])}, expected a dict")
     return dict(value)
 
 
@@ -305,7 +305,7 @@ def _tensor(value: Any, averages: dict[str, StoredAverage]) -> Stored:
 
 
 def _check_names(tensors: tuple[Stored, ...], averages: dict[str, StoredAverage]) -> None:
-    """What an average is exported as has no name twice: its own tensors, and those of none."""
+    """Raises ValueError if an export (of an average and of tensors without one) has a name twice."""
     for attribute in ("fqn", "file_name"):
         names = [
             (t.average, getattr(t, attribute) if attribute == "fqn" else (t.stem, t.file_name))
@@ -369,7 +369,7 @@ def _check_files(manifest: Manifest) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """What to read of one file: ``(first byte, last-plus-one, box)``, in the file's order."""
+    """What to read of one file: ``(first byte, end, box)``, in the file's order."""
 
     file: StoredFile
     needed: tuple[tuple[int, int, StoredBox], ...]
@@ -382,7 +382,11 @@ class ReadRequest:
 
 
 def read_requests(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[ReadRequest]:
-    """What to read of each file for the boxes ``wanted``, by number of the tensor."""
+    """What to read of each file.
+
+    Args:
+        wanted: boxes by number of the tensor.
+    """
     found = []
     for file in manifest.files:
         needed = []
@@ -398,11 +402,11 @@ def read_requests(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[Read
 
 
 def parts(manifest: Manifest, found: list[ReadRequest]) -> Iterator[tuple[int, Box, torch.Tensor]]:
-    """Reads blocks, verified, once each, in the files' order.
+    """Reads and verifies each block once, in the files' order.
 
     Yields:
         ``(tensor, box, values)``: values ``[*box.sizes]`` of a box of that tensor, valid until
-        the next one. The boxes cover the wanted ones; they may reach beyond.
+        the next iteration. The boxes cover the wanted ones and may extend beyond them.
 
     Raises:
         CheckpointError: a file is missing, cut short or damaged.
@@ -412,7 +416,7 @@ def parts(manifest: Manifest, found: list[ReadRequest]) -> Iterator[tuple[int, B
 
 
 def _reach(stored: StoredBox, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
-    """First and last-plus-one element of the stored box that any of the boxes touches."""
+    """First element of the stored box that any of the boxes overlaps, and the end."""
     low, high = stored.box.numel, 0
     for box in boxes:
         common = stored.box.intersect(box)

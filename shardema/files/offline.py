@@ -1,4 +1,4 @@
-"""A consolidated export from a checkpoint folder alone: one process, no model code, one block."""
+"""A consolidated export from a checkpoint: one process, no model code, one block in memory."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def export_checkpoint(
     """Writes one average of a checkpoint in the HF layout, as ``ema.export`` does.
 
     Args:
-        folder: what ``ema.save`` wrote.
+        folder: a checkpoint of ``ema.save``.
         out: the folder to write; must not exist.
-        average: which one; may be None where there is one.
+        average: its name; may be None if there is only one.
         dtype: of the averages and frozen parameters; None keeps the stored ones.
         max_shard_size: bytes, or a size such as ``"5GB"``.
-        partial: go on though the checkpoint lacks the parameters that are not averaged.
-        done: told the number of bytes after each part.
+        partial: export without the parameters that the checkpoint lacks.
+        done: called with the number of bytes after each part.
 
     Raises:
         CheckpointError: a damaged checkpoint, or ``out`` exists.
@@ -102,7 +102,7 @@ def _choose(stored: Manifest, average: str | None) -> str:
 
 
 def _copy_configs(folder: str, temporary: str, stems: set[str], dtype: torch.dtype | None) -> None:
-    """Copies the configs that stand beside files of these stems, with the dtype written now."""
+    """Copies the configs that belong to files of these stems, with the dtype of this export."""
     adapters = [os.path.dirname(stem) for stem in stems if stem not in WHOLE]
     for name in [os.path.join(place, _ADAPTER) for place in adapters] or _CONFIGS:
         path = os.path.join(folder, name)
