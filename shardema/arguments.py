@@ -133,7 +133,7 @@ def progress(t: Any, num_updates: Any, unit: str) -> tuple[float | None, int | N
     return t, num_updates
 
 
-def odd_decay(schedule: Rule, decay: float | None, num_updates: int) -> float | None:
+def suspicious_decay(schedule: Rule, decay: float | None, num_updates: int) -> float | None:
     """A decay of 1 or below 0.5, a likely mistake (1 - decay); None if it may be intended.
 
     Only constant decays are checked: schedules often start with 0, or wait with 1. A callable is

@@ -173,7 +173,7 @@ class ShardedEMA:
         self._calls = Calls(self._averages, self._updates, notices)
         self._swaps = Swaps(self._calls)
         for average in self._averages.values():
-            notices.odd_decay(average)
+            notices.suspicious_decay(average)
 
     # ---- properties ---------------------------------------------------------------------------
 
@@ -544,7 +544,7 @@ class ShardedEMA:
             )
         )
         with writable(), calls.ranks.together("export"):
-            calls.outward.check_export()
+            calls.merged_state.check_export()
             contents = calls.contents(average, dtype)
             module = unwrap(self._averages.weights.models[0])
             exported_dtype = next((contents.dtype(i) for i in contents.items if i.averaged), None)
@@ -640,7 +640,7 @@ class ShardedEMA:
                 [calls.contents(average) for average in averages.values()],
                 calls.own_contents(),
                 {a.name: checkpoint.progress_of(a) for a in averages.values()},
-                calls.outward,
+                calls.merged_state,
                 include_frozen=include_frozen,
                 overwrite=overwrite,
                 extra=lambda place: pretrained.write_config(module, place, None),
@@ -700,11 +700,11 @@ class ShardedEMA:
             )
             self._updates.forget_errors()
 
-            def take_over() -> None:
+            def apply() -> None:
                 for one in staged:
-                    one.take_over()
+                    one.apply()
 
-            self._updates.replace("load", take_over)
+            self._updates.replace("load", apply)
 
     def load_full(
         self,
@@ -753,10 +753,10 @@ class ShardedEMA:
                 files=True,
             )
         )
-        staged: list[loading.Staged] = []
+        staged: list[loading.StagedAverage] = []
 
         def read() -> None:
-            ignored, clock = calls.outward.ignored, (t, num_updates)
+            ignored, clock = calls.merged_state.ignored, (t, num_updates)
             plan = calls.plan
             staged.append(
                 loading.read_full(source, average, averages, plan, beside=ignored, clock=clock)
@@ -766,7 +766,7 @@ class ShardedEMA:
             calls.ranks.agree("load_full (reading)", read)
             (one,) = staged
             counted = one.clock is not None
-            self._updates.replace("load_full", one.take_over, counted=counted)
+            self._updates.replace("load_full", one.apply, counted=counted)
 
     def state_dict(self) -> dict[str, Any]:
         """For torch.distributed.checkpoint: ``dcp.save({"model": ..., "ema": ema})``. Local.
@@ -807,7 +807,7 @@ class ShardedEMA:
         self._updates.flush(op)
         loading.check_state(state_dict, self._averages)
         with writable():
-            self._updates.replace(op, lambda: loading.take_over_state(state_dict, self._averages))
+            self._updates.replace(op, lambda: loading.apply_state(state_dict, self._averages))
 
 
 def _names(given: Sequence[str]) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ class CheckpointManager:
         return f"CheckpointManager({self._steps.folder!r}, every={self._every}, {keep})"
 
     def step(self, step: int) -> bool:
-        """Saves if ``step`` is a multiple of ``every``, and returns whether it did. Collective then.
+        """Saves if ``step`` is a multiple of ``every``; returns whether it did. Collective then.
 
         Args:
             step: the number of optimizer steps so far, higher than at the last save.

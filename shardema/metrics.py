@@ -74,7 +74,7 @@ def sums(
     shadows: Mapping[str, Tensor],
     weights: Mapping[str, float],
 ) -> dict[str, Row]:
-    """Sums over the boxes that this rank counts, by top-level module. Local; synchronizes the device.
+    """Sums over the boxes that this rank counts, by top-level module. Local, with a device sync.
 
     Args:
         plan: which rank holds which boxes.
@@ -132,7 +132,9 @@ def total(rows: Sequence[Mapping[str, Row]]) -> dict[str, float]:
         "unmoved": stuck / count if count else 0.0,
         "nonfinite": broken,
     }
-    return overall | {f"distance/{n}": _relative(row[0], row[1]) for n, row in sorted(merged.items())}
+    return overall | {
+        f"distance/{n}": _relative(row[0], row[1]) for n, row in sorted(merged.items())
+    }
 
 
 def _relative(apart: float, size: float) -> float:

@@ -99,7 +99,7 @@ def test_neighbours_of_other_dtypes_are_averaged_once() -> None:
     for (
         average
     ) in ema.internal.averages.values():  # the three of float32 were far enough apart to tell
-        assert len(average.shadows.following) == 3
+        assert len(average.shadows.next_fqn) == 3
 
 
 def test_neighbours_with_padding_between_them_are_one_stretch() -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from shardema.cli import logs, spec
 from shardema.errors import CheckpointError
 from shardema.files import manifest as manifests
-from shardema.files.manifest import Manifest, Stored
+from shardema.files.manifest import Manifest, StoredTensor
 from shardema.files.offline import export_checkpoint
 from shardema.schedules import Schedule
 
@@ -97,7 +97,7 @@ def _facts(stored: Manifest) -> dict[str, Any]:
     }
 
 
-def _nbytes(tensor: Stored) -> int:
+def _nbytes(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 

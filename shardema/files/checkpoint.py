@@ -31,13 +31,13 @@ from shardema.files.manifest import (
     BLOCK,
     Manifest,
     ReadRequest,
-    Stored,
     StoredAverage,
     StoredBox,
     StoredFile,
+    StoredTensor,
 )
-from shardema.files.safetensors import NewFile, layout, reporting, write_file
-from shardema.model.own_state import Outward
+from shardema.files.safetensors import NewFile, make_header, reporting, write_file
+from shardema.model.own_state import MergedState
 from shardema.ranks.agree import Ranks
 from shardema.ranks.plan import Contents, Item, refuse_opaque
 from shardema.schedules import describe
@@ -54,24 +54,24 @@ def save_averages(
     averages: Sequence[Contents],
     own: Contents,
     progress: Mapping[str, StoredAverage],
-    outward: Outward,
+    merged_state: MergedState,
     *,
     include_frozen: bool,
     overwrite: bool,
     extra: Callable[[str], None],
 ) -> None:
-    """Writes all averages with the model's buffers and, if asked for, frozen parameters. Collective.
+    """Writes all averages, the model's buffers and, optionally, frozen parameters. Collective.
 
     Args:
         averages: every average of the model.
         own: the model's own tensors.
         progress: by name of the average.
-        outward: what the model's own code makes of its state.
+        merged_state: how the model's own code changes its state dict.
         include_frozen: also the parameters that are not averaged.
         overwrite, extra: as for `save`.
     """
     if include_frozen:
-        outward.check_tensors(
+        merged_state.check_tensors(
             "save(include_frozen=True)", "save without include_frozen, which a load does not need"
         )
     plan = averages[0].plan  # in own.plan packed parameters are buffers
@@ -89,7 +89,7 @@ def save_averages(
     )
     kept = {*averaged, *rest}
     left_out = [item.fqn for i, item in items if i not in kept and item.stem]
-    left_out += sorted(outward.holders)
+    left_out += sorted(merged_state.holders)
     sources = [*(one.only(averaged) for one in averages), own.only(rest)]
     save(folder, sources, progress, left_out, own.ranks, extra=extra, overwrite=overwrite)
 
@@ -169,7 +169,7 @@ def _write_rank(temporary: str, sources: Sequence[Contents], ranks: Ranks) -> di
         first += len(source.chosen)
     if not found:
         return None
-    head, entries = layout([(key, dtype, box.sizes) for key, dtype, _, box, _ in found])
+    head, entries = make_header([(key, dtype, box.sizes) for key, dtype, _, box, _ in found])
     found.sort(key=lambda part: entries[part[0]].start)
     size = len(head) + sum(entries[part[0]].nbytes for part in found)
     name = f"rank-{ranks.index:05d}-of-{ranks.size:05d}.safetensors"
@@ -210,14 +210,14 @@ def _chunks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
             yield raw_bytes(part.view(tensor).cpu())
 
 
-def _tensors(sources: Sequence[Contents]) -> tuple[Stored, ...]:
+def _tensors(sources: Sequence[Contents]) -> tuple[StoredTensor, ...]:
     """The tensors of a checkpoint, numbered source by source."""
     tensors = []
     for source in sources:
         for item in source.items:
             dtype = source.dtype(item)
             tensors.append(
-                Stored(
+                StoredTensor(
                     source.name,
                     item.fqn,
                     item.file_name,
@@ -231,7 +231,7 @@ def _tensors(sources: Sequence[Contents]) -> tuple[Stored, ...]:
     return tuple(tensors)
 
 
-def _stored_file(entry: dict[str, Any], tensors: Sequence[Stored]) -> StoredFile:
+def _stored_file(entry: dict[str, Any], tensors: Sequence[StoredTensor]) -> StoredFile:
     boxes = []
     start = entry["head"]
     for number, offsets, sizes in entry["pieces"]:
@@ -290,8 +290,9 @@ def check_same_tensors(
     ):
         if names:
             raise ValueError(
-                f"load from {folder}: {text} tensors {abbreviate(sorted(names))} in average "
-                f"{average!r}; it is a checkpoint of another model, or of another select= or buffers="
+                f"load from {folder}: {text} tensors in average {average!r}: "
+                f"{abbreviate(sorted(names))}; it is a checkpoint of another model, or of another "
+                "select= or buffers="
             )
     for fqn, item in here.items():
         there = stored[fqn]

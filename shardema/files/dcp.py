@@ -1,7 +1,7 @@
 """The averages as tensors that torch.distributed.checkpoint can save and reshard.
 
-The local shard of a DTensor is one box. `BoxedTensor` is a tensor subclass for a shard of any number
-of boxes: it has the full tensor's shape, stores this rank's part, and implements DCP's protocol
+The local shard of a DTensor is one box. `BoxedTensor` is a tensor subclass for shards of several
+boxes: it has the full tensor's shape, stores this rank's part, and implements DCP's protocol
 (``__create_write_items__``, ``__create_chunk_list__``, ``__get_tensor_shard__``).
 """
 

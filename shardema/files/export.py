@@ -30,8 +30,8 @@ from shardema.files.safetensors import (
     Entry,
     NewFile,
     close_quietly,
-    layout,
     make_folders,
+    make_header,
     open_existing,
     reporting,
     write_all,
@@ -135,9 +135,11 @@ def _targets(
         total += nbytes
     metadata = {"format": "pt"}
     if len(groups) == 1:
-        return [Target(stem, f"{stem}.safetensors", *layout(groups[0], metadata))], None
+        return [Target(stem, f"{stem}.safetensors", *make_header(groups[0], metadata))], None
     targets = [
-        Target(stem, f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", *layout(group, metadata))
+        Target(
+            stem, f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", *make_header(group, metadata)
+        )
         for i, group in enumerate(groups, start=1)
     ]
     places = {name: target.name for target in targets for name in target.entries}

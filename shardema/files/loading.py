@@ -25,7 +25,7 @@ _FullTensor = Tensor | consolidated.Place
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedAverage:
     """New values of an average, in staging.
 
     Attributes:
@@ -38,7 +38,7 @@ class Staged:
     clock: tuple[float, int, float | None] | None
     loaded: bool
 
-    def take_over(self) -> None:
+    def apply(self) -> None:
         """Copies the values and sets the clock. Idempotent."""
         self.average.shadows.copy_all(self.shadows)
         if self.clock is not None:
@@ -57,7 +57,7 @@ def read_checkpoint(
     new_schedule: bool,
     add: Sequence[str],
     drop: Sequence[str],
-) -> list[Staged]:
+) -> list[StagedAverage]:
     """Reads every average of a checkpoint. Collective.
 
     Args:
@@ -88,7 +88,7 @@ def read_checkpoint(
         return max(nbytes for _, nbytes in found)
 
     nbytes = averages.ranks.agree("load (looking)", look, same)
-    staged: dict[str, Staged] = {}
+    staged: dict[str, StagedAverage] = {}
 
     def read() -> None:
         stored, requests = found[0]
@@ -104,16 +104,16 @@ def _read_average(
     average: Average,
     averages: Averages,
     requests: Mapping[str, list[ReadRequest]],
-) -> Staged:
+) -> StagedAverage:
     held = averages.held(average)
     staging = allocate(held, average.policy, pin=False)
     if average.name not in requests:
         staging.copy_from(held)
-        return Staged(average, staging, (0, 0, None), loaded=False)
+        return StagedAverage(average, staging, (0, 0, None), loaded=False)
     checkpoint.read_average(stored, average.name, requests[average.name], held, staging.views)
     kept = stored.averages[average.name]
     clock = kept.t, kept.num_updates, kept.moved_at
-    return Staged(average, staging, clock, loaded=True)
+    return StagedAverage(average, staging, clock, loaded=True)
 
 
 def check_checkpoint(
@@ -173,7 +173,7 @@ def read_full(
     *,
     beside: Collection[str],
     clock: tuple[float | None, int | None],
-) -> Staged:
+) -> StagedAverage:
     """Reads this rank's slices of full tensors. Local.
 
     Args:
@@ -205,7 +205,7 @@ def read_full(
                 consolidated.read_into(target, value, box)
             else:
                 target.copy_(box.view(value))
-    return Staged(average, staging, restart and (*restart, None), loaded=True)
+    return StagedAverage(average, staging, restart and (*restart, None), loaded=True)
 
 
 # ---- a state dict -----------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def _check_tensors(op: str, average: Average, given: Mapping[str, Any]) -> None:
             )
 
 
-def take_over_state(state: Mapping[str, Any], averages: Averages) -> None:
+def apply_state(state: Mapping[str, Any], averages: Averages) -> None:
     """Copies in a state that `check_state` accepted. Idempotent."""
     for average in averages.values():
         for fqn, value in state["averages"][average.name].items():

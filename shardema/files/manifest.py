@@ -52,7 +52,7 @@ PLACE = re.compile(r"save-[0-9a-f]{16}")  # of the files of a save that replaced
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """One tensor of a checkpoint.
 
     Attributes:
@@ -114,7 +114,7 @@ class Manifest:
     save_id: str
     world_size: int
     averages: dict[str, StoredAverage]
-    tensors: tuple[Stored, ...]
+    tensors: tuple[StoredTensor, ...]
     left_out: tuple[str, ...]
     files: tuple[StoredFile, ...]
     place: str = ""
@@ -284,7 +284,7 @@ def _number(value: Any) -> float:
     return number
 
 
-def _tensor(value: Any, averages: dict[str, StoredAverage]) -> Stored:
+def _tensor(value: Any, averages: dict[str, StoredAverage]) -> StoredTensor:
     average = value["average"]
     if average is not None and average not in averages:
         raise ValueError(f"unknown average {reprlib.repr(average)}")
@@ -301,11 +301,11 @@ def _tensor(value: Any, averages: dict[str, StoredAverage]) -> Stored:
     if not isinstance(stem, str) or (stem and not STEM.fullmatch(stem)):
         raise ValueError(f"{fqn} has the file {reprlib.repr(stem)}")
     shape = checked_shape(value["shape"])
-    return Stored(average, fqn, file_name, role, shape, DTYPES[value["dtype"]], aliases, stem)
+    return StoredTensor(average, fqn, file_name, role, shape, DTYPES[value["dtype"]], aliases, stem)
 
 
-def _check_names(tensors: tuple[Stored, ...], averages: dict[str, StoredAverage]) -> None:
-    """Raises ValueError if an export (of an average and of tensors without one) has a name twice."""
+def _check_names(tensors: tuple[StoredTensor, ...], averages: dict[str, StoredAverage]) -> None:
+    """Raises ValueError if an export (an average, and tensors without one) has a name twice."""
     for attribute in ("fqn", "file_name"):
         names = [
             (t.average, getattr(t, attribute) if attribute == "fqn" else (t.stem, t.file_name))
@@ -318,7 +318,7 @@ def _check_names(tensors: tuple[Stored, ...], averages: dict[str, StoredAverage]
             raise ValueError(f"a tensor is listed twice, by its {attribute}")
 
 
-def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:
+def _file(value: Any, tensors: tuple[StoredTensor, ...]) -> StoredFile:
     name = value["name"]
     if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
         raise ValueError(f"file name {reprlib.repr(name)}")

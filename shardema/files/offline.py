@@ -13,7 +13,7 @@ from shardema.errors import CheckpointError, abbreviate
 from shardema.files import manifest as manifests
 from shardema.files.export import Writer, parse_size, plan_targets, reserve
 from shardema.files.folder import new_folder
-from shardema.files.manifest import Manifest, Stored
+from shardema.files.manifest import Manifest, StoredTensor
 from shardema.files.safetensors import WHOLE, read_whole, reporting, write_file
 from shardema.ranks.agree import Ranks
 from shardema.shards.boxes import whole
@@ -56,7 +56,7 @@ def export_checkpoint(
     numbers = [n for n, t in enumerate(stored.tensors) if t.average in (name, None) and t.stem]
     wanted = {n: list(whole(stored.tensors[n].shape)) for n in numbers}
 
-    def out_dtype(tensor: Stored) -> torch.dtype:
+    def out_dtype(tensor: StoredTensor) -> torch.dtype:
         cast = dtype is not None and tensor.role != "buffer" and tensor.dtype.is_floating_point
         return dtype if cast and dtype is not None else tensor.dtype
 

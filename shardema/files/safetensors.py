@@ -297,7 +297,7 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def layout(
+def make_header(
     tensors: Sequence[tuple[str, torch.dtype, Dims]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, Entry]]:
     """The head of a safetensors file (length and header) and its entries by name.

@@ -301,8 +301,8 @@ class EMACallback(Callback):
             ) from None
         if any(isinstance(module, FSDPModule) for module in above[:-1]):
             raise ValueError(
-                f"module: {self.module!r} is inside a module that fully_shard was applied to; apply "
-                f"it to pl_module.{self.module} in configure_model, not to a module around it"
+                f"module: {self.module!r} is inside a module that fully_shard was applied to; "
+                f"apply it to pl_module.{self.module} in configure_model, not around it"
             )
         return above[-1]
 
@@ -363,7 +363,7 @@ class EMACallback(Callback):
     # ---- evaluating ---------------------------------------------------------------------------
 
     def _sides(self, loaders: int) -> list[Side]:
-        """``"ema"`` or ``"raw"`` for each of ``loaders`` dataloaders; 0: their number is unknown."""
+        """``"ema"`` or ``"raw"`` for each of ``loaders`` dataloaders; 0 if that is unknown."""
         given = self.eval_with
         sides = [given] * max(loaders, 1) if isinstance(given, str) else list(given)
         if not sides or any(side not in ("ema", "raw") for side in sides):

@@ -2,8 +2,8 @@
 
 ::
 
-    pairs that fused_cpu takes     C++, compiled once
-    pairs that fused_gpu takes     Triton, where it is installed and can compile
+    pairs that fused_cpu supports   C++, compiled once
+    pairs that fused_gpu supports   Triton, where it is installed and can compile
     any other                      foreach
 """
 
@@ -51,11 +51,11 @@ def bind_auto(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequen
 
 def _kernel(shadow: Tensor, param: Tensor) -> ModuleType:
     """The module that takes this pair."""
-    if fused_cpu.takes(shadow, param):
+    if fused_cpu.supports(shadow, param):
         return fused_cpu if fused_cpu.library() is not None else foreach
     if _on_gpu(shadow):
         fused_gpu = _fused_gpu()
-        if fused_gpu is not None and fused_gpu.takes(shadow, param):
+        if fused_gpu is not None and fused_gpu.supports(shadow, param):
             return fused_gpu
     return foreach
 

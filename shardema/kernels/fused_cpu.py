@@ -76,7 +76,7 @@ class Table:
         torch.autograd.graph.increment_version(self.shadows)
 
 
-def takes(shadow: Tensor, param: Tensor) -> bool:
+def supports(shadow: Tensor, param: Tensor) -> bool:
     """Whether the compiled code can move this pair: plain CPU dense tensors of equal strides."""
     if shadow.dtype not in SHADOW_DTYPES or param.dtype not in PARAM_DTYPES:
         return False
@@ -92,7 +92,7 @@ def takes(shadow: Tensor, param: Tensor) -> bool:
 
 
 def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
-    """Returns ``lerp_(weights)`` over pairs that `takes`; they must stay where they are.
+    """Returns ``lerp_(weights)`` over pairs that `supports`; they must stay where they are.
 
     Raises:
         RuntimeError: there is no compiled code; see `library`.

@@ -206,7 +206,7 @@ class _Work:
         return False
 
 
-def takes(shadow: Tensor, param: Tensor) -> bool:
+def supports(shadow: Tensor, param: Tensor) -> bool:
     """Whether a pair goes through the table: known dtypes, dense, laid out alike."""
     for tensor in (shadow, param):
         own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -226,12 +226,12 @@ def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[in
     CUDA graph: it may compile.
 
     Raises:
-        ValueError: a pair that `takes` refuses.
+        ValueError: a pair that `supports` refuses.
     """
     jobs: list[_Job] = []
     last: dict[tuple[torch.device, torch.dtype, int, int], _Job] = {}
     for shadow, param, slot in zip(shadows, params, slots, strict=True):
-        if not takes(shadow, param):
+        if not supports(shadow, param):
             raise ValueError(
                 f"fused: got a shadow of {_facts(shadow)} and a parameter of {_facts(param)}, "
                 "expected dense tensors of a floating dtype, laid out alike on one device; the "

@@ -58,7 +58,7 @@ class OwnState:
 
 
 @dataclass(frozen=True)
-class Outward:
+class MergedState:
     """`OwnState` and export form of all ranks, merged; equal on all ranks.
 
     Attributes:
@@ -86,7 +86,7 @@ class Outward:
     pending: bool
 
     @classmethod
-    def of(cls, merged: Mapping[str, Any]) -> Outward:
+    def of(cls, merged: Mapping[str, Any]) -> MergedState:
         """From what `merge` returned."""
         keys = {fqn: tuple(names) for fqn, names in merged["keys"].items()}
         ignored, packed = (frozenset(merged[word]) for word in ("ignored", "packed"))
@@ -95,7 +95,7 @@ class Outward:
         return cls(keys, merged["owners"], merged["holders"], ignored, packed, *form)
 
     @classmethod
-    def none(cls) -> Outward:
+    def none(cls) -> MergedState:
         """Before the first exchange."""
         return cls({}, {}, {}, frozenset(), frozenset(), "", None, "", False)
 

@@ -321,7 +321,7 @@ class Weights:
         """The current ``_version`` of each of `counted`."""
         return {fqn: tensor._version for fqn, tensor in self.counted(shards).items()}
 
-    def give_back(self, held: Sequence[Shard]) -> dict[str, Tensor]:
+    def copy_to_replaced(self, held: Sequence[Shard]) -> dict[str, Tensor]:
         """Copies the values of ``held`` to the tensors that have replaced them in the model.
 
         FSDP1 with CPU offload moves its shards to pinned memory in its first forward,
@@ -363,7 +363,7 @@ class Weights:
             if _fits(new, old)
             and new.weights is None
             and new.local.data_ptr() not in own
-            and not _alike(new.local, old.local)
+            and not _equal_up_to_cast(new.local, old.local)
         ]
 
     def _places(self) -> dict[str, Shard]:
@@ -392,7 +392,7 @@ class Weights:
         torch.clear_autocast_cache()
 
 
-def _alike(new: Tensor, old: Tensor) -> bool:
+def _equal_up_to_cast(new: Tensor, old: Tensor) -> bool:
     """Whether they are equal, up to a cast to 16 bits and back."""
     same = old.to(new.device, new.dtype)
     return torch.allclose(new, same, rtol=2**-7, atol=2**-14, equal_nan=True)

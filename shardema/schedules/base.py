@@ -98,7 +98,9 @@ def _restored(value: Any) -> Any:
 def check_decay(decay: float, what: str) -> None:
     """Raises ValueError unless ``decay`` is a number in [0, 1]."""
     if not isinstance(decay, int | float) or isinstance(decay, bool) or not 0 <= decay <= 1:
-        raise ValueError(f"{what}: got decay={decay!r}, expected a number in [0, 1], such as 0.9999")
+        raise ValueError(
+            f"{what}: got decay={decay!r}, expected a number in [0, 1], such as 0.9999"
+        )
 
 
 def check_positive(value: float, what: str) -> None:
