@@ -1,4 +1,4 @@
-"""EMA of model weights for sharded training; the face is `ShardedEMA`."""
+"""Exponential moving averages of model weights for sharded training; see `ShardedEMA`."""
 
 from __future__ import annotations
 

@@ -126,8 +126,8 @@ class Calls:
         if self.swap.failed is not None:
             raise RuntimeError(
                 f"rank {self.ranks.rank}: {op}: the end of a swap() failed ({self.swap.failed}), "
-                "so model and average may each hold a part of the other: load a checkpoint into the "
-                "model, build a new EMA and load its checkpoint"
+                "so model and average may each hold a part of the other: load a checkpoint into "
+                "the model, build a new EMA and load its checkpoint"
             )
         self.end_swap(op)
         self._end_iterations(op)

@@ -1,4 +1,4 @@
-"""`ShardedEMA`: what a user calls.
+"""`ShardedEMA`: the public interface of an EMA.
 
 ::
 
@@ -734,7 +734,7 @@ class ShardedEMA:
 
         Raises:
             CheckpointError: the file does not exist or is damaged.
-            ValueError: names that are missing or unknown, or another shape; a path that is not
+            ValueError: missing or unexpected names, or another shape; a path that is not
                 local; no progress is known and the schedule's next update would overwrite the
                 loaded average completely; a progress that is negative or not accepted by the
                 schedule.

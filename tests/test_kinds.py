@@ -231,7 +231,7 @@ def test_a_frozen_quantised_base_stays_what_it_is(tmp_path: Path) -> None:
     ("call", "text"),
     [
         (lambda ema, at: ema.save(at, include_frozen=True), "save: base: .*Packed.*keep the model"),
-        (lambda ema, at: ema.export(at), "export: base: .*Packed.*take ema.full_state_dict"),
+        (lambda ema, at: ema.export(at), "export: base: .*Packed.*use ema.full_state_dict"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_by_name(

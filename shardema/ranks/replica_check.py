@@ -1,4 +1,4 @@
-"""Compares the values of replicas by hash, before the values of one of them are used for all."""
+"""Compares replicas by hash, before the values of one of them are used for all."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from shardema.shards.strides import raw_bytes
 def replica_digests(
     plan: Plan, local: Callable[[int, Box], Tensor], ranks: Ranks
 ) -> dict[str, str]:
-    """Hashes what this rank holds of replicated boxes, for the ranks to compare. Local.
+    """Hashes this rank's replicated boxes, for the ranks to compare. Local.
 
     Args:
-        local: this rank's values of a box of item ``index``.
+        local: returns this rank's values of a box of item ``index``.
 
     Returns:
-        A digest for each set of ranks, this rank among them, that hold the same boxes.
+        A digest of the boxes that each set of ranks holds, for the sets with this rank.
     """
     digests: dict[str, xxhash.xxh3_128] = {}
     for index, _, box, holders in _replicated(plan):
@@ -78,7 +78,7 @@ def refuse_replicas(
 
 
 def _set_of(holders: tuple[int, ...]) -> str:
-    """A name of a set of ranks, short however many ranks there are."""
+    """A key for a set of ranks, of fixed length."""
     return xxhash.xxh3_64_hexdigest(",".join(map(str, holders)).encode())
 
 

@@ -193,7 +193,7 @@ class _BeforeForward:
 
 
 def _called(module: nn.Module) -> list[nn.Module]:
-    """``module``, or its children if it has no forward: a ModuleList, ModuleDict, or wrapped one."""
+    """``module``, or its children if it has no forward: a ModuleList, also after fully_shard."""
     if getattr(module.forward, "__func__", module.forward) is not nn.Module.forward:
         return [module]
     return [inner for child in module.children() for inner in _called(child)]

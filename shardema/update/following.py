@@ -1,4 +1,4 @@
-"""The attached optimizers or engine, and the detection of weights that changed without an update."""
+"""The attached optimizers or engine, and detection of weights that changed without an update."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ PATCHES = {
             "interrupted_update",
             "update/updates.py",
             "advance",
-            "with uninterrupted():  # all averages move, and their clocks, or none does",
+            "with uninterrupted():  # all averages and clocks are updated, or none",
             "with contextlib.nullcontext():",
             "an update that an exception stops has moved some averages, and no clock",
         ),
