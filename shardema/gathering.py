@@ -75,7 +75,7 @@ def _one_by_one(
                 try:
                     item, tensor = next(full, (None, None))
                 except BaseException as error:
-                    arriving.throw(error)  # which tells the others
+                    arriving.throw(error)  # so that all ranks raise
                     raise
             if item is None or tensor is None:
                 return

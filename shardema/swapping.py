@@ -41,7 +41,7 @@ class Block(contextlib.ContextDecorator):
         dropped: called if it was never entered.
     """
 
-    _used = True  # where an interrupt comes before the constructor's end, there is nothing to drop
+    _used = True  # if the constructor is interrupted, `__del__` must not report
 
     def __init__(
         self,

@@ -285,7 +285,7 @@ def two_models_have_two_averages(folder: str) -> None:
     if dist.get_rank() == 0:
         Path(folder, "ema-d").rename(Path(folder, "ema-x"))
     dist.barrier()
-    with pytest.raises(CheckpointError, match=r"holds no EMA 'ema-d' \(EMAs in it: .*'ema-x'"):
+    with pytest.raises(CheckpointError, match=r"contains no EMA 'ema-d' \(EMAs in it: .*'ema-x'"):
         accelerator.load_state(folder)
     assert [ema.num_updates for ema in emas] == [10, 5]  # the first one is as it was too
     check_average(emas[1], oracle(runs[1].seen[:5], net(6).state_dict()))
@@ -505,7 +505,9 @@ def bad_states_are_refused(kind: str, folder: str) -> None:
         assert ema.num_updates == before[0]
         assert all(torch.equal(after[n], t) for n, t in before[1].items())
 
-    refused(CheckpointError, r"rank 0: load_state from .*holds no EMA 'ema' \(EMAs in it: \[\]\)")
+    refused(
+        CheckpointError, r"rank 0: load_state from .*contains no EMA 'ema' \(EMAs in it: \[\]\)"
+    )
     run.accelerator.save_state(folder)
     ema.remove()
     ema = attach(run.accelerator, run.model, run.optimizer, schedule=0.5)

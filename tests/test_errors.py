@@ -423,7 +423,7 @@ def test_a_state_dict_is_looked_at_whole_before_it_is_taken() -> None:
     for change, text in (
         (lambda s: s["averages"]["b"].update({"0.bias": torch.zeros(2)}), "0.bias: got Tensor"),
         (lambda s: s["averages"]["b"].pop("0.bias"), "average 'b' differs in 0.bias"),
-        (lambda s: s.pop("progress"), r"got no \['progress'\]"),
+        (lambda s: s.pop("progress"), r"missing keys \['progress'\]"),
         (lambda s: s["progress"].pop("b"), r"got progress \['a'\], expected averages"),
         (lambda s: s["schedules"].update(b={"name": "x"}), "saved with schedule"),
     ):

@@ -951,7 +951,7 @@ def test_a_killed_trainer_goes_on_to_the_same_average(
         (
             lambda: EMACallback(schedules.half_life(9, unit="token")),
             ValueError,
-            "counts tokens, which the Trainer does not tell",
+            "counts tokens, which the Trainer does not report",
         ),
     ],
 )

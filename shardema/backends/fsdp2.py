@@ -126,10 +126,10 @@ _Stretch = tuple[int, int, int]  # offset in the local dim, offset in the full d
 
 def _declared(param: DTensor) -> list[Box] | None:
     """The chunks that the local tensor declares (``__create_chunk_list__``), or None."""
-    tell = getattr(param._local_tensor, "__create_chunk_list__", None)
-    if tell is None:
+    chunk_list = getattr(param._local_tensor, "__create_chunk_list__", None)
+    if chunk_list is None:
         return None
-    listed = tell()
+    listed = chunk_list()
     return [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in listed]
 
 

@@ -55,7 +55,7 @@ _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 @dataclass(frozen=True)
 class Target:
-    """One safetensors file of an export: its head and where each tensor goes.
+    """One safetensors file of an export: its head and the offset of each tensor.
 
     Attributes:
         stem: file name without number and suffix, may have a folder; one set of files has one stem.

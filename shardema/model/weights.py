@@ -237,7 +237,7 @@ class Weights:
                 raise RuntimeError(
                     f"rank {rank}: {fqn}: this replica's slice has other elements than when the "
                     "EMA was built, since the memory order of the tensor or its replicas changed; "
-                    "keep them, or build the EMA anew"
+                    "keep them, or build a new EMA"
                 )
 
     def _frozen_now(self) -> frozenset[str]:
@@ -401,5 +401,5 @@ def _equal_up_to_cast(new: Tensor, old: Tensor) -> bool:
 def _fits(new: Shard, old: Shard) -> bool:
     """Whether the values of ``old`` can be copied into ``new``."""
     same = new.shape == old.shape and new.boxes == old.boxes and new.order == old.order
-    alike = same and new.local.shape == old.local.shape
-    return alike and new.local.is_floating_point() and new.local.device.type != "meta"
+    fits = same and new.local.shape == old.local.shape
+    return fits and new.local.is_floating_point() and new.local.device.type != "meta"

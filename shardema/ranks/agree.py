@@ -392,8 +392,8 @@ class Ranks:
         timeout: float,
         cancel: threading.Event,
     ) -> dict[str, Any]:
-        nobody: list[Any] = [message, *[None] * (self.size - 1)]
-        messages = nobody
+        only_own: list[Any] = [message, *[None] * (self.size - 1)]
+        messages = only_own
         try:
             end = time.monotonic() + timeout
             while True:

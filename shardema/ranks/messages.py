@@ -65,7 +65,7 @@ def unequal(op: str, came: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, An
                 "often (not under `if rank == 0`; uneven inputs under Join, and local SGD, step "
                 "some ranks more often): load a checkpoint or call reset() on all ranks",
             )
-        text = f"{op}: the ranks got different arguments: {name} is {listed}; pass the same "
+        text = f"{op}: the ranks got different arguments: {name} is {listed}; give the same "
         return {**rank_error(leader, f"{text}{name} on every rank"), "type": "ValueError"}
     return None
 
