@@ -248,11 +248,11 @@ def _merged(found: Profile) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     Steps that do not change the average are merged with the next one that does: if it changes
     every k steps, its weight is spread over k steps.
     """
-    moves = found.kept < 1
-    if not moves.any():
-        moves[-1] = True
-    edges = np.append(0, found.edges[1:][moves])
-    return edges, found.mass[moves] / np.diff(edges)
+    changes = found.kept < 1
+    if not changes.any():
+        changes[-1] = True
+    edges = np.append(0, found.edges[1:][changes])
+    return edges, found.mass[changes] / np.diff(edges)
 
 
 def _summary(found: Profile, peak: float) -> str:

@@ -54,7 +54,8 @@ def same_rules(gathered: Sequence[Mapping[str, Any]]) -> None:
         if rules != gathered[0]:
             raise ValueError(
                 f"the ranks keep other averages: rank {index} of those that share the model has "
-                f"{dict(rules)}, the first one {dict(gathered[0])}; give all of them the same schedules"
+                f"{dict(rules)}, the first one {dict(gathered[0])}; give all of them the same "
+                "schedules"
             )
 
 

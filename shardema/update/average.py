@@ -54,7 +54,7 @@ class Average:
         is that of all updates since the last change.
         """
         found = []
-        if not self._moves():
+        if not self._due():
             return [0.0] * len(self.schedules)
         for schedule in self.schedules:
             retention = schedule.retention(self.moved_at, self.t + dt)
@@ -75,10 +75,10 @@ class Average:
             for shadow, source in zip(*self.shadows.merged_pairs(group), strict=True):
                 yield shadow, source, index
 
-    def moved(self, weights: Sequence[float], dt: float) -> None:
+    def record_update(self, weights: Sequence[float], dt: float) -> None:
         """Records an update: advances the clock."""
         self.t += dt
-        if self._moves():
+        if self._due():
             self.decays = tuple(1 - weight for weight in weights)
             self.moved_at = self.t
         self.num_updates += 1
@@ -130,7 +130,7 @@ class Average:
                 return schedule
         return None
 
-    def _moves(self) -> bool:
+    def _due(self) -> bool:
         """Whether the next update changes the average."""
         return (self.num_updates + 1) % self.policy.update_every == 0
 

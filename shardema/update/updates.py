@@ -143,7 +143,7 @@ class Updates:
 
     def _advance_clocks(self, weights: Sequence[Sequence[float]], step: float) -> None:
         for average, those in zip(self._averages.values(), weights, strict=True):
-            average.moved(those, step)
+            average.record_update(those, step)
             if average.num_updates in (1, 100):
                 self._notices.suspicious_decay(average)
 
