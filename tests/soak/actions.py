@@ -755,8 +755,10 @@ def freeze(at: Scene, *, unit: str) -> None:
 
 
 @action
-def grow(at: Scene) -> None:
-    """A buffer that is copied has no shape to keep."""
+def grow(at: Scene, *, gathered: dict[str, Any] | None) -> None:
+    """A buffer that is copied has no shape to keep, also where it was gathered a moment ago."""
+    if gathered:
+        full_state_dict(at, **gathered)
     at.grown += 1
     for model in (at.twin, at.model):
         inner = unwrapped(model)
@@ -764,6 +766,8 @@ def grow(at: Scene) -> None:
     at.checkpoints.clear()  # of another shape
     if at.case.averages[at.ema.names[0]]["buffers"] == "average":
         rebuild(at)
+    if gathered:
+        full_state_dict(at, **gathered)
 
 
 @action
