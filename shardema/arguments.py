@@ -79,7 +79,7 @@ def refuse_positional(op: str, given: tuple[Any, ...]) -> None:
         kinds = ", ".join(type(one).__name__ for one in given)
         raise TypeError(
             f"{op}: got {kinds} without a keyword, expected {op}() or {op}(dt=<progress since the "
-            "last update>): the EMA knows its model and counts its steps, so omit the model and "
+            "last update>): the EMA has its model and counts its steps, so omit the model and "
             "step of timm's update, and the parameters of diffusers' step"
         )
 

@@ -108,7 +108,7 @@ def _boxes_of(fqn: str, param: DTensor, sizes: Dims) -> tuple[tuple[Dims, ...], 
             f"rank {dist.get_rank()}: {fqn}: got a local part of shape {list(sizes)}, expected "
             f"{expected or 'Shard and Replicate placements'} by the placements {param.placements} "
             f"of shape {list(param.shape)}; shard it by distribute_tensor or fully_shard, or let "
-            "its maker say where the part is (__create_chunk_list__ of the local tensor)"
+            "its local tensor declare the chunks (__create_chunk_list__)"
         )
     parts = [p for p in itertools.product(*stretches) if all(size for *_, size in p)]
     return (

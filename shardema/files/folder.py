@@ -221,7 +221,7 @@ def new_folder(
 
 
 def absolute(folder: str | os.PathLike[str], op: str) -> str:
-    """``folder`` as an absolute path that ends with a name; other symlinks are not resolved."""
+    """``folder`` as an absolute path; symlinks are resolved only if it ends in "", "." or ".."."""
     path = local_path(op, folder)
     with reporting(path, f"{op} to"):
         path = os.path.join(os.getcwd(), path).rstrip("/") or "/"

@@ -43,7 +43,7 @@ def overlaps(tensor: Tensor) -> bool:
     else:
         return False
     # The strides interleave, but elements may still be distinct. If two elements share memory and
-    # first differ in dim d, so do their translates with index 0 in the dims before and in d.
+    # first differ in dim d, so do their translates that begin at index 0 in the dims up to d.
     for d in range(tensor.dim()):
         rest = tensor[(0,) * d]
         if rest.shape[0] > 1 and share_memory(rest[:1], rest[1:]):

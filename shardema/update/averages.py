@@ -95,7 +95,7 @@ class Averages(Mapping[str, Average]):
         return self.weights.local_slices(average.policy)
 
     def dtype_of(self, average: Average) -> Callable[[Item], torch.dtype]:
-        """Returns the dtype of an item in the averaged model."""
+        """A function that returns the dtype of an item in the averaged model."""
         return lambda i: average.policy.dtype_for(i.dtype) if i.averaged else i.dtype
 
     @property
