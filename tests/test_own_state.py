@@ -240,7 +240,7 @@ def test_extra_state_that_is_no_tensor_is_gathered_and_no_file_loses_it(tmp_path
     with pytest.raises(RuntimeError, match=r"1._extra_state: .*save without include_frozen"):
         ema.save(tmp_path / "whole", include_frozen=True)
     ema.save(tmp_path / "ck")
-    with pytest.raises(ValueError, match=r"missing 0.weight, 0.bias, 1._extra_state"):
+    with pytest.raises(ValueError, match=r"lacks 0.weight, 0.bias, 1._extra_state"):
         export_checkpoint(str(tmp_path / "ck"), str(tmp_path / "offline"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ck"]
 
