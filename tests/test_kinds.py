@@ -428,7 +428,7 @@ def type_of(home: str, name: str) -> Any:
 def test_unknown_wrappers_are_refused_by_name(home: str, name: str) -> None:
     wrapped = type_of(home, name)(nn.Linear(2, 2))
     for model, where in ((wrapped, ""), (nn.ModuleDict({"body": wrapped}), " at 'body'")):
-        with pytest.raises(ValueError, match=rf"^model: got a {home}.{name}{where}, which names and"):
+        with pytest.raises(ValueError, match=rf"^model: got a {home}.{name}{where}, which names"):
             ShardedEMA(model, 0.5)
     derived = type("Mine", (type(wrapped),), {})(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"Mine, which names and shards weights"):
