@@ -96,7 +96,7 @@ def diff(a: str, b: str, average: str | None, top: int, json_: bool, quiet: bool
     distance is ||a - b|| / ||a||. Exit status 0 if all tensors are bitwise equal, else 1.
     """
     with one_line(), progress("diff", quiet) as bar:
-        found = compare(a, b, average=average, total=bar.reset, done=bar.update)
+        found = compare(a, b, average=average, done=bar.update)
     if json_:
         as_json(_differences(found, top))
     else:

@@ -106,7 +106,6 @@ def compare(
     b: str | os.PathLike[str],
     *,
     average: str | None = None,
-    total: Callable[[int], object] = lambda n: None,
     done: Callable[[int], object] = lambda n: None,
 ) -> Compared:
     """The relative distance of each tensor of ``b`` from that of ``a``.
@@ -118,7 +117,6 @@ def compare(
         a, b: a checkpoint, ``CHECKPOINT:AVERAGE``, a folder in the HF layout, or a
             ``.safetensors`` file.
         average: of checkpoints that name none, where there are several.
-        total: told the number of bytes that will be compared.
         done: told the number of bytes after each part.
 
     Raises:
@@ -131,7 +129,7 @@ def compare(
     of_a, of_b = side_a.tensors, side_b.tensors
     matched, only_a, only_b = _matched(of_a, of_b)
     pairs = [(i, j) for i, j in matched if of_a[i].shape == of_b[j].shape]
-    found = _differences(side_a, side_b, pairs, total, done)
+    found = _differences(side_a, side_b, pairs, done)
     return Compared(
         tuple(sorted(found, key=lambda d: (-d.distance, -d.differing, d.fqn))),
         {
@@ -145,11 +143,7 @@ def compare(
 
 
 def _differences(
-    a: _Side,
-    b: _Side,
-    pairs: Sequence[tuple[int, int]],
-    total: Callable[[int], object],
-    done: Callable[[int], object],
+    a: _Side, b: _Side, pairs: Sequence[tuple[int, int]], done: Callable[[int], object]
 ) -> Collection[Difference]:
     found = {}
     for i, j in pairs:
@@ -157,11 +151,9 @@ def _differences(
         found[i, j] = Difference(x.names[0], (x.dtype, y.dtype), x.shape)
     # of the two a checkpoint is streamed: it is cheaper to read in the order of its files
     if isinstance(b, _Checkpoint) and not isinstance(a, _Checkpoint):
-        total(b.nbytes({j for _, j in pairs}))
         for (j, i), y_values, x_values in _values(b, a, [(j, i) for i, j in pairs], done):
             _add(found[i, j], x_values, y_values)
     else:
-        total(a.nbytes({i for i, _ in pairs}))
         for pair, x_values, y_values in _values(a, b, pairs, done):
             _add(found[pair], x_values, y_values)
     return found.values()
@@ -271,9 +263,6 @@ class _Checkpoint:
         names = dict.fromkeys((tensor.fqn, tensor.file_name, *tensor.aliases))
         return Named(tuple(names), tensor.shape, tensor.dtype)
 
-    def nbytes(self, numbers: set[int]) -> int:
-        return sum(_nbytes(self.tensors[k]) for k in numbers)
-
     def stream(self, numbers: Sequence[int]) -> Iterator[_Part]:
         wanted = {self._numbers[k]: list(whole(self.tensors[k].shape)) for k in numbers}
         requests = manifest.read_requests(self._stored, wanted)
@@ -317,9 +306,6 @@ class _Export:
         self._places: list[Place] = [place for _, place in in_order]
         self.tensors = [Named((n,), p.entry.shape, p.entry.dtype) for n, p in in_order]
 
-    def nbytes(self, numbers: set[int]) -> int:
-        return sum(_nbytes(self.tensors[k]) for k in numbers)
-
     def stream(self, numbers: Sequence[int]) -> Iterator[_Part]:
         for number in numbers:
             tensor = self.tensors[number]
@@ -337,10 +323,6 @@ class _Export:
 
 
 _Side = _Checkpoint | _Export
-
-
-def _nbytes(tensor: Named) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _opened(given: str | os.PathLike[str], average: str | None) -> _Side:
