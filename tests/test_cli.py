@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import nn
 
 from shardema import ShardedEMA, schedules
 from shardema.cli.main import main
-from tests import contract, world
+from shardema.files.compare import compare
+from tests import contract, world, zoo
 from tests.layouts import LAYOUTS
 from tests.test_checkpoint import signed
 
@@ -153,11 +155,42 @@ def save_sharded(folder: str) -> None:
     ema.export(f"{folder}/online", progress=False)
 
 
-def test_export_joins_what_four_ranks_wrote(tmp_path: Path) -> None:
+def test_what_four_ranks_wrote_is_joined_verified_and_compared(tmp_path: Path) -> None:
     world.run(save_sharded, 4, str(tmp_path))
-    assert run("export", tmp_path / "ck", tmp_path / "offline", "--quiet") == (0, "")
+    ck, online, plain = (tmp_path / name for name in ("ck", "online", "plain"))
+    assert run("export", ck, tmp_path / "offline", "--quiet") == (0, "")
     offline = (tmp_path / "offline/model.safetensors").read_bytes()
-    assert offline == (tmp_path / "online/model.safetensors").read_bytes()
+    assert offline == (online / "model.safetensors").read_bytes()
+    code, text = run("verify", ck)
+    assert (code, "in 4 file(s)" in text) == (0, True), text
+
+    net = zoo.make()
+    net.load_state_dict(safetensors.torch.load_file(online / "model.safetensors"), strict=False)
+    alone = ShardedEMA(net, 0.75)
+    alone.load(ck)
+    alone.save(plain, include_frozen=True)
+    for a, b in itertools.permutations((ck, online, plain), 2):
+        code, text = run("diff", a, b)
+        assert (code, "bitwise equal" in text) == (0, True), text
+    moved = safetensors.torch.load_file(online / "model.safetensors")
+    before = {name: value.clone() for name, value in moved.items()}
+    for value in moved.values():
+        value.view(-1)[-1:] += 1  # on the last rank's shard
+    safetensors.torch.save_file(moved, tmp_path / "moved.safetensors")
+    found = compare(ck, tmp_path / "moved.safetensors")
+    assert {d.fqn: d.differing for d in found.differences} == dict.fromkeys(before, 1)
+    for d in found.differences:
+        a, b = before[d.fqn].double(), moved[d.fqn].double()
+        assert d.distance == pytest.approx(((a - b).norm() / a.norm()).item(), rel=1e-12)
+
+    layout = json.loads(run("inspect", ck, "--layout", "--json")[1])["layout"]
+    names = [file["file"] for file in layout]
+    assert names == [f"rank-{rank:05d}-of-00004.safetensors" for rank in range(4)]
+    for file in layout:
+        held = safetensors.torch.load_file(ck / file["file"])
+        assert sum(box["bytes"] for box in file["boxes"]) == sum(v.nbytes for v in held.values())
+        shapes = sorted(tuple(box["sizes"]) for box in file["boxes"])
+        assert shapes == sorted(tuple(value.shape) for value in held.values())
 
 
 def test_the_config_says_the_dtype_that_is_written(tmp_path: Path) -> None:

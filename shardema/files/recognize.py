@@ -312,14 +312,7 @@ def _pickle(path: str) -> Recognized:
             path=path,
         )
     if b"pytorch-lightning_version" in head:
-        return Recognized(
-            path,
-            PICKLE,
-            "a checkpoint of Lightning, a pickle",
-            "trainer.fit(ckpt_path=file) reads it; the EMACallback keeps the average beside it, in "
-            f"{path}.ema",
-            {**facts, "lightning": True},
-        )
+        return _lightning(path, facts)
     return Recognized(
         path,
         PICKLE,
@@ -328,6 +321,16 @@ def _pickle(path: str) -> Recognized:
         "it that is the state dict of the average",
         facts,
     )
+
+
+def _lightning(path: str, facts: Mapping[str, Any]) -> Recognized:
+    beside = f"{path}.ema" if os.path.isdir(f"{path}.ema") else None
+    advice = "trainer.fit(ckpt_path=file) reads it; no average of shardema is beside it"
+    if beside is not None:
+        advice = f"trainer.fit(ckpt_path=file) with the EMACallback reads it and {beside}"
+    more = {"lightning": True, "average": beside}
+    what = "a checkpoint of Lightning, a pickle"
+    return Recognized(path, PICKLE, what, advice, {**facts, **more})
 
 
 def _first_name(head: bytes) -> str:
