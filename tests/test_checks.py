@@ -248,6 +248,27 @@ def test_distances_are_those_of_full_tensors_and_the_worst_is_first(
         assert (code, text) == (0, f"{len(full[0])} tensor(s) are bitwise equal\n")
 
 
+def test_tied_tensors_match_under_any_of_their_names(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"x": nn.Linear(2, 3, bias=False), "y": nn.Linear(2, 3, bias=False)})
+    net["y"].weight = net["x"].weight
+    ShardedEMA(net, 0.5).save(tmp_path / "ck")
+    value = net["x"].weight.detach()
+    x, y = "x.weight", "y.weight"
+    for tensors, code in (
+        ({x: value}, 0),
+        ({y: value}, 0),
+        ({x: value, y: value.clone()}, 0),
+        ({x: value, y: value + 1}, 1),
+        ({x: value + 1, y: value.clone()}, 1),
+        ({x: value, "z.weight": value.clone()}, 1),
+    ):
+        safetensors.torch.save_file(tensors, tmp_path / "other.safetensors")
+        for sides in itertools.permutations((tmp_path / "ck", tmp_path / "other.safetensors")):
+            got, text = run("diff", *sides)
+            assert got == code, text
+            assert f"{len(tensors)} tensor(s)" in text or "z.weight" in tensors
+
+
 def test_diff_shows_as_many_as_asked(places: Path) -> None:
     sides = f"{places / 'ck'}:fast", f"{places / 'ck'}:slow"
     code, text = run("diff", *sides, "--top", "1")

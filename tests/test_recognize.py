@@ -113,6 +113,16 @@ def test_an_export_and_its_file(tmp_path: Path) -> None:
         assert (code, "expected a checkpoint of shardema" in text) == (2, True)
 
 
+def test_a_safetensors_file_whose_length_begins_like_a_pickle_is_none(tmp_path: Path) -> None:
+    for length in (0x80, 0x280, 0x480):
+        shortest, _ = layout([("a", torch.float32, (2,))])
+        name = "a" * (length - len(shortest) + 9)
+        safetensors.torch.save_file({name: torch.ones(2)}, tmp_path / "x.safetensors")
+        data = (tmp_path / "x.safetensors").read_bytes()
+        assert int.from_bytes(data[:8], "little") == length
+        assert inspected(tmp_path / "x.safetensors")["kind"] == "safetensors"
+
+
 def test_a_folder_of_diffusers_ema_model_says_its_steps(tmp_path: Path) -> None:
     safetensors.torch.save_file(
         {"w": torch.ones(2)}, tmp_path / "diffusion_pytorch_model.safetensors"

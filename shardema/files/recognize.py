@@ -24,7 +24,15 @@ from typing import Any
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import consolidated, manifest
 from shardema.files.consolidated import INDICES, SINGLES, Place
-from shardema.files.safetensors import NAMES, local_path, opened, read_at, read_whole, reporting
+from shardema.files.safetensors import (
+    MAX_HEADER,
+    NAMES,
+    local_path,
+    opened,
+    read_at,
+    read_whole,
+    reporting,
+)
 from shardema.files.steps import RECORD, Steps, name_of
 
 CHECKPOINT, MANAGER, DCP, DEEPSPEED = "checkpoint", "manager", "dcp", "deepspeed"
@@ -295,6 +303,8 @@ def _latest(path: str) -> str | None:
 def _kind_of_file(path: str) -> str:
     with opened(path, follow=True) as fd:
         head = bytes(read_at(fd, 0, min(16, os.fstat(fd).st_size), path))
+    if int.from_bytes(head[:8], "little") <= MAX_HEADER and head[8:9] == b"{":
+        return SAFETENSORS  # the length of its header may begin as a pickle does
     if head[:4] == _ZIP or head.startswith(_LEGACY) or (head[:1] == b"\x80" and head[1:2] < b"\6"):
         return PICKLE
     return SAFETENSORS
