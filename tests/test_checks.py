@@ -509,7 +509,8 @@ def test_a_closed_pipe_and_a_full_disk_end_in_one_line(tmp_path: Path) -> None:
         ("head", ["inspect", many, "--tensors"]),
     ]
     call = [sys.executable, "-c", COMMANDS, json.dumps(given)]
-    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # as in most shells
+    done = subprocess.run(call, capture_output=True, text=True, check=True, env=env)
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(results) == len(given)
     reasons = {"full": "No space left on device", "closed": "Broken pipe", "head": "Broken pipe"}

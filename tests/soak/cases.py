@@ -142,6 +142,10 @@ def _gather(rng: random.Random, case: Case) -> dict[str, Any]:
     }
 
 
+def _grow(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {"gathered": _gather(rng, case) if rng.random() < 0.5 else None}
+
+
 def _export(rng: random.Random, case: Case) -> dict[str, Any]:
     return {**_named(rng, case), "mode": rng.choice(["direct", "stream", "auto"])}
 
@@ -181,7 +185,11 @@ def _chase(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _older(rng: random.Random, case: Case) -> dict[str, Any]:
-    return {"back": rng.randrange(3), "stepped": rng.random() < 0.5}
+    return {
+        "back": rng.randrange(3),
+        "stepped": rng.random() < 0.5,
+        "check": rng.random() < 0.4,
+    }
 
 
 def _reset(rng: random.Random, case: Case) -> dict[str, Any]:
@@ -240,7 +248,7 @@ KINDS: dict[str, Kind] = {
     "cast": Kind(0.5, layouts=("plain",)),
     "cast_in_swap": Kind(0.7, _named, layouts=("plain",)),
     "freeze": Kind(0.7, _unit, layouts=("plain", "fsdp2-tp", *FSDP2)),
-    "grow": Kind(0.7),
+    "grow": Kind(0.7, _grow),
     "rebuild": Kind(0.7),
     "stopped": Kind(3, _stop),
     "refused": Kind(2.5, _refusal, refuses=True),

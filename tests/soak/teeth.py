@@ -261,7 +261,7 @@ PATCHES = {
             "s.fqn: BoxedTensor.of(s, a.shadows.views[s.fqn], saved=s.fqn not in elsewhere)",
             "s.fqn: BoxedTensor.of(s, a.shadows.views[s.fqn])",
             "of an averaged buffer that differs between ranks any rank's is saved",
-            SEVERAL,
+            (*FSDP1, *FSDP2),  # under DDP, too, DCP may happen to take the first rank's
         ),
         Patch(
             "moved",
