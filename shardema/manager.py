@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import manifest
 from shardema.files.folder import absolute
-from shardema.files.steps import MAX_STEP, Steps
+from shardema.files.steps import MAX_STEP, Steps, surplus
 
 log = logging.getLogger(__name__)
 
@@ -240,20 +239,14 @@ class CheckpointManager:
         try:
             present = self._steps.present()  # a save that failed was recorded too
             made = [s for s in self._steps.recorded() if s in present]
-            surplus = list(self._surplus(made, abandoned, newest))
-            if surplus and self._is_complete(newest):
-                gone = self._steps.remove(surplus)
+            current = [s for s in made if s == newest or s not in abandoned]
+            kept = set(current) - set(surplus(current, self._keep_last, self._keep_every))
+            unwanted = [s for s in made if s not in kept]
+            if unwanted and self._is_complete(newest):
+                gone = self._steps.remove(unwanted)
                 self._steps.record(set(made) - set(gone))
         except (OSError, CheckpointError) as error:  # the step is saved
             log.warning("%s: not cleaned up: %s", self._steps.folder, error)
-
-    def _surplus(self, made: list[int], abandoned: list[int], newest: int) -> Iterator[int]:
-        current = [s for s in made if s == newest or s not in abandoned]
-        kept = set(current if self._keep_last is None else current[-self._keep_last :])
-        for step in made:
-            multiple = self._keep_every is not None and step % self._keep_every == 0
-            if step not in current or not (step in kept or multiple):
-                yield step
 
     def _warn_skipped(self, skipped: list[tuple[int, CheckpointError]], step: int) -> None:
         if self._ranks.leader:

@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from shardema import ShardedEMA, schedules
+from shardema.files.recognize import recognize
 from shardema.integrations.lightning import EMACallback
 from tests import world
 from tests.test_stories import RUN, TORCHRUN, finish, killed_after, note, text  # noqa: F401
@@ -643,6 +644,8 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     (token,) = folders(path)
     assert torch.load(path, weights_only=False)["shardema"] == token
     assert token.startswith("000003-")
+    found = recognize(path)
+    assert (found.facts["lightning"], found.facts["average"]) == (True, f"{path}.ema")
     resumed, steps = EMACallback(DECAY), Steps()
     trainer = trainer_of(tmp_path, resumed, steps, max_epochs=2)
     trainer.fit(Module(), data(3), ckpt_path=str(path))

@@ -1,156 +1,39 @@
-"""The command line: inspects and exports checkpoints, plots averages; needs no model code.
+"""The command line: inspects, verifies, compares and exports checkpoints, plots averages.
 
-Exit codes: 0 success, 1 an error of the checkpoint, the log or the file system, 2 wrong usage.
+No command needs model code. Exit codes: 0 success, 1 an error of the checkpoint, the log or the
+file system, or two checkpoints that differ, 2 wrong usage.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import math
 import os
 from collections.abc import Callable
 from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from tqdm import tqdm
 
 from shardema.cli import logs, spec
-from shardema.errors import CheckpointError
-from shardema.files import manifest as manifests
-from shardema.files.manifest import Manifest, StoredTensor
+from shardema.cli.checks import diff, prune, verify
+from shardema.cli.looks import inspect
+from shardema.cli.tables import Commands, one_line, printable, progress
 from shardema.files.offline import export_checkpoint
 from shardema.schedules import Schedule
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="shardema")
 def main() -> None:
-    """Inspect and export checkpoints of averaged weights; plot averages."""
+    """Inspect, verify, compare and export checkpoints of averaged weights; plot averages."""
 
 
-@main.command()
-@click.argument("checkpoint", type=click.Path())
-@click.option("--tensors/--no-tensors", default=False, help="List every tensor.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-def inspect(checkpoint: str, tensors: bool, as_json: bool) -> None:
-    """Show the averages, progress, schedules, tensors, sizes and world of CHECKPOINT.
-
-    Reads the manifest only, however large the checkpoint is.
-    """
-    try:
-        stored = manifests.read(checkpoint, "inspect")
-    except CheckpointError as error:
-        raise click.ClickException(_shown(error)) from error
-    except ValueError as error:
-        raise click.UsageError(_shown(error)) from error
-    facts = _facts(stored)
-    if as_json:
-        if tensors:
-            facts["tensors"] = [
-                {"fqn": t.fqn, "average": t.average, "shape": t.shape, "dtype": str(t.dtype)[6:]}
-                for t in stored.tensors
-            ]
-        click.echo(json.dumps(facts, indent=2))
-        return
-    console = Console()
-    _show(console, checkpoint, stored, facts)
-    if tensors:
-        console.print(_tensor_table(stored))
-
-
-def _shown(text: object) -> str:
-    """``text`` with unprintable characters escaped: names may contain any."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def _row(table: Table, *cells: object) -> None:
-    """Adds cells as plain text: rich interprets brackets in strings as markup."""
-    table.add_row(*(Text(_shown(cell)) for cell in cells))
-
-
-def _facts(stored: Manifest) -> dict[str, Any]:
-    return {
-        "save_id": stored.save_id,
-        "world_size": stored.world_size,
-        "bytes": sum(file.size for file in stored.files),
-        "files": len(stored.files),
-        "averages": {
-            name: {
-                "t": a.t,
-                "num_updates": a.num_updates,
-                "schedule": a.schedule,
-                "tensors": sum(t.average == name for t in stored.tensors),
-                "elements": sum(math.prod(t.shape) for t in stored.tensors if t.average == name),
-                "bytes": sum(_nbytes(t) for t in stored.tensors if t.average == name),
-            }
-            for name, a in stored.averages.items()
-        },
-        "buffers": sum(t.role == "buffer" for t in stored.tensors),
-        "left_out": list(stored.left_out),
-    }
-
-
-def _nbytes(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
-
-
-def _show(console: Console, checkpoint: str, stored: Manifest, facts: dict[str, Any]) -> None:
-    line = (
-        f"{checkpoint}: saved by {stored.world_size} rank(s) in {len(stored.files)} file(s), "
-        f"{_size(facts['bytes'])}"
-    )
-    console.print(Text(_shown(line)), soft_wrap=True)
-    table = Table()
-    for column in ("average", "t", "updates", "schedule", "tensors", "elements", "size"):
-        right = column not in ("average", "schedule")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
-    for name, a in facts["averages"].items():
-        rule = a["schedule"]
-        given = rule["params"]
-        params = ", ".join(f"{k}={v}" for k, v in given.items() if k not in ("unit", "samples"))
-        _row(
-            table,
-            name,
-            f"{a['t']} {given.get('unit', 'step')}s",
-            a["num_updates"],
-            f"{rule['name']}({params})",
-            a["tensors"],
-            f"{a['elements']:,}",
-            _size(a["bytes"]),
-        )
-    console.print(table)
-    if facts["buffers"]:
-        console.print(f"and {facts['buffers']} buffer(s) of the model", highlight=False)
-    if stored.left_out:
-        console.print(
-            f"not in it: {len(stored.left_out)} parameter(s) that are not averaged",
-            highlight=False,
-        )
-
-
-def _tensor_table(stored: Manifest) -> Table:
-    table = Table()
-    for column in ("tensor", "average", "shape", "dtype", "size"):
-        table.add_column(column, overflow="fold")
-    for t in stored.tensors:
-        shape = " x ".join(map(str, t.shape)) or "scalar"
-        _row(table, t.fqn, t.average or f"({t.role})", shape, str(t.dtype)[6:], _size(_nbytes(t)))
-    return table
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.4g} TB"
+main.add_command(inspect)
+main.add_command(verify)
+main.add_command(diff)
+main.add_command(prune)
 
 
 @main.command()
@@ -174,25 +57,19 @@ def export(
 
     One process, no model code, a few MiB of memory.
     """
-    bar = tqdm(unit="B", unit_scale=True, desc="export", delay=1, leave=False, disable=quiet)
-    try:
-        with bar:
-            stored = export_checkpoint(
-                checkpoint,
-                out,
-                average=average,
-                dtype=_DTYPES[dtype] if dtype else None,
-                max_shard_size=max_shard_size,
-                partial=partial,
-                done=bar.update,
-            )
-    except CheckpointError as error:
-        raise click.ClickException(_shown(error)) from error
-    except ValueError as error:
-        raise click.UsageError(_shown(error)) from error
+    with one_line(), progress("export", quiet) as bar:
+        stored = export_checkpoint(
+            checkpoint,
+            out,
+            average=average,
+            dtype=_DTYPES[dtype] if dtype else None,
+            max_shard_size=max_shard_size,
+            partial=partial,
+            done=bar.update,
+        )
     if not quiet:
         name = average or next(iter(stored.averages))
-        click.echo(_shown(f"{out}: average {name!r} at t={stored.averages[name].t}"))
+        click.echo(printable(f"{out}: average {name!r} at t={stored.averages[name].t}"))
 
 
 @main.group()

@@ -30,6 +30,8 @@ from shardema.files.safetensors import (
 from shardema.ranks.plan import Plan
 from shardema.shards.boxes import Box, Dims, contiguous_runs, split_box
 
+SINGLES = tuple(f"{stem}.safetensors" for stem in (*WHOLE, ADAPTER))
+INDICES = tuple(f"{name}.index.json" for name in SINGLES)
 _CHUNK = 16 << 20  # bytes read at a time
 _MAX_INDEX = 100_000_000  # bytes
 _MAX_CONFIG = 10_000_000  # bytes
@@ -45,26 +47,35 @@ class Place:
     entry: Entry
 
 
-def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
-    """Every tensor of a ``.safetensors`` file, or of a folder in the HF layout.
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The safetensors files of a model.
 
-    Both may be symlinks, and so may the files in a folder, as in a Hub snapshot.
+    Attributes:
+        paths: of the files, sorted.
+        weight_map: of the index, ``{name of a tensor: name of its file}``; None without an index.
+    """
+
+    paths: tuple[str, ...]
+    weight_map: dict[str, str] | None = None
+
+
+def files_of(source: str | os.PathLike[str], op: str = "load_full") -> Files:
+    """The ``.safetensors`` file ``source``, or those of a folder in the HF layout.
 
     Raises:
-        CheckpointError: there is no such file, or a header is invalid.
+        CheckpointError: there is no such file, or the index is invalid.
         ValueError: the path is not local.
     """
-    source = local_path("load_full", source)
+    source = local_path(op, source)
     with reporting(source, "reading"):
         if not stat.S_ISDIR(os.stat(source).st_mode):
-            return _tensors_in(source)
+            return Files((source,))
         inside = set(os.listdir(source))
-    singles = [f"{stem}.safetensors" for stem in (*WHOLE, ADAPTER)]
-    single = next((name for name in singles if name in inside), None)
+    single = next((name for name in SINGLES if name in inside), None)
     if single is not None:
-        return _tensors_in(os.path.join(source, single))
-    indices = (f"{name}.index.json" for name in singles)
-    found_index = next((name for name in indices if name in inside), None)
+        return Files((os.path.join(source, single),))
+    found_index = next((name for name in INDICES if name in inside), None)
     if found_index is None:
         raise CheckpointError(
             f"reading {source}: it contains no model.safetensors, {DIFFUSERS}.safetensors, "
@@ -80,18 +91,32 @@ def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
         raise CheckpointError(
             f"reading {index}: it is broken ({error!r:.300})", path=index
         ) from error
-    found: dict[str, Place] = {}
     for name in names:
         if not isinstance(name, str) or os.path.basename(name) != name:
             raise CheckpointError(
                 f"reading {index}: {name!r:.300} is not a file name in this folder", path=index
             )
-        there = _tensors_in(os.path.join(source, name))
+    return Files(tuple(os.path.join(source, name) for name in names), weight_map)
+
+
+def tensors_of(source: str | os.PathLike[str], op: str = "load_full") -> dict[str, Place]:
+    """Every tensor of a ``.safetensors`` file, or of a folder in the HF layout.
+
+    Both may be symlinks, and so may the files in a folder, as in a Hub snapshot.
+
+    Raises:
+        CheckpointError: there is none, or a header is broken.
+        ValueError: the path is no local one.
+    """
+    found: dict[str, Place] = {}
+    for path in files_of(source, op).paths:
+        there = tensors_in(path)
         twice = sorted(there.keys() & found.keys())
         if twice:
             raise CheckpointError(
-                f"reading {source}: {abbreviate(twice)} is in {name} and in another file",
-                path=source,
+                f"reading {source}: {abbreviate(twice)} is in {os.path.basename(path)} and in "
+                "another file",
+                path=str(source),
             )
         found.update(there)
     return found
@@ -118,7 +143,8 @@ def steps_of(source: str | os.PathLike[str]) -> int | None:
         ) from error
 
 
-def _tensors_in(path: str) -> dict[str, Place]:
+def tensors_in(path: str) -> dict[str, Place]:
+    """Every tensor of one safetensors file; may be a symlink."""
     with opened(path, follow=True) as fd:
         return {name: Place(path, entry) for name, entry in read_header(fd, path).items()}
 

@@ -185,8 +185,11 @@ def pack(manifest: Manifest) -> bytes:
     return _START + xxhash.xxh3_128_hexdigest(text).encode() + _MIDDLE + text + _END
 
 
-def read(folder: str | os.PathLike[str], op: str = "load") -> Manifest:
+def read(folder: str | os.PathLike[str], op: str = "load", *, files: bool = True) -> Manifest:
     """The manifest of the checkpoint in ``folder``, checked.
+
+    Args:
+        files: check by `check_file` that each file is there and has its size.
 
     Raises:
         CheckpointError: no checkpoint, a damaged manifest, an unsupported version, or files that
@@ -221,8 +224,10 @@ def read(folder: str | os.PathLike[str], op: str = "load") -> Manifest:
             f"reading {path}: {error!r:.300} in the manifest; it was not written by ema.save",
             path=path,
         ) from error
-    with reporting(folder, "reading"):
-        _check_files(manifest)
+    if manifest.place:
+        _check_home(manifest)
+    for file in manifest.files if files else ():
+        check_file(manifest, file)
     return manifest
 
 
@@ -378,13 +383,19 @@ def _file(value: Any, tensors: tuple[StoredTensor, ...]) -> StoredFile:
     return StoredFile(name, size, head, blocks, tuple(boxes))
 
 
-def _check_files(manifest: Manifest) -> None:
-    if manifest.place and not stat.S_ISDIR(os.lstat(manifest.home).st_mode):
+def _check_home(manifest: Manifest) -> None:
+    with reporting(manifest.home, "reading"):
+        mode = os.lstat(manifest.home).st_mode
+    if not stat.S_ISDIR(mode):
         raise CheckpointError(
             f"reading {manifest.home}: not a folder; the checkpoint is damaged", path=manifest.home
         )
-    for file in manifest.files:
-        path = os.path.join(manifest.home, file.name)
+
+
+def check_file(manifest: Manifest, file: StoredFile) -> None:
+    """Raises CheckpointError unless a file of the checkpoint is a regular one of its size."""
+    path = os.path.join(manifest.home, file.name)
+    with reporting(path, "reading"):
         try:
             found = os.lstat(path)
         except FileNotFoundError as error:
@@ -393,12 +404,12 @@ def _check_files(manifest: Manifest) -> None:
                 path=path,
                 errno=error.errno,
             ) from error
-        if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
-            raise CheckpointError(
-                f"reading {path}: {found.st_size} bytes, expected a regular file of {file.size}; "
-                "the checkpoint is damaged",
-                path=path,
-            )
+    if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
+        raise CheckpointError(
+            f"reading {path}: {found.st_size} bytes, expected a regular file of {file.size}; "
+            "the checkpoint is damaged",
+            path=path,
+        )
 
 
 @dataclass(frozen=True, slots=True)

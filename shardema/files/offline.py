@@ -50,7 +50,7 @@ def export_checkpoint(
     """
     limit = parse_size(max_shard_size)
     stored = manifests.read(folder, "export")
-    name = _choose(stored, average)
+    name = choose_average(stored, average)
     if not partial:
         _check_complete(folder, stored)
     numbers = [n for n, t in enumerate(stored.tensors) if t.average in (name, None) and t.stem]
@@ -92,7 +92,8 @@ def _check_complete(folder: str | os.PathLike[str], stored: Manifest) -> None:
         )
 
 
-def _choose(stored: Manifest, average: str | None) -> str:
+def choose_average(stored: Manifest, average: str | None) -> str:
+    """The average of this name, or the only one. Raises ValueError if there is none such."""
     names = list(stored.averages)
     if average is None and len(names) > 1:
         raise ValueError(f"there are several averages, choose one of {names}")

@@ -54,6 +54,17 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def surplus(made: Iterable[int], keep_last: int | None, keep_every: int | None) -> list[int]:
+    """The steps, of all that a manager made, that it does not keep.
+
+    >>> surplus([2, 4, 6, 8], keep_last=1, keep_every=6)
+    [2, 4]
+    """
+    steps = sorted(made)
+    kept = set(steps if keep_last is None else steps[-keep_last:])
+    return [s for s in steps if s not in kept and (keep_every is None or s % keep_every)]
+
+
 class Steps:
     """The steps in ``folder``, which `open` creates and locks."""
 
