@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch import distributed as dist
 
-from shardema import backends, kernels, metrics
+from shardema import backends, importers, kernels, metrics
 from shardema.arguments import (
     as_models,
     as_policies,
@@ -34,6 +34,7 @@ from shardema.files import checkpoint, dcp, loading, pretrained
 from shardema.files import export as exporter
 from shardema.files.folder import absolute
 from shardema.gathering import full_tensors
+from shardema.importers import Imported
 from shardema.model import selection
 from shardema.model.selection import Buffers, Select
 from shardema.model.weights import Weights
@@ -708,7 +709,7 @@ class ShardedEMA:
 
     def load_full(
         self,
-        source: str | os.PathLike[str] | Mapping[str, Tensor],
+        source: str | os.PathLike[str] | Mapping[str, Any] | Imported,
         name: str | None = None,
         *,
         t: float | None = None,
@@ -722,22 +723,23 @@ class ShardedEMA:
 
         Args:
             source: a ``.safetensors`` file, a folder in the Hugging Face layout (also a snapshot of
-                the Hub), or ``{fqn: full tensor}`` on every rank. Frozen parameters and buffers in
-                it are ignored.
+                the Hub), a file of ``torch.save``, or ``{fqn: full tensor}`` on every rank. The
+                formats of other libraries are recognised by their content; `importers.read` reads
+                what needs more words. Frozen parameters and buffers in it are ignored.
             name: which average.
             t: progress of the loaded average, in the schedule's unit. If None: ``num_updates``
                 where the unit is ``"step"``, else ``t`` is not changed.
             num_updates: number of updates of the loaded average. If None: ``t`` where the unit is
                 ``"step"`` and ``t`` is whole, else it is not changed. If neither is given, the
-                ``optimization_step`` in a folder of diffusers' ``EMAModel.save_pretrained`` is
-                used.
+                counter in the source is used where the unit is ``"step"``.
 
         Raises:
-            CheckpointError: the file does not exist or is damaged.
-            ValueError: names that are missing or unknown, or another shape; a path that is not
-                local; no progress is known and the schedule's next update would overwrite the
-                loaded average completely; a progress that is negative or not accepted by the
-                schedule.
+            CheckpointError: the file does not exist, is damaged, or holds objects that could run
+                code.
+            ValueError: content in no known format or in several; names that are missing or
+                unknown, or another shape; a path that is not local; no progress is known and the
+                schedule's next update would overwrite the loaded average completely; a progress
+                that is negative or not accepted by the schedule.
             RuntimeError: inside ``swap()``.
 
         After an error the average and its clock are unchanged.
@@ -756,10 +758,11 @@ class ShardedEMA:
         staged: list[loading.Staged] = []
 
         def read() -> None:
+            given = source if isinstance(source, Imported) else importers.read(source)
             ignored, clock = calls.outward.ignored, (t, num_updates)
             plan = calls.plan
             staged.append(
-                loading.read_full(source, average, averages, plan, beside=ignored, clock=clock)
+                loading.read_full(given, average, averages, plan, beside=ignored, clock=clock)
             )
 
         with writable():
