@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import nn
 from torch import distributed as dist
+from torch import nn
 
 from shardema import backends, importers, kernels, metrics
 from shardema.arguments import (
@@ -30,7 +30,7 @@ from shardema.arguments import (
 )
 from shardema.backends.tree import unwrap
 from shardema.calls import Call, Calls
-from shardema.files import checkpoint, dcp, loading, pretrained
+from shardema.files import checkpoint, dcp, layouts, loading, pretrained
 from shardema.files import export as exporter
 from shardema.files.folder import absolute
 from shardema.gathering import full_tensors
@@ -495,6 +495,7 @@ class ShardedEMA:
         name: str | None = None,
         *,
         dtype: torch.dtype | Literal["model"] | None = None,
+        layout: layouts.Layout = "hf",
         max_shard_size: int | str = "5GB",
         mode: exporter.Mode = "auto",
         progress: bool = True,
@@ -512,6 +513,11 @@ class ShardedEMA:
             path: the folder; must not exist.
             name: which average.
             dtype: as for `full_state_dict`; buffers keep their dtype.
+            layout: ``"hf"``, the above. ``"diffusers"``: the same for a diffusers model, with the
+                fields that ``EMAModel.from_pretrained`` reads to continue the average. ``"timm"``:
+                ``path/checkpoint.pth.tar``, for timm's ``load_checkpoint``. ``"torch_averaged"``:
+                ``path/averaged_model.pth``, for ``AveragedModel.load_state_dict``. For the last two
+                the first rank needs memory for the full average.
             max_shard_size: of a file: bytes, or a size such as ``"5GB"``.
             mode: ``"direct"``: every rank writes its own shards, which needs one host and a local
                 file system. ``"stream"``: the first rank writes. ``"auto"``: ``"direct"`` where
@@ -523,15 +529,18 @@ class ShardedEMA:
                 ranks; no partial files are left.
             RuntimeError: as for `full_state_dict`; a module has extra state that is not a tensor;
                 an adapter that PEFT does not store as tensors of the model.
-            ValueError, RankError: as for `full_state_dict`; a path that is not local is a
-                ValueError.
+            ValueError, RankError: as for `full_state_dict`; a path that is not local, and
+                ``layout="diffusers"`` with another model or a schedule that ``EMAModel`` does not
+                have, are a ValueError.
         """
 
         def given() -> dict[str, Any]:
+            layouts.check(layout, mode)
             if mode not in ("auto", "direct", "stream"):
                 raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
             size = exporter.parse_size(max_shard_size)
-            return {"path": absolute(path, "export"), "max_shard_size": size, "mode": mode}
+            where = absolute(path, "export")
+            return {"path": where, "max_shard_size": size, "mode": mode, "layout": layout}
 
         calls = self._calls
         average = calls.begin(
@@ -545,17 +554,32 @@ class ShardedEMA:
             )
         )
         with writable(), calls.ranks.together("export"):
+            if layout in layouts.FILES:
+                tensors = full_tensors(calls, "export", name, dtype, all_ranks=False)
+                layouts.write_file(path, layout, tensors, average.num_updates, calls.ranks)
+                return
             calls.outward.check_export()
+            fields: dict[str, Any] = {}
+            if layout == "diffusers":
+                layouts.check_diffusers(calls.outward.stem)
+                every = average.policy.update_every
+                fields = layouts.ema_model_fields(average.schedule, average.t, self.unit, every)
             contents = calls.contents(average, dtype)
             module = unwrap(self._averages.weights.models[0])
             exported_dtype = next((contents.dtype(i) for i in contents.items if i.averaged), None)
+
+            def extra(folder: str) -> None:
+                pretrained.write_config(module, folder, exported_dtype)
+                if fields:
+                    layouts.add_fields(folder, fields)
+
             exporter.export(
                 path,
                 contents,
                 max_shard_size=exporter.parse_size(max_shard_size),
                 mode=mode,
                 progress=progress,
-                extra=lambda folder: pretrained.write_config(module, folder, exported_dtype),
+                extra=extra,
             )
 
     def metrics(self, name: str | None = None) -> dict[str, float]:

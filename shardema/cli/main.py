@@ -22,6 +22,7 @@ from tqdm import tqdm
 from shardema.cli import logs, spec
 from shardema.errors import CheckpointError
 from shardema.files import manifest as manifests
+from shardema.files.layouts import LAYOUTS, Layout
 from shardema.files.manifest import Manifest, Stored
 from shardema.files.offline import export_checkpoint
 from shardema.schedules import Schedule
@@ -158,6 +159,9 @@ def _size(nbytes: float) -> str:
 @click.argument("out", type=click.Path())
 @click.option("--average", help="Which average, where there are several.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Dtype of the weights in OUT.")
+@click.option(
+    "--layout", type=click.Choice(LAYOUTS), default="hf", show_default=True, help="What reads OUT."
+)
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Size of one file.")
 @click.option("--partial", is_flag=True, help="Go on though the checkpoint left parameters out.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no last line.")
@@ -166,13 +170,15 @@ def export(
     out: str,
     average: str | None,
     dtype: str | None,
+    layout: Layout,
     max_shard_size: str,
     partial: bool,
     quiet: bool,
 ) -> None:
-    """Write an average of CHECKPOINT to the new folder OUT as safetensors, in the HF layout.
+    """Write an average of CHECKPOINT to the new folder OUT, by default in the HF layout.
 
-    One process, no model code, a few MiB of memory.
+    One process, no model code, a few MiB of memory. The layouts timm and torch_averaged are one
+    file of torch.save, and need memory for the average.
     """
     bar = tqdm(unit="B", unit_scale=True, desc="export", delay=1, leave=False, disable=quiet)
     try:
@@ -182,6 +188,7 @@ def export(
                 out,
                 average=average,
                 dtype=_DTYPES[dtype] if dtype else None,
+                layout=layout,
                 max_shard_size=max_shard_size,
                 partial=partial,
                 done=bar.update,
