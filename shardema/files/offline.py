@@ -114,7 +114,7 @@ def _full_tensors(
     stems = {tensor.stem for tensor in stored.tensors if tensor.stem}
     if not stems <= {*WHOLE}:
         raise ValueError(
-            "it is of adapters, which only layout='hf' stores as PEFT names them; give layout='hf', "
+            "it is of adapters, which only layout='hf' stores as PEFT names them; give layout='hf' "
             "or ema.export(path, layout=...) with the model"
         )
     for number, tensor in enumerate(stored.tensors):

@@ -255,5 +255,6 @@ def load_chunks(folder: str, state: dict[str, Any]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the ranks do not read together
             load(state, checkpoint_id=os.fspath(folder), no_dist=True)
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"reading {folder}: {error!s:.500}", path=folder) from error
+    except CheckpointException as error:
+        reasons = [failure for failure, _ in error.failures.values()]
+        raise CheckpointError(f"reading {folder}: {reasons!s:.500}", path=folder) from error

@@ -58,8 +58,8 @@ def read(
     if format == "auto" and len(fitting) != 1:
         reads = f"reads as {' and as '.join(fitting)}" if fitting else "is in no known format"
         raise ValueError(
-            f"{label}: {_found(part)} {reads}; give importers.read(source, format) one of "
-            f"{list(STATES)}, or key= with the part that holds the average"
+            f"{label}: {_found(part)} {reads}; give importers.read(source, format=), one of "
+            f"{list(STATES)}, or key=, the part that holds the average"
         )
     name = fitting[0] if format == "auto" else format
     if name not in fitting:

@@ -17,8 +17,10 @@ from shardema.files.safetensors import opened, read_at
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _HARMLESS = (argparse.Namespace,)  # an object without code; timm saves the arguments in one
-_FOREIGN = re.compile(
-    r"(?:GLOBAL|global:?) `?([\w.]+)`? was not an allowed|Unsupported \w+: \S+ (\S+)"
+# what torch says of an object that it does not build, and around what it says of others
+_FOREIGN = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
+_AROUND = re.compile(
+    r"Weights only load .*?(?:trusted source\.|error:)\s+|Check the docu.*", re.DOTALL
 )
 
 
@@ -77,9 +79,10 @@ def _namespaces() -> Iterator[None]:
 def _why(path: str, error: Exception) -> str:
     foreign = _FOREIGN.search(str(error))
     if foreign is None:
-        return f"reading {path}: not a complete file of torch.save ({error!s:.300})"
+        reason = _AROUND.sub("", str(error)).strip()
+        return f"reading {path}: not a complete file of torch.save ({reason:.300})"
     return (
-        f"reading {path}: it holds a {foreign[1] or foreign[2]:.200}, an object that can run code "
-        "when it is read; if you trust who wrote the file, load it with torch.load(path, "
-        "weights_only=False) and give the dict: ema.load_full(importers.read(state))"
+        f"reading {path}: it holds a {foreign[1]:.200}, an object that can run code when it is "
+        "read; if you trust who wrote the file, load it with torch.load(path, weights_only=False) "
+        "and give the dict: ema.load_full(importers.read(state))"
     )
