@@ -534,21 +534,13 @@ class ShardedEMA:
                 have, are a ValueError.
         """
 
-        def given() -> dict[str, Any]:
-            layouts.check(layout, mode)
-            if mode not in ("auto", "direct", "stream"):
-                raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
-            size = exporter.parse_size(max_shard_size)
-            where = absolute(path, "export")
-            return {"path": where, "max_shard_size": size, "mode": mode, "layout": layout}
-
         calls = self._calls
         average = calls.begin(
             Call(
                 "export",
                 name,
                 dtype=dtype,
-                given=given,
+                given=lambda: layouts.arguments(path, layout, max_shard_size, mode),
                 files=True,
                 compared=lambda average: [average],
             )
@@ -559,27 +551,17 @@ class ShardedEMA:
                 layouts.write_file(path, layout, tensors, average.num_updates, calls.ranks)
                 return
             calls.outward.check_export()
-            fields: dict[str, Any] = {}
-            if layout == "diffusers":
-                layouts.check_diffusers(calls.outward.stem)
-                every = average.policy.update_every
-                fields = layouts.ema_model_fields(average.schedule, average.t, self.unit, every)
+            fields = layouts.fields_of(average, layout, calls.outward.stem, self.unit)
             contents = calls.contents(average, dtype)
             module = unwrap(self._averages.weights.models[0])
             exported_dtype = next((contents.dtype(i) for i in contents.items if i.averaged), None)
-
-            def extra(folder: str) -> None:
-                pretrained.write_config(module, folder, exported_dtype)
-                if fields:
-                    layouts.add_fields(folder, fields)
-
             exporter.export(
                 path,
                 contents,
                 max_shard_size=exporter.parse_size(max_shard_size),
                 mode=mode,
                 progress=progress,
-                extra=extra,
+                extra=lambda at: layouts.write_config(module, at, exported_dtype, fields),
             )
 
     def metrics(self, name: str | None = None) -> dict[str, float]:

@@ -16,12 +16,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from shardema.errors import CheckpointError
-from shardema.files.folder import new_folder
+from shardema.files import pretrained
+from shardema.files.export import parse_size
+from shardema.files.folder import absolute, new_folder
 from shardema.files.safetensors import DIFFUSERS, read_whole, reporting
 from shardema.ranks.agree import Ranks
 from shardema.schedules import clip, constant, ramp, start, warmup
+from shardema.update.average import Average
 
 Layout = Literal["hf", "diffusers", "timm", "torch_averaged"]
 
@@ -31,15 +35,31 @@ FILES = {"timm": "checkpoint.pth.tar", "torch_averaged": "averaged_model.pth"}
 _MAX_CONFIG = 10_000_000  # bytes
 
 
-def check(layout: str, mode: str = "auto") -> None:
-    """Raises ValueError unless there is such a layout, and it can be written in this mode."""
+def check(layout: str) -> None:
+    """Raises ValueError unless there is such a layout."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {list(LAYOUTS)}")
+
+
+def arguments(
+    path: str | os.PathLike[str], layout: str, max_shard_size: int | str, mode: str
+) -> dict[str, Any]:
+    """The arguments of ``ema.export`` in one form. Raises ValueError."""
+    check(layout)
+    if mode not in ("auto", "direct", "stream"):
+        raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
     if layout in FILES and mode != "auto":
         raise ValueError(
             f"mode: got {mode!r} with layout={layout!r}, a file that the first rank writes; leave "
             "mode='auto'"
         )
+    size = parse_size(max_shard_size)
+    return {
+        "path": absolute(path, "export"),
+        "max_shard_size": size,
+        "mode": mode,
+        "layout": layout,
+    }
 
 
 # ---- files of torch.save ----------------------------------------------------------------------
@@ -94,9 +114,22 @@ def _save(state: dict[str, Any], path: str) -> None:
 # ---- diffusers --------------------------------------------------------------------------------
 
 
-def ema_model_fields(
-    schedule: Any, t: float, unit: str, update_every: int = 1
-) -> dict[str, bool | int | float]:
+def fields_of(average: Average, layout: str, stem: str, unit: str) -> dict[str, Any]:
+    """What the layout adds to the model's config.
+
+    Args:
+        stem: of the model's files.
+
+    Raises:
+        ValueError: the layout does not have this model or this schedule.
+    """
+    if layout != "diffusers":
+        return {}
+    check_diffusers(stem)
+    return ema_model_fields(average.schedule, average.t, unit, average.policy.update_every)
+
+
+def ema_model_fields(schedule: Any, t: float, unit: str, update_every: int = 1) -> dict[str, Any]:
     """What diffusers' ``EMAModel`` keeps beside the weights, so that it continues the average.
 
     Raises:
@@ -148,3 +181,12 @@ def add_fields(folder: str, fields: Mapping[str, Any]) -> None:
     config = json.loads(read_whole(path, _MAX_CONFIG)) | fields
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_config(
+    module: nn.Module, folder: str, dtype: torch.dtype | None, fields: Mapping[str, Any]
+) -> None:
+    """`pretrained.write_config`, and the fields of the layout in it."""
+    pretrained.write_config(module, folder, dtype)
+    if fields:
+        add_fields(folder, fields)
