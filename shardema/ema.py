@@ -547,8 +547,9 @@ class ShardedEMA:
         )
         with writable(), calls.ranks.together("export"):
             if layout in layouts.FILES:
-                tensors = full_tensors(calls, "export", name, dtype, all_ranks=False)
-                layouts.write_file(path, layout, tensors, average.num_updates, calls.ranks)
+                full = full_tensors(calls, "export", name, dtype, all_ranks=False)
+                nbytes = sum(calls.contents(average, dtype).loads())
+                layouts.write_file(path, layout, full, average.num_updates, calls.ranks, nbytes)
                 return
             calls.outward.check_export()
             fields = layouts.fields_of(average, layout, calls.outward.stem, self.unit)

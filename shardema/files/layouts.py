@@ -71,12 +71,14 @@ def write_file(
     tensors: Iterable[tuple[str, Any]],
     num_updates: int,
     ranks: Ranks,
+    nbytes: int = 0,
 ) -> None:
     """Writes the folder with the one file of the layout. Collective over ``ranks``.
 
     Args:
         folder: where; must not exist.
         tensors: the average by name, on the leader; none on the others.
+        nbytes: of all of them; the others wait as long as writing these may take.
 
     Raises:
         CheckpointError: on all ranks, if it could not be written; nothing is left behind.
@@ -90,7 +92,6 @@ def write_file(
                 _save(_state(layout, full, num_updates), path)
                 new.commit()
 
-        nbytes = sum(v.nbytes for v in full.values() if isinstance(v, torch.Tensor))
         ranks.agree("export (writing)", write, nbytes=nbytes)
 
 
