@@ -88,7 +88,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, ema: ShardedEMA) ->
         weights, states = get_state_dict(model, optimizer)
         dcp.load({"model": weights, "optimizer": states}, checkpoint_id=path / "training")
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
-    ema.load(path / "ema")
+    ema.load(path / "ema", model="check")
 
 
 def sync(folder: Path) -> None:

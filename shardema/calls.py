@@ -19,10 +19,10 @@ import torch
 
 from shardema.arguments import check_dtype
 from shardema.files import pretrained
-from shardema.model import own_state, selection
+from shardema.model import own_state, replica_check, selection
 from shardema.model.own_state import Outward, OwnState
 from shardema.policy import ShadowPolicy
-from shardema.ranks import replica_check, transfer
+from shardema.ranks import transfer
 from shardema.ranks.agree import Ranks
 from shardema.ranks.plan import Contents, Holdings, Item, Plan, make_plan
 from shardema.ranks.transfer import Iteration

@@ -649,6 +649,7 @@ class ShardedEMA:
                 calls.own_contents(),
                 {a.name: checkpoint.progress_of(a) for a in averages.values()},
                 calls.outward,
+                averages.weights.averaged_shards,
                 include_frozen=include_frozen,
                 overwrite=overwrite,
                 extra=lambda place: pretrained.write_config(module, place, None),
@@ -658,6 +659,7 @@ class ShardedEMA:
         self,
         folder: str | os.PathLike[str],
         *,
+        model: Literal["check"] | None = None,
         new_schedule: bool = False,
         add: Sequence[str] = (),
         drop: Sequence[str] = (),
@@ -669,13 +671,16 @@ class ShardedEMA:
 
         Args:
             folder: the checkpoint, as given to `save`.
+            model: ``"check"`` raises unless the model has the weights that it had at the save, bit
+                for bit: load the model's own checkpoint of the same step first.
             new_schedule: continue with this object's schedules if the checkpoint has others.
             add: averages that the checkpoint does not contain: they start from the current weights
                 at ``t = 0``. Load the model first.
             drop: averages of the checkpoint that this object does not have.
 
         Raises:
-            CheckpointError: no checkpoint, or a damaged one. Raised on all ranks.
+            CheckpointError: no checkpoint, a damaged one, or with ``model="check"`` one that was
+                saved with other weights. Raised on all ranks.
             ValueError: a checkpoint of another model, other averages or other schedules; ``add``
                 names an average that the checkpoint has, or ``drop`` one that it has not; a path
                 that is not local.
@@ -683,12 +688,15 @@ class ShardedEMA:
 
         After an error the averages are unchanged.
         """
+        if model not in ("check", None):
+            raise ValueError(f"load: got model={model!r}, expected 'check' or None")
         added, dropped = _names(add), _names(drop)
         self._calls.begin(
             Call(
                 "load",
                 every=True,
                 given=lambda: {
+                    "model": model,
                     "new_schedule": bool(new_schedule),
                     "add": sorted(added),
                     "drop": sorted(dropped),
@@ -702,6 +710,7 @@ class ShardedEMA:
                 folder,
                 self._averages,
                 self._calls.plan,
+                check_model=model == "check",
                 new_schedule=new_schedule,
                 add=added,
                 drop=dropped,

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, abbreviate
@@ -115,15 +115,19 @@ class CheckpointManager:
         if self._ranks.leader:
             self._rotate(step, abandoned)
 
-    def resume(self, step: int | None = None) -> int | None:
-        """Loads the newest step that is complete and undamaged. Collective.
+    def resume(
+        self, step: int | None = None, *, model: Literal["check"] | None = "check"
+    ) -> int | None:
+        """Loads the newest step that is undamaged and belongs to the model's weights. Collective.
 
-        A step that cannot be loaded because it is damaged or incomplete is skipped with a warning
-        that says why. The next save removes the steps after the one that was loaded: they belong
-        to a run that is not continued.
+        Load the model's own checkpoint first. A step that is damaged or incomplete, or that was
+        saved with other weights than the model has now, is skipped with a warning that says why.
+        The next save removes the steps after the one that was loaded: they belong to a run that is
+        not continued.
 
         Args:
             step: this one and no other, for instance the step of the trainer's own checkpoint.
+            model: None does not compare the model's weights.
 
         Returns:
             The step; None if ``dir`` has none.
@@ -141,13 +145,13 @@ class CheckpointManager:
             self._steps.sweep()
             return [self._steps.present(), self._steps.recorded()]
 
-        same = {"step": step, "dir": self._steps.folder}
+        same = {"step": step, "dir": self._steps.folder, "model": model}
         present, made = self._ranks.agree("CheckpointManager.resume", None, look, same=same)
         wanted = present if step is None else [step]
         skipped: list[tuple[int, CheckpointError]] = []
         for candidate in reversed(wanted):
             try:
-                self._ema.load(self._steps.path(candidate))
+                self._ema.load(self._steps.path(candidate), model=model)
             except CheckpointError as error:  # the same on all ranks
                 skipped.append((candidate, error))
                 continue

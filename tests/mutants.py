@@ -350,8 +350,8 @@ STORIES = {
         8, (files("collectives"), files("errors"), contract(2, "fsdp2")), "agree.py"
     ),
     **{
-        f"ranks/{name}.py": Story(count, GATHERING, "gather.py")
-        for name, count in (("plan", 2), ("replica_check", 1), ("transfer", 5))
+        f"{name}.py": Story(count, GATHERING, "gather.py")
+        for name, count in (("ranks/plan", 2), ("model/replica_check", 1), ("ranks/transfer", 5))
     },
     "exchange.py": Story(4, SWAPPING, "swap.py"),
     "scopes.py": Story(2, SWAPPING, "swap.py"),

@@ -271,6 +271,20 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
     "other params": (put(["averages", "ema", "schedule", "params"], 1), "with the params 1"),
     "a dtype that is no text": (put(["averages", "ema", "dtype"], None), "a string, got None"),
     "an id that is no text": (put(["save_id"], None), "expected a string, got None"),
+    "fingerprints of another kind": (put(["model", "x"], {}), "fingerprints of 'x'"),
+    "fingerprints in a list": (put(["model"], []), "'list' object has no attribute 'keys'"),
+    "a fingerprint of no tensor": (
+        put(["model", "weights", "x"], ["F32", "0" * 16]),
+        "'x' has the fingerprint",
+    ),
+    "a fingerprint of an unknown dtype": (
+        of("model", "weights")(lambda all: {fqn: ["F7", "0" * 16] for fqn in all}),
+        r"has the fingerprint \['F7'",
+    ),
+    "a fingerprint that is too short": (
+        of("model", "weights")(lambda all: {fqn: ["F32", "0" * 15] for fqn in all}),
+        r"has the fingerprint \['F32', '000000000000000'\]",
+    ),
     "a list for a dict": (lambda body: [body], "list indices must be integers"),
     "a missing key": (lambda body: {k: v for k, v in body.items() if k != "files"}, "'files'"),
 }

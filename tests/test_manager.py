@@ -76,7 +76,7 @@ def test_it_resumes_with_the_bits_of_the_newest(tmp_path: Path) -> None:
     with CheckpointManager(ema, tmp_path) as manager:
         assert manager.resume() is None
         train(model, ema, manager, range(1, 4))
-    _, again = averaged(7.0)
+    _, again = averaged(3.0)
     with CheckpointManager(again, tmp_path) as manager:
         assert manager.resume() == 3
     assert (again.t, again.num_updates) == (3, 3)
@@ -159,13 +159,13 @@ def test_a_damaged_newest_step_is_skipped_told_and_made_anew(
         flip(newest / "shardema.json")
     else:
         (newest / "shardema.json").unlink()
-    model, again = averaged(9.0)
+    model, again = averaged(2.0)
     with CheckpointManager(again, tmp_path) as manager:
         with caplog.at_level(logging.WARNING):
             assert manager.resume() == 2
         assert "step 3 was skipped, step 2 is the newest that can be loaded: " in caplog.text
         train(model, again, manager, range(3, 4))
-    _, last = averaged()
+    _, last = averaged(3.0)
     with CheckpointManager(last, tmp_path) as manager:
         assert manager.resume() == 3
     assert torch.equal(last.full_state_dict()["weight"], again.full_state_dict()["weight"])
@@ -181,6 +181,39 @@ def test_where_no_step_can_be_loaded_it_raises_and_changes_nothing(tmp_path: Pat
     with (
         CheckpointManager(again, tmp_path) as manager,
         pytest.raises(CheckpointError, match="none of the steps 2, 1 can be loaded; step 2: "),
+    ):
+        manager.resume()
+    assert again.t == 0
+    assert (again.full_state_dict()["weight"] == 9.0).all()
+
+
+def test_the_step_of_the_models_weights_is_resumed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ema = averaged()
+    with CheckpointManager(ema, tmp_path) as manager:
+        train(model, ema, manager, range(1, 5))
+    _, again = averaged(2.0)
+    with CheckpointManager(again, tmp_path) as manager:
+        with caplog.at_level(logging.WARNING):
+            assert manager.resume() == 2
+        assert "step 4 was skipped, step 2 is the newest that can be loaded: " in caplog.text
+        assert "2 of 2 weights of the model are not those that its averages" in caplog.text
+        with pytest.raises(CheckpointError, match="after 3 updates: weight, bias; load the model"):
+            manager.resume(step=3)
+        assert again.num_updates == 2
+        assert manager.resume(step=3, model=None) == 3
+    assert again.num_updates == 3
+
+
+def test_without_the_models_checkpoint_nothing_is_resumed(tmp_path: Path) -> None:
+    model, ema = averaged()
+    with CheckpointManager(ema, tmp_path) as manager:
+        train(model, ema, manager, range(1, 3))
+    _, again = averaged(9.0)
+    with (
+        CheckpointManager(again, tmp_path) as manager,
+        pytest.raises(CheckpointError, match=r"none of the steps 2, 1 can be loaded; step 2: "),
     ):
         manager.resume()
     assert again.t == 0
@@ -204,13 +237,13 @@ def test_the_steps_after_the_one_that_was_resumed_go_with_the_next_save(tmp_path
     model, ema = averaged()
     with CheckpointManager(ema, tmp_path) as manager:
         train(model, ema, manager, range(1, 6))
-    model, again = averaged()
+    model, again = averaged(2.0)
     with CheckpointManager(again, tmp_path) as manager:
         assert manager.resume(step=2) == 2
         assert len(names(tmp_path)) == 5
         manager.save(4)
     assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000004"]
-    _, last = averaged()
+    _, last = averaged(2.0)
     with CheckpointManager(last, tmp_path) as manager:
         assert manager.resume() == 4
     assert last.t == 2
@@ -296,7 +329,7 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(
         writer.kill()
     time.sleep(0.1)
     assert hidden(tmp_path) == left
-    assert manager.resume() == 1
+    assert manager.resume(model=None) == 1
     assert hidden(tmp_path) == []
     manager.save(2)
     manager.close()

@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from shardema import ShardedEMA, schedules
+from shardema import CheckpointError, ShardedEMA, schedules
 from tests import contract, world, zoo
 from tests.layouts import LAYOUTS
 
@@ -63,8 +63,14 @@ def load(layout: str, folder: str) -> None:
     model = build(layout)
     ema = ShardedEMA(model, RULES)
     for ranks, writer in WRITERS:
+        contract.write(model, values_at(1))
         ema.reset()
-        ema.load(f"{folder}/{writer}-{ranks}")
+        before = ema.full_state_dict("slow", all_ranks=True)
+        with pytest.raises(CheckpointError, match=r"not those .* saved with, after 3"):
+            ema.load(f"{folder}/{writer}-{ranks}", model="check")
+        contract.assert_same(ema.full_state_dict("slow", all_ranks=True), before)
+        contract.write(model, values_at(2))  # as at the save, on whatever layout it was
+        ema.load(f"{folder}/{writer}-{ranks}", model="check")
         assert (ema.t, ema.num_updates) == (3, 3)
         for name in RULES:
             full = ema.full_state_dict(name, all_ranks=True)
@@ -97,7 +103,34 @@ def test_every_layout_reads_every_other(checkpoints: Path, ranks: int) -> None:
         for size, layout in READERS
         if size == ranks
     ]
+    if ranks == 4:
+        facts.append(world.Fact("differing", a_rank_that_differs_in_one_box_is_named))
     world.hold(facts, ranks)
+
+
+def a_rank_that_differs_in_one_box_is_named() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    mesh = dist.init_device_mesh("cpu", (2, 2))
+    model = FullyShardedDataParallel(
+        nn.Linear(3, 5, bias=False),
+        device_mesh=mesh,
+        device_id=torch.device("cpu"),
+        sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+        use_orig_params=True,
+    )
+    ema = ShardedEMA(model, 0.5)
+    ema.full_state_dict()
+    (held,) = ema.internal.averages.weights.shards
+    assert len(held.boxes) == 2  # whole rows, and a part of one
+    rank = dist.get_rank()
+    for odd in (2, 3):  # replicas of 0 and 1
+        if rank == odd:
+            next(iter(ema.internal.averages["ema"].shadows.views.values()))[0] += 1
+        with pytest.raises(
+            RuntimeError, match=r"weight: ranks \[2\] hold different values from rank 0"
+        ):
+            ema.full_state_dict()
 
 
 def test_all_exports_are_the_same_bytes(checkpoints: Path) -> None:

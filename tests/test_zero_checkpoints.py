@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from shardema import ShardedEMA
+from shardema import CheckpointError, ShardedEMA
 from tests import engines, world
 from tests.contract import assert_same, same_everywhere
 from tests.engines import CONFIGS
@@ -88,8 +88,11 @@ def travel(name: str, folder: str) -> None:
     if dist.get_rank() == 0:
         torch.save((held, ema.num_updates), f"{mine}.pt")
     again = ShardedEMA(model, DECAY)
-    again.load(mine)
+    again.load(mine, model="check")
     assert_same(averages(again), held)
+    step(model, 2)
+    with pytest.raises(CheckpointError, match="weights of the model are not those"):
+        again.load(mine, model="check")
 
 
 @pytest.mark.timeout(900)  # compilers and other tests may keep the cores busy

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from shardema.errors import abbreviate
 from shardema.files import manifest as manifests
+from shardema.files import pairing
 from shardema.files.folder import new_folder
 from shardema.files.manifest import (
     BLOCK,
@@ -55,6 +56,7 @@ def save_averages(
     own: Contents,
     progress: Mapping[str, StoredAverage],
     outward: Outward,
+    weights: Sequence[Shard],
     *,
     include_frozen: bool,
     overwrite: bool,
@@ -67,6 +69,7 @@ def save_averages(
         own: the model's own tensors.
         progress: by the name of the average.
         outward: what the model's own code makes of its state.
+        weights: this rank's shards of the averaged tensors, of which the fingerprint is kept.
         include_frozen: also the parameters that are not averaged.
         overwrite, extra: as for `save`.
     """
@@ -91,7 +94,8 @@ def save_averages(
     left_out = [item.fqn for i, item in items if i not in kept and item.stem]
     left_out += sorted(outward.holders)
     sources = [*(one.only(averaged) for one in averages), own.only(rest)]
-    save(folder, sources, progress, left_out, own.ranks, extra=extra, overwrite=overwrite)
+    parts = pairing.local_parts(own.plan, weights, own.ranks)
+    save(folder, sources, progress, left_out, parts, own.ranks, extra=extra, overwrite=overwrite)
 
 
 def progress_of(average: Average) -> StoredAverage:
@@ -110,6 +114,7 @@ def save(
     sources: Sequence[Contents],
     averages: Mapping[str, StoredAverage],
     left_out: Sequence[str],
+    parts: Sequence[pairing.Part],
     ranks: Ranks,
     *,
     extra: Callable[[str], None],
@@ -119,6 +124,7 @@ def save(
 
     Args:
         folder: where; must not exist. Its parent is made.
+        parts: this rank's fingerprints of the model.
         extra: called on the leader with the temporary folder, to write what else belongs in it.
         overwrite: a complete checkpoint may be there, and is replaced.
 
@@ -128,19 +134,24 @@ def save(
     tensors = _tensors(sources)
     with new_folder(folder, "save", ranks, overwrite=overwrite) as new:
 
-        def finish(entries: list[dict[str, Any] | None]) -> None:
-            files = tuple(_stored_file(entry, tensors) for entry in entries if entry is not None)
-            save_id = secrets.token_hex(16)
+        def finish(told: list[tuple[dict[str, Any] | None, list[pairing.Part]]]) -> None:
             manifest = Manifest(
-                save_id, ranks.size, dict(averages), tensors, tuple(left_out), files, new.place
+                secrets.token_hex(16),
+                ranks.size,
+                dict(averages),
+                tensors,
+                tuple(left_out),
+                tuple(_stored_file(entry, tensors) for entry, _ in told if entry is not None),
+                new.place,
+                model=pairing.merged(sources[-1].plan, [theirs for _, theirs in told]),
             )
             with reporting(new.path, "save to"):
                 extra(new.path)
                 write_file(os.path.join(new.path, manifests.NAME), manifests.pack(manifest))
             new.commit()
 
-        def write() -> dict[str, Any] | None:
-            return _write_rank(new.path, sources, ranks)
+        def write() -> tuple[dict[str, Any] | None, Sequence[pairing.Part]]:
+            return _write_rank(new.path, sources, ranks), parts
 
         ranks.agree("save (writing)", write, finish, nbytes=_busiest(sources))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from shardema.arguments import progress
 from shardema.errors import CheckpointError, abbreviate
-from shardema.files import checkpoint, manifest, sources
+from shardema.files import checkpoint, manifest, pairing, sources
 from shardema.files.dcp import BoxedTensor
 from shardema.files.manifest import Manifest, ReadRequest
 from shardema.files.sources import Imported
@@ -50,6 +50,7 @@ def read_checkpoint(
     averages: Averages,
     plan: Plan,
     *,
+    check_model: bool,
     new_schedule: bool,
     add: Sequence[str],
     drop: Sequence[str],
@@ -58,6 +59,7 @@ def read_checkpoint(
 
     Args:
         plan: of the model.
+        check_model: raise unless the model has the weights that it had at the save.
         new_schedule, add, drop: as for `ShardedEMA.load`.
     """
     found: list[tuple[Manifest, dict[str, list[ReadRequest]]]] = []
@@ -84,6 +86,9 @@ def read_checkpoint(
         return max(nbytes for _, nbytes in told)
 
     nbytes = averages.ranks.agree("load (looking)", look, same)
+    if check_model:
+        shards = averages.weights.averaged_shards
+        pairing.check(str(folder), found[0][0], plan, shards, averages.ranks)
     staged: dict[str, Staged] = {}
 
     def read() -> None:

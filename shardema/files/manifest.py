@@ -14,7 +14,7 @@ import reprlib
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,13 +41,14 @@ from shardema.shards.boxes import Box, Dims, check_covered, flat_boxes
 from shardema.shards.shard import Role
 
 NAME = "shardema.json"
-VERSION = (1, 1)  # 1.1: "stem" of a tensor, where its export has another name than "model"
+VERSION = (1, 2)  # docs/format.md says what each one added
 BLOCK = 4 << 20  # bytes that one checksum covers
 MAX_MANIFEST = 1 << 30  # bytes
 _START = b'{"checksum":"'
 _MIDDLE = b'","body":'
 _END = b"}\n"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 PLACE = re.compile(r"save-[0-9a-f]{16}")  # of the files of a save that replaced another one
 
 
@@ -102,11 +103,21 @@ class StoredAverage:
     moved_at: float = 0  # progress when it last moved, at most ``t``
 
 
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """See `shardema.kernels.fingerprint`: of a full tensor in a dtype, 16 hexadecimal digits."""
+
+    dtype: str
+    digits: str
+
+
 @dataclass(frozen=True)
 class Manifest:
     """All that is known of a checkpoint without reading a tensor.
 
     Attributes:
+        model: of the averaged parameters when the checkpoint was saved: by ``"weights"`` (what the
+            forward uses) and ``"masters"`` (an engine's in fp32) and by fqn; empty before 1.2.
         place: the folder in the checkpoint's that its files are in, "" if they are beside this.
         home: the path of the folder that its files are in, where it was read.
     """
@@ -119,6 +130,7 @@ class Manifest:
     files: tuple[StoredFile, ...]
     place: str = ""
     home: str = ""
+    model: dict[str, dict[str, Fingerprint]] = field(default_factory=dict)
 
 
 def pack(manifest: Manifest) -> bytes:
@@ -154,6 +166,10 @@ def pack(manifest: Manifest) -> bytes:
         ],
         "left_out": manifest.left_out,
         "place": manifest.place,
+        "model": {
+            kind: {fqn: [one.dtype, one.digits] for fqn, one in values.items()}
+            for kind, values in manifest.model.items()
+        },
         "files": [
             {
                 "name": f.name,
@@ -257,7 +273,25 @@ def _parse(body: Any, folder: str) -> Manifest:
         files,
         place,
         os.path.join(folder, place) if place else folder,
+        _model(body.get("model", {}), {tensor.fqn for tensor in tensors if tensor.average}),
     )
+
+
+def _model(value: Any, averaged: set[str]) -> dict[str, dict[str, Fingerprint]]:
+    odd = sorted(value.keys() - {"weights", "masters"})
+    if odd:
+        raise ValueError(f"fingerprints of {reprlib.repr(odd[0])}")
+    return {
+        kind: {fqn: _fingerprint(fqn, one, averaged) for fqn, one in values.items()}
+        for kind, values in value.items()
+    }
+
+
+def _fingerprint(fqn: str, value: Any, averaged: set[str]) -> Fingerprint:
+    dtype, digits = (checked_text(part) for part in value)
+    if fqn not in averaged or dtype not in DTYPES or not _FINGERPRINT.fullmatch(digits):
+        raise ValueError(f"{reprlib.repr(fqn)} has the fingerprint {reprlib.repr(value)}")
+    return Fingerprint(dtype, digits)
 
 
 def _average(value: Any) -> StoredAverage:

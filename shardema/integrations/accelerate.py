@@ -186,7 +186,7 @@ class _Carrier:
         if ema is None:
             return
         try:
-            ema.load(folder)
+            ema.load(folder, model="check")
         except Exception as error:
             ema.reset()
             raise CheckpointError(

@@ -284,7 +284,7 @@ class EMACallback(Callback):
             model = trainer.strategy.model
         ema = ShardedEMA(model, self.schedule, **self.options)
         if folder:
-            ema.load(folder, new_schedule=self.new_schedule)
+            ema.load(folder, model="check", new_schedule=self.new_schedule)
         self.ema, self._averaged = ema, (pl_module, trainer.strategy.model)
 
     def _child(self, pl_module: LightningModule) -> nn.Module:
@@ -355,7 +355,7 @@ class EMACallback(Callback):
         if before is not None and self._averaged is not None:
             known, wrapped = self._averaged
             if known is module and wrapped is wrapper:  # it may be attached
-                before.load(folder, new_schedule=self.new_schedule)
+                before.load(folder, model="check", new_schedule=self.new_schedule)
                 return before
         self._build(trainer, module, folder)
         return self.ema

@@ -232,7 +232,7 @@ class EMACallback(TrainerCallback):
         self.ema = None
         ema = ShardedEMA(trainer.model_wrapped, **self._options)
         if self._resume is not None:
-            ema.load(self._resume, new_schedule=self._new_schedule)
+            ema.load(self._resume, model="check", new_schedule=self._new_schedule)
         engine = trainer.is_deepspeed_enabled
         dt = trainer.get_total_train_batch_size(args) if self._unit == "sample" else None
         self._handle = ema.attach(trainer.model_wrapped if engine else trainer.optimizer, dt=dt)
@@ -403,7 +403,8 @@ class EMACallback(TrainerCallback):
         original(*args, **kwargs)
         assert ema is not None
         if found:
-            ema.load(os.path.join(best, FOLDER), new_schedule=self._new_schedule)
+            folder = os.path.join(best, FOLDER)
+            ema.load(folder, model="check", new_schedule=self._new_schedule)
         elif found is False:
             ema.reset()
         self.ema = ema  # and as they were, if that checkpoint is gone, of which the trainer warns

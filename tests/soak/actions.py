@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardema import CheckpointManager, RankError
+from shardema import CheckpointError, CheckpointManager, RankError
 from tests import zoo
 from tests.soak import models, peek
 from tests.soak.layouts import ALL
@@ -486,17 +486,23 @@ def save(at: Scene, *, frozen: bool) -> None:
     at.close_round()
     folder = at.path("ema")
     at.ema.save(folder, include_frozen=frozen)
-    at.saved.append(Saved(folder, _truths(at)))
+    at.saved.append(Saved(folder, _truths(at), at.averaged_weights()))
 
 
 @action
-def load(at: Scene, *, back: int, stepped: bool) -> None:
+def load(at: Scene, *, back: int, stepped: bool, check: bool) -> None:
     if not at.saved:
         save(at, frozen=False)
     if stepped and at.engine is None:
         _open_round(at)
     saved = at.saved[-1 - back % len(at.saved)]
-    at.ema.load(saved.folder)
+    now = at.averaged_weights()
+    same = [peek.equal(now[k], v) for k, v in saved.weights.items() if now[k].dtype == v.dtype]
+    if check and not all(same):
+        with refuse(CheckpointError, "are not those that its averages were saved with"):
+            at.ema.load(saved.folder, model="check")
+        return
+    at.ema.load(saved.folder, model="check" if check else None)
     at.truths = {name: truth.copy() for name, truth in saved.truths.items()}
     at.take_first_ranks_buffers()
     at.loaded()
@@ -799,7 +805,7 @@ def save_checkpoint(at: Scene) -> None:
     for model, kind in ((at.twin, "twin"), (at.model, "model")):
         model.save_checkpoint(f"{folder}/{kind}", tag="it")
     at.ema.save(f"{folder}/ema")
-    average = Saved(f"{folder}/ema", _truths(at))
+    average = Saved(f"{folder}/ema", _truths(at), at.averaged_weights())
     at.checkpoints.append(Checkpoint(folder, average, at.weights()))
 
 
@@ -815,7 +821,7 @@ def load_checkpoint(at: Scene, *, back: int, average: bool) -> None:
         assert peek.equal(value, found.weights[fqn]), f"{fqn}: not as the engine has saved it"
     if average:
         at.saved.append(found.average)
-        load(at, back=0, stepped=False)
+        load(at, back=0, stepped=False, check=True)
         at.saved.pop()
 
 

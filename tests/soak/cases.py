@@ -185,7 +185,11 @@ def _chase(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _older(rng: random.Random, case: Case) -> dict[str, Any]:
-    return {"back": rng.randrange(3), "stepped": rng.random() < 0.5}
+    return {
+        "back": rng.randrange(3),
+        "stepped": rng.random() < 0.5,
+        "check": rng.random() < 0.4,
+    }
 
 
 def _reset(rng: random.Random, case: Case) -> dict[str, Any]:

@@ -60,10 +60,11 @@ def _elsewhere() -> torch.optim.Optimizer:
 
 @dataclass
 class Saved:
-    """A checkpoint on the disk and what was true when it was written."""
+    """A checkpoint on the disk, what was true when it was written, and what was averaged then."""
 
     folder: str
     truths: dict[str, kept.Truth]
+    weights: dict[str, Tensor]
 
 
 @dataclass
@@ -125,6 +126,12 @@ class Scene:
         full = peek.trained(self.twin)
         full |= dict(unwrapped(self.twin).named_buffers())
         return full
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The parameters that are averaged, in full. Collective."""
+        names = set(self.truths[self.ema.names[0]].full) - set(state_buffers(self.twin))
+        full = self.weights()
+        return {fqn: full[fqn].clone() for fqn in sorted(names)}
 
     def updated(self, dt: float = 1) -> None:
         """The truth of one update."""
