@@ -772,6 +772,7 @@ class ShardedEMA:
             )
         )
         staged: list[loading.Staged] = []
+        same: dict[str, Any] = {}  # ranks may see files of different steps under one path
 
         def read() -> None:
             given = source if isinstance(source, Imported) else importers.read(source)
@@ -780,9 +781,10 @@ class ShardedEMA:
             staged.append(
                 loading.read_full(given, average, averages, plan, beside=ignored, clock=clock)
             )
+            same["progress in the source"] = str(staged[0].clock)
 
         with writable():
-            calls.ranks.agree("load_full (reading)", read)
+            calls.ranks.agree("load_full (reading)", read, same=same)
             (one,) = staged
             counted = one.clock is not None
             self._updates.replace("load_full", one.take_over, counted=counted)

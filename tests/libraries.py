@@ -92,7 +92,6 @@ class Kept:
         read: arguments of `importers.read`, where the content alone does not say all.
         given: arguments of ``load_full``, where the file has no counter.
         found: ``num_updates`` in the file.
-        digits: what the file keeps; float64 unless it says otherwise.
     """
 
     step: Callable[[], object]

@@ -212,6 +212,17 @@ def an_error_of_one_rank_is_one_of_all() -> None:
         ema.load_full(net().state_dict())
 
 
+def files_of_different_steps_are_refused() -> None:
+    rank = torch.distributed.get_rank()
+    ema = presets.torch_averaged(fully_shard(net(), mesh=init_device_mesh("cpu", (2,))))
+    before = bits(ema)
+    state = {f"module.{name}": value for name, value in net().state_dict().items()}
+    with pytest.raises(ValueError, match="progress in the source"):
+        ema.load_full({"n_averaged": torch.tensor(3 + rank), **state})
+    assert bits(ema) == before
+    ema.load_full({"n_averaged": torch.tensor(3), **state})
+
+
 def exports_from_shards() -> None:
     model = net()
     full = {name: value.clone() for name, value in model.state_dict().items()}
@@ -238,6 +249,7 @@ def test_on_shards(tmp_path: Path, in_doubles: None) -> None:
     library = "diffusers EMAModel, state_dict"
     facts += [kept_by(library, tmp_path / kind, kind) for kind in ("fsdp1", "fsdp2")]
     facts += [
+        world.Fact("different steps", files_of_different_steps_are_refused),
         world.Fact("an error", an_error_of_one_rank_is_one_of_all),
         world.Fact("export", exports_from_shards),
     ]

@@ -63,7 +63,11 @@ def read(
         )
     name = fitting[0] if format == "auto" else format
     if name not in fitting:
-        known = f"{name} is recognised by {STATES[name].says}" if name in STATES else "a dict"
+        known = (
+            f"{name} is recognised by {STATES[name].says}"
+            if name in STATES
+            else "it is a folder or a file"
+        )
         raise ValueError(f"{label}: got {_found(part)}, expected format {name!r}: {known}")
     try:
         found = replace(STATES[name].read(part), format=name, path=path)
