@@ -58,9 +58,9 @@ def read(
         raise ValueError(f"format: got {format!r}, expected 'auto' or one of {list(FORMATS)}")
     if isinstance(source, Mapping):
         return states.read("load_full", "", source, format, key, prefix, names)
-    path = folders.checked(source)
-    if os.path.isdir(path):
-        if folders.is_dcp(path):
+    path, inside = folders.looked_into(source)
+    if inside is not None:
+        if folders.METADATA in inside:
             return folders.read_dcp(path, format, key, prefix, names, trust=trust)
     elif torchfile.is_one(path):
         state = torchfile.load(path)

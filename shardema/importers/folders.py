@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,18 +20,23 @@ SAYS = {
     "torchtitan": "state.*.ema_params.*, a folder of torchtitan's checkpoints",
     "dcp": "a folder of torch.distributed.checkpoint with tensors by the model's names",
 }
-_METADATA = ".metadata"
+METADATA = ".metadata"  # in each folder that ``dcp.save`` wrote
 _TORCHTITAN = re.compile(r"(?:ema\.)?state\.(?P<fqn>.+)\.ema_params\.(?P<copy>[^.]+)")
 _STEP = "train_state.step"
 _COUNTS = "ema_metadata.pt"  # of SimpleTuner
 
 
-def checked(source: str | os.PathLike[str]) -> str:
-    """The path, of something that is there. Raises CheckpointError, or ValueError for a URL."""
+def looked_into(source: str | os.PathLike[str]) -> tuple[str, set[str] | None]:
+    """The path, and what is in it if it is a folder.
+
+    Raises:
+        CheckpointError: it is not there or cannot be read.
+        ValueError: it is no local path.
+    """
     path = local_path("load_full", source)
     with reporting(path, "reading"):
-        os.stat(path)
-    return path
+        folder = stat.S_ISDIR(os.stat(path).st_mode)
+        return path, set(os.listdir(path)) if folder else None
 
 
 def read_safetensors(
@@ -53,11 +59,6 @@ def read_safetensors(
 # ---- torch.distributed.checkpoint -------------------------------------------------------------
 
 
-def is_dcp(folder: str) -> bool:
-    """Whether it is a folder that ``dcp.save`` wrote."""
-    return os.path.lexists(os.path.join(folder, _METADATA))
-
-
 def read_dcp(
     folder: str,
     format: str,
@@ -70,7 +71,7 @@ def read_dcp(
     """The average in a folder that ``dcp.save`` wrote; see `shardema.importers.read`."""
     if not trust:
         raise CheckpointError(
-            f"reading {folder}: a folder of torch.distributed.checkpoint: its {_METADATA} is a "
+            f"reading {folder}: a folder of torch.distributed.checkpoint: its {METADATA} is a "
             "pickle, which can run any code when it is read; if you trust who wrote it, give "
             "ema.load_full(importers.read(folder, trust=True))",
             path=folder,
@@ -107,7 +108,7 @@ def _entries(folder: str) -> tuple[dict[str, Chunks], set[str]]:
         return chunks, stored.keys() - chunks.keys()
     except Exception as error:  # unpickling may raise anything
         raise CheckpointError(
-            f"reading {folder}: its {_METADATA} is broken ({error!r:.300})", path=folder
+            f"reading {folder}: its {METADATA} is broken ({error!r:.300})", path=folder
         ) from error
 
 
@@ -143,7 +144,9 @@ def _simpletuner(label: str, folder: str, chunks: dict[str, Chunks]) -> Imported
         raise ValueError(f"{label}: shadow_params are not numbered from 0 on: {_shown(chunks)}")
     tensors: dict[str, Any] = {str(number): listed[str(number)] for number in range(len(listed))}
     path = os.path.join(folder, _COUNTS)
-    if not os.path.lexists(path):
+    with reporting(folder, "reading"):
+        counted = _COUNTS in os.listdir(folder)
+    if not counted:
         return Imported("simpletuner", tensors, "order")
     counts = torchfile.load(path)
     try:
