@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardema import presets, schedules
+from shardema import importers, presets, schedules
 from shardema.batchnorm import update_bn
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError, SwapError
@@ -16,6 +16,7 @@ __all__ = [
     "ShadowPolicy",
     "ShardedEMA",
     "SwapError",
+    "importers",
     "presets",
     "schedules",
     "update_bn",

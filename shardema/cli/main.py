@@ -18,6 +18,7 @@ from shardema.cli import logs, spec
 from shardema.cli.checks import diff, prune, verify
 from shardema.cli.looks import inspect
 from shardema.cli.tables import Commands, one_line, printable, progress
+from shardema.files.layouts import LAYOUTS, Layout
 from shardema.files.offline import export_checkpoint
 from shardema.schedules import Schedule
 
@@ -41,6 +42,9 @@ main.add_command(prune)
 @click.argument("out", type=click.Path())
 @click.option("--average", help="Name of the average, if there are several.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Dtype of the weights in OUT.")
+@click.option(
+    "--layout", type=click.Choice(LAYOUTS), default="hf", show_default=True, help="What reads OUT."
+)
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Size of one file.")
 @click.option("--partial", is_flag=True, help="Export without parameters that are not saved.")
 @click.option("--quiet", is_flag=True, help="Print no progress bar and no summary.")
@@ -49,13 +53,15 @@ def export(
     out: str,
     average: str | None,
     dtype: str | None,
+    layout: Layout,
     max_shard_size: str,
     partial: bool,
     quiet: bool,
 ) -> None:
-    """Write an average of CHECKPOINT to the new folder OUT as safetensors, in the HF layout.
+    """Write an average of CHECKPOINT to the new folder OUT, by default in the HF layout.
 
-    One process, no model code, a few MiB of memory.
+    One process, no model code, a few MiB of memory. The layouts timm and torch_averaged are one
+    file of torch.save, and need memory for the average.
     """
     with one_line(), progress("export", quiet) as bar:
         stored = export_checkpoint(
@@ -63,6 +69,7 @@ def export(
             out,
             average=average,
             dtype=_DTYPES[dtype] if dtype else None,
+            layout=layout,
             max_shard_size=max_shard_size,
             partial=partial,
             done=bar.update,

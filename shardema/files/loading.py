@@ -7,21 +7,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from shardema.arguments import progress
 from shardema.errors import CheckpointError, abbreviate
-from shardema.files import checkpoint, consolidated, manifest, pairing
+from shardema.files import checkpoint, manifest, pairing, sources
 from shardema.files.dcp import BoxedTensor
 from shardema.files.manifest import Manifest, ReadRequest
+from shardema.files.sources import Imported
 from shardema.ranks.plan import Plan
 from shardema.schedules import describe
 from shardema.update.average import Average
 from shardema.update.averages import Averages
 from shardema.update.shadows import Shadows, allocate
-
-_EXTRA = "_extra_state"  # key of a module's get_extra_state() in a state dict
-_FullTensor = Tensor | consolidated.Place
 
 
 @dataclass(frozen=True)
@@ -171,7 +167,7 @@ def _check_schedule(op: str, average: Average, was: dict[str, Any], otherwise: s
 
 
 def read_full(
-    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    source: Imported,
     average: Average,
     averages: Averages,
     plan: Plan,
@@ -186,30 +182,17 @@ def read_full(
         beside: names that are allowed in the source and not used.
         clock: ``t`` and ``num_updates``, as for `ShardedEMA.load_full`.
     """
-    label = "load_full" if isinstance(source, Mapping) else f"load_full from {source}"
+    label = f"load_full from {source.path}" if source.path else "load_full"
     unit = averages.unit
     known = progress(*clock, unit)
-    if known is None and not isinstance(source, Mapping) and unit == "step":
-        known = progress(None, consolidated.steps_of(source), unit)
+    if known is None and unit == "step":
+        known = progress(None, source.num_updates, unit)
     restart = average.check_seed(label, known)
-    stored: Mapping[str, _FullTensor] = (
-        source if isinstance(source, Mapping) else consolidated.tensors_of(source)
-    )
-    shapes = {
-        fqn: tuple(v.entry.shape if isinstance(v, consolidated.Place) else v.shape)
-        for fqn, v in stored.items()
-        if not fqn.endswith(_EXTRA) and isinstance(v, consolidated.Place | Tensor)
-    }
-    names = consolidated.match(label, plan, shapes, beside)
+    chunked = len(averages.weights.models) > 1
+    names = sources.match(label, source, plan, beside, chunked)
     held = averages.held(average)
     staging = allocate(held, average.policy, pin=False)
-    for shard in held:
-        value = stored[names[shard.fqn]]
-        for box, target in shard.local_boxes(staging.views[shard.fqn]):
-            if isinstance(value, consolidated.Place):
-                consolidated.read_into(target, value, box)
-            else:
-                target.copy_(box.view(value))
+    sources.read_shards(source, names, held, staging.views)
     return StagedAverage(average, staging, restart and (*restart, None), loaded=True)
 
 
