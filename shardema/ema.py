@@ -1,4 +1,4 @@
-"""`ShardedEMA`: what a user calls.
+"""`ShardedEMA`: the public interface of an EMA.
 
 ::
 
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 
-from shardema import backends, kernels, metrics
+from shardema import backends, importers, kernels, metrics
 from shardema.arguments import (
     as_models,
     as_policies,
@@ -30,11 +30,12 @@ from shardema.arguments import (
 )
 from shardema.backends.tree import unwrap
 from shardema.calls import Call, Calls
-from shardema.files import checkpoint, dcp, loading, pretrained
+from shardema.files import checkpoint, dcp, layouts, loading, pretrained
 from shardema.files import export as exporter
 from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
 from shardema.gathering import full_tensors
+from shardema.importers import Imported
 from shardema.model import selection
 from shardema.model.selection import Buffers, Select
 from shardema.model.weights import Weights
@@ -174,7 +175,7 @@ class ShardedEMA:
         self._calls = Calls(self._averages, self._updates, notices)
         self._swaps = Swaps(self._calls)
         for average in self._averages.values():
-            notices.odd_decay(average)
+            notices.suspicious_decay(average)
 
     # ---- properties ---------------------------------------------------------------------------
 
@@ -495,6 +496,7 @@ class ShardedEMA:
         name: str | None = None,
         *,
         dtype: torch.dtype | Literal["model"] | None = None,
+        layout: layouts.Layout = "hf",
         max_shard_size: int | str = "5GB",
         mode: exporter.Mode = "auto",
         progress: bool = True,
@@ -512,6 +514,11 @@ class ShardedEMA:
             path: the folder; must not exist.
             name: which average.
             dtype: as for `full_state_dict`; buffers keep their dtype.
+            layout: ``"hf"``, the above. ``"diffusers"``: the same for a diffusers model, with the
+                fields that ``EMAModel.from_pretrained`` reads to continue the average. ``"timm"``:
+                ``path/checkpoint.pth.tar``, for timm's ``load_checkpoint``. ``"torch_averaged"``:
+                ``path/averaged_model.pth``, for ``AveragedModel.load_state_dict``. For the last two
+                the first rank needs memory for the full average.
             max_shard_size: of a file: bytes, or a size such as ``"5GB"``.
             mode: ``"direct"``: every rank writes its own shards, which needs one host and a local
                 file system. ``"stream"``: the first rank writes. ``"auto"``: ``"direct"`` where
@@ -523,15 +530,10 @@ class ShardedEMA:
                 ranks; no partial files are left.
             RuntimeError: as for `full_state_dict`; a module has extra state that is not a tensor;
                 an adapter that PEFT does not store as tensors of the model.
-            ValueError, RankError: as for `full_state_dict`; a path that is not local is a
-                ValueError.
+            ValueError, RankError: as for `full_state_dict`; a path that is not local, and
+                ``layout="diffusers"`` with another model or a schedule that ``EMAModel`` does not
+                have, are a ValueError.
         """
-
-        def given() -> dict[str, Any]:
-            if mode not in ("auto", "direct", "stream"):
-                raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
-            size = exporter.parse_size(max_shard_size)
-            return {"path": absolute(path, "export"), "max_shard_size": size, "mode": mode}
 
         calls = self._calls
         average = calls.begin(
@@ -539,13 +541,19 @@ class ShardedEMA:
                 "export",
                 name,
                 dtype=dtype,
-                given=given,
+                given=lambda: layouts.arguments(path, layout, max_shard_size, mode),
                 files=True,
                 compared=lambda average: [average],
             )
         )
         with writable(), calls.ranks.together("export"):
-            calls.outward.check_export()
+            if layout in layouts.FILES:
+                full = full_tensors(calls, "export", name, dtype, all_ranks=False)
+                nbytes = sum(calls.contents(average, dtype).loads())
+                layouts.write_file(path, layout, full, average.num_updates, calls.ranks, nbytes)
+                return
+            calls.merged_state.check_export()
+            fields = layouts.fields_of(average, layout, calls.merged_state.stem, self.unit)
             contents = calls.contents(average, dtype)
             module = unwrap(self._averages.weights.models[0])
             exported_dtype = next((contents.dtype(i) for i in contents.items if i.averaged), None)
@@ -555,7 +563,7 @@ class ShardedEMA:
                 max_shard_size=exporter.parse_size(max_shard_size),
                 mode=mode,
                 progress=progress,
-                extra=lambda folder: pretrained.write_config(module, folder, exported_dtype),
+                extra=lambda at: layouts.write_config(module, at, exported_dtype, fields),
             )
 
     def metrics(self, name: str | None = None) -> dict[str, float]:
@@ -652,7 +660,7 @@ class ShardedEMA:
                 [calls.contents(average) for average in averages.values()],
                 calls.own_contents(),
                 {a.name: checkpoint.progress_of(a) for a in averages.values()},
-                calls.outward,
+                calls.merged_state,
                 averages.weights.averaged_shards,
                 include_frozen=include_frozen,
                 overwrite=overwrite,
@@ -724,15 +732,15 @@ class ShardedEMA:
             )
             self._updates.forget_errors()
 
-            def take_over() -> None:
+            def apply() -> None:
                 for one in staged:
-                    one.take_over()
+                    one.apply()
 
-            self._updates.replace("load", take_over)
+            self._updates.replace("load", apply)
 
     def load_full(
         self,
-        source: str | os.PathLike[str] | Mapping[str, Tensor],
+        source: str | os.PathLike[str] | Mapping[str, Any] | Imported,
         name: str | None = None,
         *,
         t: float | None = None,
@@ -746,22 +754,23 @@ class ShardedEMA:
 
         Args:
             source: a ``.safetensors`` file, a folder in the Hugging Face layout (also a snapshot of
-                the Hub), or ``{fqn: full tensor}`` on every rank. Frozen parameters and buffers in
-                it are ignored.
+                the Hub), a file of ``torch.save``, or ``{fqn: full tensor}`` on every rank. The
+                formats of other libraries are recognised by their content; `importers.read` reads
+                what needs more words. Frozen parameters and buffers in it are ignored.
             name: which average.
             t: progress of the loaded average, in the schedule's unit. If None: ``num_updates``
                 where the unit is ``"step"``, else ``t`` is not changed.
             num_updates: number of updates of the loaded average. If None: ``t`` where the unit is
                 ``"step"`` and ``t`` is whole, else it is not changed. If neither is given, the
-                ``optimization_step`` in a folder of diffusers' ``EMAModel.save_pretrained`` is
-                used.
+                counter in the source is used where the unit is ``"step"``.
 
         Raises:
-            CheckpointError: the file does not exist or is damaged.
-            ValueError: names that are missing or unknown, or another shape; a path that is not
-                local; no progress is known and the schedule's next update would overwrite the
-                loaded average completely; a progress that is negative or not accepted by the
-                schedule.
+            CheckpointError: the file does not exist, is damaged, or contains objects that could
+                run code.
+            ValueError: content in no known format or in several; missing or unexpected names, or
+                another shape; a path that is not local; no progress is known and the schedule's
+                next update would overwrite the loaded average completely; a progress that is
+                negative or not accepted by the schedule.
             RuntimeError: inside ``swap()``.
 
         After an error the average and its clock are unchanged.
@@ -777,20 +786,23 @@ class ShardedEMA:
                 files=True,
             )
         )
-        staged: list[loading.Staged] = []
+        staged: list[loading.StagedAverage] = []
+        same: dict[str, Any] = {}  # ranks may see files of different steps under one path
 
         def read() -> None:
-            ignored, clock = calls.outward.ignored, (t, num_updates)
+            given = source if isinstance(source, Imported) else importers.read(source)
+            ignored, clock = calls.merged_state.ignored, (t, num_updates)
             plan = calls.plan
             staged.append(
-                loading.read_full(source, average, averages, plan, beside=ignored, clock=clock)
+                loading.read_full(given, average, averages, plan, beside=ignored, clock=clock)
             )
+            same["progress in the source"] = str(staged[0].clock)
 
         with writable():
-            calls.ranks.agree("load_full (reading)", read)
+            calls.ranks.agree("load_full (reading)", read, same=same)
             (one,) = staged
             counted = one.clock is not None
-            self._updates.replace("load_full", one.take_over, counted=counted)
+            self._updates.replace("load_full", one.apply, counted=counted)
 
     def state_dict(self) -> dict[str, Any]:
         """For torch.distributed.checkpoint: ``dcp.save({"model": ..., "ema": ema})``. Local.
@@ -831,7 +843,7 @@ class ShardedEMA:
         self._updates.flush(op)
         loading.check_state(state_dict, self._averages)
         with writable():
-            self._updates.replace(op, lambda: loading.take_over_state(state_dict, self._averages))
+            self._updates.replace(op, lambda: loading.apply_state(state_dict, self._averages))
 
 
 def _names(given: Sequence[str]) -> tuple[str, ...]:

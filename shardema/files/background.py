@@ -164,7 +164,7 @@ class PendingSave:
         ranks = [self._ranks.ranks[index] for index in missing]
         return RankError(
             f"save to {self._new.folder}: ranks {ranks} did not write their part in time; the "
-            "checkpoint was given up, and earlier ones are unchanged",
+            "checkpoint was abandoned, and earlier ones are unchanged",
             rank=ranks[0],
             path=self._new.folder,
         )

@@ -1,13 +1,13 @@
-"""A folder that appears complete under its name or not at all, or replaces a checkpoint.
+"""Creates or replaces a folder atomically.
 
 ::
 
-    a new one        .NAME.XXXXXXXX.tmp/           written, synced, renamed to NAME
+    new              .NAME.XXXXXXXX.tmp/           written, synced, renamed to NAME
     a replacement    NAME/save-XXXXXXXXXXXXXXXX/   written, synced; its manifest is renamed over
-                                                   NAME/shardema.json, then the old files go
+                                                   NAME/shardema.json, then old files are removed
 
-Both turn on one rename, which every file system makes in one: whoever looks, and whenever a rank is
-killed, finds the old state or the new one. After an error the old state is there.
+Either takes effect with one atomic rename: a reader finds the old state or the new one at any time,
+also after a rank was killed. After an error it is the old state.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from shardema.files.steps import lock
 from shardema.ranks.agree import Ranks
 
 _REPLACED = "replaced.json"  # the old manifest, until the new one is durable
-_LONGEST = 100  # bytes of the name that a temporary one has; file systems take 143 or 255 in all
+_LONGEST = 100  # bytes of NAME in a temporary name; file systems allow 143 or 255 in all
 
 
 class NewFolder:
@@ -44,8 +44,8 @@ class NewFolder:
 
     Attributes:
         folder: its name.
-        path: where they write.
-        place: name of ``path`` where it stays in the folder that it replaces, else "".
+        path: the folder to write to.
+        place: of a replacement, the name of ``path`` in the checkpoint's folder, else "".
     """
 
     def __init__(self, op: str, ranks: Ranks) -> None:
@@ -54,13 +54,13 @@ class NewFolder:
         self._op = op
         self._ranks = ranks
         self.folder = ""
-        self._made: list[str] = []  # folders above it
-        self._handed_over = False  # `close` is for another thread to call
-        self._lock = -1  # of the temporary folder: a manager removes one that nobody holds
+        self._handed_over = False  # another thread will call `close`
+        self._made: list[str] = []  # parent folders that were created
+        self._lock = -1  # on the temporary folder: a manager removes those that are not locked
         self._moving = False  # the manifest of a replacement may have been renamed
 
     def begin(self, folder: str | os.PathLike[str], overwrite: bool) -> None:
-        """Makes the folder to write into. Collective."""
+        """Creates the folder to write to. Collective."""
         op, ranks = self._op, self._ranks
 
         def propose() -> str:
@@ -74,7 +74,7 @@ class NewFolder:
             for rank, proposal in zip(ranks.ranks, proposals, strict=True):
                 if proposal != self.folder:
                     raise ValueError(
-                        f"{op}: rank {rank} names {proposal}, rank {ranks.ranks[0]} names "
+                        f"{op}: rank {rank} got {proposal}, rank {ranks.ranks[0]} got "
                         f"{self.folder}; give the same path on every rank"
                     )
             with reporting(self.folder, f"{op} to"):
@@ -103,7 +103,7 @@ class NewFolder:
             path = os.path.join(self.folder, place)
         else:
             make_folders(parent, self._made)
-            sync_path(parent)  # where that fails, the rename could not be made durable either
+            sync_path(parent)  # if this fails, the rename could not be made durable either
             cut = os.fsencode(name)[:_LONGEST].decode(errors="ignore")
             place, path = "", os.path.join(parent, f".{cut}.{secrets.token_hex(4)}.tmp")
         self.path, self.place = path, place
@@ -112,13 +112,13 @@ class NewFolder:
         lock(self._lock)
 
     def commit(self) -> None:
-        """Makes what was written count, durably. On the leader only.
+        """Renames what was written into place, durably. On the leader only.
 
         Raises:
-            CheckpointError: it could not; what was there before is there.
+            CheckpointError: a system call failed; the previous state is unchanged.
         """
         with reporting(self.folder, f"{self._op} to"):
-            sync_tree(self.path)  # the model's config was written by its own code
+            sync_tree(self.path)  # config.save_pretrained does not sync
             if self.place:
                 self._replace()
             else:
@@ -140,7 +140,7 @@ class NewFolder:
         kept = os.path.join(self.path, _REPLACED)
         write_file(kept, read_whole(shown, MAX_MANIFEST))
         sync_path(self.path)
-        sync_path(self.folder)  # the files are to be found before anything says that they count
+        sync_path(self.folder)  # the files must be durable before the manifest refers to them
 
         def undo() -> None:
             os.rename(kept, shown)
@@ -161,14 +161,14 @@ class NewFolder:
             except OSError:
                 raise CheckpointError(
                     f"{self._op} to {self.folder}: it is complete, but {parent} could not "
-                    f"be synced ({error.strerror}), so a power failure may still take it away",
+                    f"be synced ({error.strerror}), so a power failure may still lose it",
                     path=self.folder,
                     errno=error.errno,
                 ) from error
             raise
 
     def _clear(self, old: Manifest, kept: str) -> None:
-        """Removes the files of the checkpoint that was replaced, and what killed saves left."""
+        """Removes the files of the replaced checkpoint, and those of killed saves."""
         with contextlib.suppress(OSError):
             os.unlink(kept)
         with contextlib.suppress(OSError):
@@ -185,13 +185,13 @@ class NewFolder:
         return self
 
     def close(self) -> None:
-        """Unlocks what was written."""
+        """Unlocks the temporary folder."""
         if self._lock >= 0:
             close_quietly(self._lock)
             self._lock = -1
 
     def discard(self) -> None:
-        """Removes what was written, after a failure. The leader does it."""
+        """Removes what was written, after a failure. On the leader; a no-op elsewhere."""
         if not self._ranks.leader:
             return
         moved = self._moving and not os.path.lexists(os.path.join(self.path, NAME))
@@ -206,15 +206,15 @@ class NewFolder:
 def new_folder(
     folder: str | os.PathLike[str], op: str, ranks: Ranks, *, overwrite: bool = False
 ) -> Iterator[NewFolder]:
-    """A folder to write into and to commit; after an error nothing of it is left. Collective.
+    """Yields a folder to write to and to commit; removes it after an error. Collective.
 
     Args:
-        folder: its name; must not exist. Its parent is made.
-        overwrite: a complete checkpoint may be there, and is replaced.
+        folder: must not exist, unless ``overwrite``; its parent is created.
+        overwrite: replace a complete checkpoint at ``folder``.
 
     Raises:
-        CheckpointError: ``folder`` exists, or cannot be made or seen by a rank.
-        ValueError: the ranks name different folders, or one that is not local.
+        CheckpointError: ``folder`` exists, cannot be created, or is not visible on some rank.
+        ValueError: the ranks got different folders, or one that is not local.
     """
     new = NewFolder(op, ranks)
     try:
@@ -229,7 +229,7 @@ def new_folder(
 
 
 def absolute(folder: str | os.PathLike[str], op: str) -> str:
-    """``folder`` from the root on, its last part a name; links stay what they are."""
+    """``folder`` as an absolute path; symlinks are resolved only if it ends in "", "." or ".."."""
     path = local_path(op, folder)
     with reporting(path, f"{op} to"):
         path = os.path.join(os.getcwd(), path).rstrip("/") or "/"
@@ -237,7 +237,7 @@ def absolute(folder: str | os.PathLike[str], op: str) -> str:
 
 
 def _exists(path: str) -> bool:
-    """Whether there is anything of this name. Raises OSError where that cannot be told."""
+    """Whether the path exists, also as a broken symlink. Raises OSError if that is unknown."""
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -254,7 +254,7 @@ def _exists_already(op: str, folder: str) -> str:
 
 
 def _replaceable(folder: str, op: str) -> Manifest:
-    """The manifest of what is there. Raises CheckpointError unless it is a whole checkpoint."""
+    """The manifest in ``folder``. Raises CheckpointError unless it is a complete checkpoint."""
     reason = "not a folder"
     if stat.S_ISDIR(os.lstat(folder).st_mode):
         try:
