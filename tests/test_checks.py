@@ -184,6 +184,30 @@ def test_verify_does_not_call_verified_what_it_cannot(tmp_path: Path) -> None:
     assert run("verify", "s3://bucket/ema")[0] == 2
 
 
+def test_verify_against_a_model_finds_a_torn_pair(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3000, 500), nn.Linear(500, 2))
+    ema = ShardedEMA(model, 0.5)
+    ema.save(tmp_path / "ema")
+    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    safetensors.torch.save_file(weights, tmp_path / "same.safetensors")
+    words = ("verify", tmp_path / "ema", "--against")
+    code, text = run(*words, tmp_path / "same.safetensors", "--quiet")
+    assert (code, ": ok, 4 tensor(s)" in text) == (0, True), text
+    weights["0.weight"][499, 2999] += 1
+    safetensors.torch.save_file(weights, tmp_path / "other.safetensors")
+    code, text = run(*words, tmp_path / "other.safetensors", "--quiet")
+    assert code == 1
+    assert "ema: OF ANOTHER MODEL: 1 of 4 weights of" in text
+    assert "(0.weight)" in text
+    code, found = read_json(*words, tmp_path / "other.safetensors")
+    assert (code, found[0]["ok"], found[0]["mismatches"][0]["tensors"]) == (1, False, ["0.weight"])
+    half = {k: v.bfloat16() for k, v in weights.items()}
+    safetensors.torch.save_file(half, tmp_path / "half.safetensors")
+    code, text = run(*words, tmp_path / "half.safetensors", "--quiet")
+    assert (code, "has no weights whose fingerprints are in the checkpoint" in text) == (1, True)
+
+
 # ---- diff ---------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import click
@@ -26,30 +26,40 @@ _quiet = click.option("--quiet", is_flag=True, help="No progress bar.")
 
 @click.command()
 @click.argument("checkpoints", metavar="CKPT...", nargs=-1, required=True, type=click.Path())
+@click.option(
+    "--against",
+    metavar="MODEL",
+    type=click.Path(),
+    help="Also check that CKPT was saved with the weights of this HF folder or safetensors file.",
+)
 @_json
 @_quiet
-def verify(checkpoints: tuple[str, ...], json_: bool, quiet: bool) -> None:
+def verify(checkpoints: tuple[str, ...], against: str | None, json_: bool, quiet: bool) -> None:
     """Read every block of checkpoints, and name what is damaged.
 
     CKPT is a checkpoint, a manager's directory (all its steps), or an export, which has no
-    checksums: its headers, index and sizes are checked. Exit status 0 if nothing is damaged, else
-    1.
+    checksums: its headers, index and sizes are checked. Exit status 0 if nothing is damaged and
+    everything belongs to MODEL, else 1.
     """
     console = screen()
     found = []
     with one_line():
         for given in checkpoints:
-            for one in _verified(given, quiet):
+            for one in _verified(given, against, quiet):
                 found.append(one)
                 if not json_:
                     _show_verified(console, one)
     if json_:
-        as_json([{"ok": not one.damages, **asdict(one)} for one in found])
-    if any(one.damages for one in found):
+        as_json([{"ok": _ok(one), **asdict(one)} for one in found])
+    if not all(map(_ok, found)):
         raise click.exceptions.Exit(1)
 
 
-def _verified(given: str, quiet: bool) -> Iterator[Verified]:
+def _ok(found: Verified) -> bool:
+    return not (found.damages or found.mismatches)
+
+
+def _verified(given: str, against: str | None, quiet: bool) -> Iterator[Verified]:
     try:
         paths = verifying.expand(given)
     except CheckpointError as error:
@@ -58,6 +68,10 @@ def _verified(given: str, quiet: bool) -> Iterator[Verified]:
     for path in paths:
         with progress("verify", quiet, verifying.size_of(path)) as bar:
             found = verifying.verify(path, bar.update)
+        if against is not None and not (found.damages or found.gone):
+            with progress("against", quiet) as bar:
+                mismatches = verifying.against(path, against, bar.update)
+            found = replace(found, mismatches=tuple(mismatches))
         yield found
 
 
@@ -69,6 +83,8 @@ def _show_verified(console: Console, found: Verified) -> None:
         line(console, f"{found.path}: DAMAGED: {_told(found.path, found.damages[0])}")
         for damage in found.damages[1:]:
             line(console, f"    and {_told(found.path, damage)}")
+    elif found.mismatches:
+        line(console, f"{found.path}: OF ANOTHER MODEL: {_told(found.path, found.mismatches[0])}")
     elif found.checksums:
         line(console, f"{found.path}: ok, {held}")
     else:

@@ -165,7 +165,7 @@ def _manager(path: str) -> Recognized:
         path,
         MANAGER,
         f"the directory of a CheckpointManager: {len(facts)} step(s), {whole} of them complete",
-        "CheckpointManager(ema, dir, ...).resume() loads the newest that verifies; "
+        "CheckpointManager(ema, dir, ...).resume() loads the newest of the model's weights; "
         "`shardema verify` checks all of them",
         {"steps": facts},
     )

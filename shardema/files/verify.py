@@ -10,14 +10,20 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 import xxhash
 
 from shardema.errors import CheckpointError
 from shardema.files import consolidated, manifest, recognize
+from shardema.files.consolidated import Place
 from shardema.files.manifest import BLOCK, Manifest, StoredFile
 from shardema.files.recognize import CHECKPOINT, HF, MANAGER, SAFETENSORS
-from shardema.files.safetensors import local_path, opened, read_at
+from shardema.files.safetensors import NAMES, local_path, opened, read_at
 from shardema.files.steps import Steps
+from shardema.kernels.fingerprint import fingerprint, total
+from shardema.shards.boxes import split_box, whole
+
+_PART = 1 << 20  # elements that are read at a time
 
 Told = Callable[[int], object]  # of the number of bytes that were read
 
@@ -48,6 +54,7 @@ class Verified:
         kind: as in `shardema.files.recognize`; "" where nothing is known.
         nbytes: that were compared with a checksum, or of an export are in its headers.
         checksums: every byte was compared with a checksum.
+        mismatches: what `against` found.
         gone: it was removed while it was read, as the manager of a run does; nothing is known.
     """
 
@@ -58,6 +65,7 @@ class Verified:
     nbytes: int = 0
     checksums: bool = False
     damages: tuple[Damage, ...] = ()
+    mismatches: tuple[Damage, ...] = ()
     gone: bool = False
 
 
@@ -201,6 +209,55 @@ def _tensors_in(stored: Manifest, file: StoredFile, start: int, stop: int) -> tu
         if held.start < stop and held.start + held.box.numel * tensor.dtype.itemsize > start:
             names.append(tensor.fqn)
     return tuple(dict.fromkeys(names))
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+def against(path: str, model: str, done: Told = lambda n: None) -> list[Damage]:
+    """Whether a checkpoint was saved with the weights of ``model``; what is wrong if it was not.
+
+    Args:
+        path: a checkpoint.
+        model: a folder in the HF layout, or a safetensors file. Tensors are compared where they
+            have the dtype that the weights, or an engine's masters, had at the save.
+        done: called with the number of bytes after each part.
+
+    Raises:
+        CheckpointError: either cannot be read.
+        ValueError: a path that is not local.
+    """
+    stored = manifest.read(path, "verify", files=False)
+    places = consolidated.tensors_of(model, "verify")
+    names = {
+        tensor.fqn: (tensor.file_name, tensor.fqn, *tensor.aliases) for tensor in stored.tensors
+    }
+    differ, compared = [], 0
+    for fqn in names.keys() & {fqn for values in stored.model.values() for fqn in values}:
+        place = next((places[name] for name in names[fqn] if name in places), None)
+        prints = [values[fqn] for values in stored.model.values() if fqn in values]
+        digits = [p.digits for p in prints if place and NAMES[place.entry.dtype] == p.dtype]
+        if place is not None and digits:
+            compared += 1
+            if _fingerprint(fqn, place, done) not in digits:
+                differ.append(fqn)
+    if differ:
+        reason = f"{len(differ)} of {compared} weights of {model} are not those of the save"
+        return [Damage(path, reason, tensors=tuple(sorted(differ)))]
+    if not compared:
+        return [Damage(path, f"{model} has no weights whose fingerprints are in the checkpoint")]
+    return []
+
+
+def _fingerprint(fqn: str, place: Place, done: Told) -> str:
+    entry = place.entry
+    sums = []
+    for box in (part for one in whole(entry.shape) for part in split_box(one, _PART)):
+        values = torch.empty(box.sizes, dtype=entry.dtype, device="cpu")
+        consolidated.read_into(values, place, box)
+        sums.append(fingerprint(fqn, entry.shape, [(box, values)]))
+        done(values.nbytes)
+    return f"{total(sums):016x}"
 
 
 # ---- exports ------------------------------------------------------------------------------------
