@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -681,3 +684,83 @@ def test_a_full_disk_leaves_nothing_of_a_file_of_torch_save(tmp_path: Path) -> N
         signal.signal(signal.SIGXFSZ, was)
     assert os.listdir(tmp_path) == []
     ema.export(tmp_path / "out", layout="torch_averaged")
+
+
+# ---- shardema convert ---------------------------------------------------------------------------
+
+
+def converted(*words: str | Path) -> tuple[int, str]:
+    done = CliRunner().invoke(main, ["convert", *map(str, words)])
+    return done.exit_code, done.output
+
+
+def assert_equal(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+def test_convert_writes_what_other_libraries_saved(tmp_path: Path) -> None:
+    model = net().float()
+    averaged = AveragedModel(model, multi_avg_fn=None, avg_fn=get_ema_avg_fn(0.9))
+    averaged.update_parameters(model)
+    walk(model, 1)
+    averaged.update_parameters(model)
+    torch.save(averaged.state_dict(), tmp_path / "averaged.pt")
+    code, text = converted(tmp_path / "averaged.pt", tmp_path / "out", "--max-shard-size", "60B")
+    assert code == 0, text
+    assert text.endswith("of format 'torch_averaged', updates: 2\n")
+    ours = ShardedEMA(net().float(), 0.9)
+    ours.load_full(tmp_path / "out", t=2)
+    expected = {n.removeprefix("module."): v for n, v in averaged.module.state_dict().items()}
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert_equal(ours.full_state_dict(), expected)
+
+    code, text = converted(
+        tmp_path / "out", tmp_path / "back", "--layout", "torch_averaged", "--quiet"
+    )
+    assert (code, text) == (0, "")
+    again = AveragedModel(net().float())
+    again.load_state_dict(torch.load(next((tmp_path / "back").iterdir()), weights_only=True))
+    assert_equal(again.module.state_dict(), dict(averaged.module.state_dict()))
+    code, text = converted(tmp_path / "out", tmp_path / "half", "--dtype", "bfloat16")
+    assert code == 0, text
+    half = importers.read(tmp_path / "half").tensors
+    assert {place.entry.dtype for place in half.values()} == {torch.bfloat16}
+
+
+def test_convert_reads_a_folder_of_dcp_that_is_trusted(tmp_path: Path) -> None:
+    state = {"0.weight": torch.randn(5, 3), "0.bias": torch.zeros(0)}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    code, text = converted(tmp_path / "dcp", tmp_path / "out")
+    assert code == 1
+    assert "which can run any code" in text
+    assert not (tmp_path / "out").exists()
+    code, text = converted(tmp_path / "dcp", tmp_path / "out", "--trust")
+    assert code == 0, text
+    assert_equal(load_file(tmp_path / "out" / "model.safetensors"), state)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        (["--layout", "diffusers"], 2, "needs the model's config"),
+        (["--key", "nowhere"], 1, "key='nowhere'"),
+        (["--format", "x"], 2, "format: got 'x'"),
+        (["--max-shard-size", "x"], 2, "expected a size"),
+    ],
+)
+def test_convert_refuses(tmp_path: Path, words: list[str], status: int, told: str) -> None:
+    torch.save({"0.weight": torch.ones(2, 2)}, tmp_path / "in.pt")
+    code, text = converted(tmp_path / "in.pt", tmp_path / "out", *words)
+    assert code == status, text
+    assert told in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pt"]
+
+
+def test_convert_refuses_tensors_without_names(tmp_path: Path) -> None:
+    listed = {"decay": 0.9, "num_updates": 3, "shadow_params": [torch.ones(2)]}
+    torch.save({**listed, "collected_params": None}, tmp_path / "in.pt")
+    code, text = converted(tmp_path / "in.pt", tmp_path / "out")
+    assert code == 2, text
+    assert "without the model's names; build the model" in text

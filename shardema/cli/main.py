@@ -14,12 +14,14 @@ from typing import Any
 import click
 import torch
 
+from shardema import importers
 from shardema.cli import logs, spec
 from shardema.cli.checks import diff, prune, verify
 from shardema.cli.looks import inspect
 from shardema.cli.tables import Commands, one_line, printable, progress
 from shardema.files.layouts import LAYOUTS, Layout
 from shardema.files.offline import export_checkpoint
+from shardema.importers import converting
 from shardema.schedules import Schedule
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,6 +79,52 @@ def export(
     if not quiet:
         name = average or next(iter(stored.averages))
         click.echo(printable(f"{out}: average {name!r} at t={stored.averages[name].t}"))
+
+
+@main.command()
+@click.argument("source", metavar="IN", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--format", "format_", default="auto", help="Format of IN, if it is not recognized.")
+@click.option("--key", default="", help="The part of IN that holds the average.")
+@click.option("--prefix", default="", help="What names in IN begin with and the model's do not.")
+@click.option("--trust", is_flag=True, help="Allow the pickle in a DCP folder to run code.")
+@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Dtype of the weights in OUT.")
+@click.option(
+    "--layout", type=click.Choice(LAYOUTS), default="hf", show_default=True, help="What reads OUT."
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Size of one file.")
+@click.option("--quiet", is_flag=True, help="Print no progress bar and no summary.")
+def convert(
+    source: str,
+    out: str,
+    format_: str,
+    key: str,
+    prefix: str,
+    trust: bool,
+    dtype: str | None,
+    layout: Layout,
+    max_shard_size: str,
+    quiet: bool,
+) -> None:
+    """Write the average that another library saved in IN to the new folder OUT.
+
+    IN is what ema.load_full reads: files of torch.save, safetensors, folders of DCP. Needs no model
+    code; checkpoints of shardema are written by `shardema export`.
+    """
+    with one_line(), progress("convert", quiet) as bar:
+        found = importers.read(source, format_, key=key, prefix=prefix, trust=trust)
+        converting.write(
+            found,
+            out,
+            dtype=_DTYPES[dtype] if dtype else None,
+            layout=layout,
+            max_shard_size=max_shard_size,
+            done=bar.update,
+        )
+    if not quiet:
+        count = "unknown" if found.num_updates is None else f"{found.num_updates}"
+        told = f"{len(found.tensors)} tensor(s) of format {found.format!r}, updates: {count}"
+        click.echo(printable(f"{out}: {told}"))
 
 
 @main.group()
