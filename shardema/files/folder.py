@@ -1,13 +1,13 @@
-"""A folder that appears complete under its name or not at all, or replaces a checkpoint.
+"""Creates or replaces a folder atomically.
 
 ::
 
-    a new one        .NAME.XXXXXXXX.tmp/           written, synced, renamed to NAME
+    new              .NAME.XXXXXXXX.tmp/           written, synced, renamed to NAME
     a replacement    NAME/save-XXXXXXXXXXXXXXXX/   written, synced; its manifest is renamed over
-                                                   NAME/shardema.json, then the old files go
+                                                   NAME/shardema.json, then old files are removed
 
-Both turn on one rename, which every file system makes in one: whoever looks, and whenever a rank is
-killed, finds the old state or the new one. After an error the old state is there.
+Either takes effect with one atomic rename: a reader finds the old state or the new one at any time,
+also after a rank was killed. After an error it is the old state.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ from shardema.files.steps import is_folder, lock
 from shardema.ranks.agree import Ranks
 
 _REPLACED = "replaced.json"  # the old manifest, until the new one is durable
-_LONGEST = 100  # bytes of the name that a temporary one has; file systems take 143 or 255 in all
+_LONGEST = 100  # bytes of NAME in a temporary name; file systems allow 143 or 255 in all
 
 
 class NewFolder:
     """A folder that the ranks write into; made by `new_folder`.
 
     Attributes:
-        path: where they write.
-        place: name of ``path`` where it stays in the folder that it replaces, else "".
+        folder: its name.
+        path: the folder to write to.
+        place: of a replacement, the name of ``path`` in the checkpoint's folder, else "".
     """
 
     def __init__(self, op: str, ranks: Ranks) -> None:
@@ -52,30 +53,31 @@ class NewFolder:
         self.place = ""
         self._op = op
         self._ranks = ranks
-        self._folder = ""
-        self._made: list[str] = []  # folders above it
-        self._lock = -1  # of the temporary folder: a manager removes one that nobody holds
+        self.folder = ""
+        self._handed_over = False  # another thread will call `close`
+        self._made: list[str] = []  # parent folders that were created
+        self._lock = -1  # on the temporary folder: a manager removes those that are not locked
         self._moving = False  # the manifest of a replacement may have been renamed
 
     def begin(self, folder: str | os.PathLike[str], overwrite: bool) -> None:
-        """Makes the folder to write into. Collective."""
+        """Creates the folder to write to. Collective."""
         op, ranks = self._op, self._ranks
 
         def propose() -> str:
-            self._folder = absolute(folder, op)
-            with reporting(self._folder, f"{op} to"):
-                if _exists(self._folder) and not overwrite:
-                    raise CheckpointError(_exists_already(op, self._folder), path=self._folder)
-            return self._folder
+            self.folder = absolute(folder, op)
+            with reporting(self.folder, f"{op} to"):
+                if _exists(self.folder) and not overwrite:
+                    raise CheckpointError(_exists_already(op, self.folder), path=self.folder)
+            return self.folder
 
         def choose(proposals: list[str]) -> list[str]:
             for rank, proposal in zip(ranks.ranks, proposals, strict=True):
-                if proposal != self._folder:
+                if proposal != self.folder:
                     raise ValueError(
-                        f"{op}: rank {rank} names {proposal}, rank {ranks.ranks[0]} names "
-                        f"{self._folder}; give the same path on every rank"
+                        f"{op}: rank {rank} got {proposal}, rank {ranks.ranks[0]} got "
+                        f"{self.folder}; give the same path on every rank"
                     )
-            with reporting(self._folder, f"{op} to"):
+            with reporting(self.folder, f"{op} to"):
                 self._make()
             return [self.path, self.place]
 
@@ -85,23 +87,23 @@ class NewFolder:
             with reporting(self.path, f"{op} to"):
                 if not _exists(self.path):
                     raise CheckpointError(
-                        f"{op} to {self._folder}: rank {ranks.rank} does not see the folder that "
+                        f"{op} to {self.folder}: rank {ranks.rank} does not see the folder that "
                         f"rank {ranks.ranks[0]} made; give a path on a file system that all ranks "
                         "share",
-                        path=self._folder,
+                        path=self.folder,
                     )
 
         ranks.agree(f"{op} (looking)", look)
 
     def _make(self) -> None:
-        parent, name = os.path.split(self._folder)
-        if _exists(self._folder):
-            _replaceable(self._folder, self._op)
+        parent, name = os.path.split(self.folder)
+        if _exists(self.folder):
+            _replaceable(self.folder, self._op)
             place = f"save-{secrets.token_hex(8)}"
-            path = os.path.join(self._folder, place)
+            path = os.path.join(self.folder, place)
         else:
             make_folders(parent, self._made)
-            sync_path(parent)  # where that fails, the rename could not be made durable either
+            sync_path(parent)  # if this fails, the rename could not be made durable either
             cut = os.fsencode(name)[:_LONGEST].decode(errors="ignore")
             place, path = "", os.path.join(parent, f".{cut}.{secrets.token_hex(4)}.tmp")
         self.path, self.place = path, place
@@ -110,35 +112,35 @@ class NewFolder:
         lock(self._lock)
 
     def commit(self) -> None:
-        """Makes what was written count, durably. On the leader only.
+        """Renames what was written into place, durably. On the leader only.
 
         Raises:
-            CheckpointError: it could not; what was there before is there.
+            CheckpointError: a system call failed; the previous state is unchanged.
         """
-        with reporting(self._folder, f"{self._op} to"):
-            sync_tree(self.path)  # the model's config was written by its own code
+        with reporting(self.folder, f"{self._op} to"):
+            sync_tree(self.path)  # config.save_pretrained does not sync
             if self.place:
                 self._replace()
             else:
                 self._rename()
 
     def _rename(self) -> None:
-        if _exists(self._folder):
+        if _exists(self.folder):
             raise CheckpointError(
-                f"{self._op} to {self._folder}: it was created by another process during the "
+                f"{self._op} to {self.folder}: it was created by another process during the "
                 f"{self._op}",
-                path=self._folder,
+                path=self.folder,
             )
-        os.rename(self.path, self._folder)
-        self._settle(os.path.dirname(self._folder), lambda: os.rename(self._folder, self.path))
+        os.rename(self.path, self.folder)
+        self._settle(os.path.dirname(self.folder), lambda: os.rename(self.folder, self.path))
 
     def _replace(self) -> None:
-        old = _replaceable(self._folder, self._op)
-        shown, hidden = os.path.join(self._folder, NAME), os.path.join(self.path, NAME)
+        old = _replaceable(self.folder, self._op)
+        shown, hidden = os.path.join(self.folder, NAME), os.path.join(self.path, NAME)
         kept = os.path.join(self.path, _REPLACED)
         write_file(kept, read_whole(shown, MAX_MANIFEST))
         sync_path(self.path)
-        sync_path(self._folder)  # the files are to be found before anything says that they count
+        sync_path(self.folder)  # the files must be durable before the manifest refers to them
 
         def undo() -> None:
             os.rename(kept, shown)
@@ -146,7 +148,7 @@ class NewFolder:
 
         self._moving = True
         os.rename(hidden, shown)
-        self._settle(self._folder, undo)
+        self._settle(self.folder, undo)
         self._clear(old, kept)
 
     def _settle(self, parent: str, undo: Callable[[], None]) -> None:
@@ -158,34 +160,39 @@ class NewFolder:
                 undo()
             except OSError:
                 raise CheckpointError(
-                    f"{self._op} to {self._folder}: it is complete, but {parent} could not "
-                    f"be synced ({error.strerror}), so a power failure may still take it away",
-                    path=self._folder,
+                    f"{self._op} to {self.folder}: it is complete, but {parent} could not "
+                    f"be synced ({error.strerror}), so a power failure may still lose it",
+                    path=self.folder,
                     errno=error.errno,
                 ) from error
             raise
 
     def _clear(self, old: Manifest, kept: str) -> None:
-        """Removes the files of the checkpoint that was replaced, and what killed saves left."""
+        """Removes the files of the replaced checkpoint, and those of killed saves."""
         with contextlib.suppress(OSError):
             os.unlink(kept)
         with contextlib.suppress(OSError):
-            for name in os.listdir(self._folder):
-                path = os.path.join(self._folder, name)
+            for name in os.listdir(self.folder):
+                path = os.path.join(self.folder, name)
                 if PLACE.fullmatch(name) and name != self.place and is_folder(path):
                     shutil.rmtree(path, ignore_errors=True)
         for file in () if old.place else old.files:
             with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self._folder, file.name))
+                os.unlink(os.path.join(self.folder, file.name))
+
+    def handed_over(self) -> NewFolder:
+        """Itself, which `new_folder` does not close then."""
+        self._handed_over = True
+        return self
 
     def close(self) -> None:
-        """Unlocks what was written."""
+        """Unlocks the temporary folder."""
         if self._lock >= 0:
             close_quietly(self._lock)
             self._lock = -1
 
     def discard(self) -> None:
-        """Removes what was written, after a failure. The leader does it."""
+        """Removes what was written, after a failure. On the leader; a no-op elsewhere."""
         if not self._ranks.leader:
             return
         moved = self._moving and not os.path.lexists(os.path.join(self.path, NAME))
@@ -200,15 +207,15 @@ class NewFolder:
 def new_folder(
     folder: str | os.PathLike[str], op: str, ranks: Ranks, *, overwrite: bool = False
 ) -> Iterator[NewFolder]:
-    """A folder to write into and to commit; after an error nothing of it is left. Collective.
+    """Yields a folder to write to and to commit; removes it after an error. Collective.
 
     Args:
-        folder: its name; must not exist. Its parent is made.
-        overwrite: a complete checkpoint may be there, and is replaced.
+        folder: must not exist, unless ``overwrite``; its parent is created.
+        overwrite: replace a complete checkpoint at ``folder``.
 
     Raises:
-        CheckpointError: ``folder`` exists, or cannot be made or seen by a rank.
-        ValueError: the ranks name different folders, or one that is not local.
+        CheckpointError: ``folder`` exists, cannot be created, or is not visible on some rank.
+        ValueError: the ranks got different folders, or one that is not local.
     """
     new = NewFolder(op, ranks)
     try:
@@ -216,13 +223,14 @@ def new_folder(
         yield new
     except BaseException:
         new.discard()
+        new.close()
         raise
-    finally:
+    if not new._handed_over:
         new.close()
 
 
 def absolute(folder: str | os.PathLike[str], op: str) -> str:
-    """``folder`` from the root on, its last part a name; links stay what they are."""
+    """``folder`` as an absolute path; symlinks are resolved only if it ends in "", "." or ".."."""
     path = local_path(op, folder)
     with reporting(path, f"{op} to"):
         path = os.path.join(os.getcwd(), path).rstrip("/") or "/"
@@ -230,7 +238,7 @@ def absolute(folder: str | os.PathLike[str], op: str) -> str:
 
 
 def _exists(path: str) -> bool:
-    """Whether there is anything of this name. Raises OSError where that cannot be told."""
+    """Whether the path exists, also as a broken symlink. Raises OSError if that is unknown."""
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -247,7 +255,7 @@ def _exists_already(op: str, folder: str) -> str:
 
 
 def _replaceable(folder: str, op: str) -> Manifest:
-    """The manifest of what is there. Raises CheckpointError unless it is a whole checkpoint."""
+    """The manifest in ``folder``. Raises CheckpointError unless it is a complete checkpoint."""
     reason = "not a folder"
     if stat.S_ISDIR(os.lstat(folder).st_mode):
         try:

@@ -1,8 +1,8 @@
-"""Files that are either whole or not there, and the safetensors layout.
+"""Durable writes, careful reads, and the safetensors format.
 
-Everything is written with pwrite into space that was reserved before (never through mmap, where
-a full disk kills the process), synced, and renamed into place by the caller. Files are opened
-only if they are regular files, and through a symlink only where the caller says so.
+Everything is written with pwrite to space that was reserved before (never through mmap, where a
+full disk kills the process), synced, and renamed into place by the caller. Only regular files are
+opened, and symlinks followed only with ``follow=True``.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
-MAX_NUMBER = 1 << 53  # no count, size or offset in a file of ours is larger
+MAX_NUMBER = 1 << 53  # of a count, size or offset: exact in JSON
 _MAX_DIMS = 64
 _METADATA = "__metadata__"  # the one key of a header that is no tensor
 _MAX_DIGITS = 400  # of an integer in JSON; no float is longer
-# What pathlib makes of a URL has one slash; a single letter before one is a Windows drive.
+# pathlib reduces the // of a URL to one slash; a single letter before it is a Windows drive.
 _URL = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.:_-]*://|[A-Za-z0-9][A-Za-z0-9+.:_-]+:/")
 _FILE_URL = re.compile(r"file:(//(localhost)?(?=/))?", re.IGNORECASE)
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -60,7 +60,7 @@ def local_path(op: str, path: str | os.PathLike[str]) -> str:
 
     Raises:
         ValueError: it is empty, or the URL of something that is not a local file.
-        TypeError: it is no path.
+        TypeError: it is not a path.
     """
     text = os.fspath(path)
     if not isinstance(text, str):
@@ -100,7 +100,7 @@ def is_file_name(value: Any) -> bool:
 
 @contextlib.contextmanager
 def reporting(path: str | os.PathLike[str], doing: str) -> Iterator[None]:
-    """Turns an OSError into a CheckpointError that says what was done to which path."""
+    """Raises an OSError as a CheckpointError with the operation ``doing`` and the path."""
     try:
         yield
     except OSError as error:
@@ -114,8 +114,8 @@ class NewFile:
     """A file that must not exist yet, with its space reserved.
 
     Args:
-        path: where; its folder must exist.
-        size: bytes to reserve, so that a full disk shows before the first byte is written.
+        path: its folder must exist.
+        size: bytes to reserve, so that a full disk raises before the first byte is written.
     """
 
     def __init__(self, path: str, size: int) -> None:
@@ -141,13 +141,13 @@ class NewFile:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            os.close(self._fd)  # where a network file system says that the disk is full
+            os.close(self._fd)  # a network file system may report a full disk only here
         else:
             close_quietly(self._fd)
 
 
 def close_quietly(fd: int) -> None:
-    """Closes a descriptor after an error that is to be told in place of this one's."""
+    """Closes a descriptor and ignores errors: another one is raised, or nothing was written."""
     with contextlib.suppress(OSError):
         os.close(fd)
 
@@ -167,7 +167,7 @@ def _reserve(fd: int, size: int) -> None:
 
 
 def write_all(fd: int, offset: int, data: memoryview | bytearray | bytes) -> None:
-    """pwrite, until all bytes are written."""
+    """Calls pwrite until all bytes are written."""
     view = memoryview(data).cast("B")
     while view:
         n = os.pwrite(fd, view[: 1 << 30], offset)
@@ -175,7 +175,7 @@ def write_all(fd: int, offset: int, data: memoryview | bytearray | bytes) -> Non
 
 
 def write_file(path: str, data: bytes | bytearray) -> None:
-    """A new file with these bytes, synced."""
+    """Creates a file with these bytes and syncs it."""
     with NewFile(path, len(data)) as file:
         file.write_at(0, data)
         file.sync()
@@ -185,45 +185,46 @@ def open_existing(path: str, *, write: bool = False, follow: bool = False) -> in
     """A descriptor of a regular file; a FIFO, device or folder is refused.
 
     Args:
-        follow: a symlink to a regular file is one.
+        follow: follow symlinks.
 
     Raises:
         CheckpointError: it is not a regular file, or it cannot be opened.
     """
-    # O_NONBLOCK: opening a FIFO would wait for a writer
+    # O_NONBLOCK: else opening a FIFO waits for a writer
     flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC
     with reporting(path, "opening"):
         # first, since opening a device or a FIFO may do something to whoever is at its other end
-        if not stat.S_ISREG(os.stat(path, follow_symlinks=follow).st_mode):
-            raise CheckpointError(f"opening {path}: not a regular file", path=path)
+        _check_regular(os.stat(path, follow_symlinks=follow), path)
         fd = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
         try:
-            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+            _check_regular(os.fstat(fd), path)  # it may have been replaced meanwhile
         except BaseException:
             close_quietly(fd)
             raise
-    if not regular:
-        close_quietly(fd)
-        raise CheckpointError(f"opening {path}: not a regular file", path=path)
     return fd
+
+
+def _check_regular(found: os.stat_result, path: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"opening {path}: not a regular file", path=path)
 
 
 @contextlib.contextmanager
 def opened(path: str, *, follow: bool = False) -> Iterator[int]:
-    """`open_existing` for reading, with all that is wrong inside reported, and closed after it."""
+    """`open_existing` for reading; reports an OSError of the block and closes the file."""
     with reporting(path, "reading"):
         fd = open_existing(path, follow=follow)
         try:
             yield fd
         finally:
-            close_quietly(fd)  # what was read is here
+            close_quietly(fd)
 
 
 def read_at(fd: int, offset: int, size: int, path: str) -> bytearray:
     """``size`` bytes from ``offset``.
 
     Raises:
-        CheckpointError: the file ends before.
+        CheckpointError: the file is shorter.
     """
     data = bytearray(size)
     view = memoryview(data)
@@ -263,7 +264,7 @@ def sync_path(path: str) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        # some network file systems have no such call for folders, whose names they send at once
+        # some network file systems cannot sync folders, and send their changes at once
         if error.errno not in _CANNOT_SYNC or not stat.S_ISDIR(os.fstat(fd).st_mode):
             raise
     finally:
@@ -271,7 +272,7 @@ def sync_path(path: str) -> None:
 
 
 def sync_tree(path: str) -> None:
-    """`sync_path` of a folder and of all that is in it."""
+    """`sync_path` of a folder and of everything in it."""
     for name in os.listdir(path):
         inside = os.path.join(path, name)
         if stat.S_ISDIR(os.lstat(inside).st_mode):
@@ -282,10 +283,10 @@ def sync_tree(path: str) -> None:
 
 
 def make_folders(path: str, made: list[str]) -> None:
-    """Makes a folder and those above it that are missing, each durably.
+    """Creates a folder and its missing parents, each durably.
 
     Args:
-        made: those that were made are noted here, one by one.
+        made: each created folder is appended to it.
     """
     try:
         os.stat(path)
@@ -296,7 +297,7 @@ def make_folders(path: str, made: list[str]) -> None:
             make_folders(parent, made)
     try:
         os.mkdir(path)
-    except FileExistsError:  # someone else made it meanwhile
+    except FileExistsError:  # another process created it
         if not stat.S_ISDIR(os.stat(path).st_mode):
             raise
         return
@@ -317,15 +318,15 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def layout(
+def make_header(
     tensors: Sequence[tuple[str, torch.dtype, Dims]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, Entry]]:
-    """The head of a safetensors file (length and header) and the offset of each tensor.
+    """The head of a safetensors file (length and header) and its entries by name.
 
     The same bytes as the safetensors package writes: widest dtype first, then by name.
 
     Raises:
-        ValueError: a dtype or a name that the format does not have.
+        ValueError: a dtype or a name that the format does not have, or a header over its limit.
     """
     for name, dtype, _ in tensors:
         if name == _METADATA:
@@ -362,7 +363,7 @@ def read_header(fd: int, path: str) -> dict[str, Entry]:
     """The tensors of a safetensors file, checked as the safetensors package does.
 
     Raises:
-        CheckpointError: it is not a whole safetensors file.
+        CheckpointError: it is not a complete, valid safetensors file.
     """
     size = os.fstat(fd).st_size
     length = int.from_bytes(read_at(fd, 0, 8, path), "little") if size >= 8 else MAX_NUMBER
@@ -377,7 +378,7 @@ def read_header(fd: int, path: str) -> dict[str, Entry]:
 
 
 def _entries(header: Any, begin: int, size: int) -> dict[str, Entry]:
-    """The entries of a header; the tensors behind it are contiguous and fill the file."""
+    """The entries of a header, checked: the tensors are contiguous and fill the file."""
     _check_metadata(header.pop(_METADATA, {}))
     places = []
     for name, value in header.items():
@@ -400,8 +401,8 @@ def _entries(header: Any, begin: int, size: int) -> dict[str, Entry]:
     return entries
 
 
-# Stems of the safetensors files of a model, as transformers, diffusers and PEFT call them; PEFT
-# keeps a further adapter in a folder of its name.
+# Stems of the safetensors files of transformers, diffusers and PEFT; PEFT saves every adapter but
+# "default" to a folder of its name.
 MODEL = "model"
 DIFFUSERS = "diffusion_pytorch_model"
 ADAPTER = "adapter_model"
@@ -419,15 +420,15 @@ def _check_metadata(metadata: Any) -> None:
         checked_text(value)
 
 
-# What parsing and checking what others wrote may raise.
+# Raised by parsing and checking untrusted data.
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def parse_json(data: bytes | bytearray | memoryview) -> Any:
-    """JSON without what parsers read in different ways, or for minutes.
+    """Parses strict JSON: parsers differ in how they read anything else, or take minutes.
 
     Raises:
-        ValueError: a key twice in one object, NaN, infinity, an endless number, or no JSON.
+        ValueError: a duplicate key, NaN, infinity, a number over 400 digits, or invalid JSON.
     """
     return json.loads(
         str(data, "utf-8"),
@@ -455,7 +456,7 @@ def _constant(name: str) -> float:
 
 
 def checked_int(value: Any) -> int:
-    """``value`` if it is a count that can be true.
+    """``value``, checked to be a count.
 
     Raises:
         ValueError: it is not an integer in [0, 2^53].
@@ -466,10 +467,10 @@ def checked_int(value: Any) -> int:
 
 
 def checked_shape(value: Any) -> Dims:
-    """``value`` if it is the shape of a tensor that can be.
+    """``value`` as a shape.
 
     Raises:
-        ValueError: it is not.
+        ValueError: a size is no count, or there are too many dimensions or elements.
     """
     numel = 1
     for count, size in enumerate(checked_list(value), start=1):
@@ -491,10 +492,10 @@ def checked_list(value: Any) -> list[Any]:
 
 
 def checked_text(value: Any) -> str:
-    """``value`` if it is a text that can be printed.
+    """``value``, checked to be a string that UTF-8 can encode.
 
     Raises:
-        ValueError: it is not a string of Unicode characters.
+        ValueError: it is not.
     """
     if type(value) is not str:
         raise ValueError(f"expected a string, got {reprlib.repr(value)}")
