@@ -712,7 +712,7 @@ def test_a_killed_save_leaves_whole_checkpoints_only(tmp_path: Path, delay: floa
 
 def names_that_look_like_boxes(folder: str) -> None:
     torch.manual_seed(0)
-    inner = nn.Linear(3, 5, bias=False)
+    inner = nn.Linear(3, 6, bias=False)
     for name in ("weight#0", "weight#1"):
         inner.register_parameter(name, nn.Parameter(torch.randn(3)))
     model = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)
