@@ -13,6 +13,7 @@ from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import manifest
 from shardema.files.folder import absolute
+from shardema.files.safetensors import local_path
 from shardema.files.steps import MAX_STEP, Steps
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class CheckpointManager:
         self._keep_last = None if keep_last is None else _whole("keep_last", keep_last)
         self._keep_every = None if keep_every is None else _whole("keep_every", keep_every)
         self._include_frozen = include_frozen
-        self._steps = Steps(absolute(dir, "CheckpointManager"))
+        self._steps = Steps(absolute(local_path("CheckpointManager", dir), "CheckpointManager"))
         self._last = -1  # the step that was saved or resumed from
         self._resumed = False
         self._abandoned: list[int] = []  # steps beyond the one that was resumed from

@@ -37,7 +37,8 @@ from shardema.files.manifest import (
     StoredBox,
     StoredFile,
 )
-from shardema.files.safetensors import NewFile, layout, reporting, write_file
+from shardema.files.places import new_file
+from shardema.files.safetensors import layout, reporting
 from shardema.model.own_state import Outward
 from shardema.ranks.agree import Ranks
 from shardema.ranks.plan import Contents, Item, refuse_opaque
@@ -145,10 +146,7 @@ def save(
                 new.place,
                 model=pairing.merged(sources[-1].plan, [theirs for _, theirs in told]),
             )
-            with reporting(new.path, "save to"):
-                extra(new.path)
-                write_file(os.path.join(new.path, manifests.NAME), manifests.pack(manifest))
-            new.commit()
+            new.finish({manifests.NAME: manifests.pack(manifest)}, extra)
 
         def write() -> tuple[dict[str, Any] | None, Sequence[pairing.Part]]:
             return _write_rank(new.path, sources, ranks), parts
@@ -186,7 +184,7 @@ def _write_rank(temporary: str, sources: Sequence[Contents], ranks: Ranks) -> di
     name = f"rank-{ranks.index:05d}-of-{ranks.size:05d}.safetensors"
     path = os.path.join(temporary, name)
     blocks: list[str] = []
-    with reporting(path, "writing"), NewFile(path, size) as file:
+    with reporting(path, "writing"), new_file(path, size) as file:
         offset = 0
         for block in _in_blocks(head, (part[4] for part in found)):
             blocks.append(xxhash.xxh3_128_hexdigest(block))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from shardema.errors import CheckpointError, abbreviate
+from shardema.files.places import OpenFile, any_path, exists, names_in, read_whole, reading
+from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
     ADAPTER,
     BROKEN,
@@ -19,12 +21,7 @@ from shardema.files.safetensors import (
     WHOLE,
     Entry,
     checked_int,
-    local_path,
-    opened,
     parse_json,
-    read_at,
-    read_header,
-    read_whole,
     reporting,
 )
 from shardema.ranks.plan import Plan
@@ -52,13 +49,13 @@ def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
 
     Raises:
         CheckpointError: there is none, or a header is broken.
-        ValueError: the path is no local one.
+        ValueError: the path is empty, or a URL that cannot be used.
     """
-    source = local_path("load_full", source)
+    source = any_path("load_full", source)
     with reporting(source, "reading"):
-        if not stat.S_ISDIR(os.stat(source).st_mode):
+        if _is_file(source):
             return _tensors_in(source)
-        inside = set(os.listdir(source))
+        inside = names_in(source)
     singles = [f"{stem}.safetensors" for stem in (*WHOLE, ADAPTER)]
     single = next((name for name in singles if name in inside), None)
     if single is not None:
@@ -97,14 +94,18 @@ def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
     return found
 
 
+def _is_file(path: str) -> bool:
+    return exists(path) if is_remote(path) else not stat.S_ISDIR(os.stat(path).st_mode)
+
+
 def steps_of(source: str | os.PathLike[str]) -> int | None:
     """The steps that diffusers' ``EMAModel`` had made when it wrote the folder; None elsewhere.
 
     Raises:
         CheckpointError: the count is no whole number of 0 or more, or the config is broken.
     """
-    path = os.path.join(local_path("load_full", source), "config.json")
-    if not os.path.isfile(path):
+    path = os.path.join(any_path("load_full", source), "config.json")
+    if not (exists(path) if is_remote(path) else os.path.isfile(path)):
         return None
     try:
         # not as strict as `parse_json`: transformers writes Infinity into some configs
@@ -119,29 +120,29 @@ def steps_of(source: str | os.PathLike[str]) -> int | None:
 
 
 def _tensors_in(path: str) -> dict[str, Place]:
-    with opened(path, follow=True) as fd:
-        return {name: Place(path, entry) for name, entry in read_header(fd, path).items()}
+    with reading(path, follow=True) as file:
+        return {name: Place(path, entry) for name, entry in file.header().items()}
 
 
 def read_into(target: Tensor, place: Place, box: Box) -> None:
     """Sets ``target [*box.sizes]`` to a box of a stored tensor, reading little more than that."""
-    with opened(place.path, follow=True) as fd:
-        _read(fd, place, box, target)
+    with reading(place.path, follow=True) as file:
+        _read(file, place, box, target)
 
 
-def _read(fd: int, place: Place, box: Box, target: Tensor) -> None:
+def _read(file: OpenFile, place: Place, box: Box, target: Tensor) -> None:
     entry = place.entry
     itemsize = entry.dtype.itemsize
     numel, starts = contiguous_runs(entry.shape, box)
     span = starts[-1] + numel - starts[0]
     if span * itemsize <= _CHUNK:
         # one read of the stretches and the bytes between them (columns of a matrix, for one)
-        data = read_at(fd, entry.start + starts[0] * itemsize, span * itemsize, place.path)
+        data = file.read_at(entry.start + starts[0] * itemsize, span * itemsize)
         strides = torch.empty(entry.shape, device="meta").stride()
         target.copy_(torch.frombuffer(data, dtype=entry.dtype).as_strided(box.sizes, strides))
         return
     for part in split_box(box, -(-box.numel // 2)):
-        _read(fd, place, part, part.relative_to(box.offsets).view(target))
+        _read(file, place, part, part.relative_to(box.offsets).view(target))
 
 
 def match(

@@ -1,4 +1,4 @@
-"""A folder that appears complete under its name or not at all, or replaces a checkpoint.
+"""A local folder that appears complete under its name or not at all, or replaces a checkpoint.
 
 ::
 
@@ -17,14 +17,22 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from shardema.errors import CheckpointError
 from shardema.files import manifest as manifests
 from shardema.files.manifest import MAX_MANIFEST, NAME, PLACE, Manifest
+from shardema.files.places import any_path
+from shardema.files.prefix import (
+    NewPrefix,
+    exists_already,
+    new_prefix,
+    not_replaceable,
+    other_path,
+)
+from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
     close_quietly,
-    local_path,
     make_folders,
     read_whole,
     reporting,
@@ -65,16 +73,13 @@ class NewFolder:
             self._folder = absolute(folder, op)
             with reporting(self._folder, f"{op} to"):
                 if _exists(self._folder) and not overwrite:
-                    raise CheckpointError(_exists_already(op, self._folder), path=self._folder)
+                    raise exists_already(op, self._folder)
             return self._folder
 
         def choose(proposals: list[str]) -> list[str]:
             for rank, proposal in zip(ranks.ranks, proposals, strict=True):
                 if proposal != self._folder:
-                    raise ValueError(
-                        f"{op}: rank {rank} names {proposal}, rank {ranks.ranks[0]} names "
-                        f"{self._folder}; give the same path on every rank"
-                    )
+                    raise other_path(op, rank, proposal, ranks.ranks[0], self._folder)
             with reporting(self._folder, f"{op} to"):
                 self._make()
             return [self.path, self.place]
@@ -109,12 +114,20 @@ class NewFolder:
         self._lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         lock(self._lock)
 
-    def commit(self) -> None:
-        """Makes what was written count, durably. On the leader only.
+    def finish(self, files: Mapping[str, bytes], extra: Callable[[str], None]) -> None:
+        """Writes the last files and makes all that was written count, durably. On the leader only.
+
+        Args:
+            files: their bytes by name.
+            extra: given a local folder, writes what else belongs there.
 
         Raises:
             CheckpointError: it could not; what was there before is there.
         """
+        with reporting(self.path, f"{self._op} to"):
+            extra(self.path)
+            for name, data in files.items():
+                write_file(os.path.join(self.path, name), data)
         with reporting(self._folder, f"{self._op} to"):
             sync_tree(self.path)  # the model's config was written by its own code
             if self.place:
@@ -198,17 +211,21 @@ class NewFolder:
 @contextlib.contextmanager
 def new_folder(
     folder: str | os.PathLike[str], op: str, ranks: Ranks, *, overwrite: bool = False
-) -> Iterator[NewFolder]:
-    """A folder to write into and to commit; after an error nothing of it is left. Collective.
+) -> Iterator[NewFolder | NewPrefix]:
+    """A folder to write into and to finish; after an error nothing of it is left. Collective.
 
     Args:
-        folder: its name; must not exist. Its parent is made.
+        folder: its name, or its URL in a store; must not exist. Its parent is made.
         overwrite: a complete checkpoint may be there, and is replaced.
 
     Raises:
         CheckpointError: ``folder`` exists, or cannot be made or seen by a rank.
-        ValueError: the ranks name different folders, or one that is not local.
+        ValueError: the ranks name different folders, or a URL that cannot be used.
     """
+    if is_remote(any_path(op, folder)):
+        with new_prefix(folder, op, ranks, overwrite=overwrite) as prefix:
+            yield prefix
+        return
     new = NewFolder(op, ranks)
     try:
         new.begin(folder, overwrite)
@@ -221,8 +238,10 @@ def new_folder(
 
 
 def absolute(folder: str | os.PathLike[str], op: str) -> str:
-    """``folder`` from the root on, its last part a name; links stay what they are."""
-    path = local_path(op, folder)
+    """``folder`` from the root on, its last part a name; links, and URLs, stay what they are."""
+    path = any_path(op, folder)
+    if is_remote(path):
+        return path
     with reporting(path, f"{op} to"):
         path = os.path.join(os.getcwd(), path).rstrip("/") or "/"
         return os.path.realpath(path) if os.path.basename(path) in ("", ".", "..") else path
@@ -237,14 +256,6 @@ def _exists(path: str) -> bool:
     return True
 
 
-def _exists_already(op: str, folder: str) -> str:
-    replace = ", replace a checkpoint by save(..., overwrite=True)" if op == "save" else ""
-    return (
-        f"{op} to {folder}: it already exists, and {op} does not write into an existing path: give "
-        f"a new one, such as one with the step in its name{replace}, or remove it first"
-    )
-
-
 def _replaceable(folder: str, op: str) -> Manifest:
     """The manifest of what is there. Raises CheckpointError unless it is a whole checkpoint."""
     reason = "not a folder"
@@ -255,9 +266,4 @@ def _replaceable(folder: str, op: str) -> Manifest:
             reason, number = str(error), error.errno
     else:
         number = None
-    raise CheckpointError(
-        f"{op} to {folder}: overwrite=True replaces only a complete checkpoint of ema.save, and "
-        f"this is not one ({reason}); give a new path, or remove it first",
-        path=folder,
-        errno=number,
-    )
+    raise not_replaceable(op, folder, reason, number)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shardema.arguments import progress
 from shardema.errors import CheckpointError, abbreviate
-from shardema.files import checkpoint, consolidated, manifest, pairing
+from shardema.files import checkpoint, consolidated, manifest, pairing, remote
 from shardema.files.dcp import BoxedTensor
 from shardema.files.manifest import Manifest, ReadRequest
 from shardema.ranks.plan import Plan
@@ -66,11 +66,22 @@ def read_checkpoint(
         check_model: raise unless the model has the weights that it had at the save.
         new_schedule, add, drop: as for `ShardedEMA.load`.
     """
+    with remote.patience(averages.ranks.timeout):
+        return _read_checkpoint(folder, averages, plan, check_model, (new_schedule, add, drop))
+
+
+def _read_checkpoint(
+    folder: str | os.PathLike[str],
+    averages: Averages,
+    plan: Plan,
+    check_model: bool,
+    differing: tuple[bool, Sequence[str], Sequence[str]],
+) -> list[Staged]:
     found: list[tuple[Manifest, dict[str, list[ReadRequest]]]] = []
 
     def look() -> tuple[str, int]:
         stored = manifest.read(folder)
-        check_checkpoint(str(folder), stored, averages, plan, new_schedule, add, drop)
+        check_checkpoint(str(folder), stored, averages, plan, *differing)
         requests = {
             average.name: checkpoint.read_requests(stored, average.name, averages.held(average))
             for average in averages.values()
@@ -186,6 +197,18 @@ def read_full(
         beside: names that the source may have and that are not used.
         clock: ``t`` and ``num_updates``, as for `ShardedEMA.load_full`.
     """
+    with remote.patience(averages.ranks.timeout):
+        return _read_full(source, average, averages, plan, beside, clock)
+
+
+def _read_full(
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    average: Average,
+    averages: Averages,
+    plan: Plan,
+    beside: Collection[str],
+    clock: tuple[float | None, int | None],
+) -> Staged:
     label = "load_full" if isinstance(source, Mapping) else f"load_full from {source}"
     unit = averages.unit
     known = progress(*clock, unit)

@@ -7,6 +7,7 @@ folder can write the manifest too.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -21,6 +22,9 @@ import torch
 import xxhash
 
 from shardema.errors import CheckpointError, abbreviate
+from shardema.files import remote
+from shardema.files.places import any_path, exists, names_in, read_whole, reading
+from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
     BROKEN,
     DTYPES,
@@ -30,11 +34,7 @@ from shardema.files.safetensors import (
     checked_int,
     checked_shape,
     checked_text,
-    local_path,
-    opened,
     parse_json,
-    read_at,
-    read_whole,
     reporting,
 )
 from shardema.shards.boxes import Box, Dims, check_covered, flat_boxes
@@ -191,15 +191,13 @@ def read(folder: str | os.PathLike[str], op: str = "load") -> Manifest:
     Raises:
         CheckpointError: no checkpoint, a damaged manifest, a version that is not known, or files
             that are missing or of another size.
-        ValueError: the path of ``op`` is no local one.
+        ValueError: the path of ``op`` is empty, or a URL that cannot be used.
     """
-    folder = local_path(op, folder)
+    folder = any_path(op, folder)
     path = os.path.join(folder, NAME)
-    with reporting(folder, "reading"):
-        try:
-            os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointError(_missing(folder), path=folder) from None
+    if not exists(path):
+        with reporting(folder, "reading"):
+            raise CheckpointError(_missing(folder), path=folder)
     data = read_whole(path, MAX_MANIFEST)
     begin, middle = len(_START), len(_START) + 32
     body = data[middle + len(_MIDDLE) : -len(_END)]
@@ -228,10 +226,13 @@ def read(folder: str | os.PathLike[str], op: str = "load") -> Manifest:
 
 def _missing(folder: str) -> str:
     try:
-        inside = sorted(os.listdir(folder))
+        inside = sorted(names_in(folder))
     except (FileNotFoundError, NotADirectoryError):
+        inside = None
+    if inside is None or (is_remote(folder) and not inside):
         return f"reading {folder}: no such folder; give the folder that ema.save wrote"
     text = f"reading {folder}: no {NAME} in it, so this is not a finished checkpoint of ema.save"
+    # not asked of a store, name by name
     nested = [name for name in inside if os.path.exists(os.path.join(folder, name, NAME))]
     return f"{text}; did you mean {os.path.join(folder, nested[-1])}?" if nested else text
 
@@ -379,6 +380,9 @@ def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:
 
 
 def _check_files(manifest: Manifest) -> None:
+    if is_remote(manifest.home):
+        _check_objects(manifest)
+        return
     if manifest.place and not stat.S_ISDIR(os.lstat(manifest.home).st_mode):
         raise CheckpointError(
             f"reading {manifest.home}: not a folder; the checkpoint is damaged", path=manifest.home
@@ -397,6 +401,24 @@ def _check_files(manifest: Manifest) -> None:
             raise CheckpointError(
                 f"reading {path}: {found.st_size} bytes, expected a regular file of {file.size}; "
                 "the checkpoint is damaged",
+                path=path,
+            )
+
+
+def _check_objects(manifest: Manifest) -> None:
+    found = remote.entries(manifest.home)
+    for file in manifest.files:
+        path = os.path.join(manifest.home, file.name)
+        if file.name not in found:
+            raise CheckpointError(
+                f"reading {path}: {os.strerror(errno.ENOENT)}; the checkpoint is incomplete",
+                path=path,
+                errno=errno.ENOENT,
+            )
+        if found[file.name] != file.size:
+            raise CheckpointError(
+                f"reading {path}: {found[file.name]} bytes, expected {file.size}; the checkpoint "
+                "is damaged",
                 path=path,
             )
 
@@ -465,12 +487,12 @@ def _read_file(
     path: str, request: ReadRequest, manifest: Manifest
 ) -> Iterator[tuple[int, Box, torch.Tensor]]:
     file, needed = request.file, request.needed
-    with opened(path) as fd:
+    with reading(path) as opened:
         next_needed = 0
         for block in request.blocks:
             begin = block * BLOCK
             end = min(begin + BLOCK, file.size)
-            data = read_at(fd, begin, end - begin, path)
+            data = opened.read_at(begin, end - begin)
             if xxhash.xxh3_128_hexdigest(data) != file.blocks[block]:
                 raise CheckpointError(
                     f"reading {path}: checksum mismatch in bytes {begin} to {end} "
