@@ -13,6 +13,7 @@ succeeds removes it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import tempfile
@@ -81,8 +82,12 @@ class NewPrefix:
             raise not_replaceable(self._op, self._folder, str(error), error.errno) from error
 
     def _manifest(self) -> bytes | None:
-        path = os.path.join(self._folder, NAME)
-        return read_whole(path, MAX_MANIFEST) if remote.exists(path) else None
+        try:
+            return read_whole(os.path.join(self._folder, NAME), MAX_MANIFEST)
+        except CheckpointError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return None
 
     def add(self, extra: Callable[[str], None]) -> None:
         """Writes what ``extra`` writes into a local folder that it is given. On the leader only."""
@@ -179,11 +184,11 @@ def exists_already(op: str, folder: str) -> CheckpointError:
     )
 
 
-def not_replaceable(op: str, folder: str, reason: str, errno: int | None) -> CheckpointError:
+def not_replaceable(op: str, folder: str, reason: str, number: int | None) -> CheckpointError:
     """What is there is no whole checkpoint."""
     return CheckpointError(
         f"{op} to {folder}: overwrite=True replaces only a complete checkpoint of ema.save, and "
         f"this is not one ({reason}); give a new path, or remove it first",
         path=folder,
-        errno=errno,
+        errno=number,
     )

@@ -19,7 +19,7 @@ from shardema.errors import CheckpointError
 from shardema.ranks.deadline import Task
 
 _URL = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.:_-]*://")
-_PART = 32 << 20  # bytes of a part of an upload, which stays in memory until it is sent
+PART_BYTES = 32 << 20  # bytes of a part of an upload, which stays in memory until it is sent
 _MOST_PARTS = 9_000  # stores take 10,000
 _CLEANING_S = 5.0  # seconds for what is done after an error
 _patience: ContextVar[float] = ContextVar("patience", default=150.0)
@@ -83,8 +83,9 @@ def _ask(url: str, doing: str, call: Callable[[Any, str], _T], seconds: float | 
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, FileNotFoundError):
-            number, text = errno.ENOENT, os.strerror(errno.ENOENT)
+        for kind, known in ((FileNotFoundError, errno.ENOENT), (PermissionError, errno.EACCES)):
+            if isinstance(error, kind):
+                number, text = known, os.strerror(known)
         raise CheckpointError(f"{doing} {url}: {text}", path=url, errno=number) from error
 
 
@@ -143,10 +144,11 @@ def read_at(url: str, offset: int, size: int) -> bytearray:
     """
     if not size:
         return bytearray()
-    data = _ask(url, "reading", lambda store, path: store.cat_file(path, offset, offset + size))
+    end = offset + size
+    data = _ask(url, "reading", lambda store, path: store.cat_file(path, start=offset, end=end))
     if len(data) != size:
         raise CheckpointError(
-            f"reading {url}: it ends at byte {offset + len(data)}, expected {offset + size} or "
+            f"reading {url}: it ends at byte {offset + len(data)}, expected {end} or "
             "more: the file was cut short",
             path=url,
         )
@@ -174,7 +176,7 @@ class NewObject:
 
     def __init__(self, url: str, size: int) -> None:
         self.path = url
-        part = max(_PART, -(-size // _MOST_PARTS))
+        part = max(PART_BYTES, -(-size // _MOST_PARTS))
         self._file = _ask(
             url, "writing", lambda store, path: store.open(path, "wb", block_size=part)
         )
