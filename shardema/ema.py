@@ -508,12 +508,13 @@ class ShardedEMA:
         appears under its name when it is complete.
 
         Args:
-            path: the folder; must not exist.
+            path: the folder, or its URL in an object store; must not exist.
             name: which average.
             dtype: as for `full_state_dict`; buffers keep their dtype.
             max_shard_size: of a file: bytes, or a size such as ``"5GB"``.
             mode: ``"direct"``: every rank writes its own shards, which needs one host and a local
-                file system. ``"stream"``: the first rank writes. ``"auto"``: ``"direct"`` where
+                file system. ``"stream"``: the first rank writes; to an object store it does so
+                in any case, tensor by tensor. ``"auto"``: ``"direct"`` where
                 that is safe.
             progress: show a progress bar on the first rank if it takes more than a second.
 
@@ -522,8 +523,8 @@ class ShardedEMA:
                 ranks; no partial files are left.
             RuntimeError: as for `full_state_dict`; a module has extra state that is not a tensor;
                 an adapter that PEFT does not store as tensors of the model.
-            ValueError, RankError: as for `full_state_dict`; a path that is not local is a
-                ValueError.
+            ValueError, RankError: as for `full_state_dict`; a URL that cannot be used, or
+                ``mode="direct"`` with one, is a ValueError.
         """
 
         def given() -> dict[str, Any]:
@@ -602,7 +603,7 @@ class ShardedEMA:
         included, for an offline export.
 
         Args:
-            folder: the new folder; must not exist.
+            folder: the new folder, or its URL in an object store; must not exist.
             include_frozen: also write the parameters that are not averaged; an offline export
                 needs them, `load` does not.
             overwrite: the folder may exist if it is a complete checkpoint of `save`. It is
@@ -611,7 +612,7 @@ class ShardedEMA:
         Raises:
             CheckpointError: the folder exists, or a write failed (a full disk). Raised on all
                 ranks; no partial files are left, and an existing checkpoint is unchanged.
-            ValueError: the path is not local, or differs between ranks.
+            ValueError: the path differs between ranks, or is a URL that cannot be used.
             RuntimeError: inside ``swap()``; replicas differ between ranks; with
                 ``include_frozen``, a module has extra state that is not a tensor.
         """
@@ -674,8 +675,8 @@ class ShardedEMA:
             CheckpointError: no checkpoint, a damaged one, or with ``model="check"`` one that was
                 saved with other weights. Raised on all ranks.
             ValueError: a checkpoint of another model, other averages or other schedules; ``add``
-                names an average that the checkpoint has, or ``drop`` one that it has not; a path
-                that is not local.
+                names an average that the checkpoint has, or ``drop`` one that it has not; a URL
+                that cannot be used.
             RuntimeError: inside ``swap()``.
 
         After an error the averages are unchanged.
@@ -731,7 +732,7 @@ class ShardedEMA:
 
         Args:
             source: a ``.safetensors`` file, a folder in the Hugging Face layout (also a snapshot of
-                the Hub), or ``{fqn: full tensor}`` on every rank. Frozen parameters and buffers in
+                the Hub), the URL of one of these, or ``{fqn: full tensor}`` on every rank. Frozen parameters and buffers in
                 it are ignored.
             name: which average.
             t: progress of the loaded average, in the schedule's unit. If None: ``num_updates``
@@ -743,8 +744,8 @@ class ShardedEMA:
 
         Raises:
             CheckpointError: the file does not exist or is damaged.
-            ValueError: names that are missing or unknown, or another shape; a path that is not
-                local; no progress is known and the schedule's next update would overwrite the
+            ValueError: names that are missing or unknown, or another shape; a URL that cannot be
+                used; no progress is known and the schedule's next update would overwrite the
                 loaded average completely; a progress that is negative or not accepted by the
                 schedule.
             RuntimeError: inside ``swap()``.
