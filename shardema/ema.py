@@ -732,8 +732,8 @@ class ShardedEMA:
 
         Args:
             source: a ``.safetensors`` file, a folder in the Hugging Face layout (also a snapshot of
-                the Hub), the URL of one of these, or ``{fqn: full tensor}`` on every rank. Frozen parameters and buffers in
-                it are ignored.
+                the Hub), the URL of one of these, or ``{fqn: full tensor}`` on every rank. Frozen
+                parameters and buffers in it are ignored.
             name: which average.
             t: progress of the loaded average, in the schedule's unit. If None: ``num_updates``
                 where the unit is ``"step"``, else ``t`` is not changed.
