@@ -66,22 +66,11 @@ def read_checkpoint(
         check_model: raise unless the model has the weights that it had at the save.
         new_schedule, add, drop: as for `ShardedEMA.load`.
     """
-    with remote.patience(averages.ranks.timeout):
-        return _read_checkpoint(folder, averages, plan, check_model, (new_schedule, add, drop))
-
-
-def _read_checkpoint(
-    folder: str | os.PathLike[str],
-    averages: Averages,
-    plan: Plan,
-    check_model: bool,
-    differing: tuple[bool, Sequence[str], Sequence[str]],
-) -> list[Staged]:
     found: list[tuple[Manifest, dict[str, list[ReadRequest]]]] = []
 
     def look() -> tuple[str, int]:
         stored = manifest.read(folder)
-        check_checkpoint(str(folder), stored, averages, plan, *differing)
+        check_checkpoint(str(folder), stored, averages, plan, new_schedule, add, drop)
         requests = {
             average.name: checkpoint.read_requests(stored, average.name, averages.held(average))
             for average in averages.values()
@@ -100,7 +89,8 @@ def _read_checkpoint(
             )
         return max(nbytes for _, nbytes in told)
 
-    nbytes = averages.ranks.agree("load (looking)", look, same)
+    with remote.patience(averages.ranks.timeout):
+        nbytes = averages.ranks.agree("load (looking)", look, same)
     if check_model:
         shards = averages.weights.averaged_shards
         pairing.check(str(folder), found[0][0], plan, shards, averages.ranks)
@@ -111,7 +101,8 @@ def _read_checkpoint(
         for average in averages.values():
             staged[average.name] = _read_average(stored, average, averages, requests)
 
-    averages.ranks.agree("load (reading)", read, nbytes=nbytes)
+    with remote.patience(averages.ranks.timeout):
+        averages.ranks.agree("load (reading)", read, nbytes=nbytes)
     return list(staged.values())
 
 

@@ -134,7 +134,7 @@ PATCHES = {
         Patch(
             "import_clock",
             "files/loading.py",
-            "read_full",
+            "_read_full",
             "return Staged(average, staging, restart and (*restart, None), loaded=True)",
             "return Staged(average, staging, None, loaded=True)",
             "the progress that an import was given is not taken",
