@@ -1,21 +1,24 @@
-"""EMA of model weights for sharded training; the face is `ShardedEMA`."""
+"""Exponential moving averages of model weights for sharded training; see `ShardedEMA`."""
 
 from __future__ import annotations
 
-from shardema import presets, schedules
+from shardema import importers, presets, schedules
 from shardema.batchnorm import update_bn
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError, SwapError
+from shardema.files.background import PendingSave
 from shardema.manager import CheckpointManager
 from shardema.policy import ShadowPolicy
 
 __all__ = [
     "CheckpointError",
     "CheckpointManager",
+    "PendingSave",
     "RankError",
     "ShadowPolicy",
     "ShardedEMA",
     "SwapError",
+    "importers",
     "presets",
     "schedules",
     "update_bn",

@@ -79,7 +79,7 @@ def refuse_positional(op: str, given: tuple[Any, ...]) -> None:
         kinds = ", ".join(type(one).__name__ for one in given)
         raise TypeError(
             f"{op}: got {kinds} without a keyword, expected {op}() or {op}(dt=<progress since the "
-            "last update>): the EMA knows its model and counts its steps, so omit the model and "
+            "last update>): the EMA has its model and counts its steps, so omit the model and "
             "step of timm's update, and the parameters of diffusers' step"
         )
 
@@ -133,7 +133,7 @@ def progress(t: Any, num_updates: Any, unit: str) -> tuple[float | None, int | N
     return t, num_updates
 
 
-def odd_decay(schedule: Rule, decay: float | None, num_updates: int) -> float | None:
+def suspicious_decay(schedule: Rule, decay: float | None, num_updates: int) -> float | None:
     """A decay of 1 or below 0.5, a likely mistake (1 - decay); None if it may be intended.
 
     Only constant decays are checked: schedules often start with 0, or wait with 1. A callable is

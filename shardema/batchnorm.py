@@ -1,4 +1,4 @@
-"""BatchNorm statistics that belong to an average: buffers are the model's own, an average has none.
+"""BatchNorm statistics for an average: the model's running statistics belong to its raw weights.
 
 ::
 
@@ -31,23 +31,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and variance of each BatchNorm layer of an averaged model; what `update_bn` returns.
+    """Mean and variance of each BatchNorm layer of an averaged model; returned by `update_bn`.
 
     Args:
-        layers: ``(layer, mean [channels], variance [channels])``.
+        layers: ``(layer, mean [channels], variance [channels])``, in float64.
     """
 
     layers: Sequence[tuple[_BatchNorm, Tensor, Tensor]]
 
     @contextlib.contextmanager
     def swap(self) -> Iterator[None]:
-        """Inside, the model has these statistics; afterwards its own again, to the bit. Local.
+        """Context manager: the model has these statistics inside the block. Local.
 
-        ``with ema.swap(), statistics.swap():`` to evaluate the average, ``with
-        statistics.swap():`` around `ShardedEMA.export`, ``full_state_dict`` or ``save``. A forward
-        in train mode inside moves the statistics, and the move is lost.
+        When the block ends, the model's own statistics are restored bitwise, also if a forward in
+        train mode changed them. ``with ema.swap(), statistics.swap():`` to evaluate the average,
+        ``with statistics.swap():`` around `ShardedEMA.export`, ``full_state_dict`` or ``save``.
         """
-        with _same_buffers([layer for layer, _, _ in self.layers]):
+        with _restored_buffers([layer for layer, _, _ in self.layers]):
             with writable():
                 for layer, mean, variance in self.layers:
                     assert layer.running_mean is not None
@@ -59,7 +59,7 @@ class Statistics:
 
 @dataclass
 class _Moments:
-    """Count, mean and squared deviations of what went into a layer, by channel, in float64."""
+    """Count, mean and squared deviations of a layer's inputs, per channel, in float64."""
 
     count: float = 0
     mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64, device="cpu"))
@@ -68,7 +68,7 @@ class _Moments:
     )
 
     def add(self, inputs: Tensor) -> None:
-        """Joins a batch [n, channels, ...]: Chan, Golub and LeVeque 1983, equations 2.1."""
+        """Adds a batch [n, channels, ...]: Chan, Golub and LeVeque 1983, equations 2.1."""
         count = inputs.numel() / inputs.shape[1] if inputs.shape[1] else 0
         if not count:
             return
@@ -91,17 +91,17 @@ def update_bn(
     """Measures the BatchNorm statistics of an average, over the data of all ranks. Collective.
 
     The running statistics of a model belong to its raw weights. This runs forwards with the
-    average, in train mode and without gradients, and takes for each layer the mean and the
+    average, in train mode and without gradients, and computes for each layer the mean and the
     unbiased variance of all its inputs on all ranks, as if they were one sample::
 
         n = sum n_i,  mean = sum n_i mean_i / n
         variance = (sum n_i variance_i + sum n_i (mean_i - mean)^2) / (n - 1)
 
     (the law of total variance over batches i, ``variance_i`` without correction, sums in
-    float64). torch.optim.swa_utils.update_bn averages the batches' variances instead, which leaves
-    out how far their means are apart, and knows of one rank only.
+    float64). torch.optim.swa_utils.update_bn averages the batches' variances instead, which omits
+    the variance of their means, and covers one rank only.
 
-    The model is left as it was, statistics included; put the result into it where the average is
+    The model is unchanged afterwards, statistics included; apply the result where the average is
     used::
 
         statistics = update_bn(loader, model, ema)
@@ -112,21 +112,22 @@ def update_bn(
 
     Args:
         loader: this rank's part of the data: tensors, tuples or lists whose first element is the
-            input, or mappings that are passed as keywords. Moved to the device of the first
-            layer. A model that is sharded (FSDP, ZeRO-3) needs as many batches on each rank.
-        model: the one that the EMA was built for.
-        ema: whose average.
-        name: which average.
+            input, or mappings that are passed as keywords. Copied to the device of the first
+            layer. A sharded model (FSDP, ZeRO-3) needs the same number of batches on each rank.
+        model: the model that the EMA was built for.
+        ema: the EMA.
+        name: which average; None if there is only one.
 
     Returns:
-        The statistics of every layer that keeps running statistics and was reached by data; of a
-        model without such layers an empty one, and the loader is not read.
+        The statistics of every layer that has running statistics and received data. Empty for a
+        model without such layers; the loader is not read then.
 
     Raises:
-        ValueError: another model than the EMA's, layers that differ between the ranks, a loader
-            without data on every rank, no average of this name; the EMA averages the statistics.
-        TypeError: a batch of another kind.
+        ValueError: another model than the EMA's; layers that differ between ranks; no data on any
+            rank; no average of this name; or the EMA averages the running statistics.
+        TypeError: a batch of another type.
         RuntimeError: inside ``swap()``.
+        RankError: a rank did not make the call within the timeout.
 
     Modules that are not BatchNorm run in train mode too (dropout draws random numbers); their
     buffers and all modes are restored.
@@ -163,12 +164,12 @@ def update_bn(
             )
         return [(fqn, layer.num_features) for fqn, layer in layers.items()]
 
-    ranks.agree("update_bn", look, _same, same=same)
+    ranks.agree("update_bn", look, _check_same, same=same)
     if not layers:
         log.info("update_bn: no BatchNorm layer keeps running statistics: nothing to measure")
         return Statistics(())
     moments = {fqn: _Moments() for fqn in layers}
-    with _same_buffers(list(model.modules())), _same_modes(model), ema.swap(name):
+    with _restored_buffers(list(model.modules())), _restored_modes(model), ema.swap(name):
         ranks.agree("update_bn (forwards)", lambda: _measure(loader, model, layers, moments))
     pooled = _pool(layers, moments, ranks)
     if not pooled:
@@ -179,7 +180,7 @@ def update_bn(
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Layers whose evaluation reads running statistics, by name, each once."""
+    """The BatchNorm layers with running statistics, by name, each once."""
     found: dict[int, tuple[str, _BatchNorm]] = {}
     for prefix, module in walk(model):
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
@@ -187,8 +188,8 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
     return dict(found.values())
 
 
-def _same(told: list[Any]) -> None:
-    if any(layers != told[0] for layers in told):
+def _check_same(found: list[Any]) -> None:
+    if any(layers != found[0] for layers in found):
         raise ValueError(
             "update_bn: the ranks hold different BatchNorm layers (pipeline stages, or different "
             "models), whose inputs cannot be pooled"
@@ -196,8 +197,8 @@ def _same(told: list[Any]) -> None:
 
 
 @contextlib.contextmanager
-def _same_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Restores the modules' own buffers, to the bit."""
+def _restored_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Restores the modules' own buffers when the block ends, bitwise."""
     with writable():
         buffers = [
             (module, name, tensor, tensor.clone())
@@ -222,8 +223,8 @@ def _same_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _same_modes(model: nn.Module) -> Iterator[None]:
-    """Restores which modules train, also where the model is in one mode and a child in another."""
+def _restored_modes(model: nn.Module) -> Iterator[None]:
+    """Restores the training mode of each module when the block ends."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -238,7 +239,7 @@ def _measure(
     layers: Mapping[str, _BatchNorm],
     moments: Mapping[str, _Moments],
 ) -> None:
-    """Runs this rank's batches; each layer's inputs go into its moments."""
+    """Runs this rank's batches and adds each layer's inputs to its moments."""
     model.train()
     # DDP would broadcast buffers in each forward, and so wait for ranks that have fewer batches;
     # FSDP's wrapper gathers the weights and must stay
@@ -261,7 +262,7 @@ def _measure(
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Compiled code does not see hooks that came later."""
+    """Disables compiled code, which does not call hooks registered after its compilation."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
         return contextlib.nullcontext()
     stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -269,7 +270,7 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
 
 
 def _device(layers: Mapping[str, _BatchNorm]) -> torch.device:
-    """Where the first layer is, on a rank without data too."""
+    """The device of the first layer."""
     mean = next(iter(layers.values())).running_mean
     assert mean is not None
     return mean.device
@@ -306,7 +307,7 @@ def _pool(
     totals = _sum(counts, ranks)
     everywhere = totals.repeat_interleave(repeats)
     mean = _sum(here * means, ranks) / everywhere
-    # a rank without data has no mean: what it adds is zero, also where the mean is infinite
+    # a rank without data contributes zero, also if the mean is infinite
     spread = torch.where(here > 0, squares + here * (means - mean).square(), 0)
     variance = _sum(spread, ranks) / (everywhere - 1)
     pairs = zip(torch.split(mean, sizes), torch.split(variance, sizes), strict=True)

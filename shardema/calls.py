@@ -19,8 +19,9 @@ import torch
 
 from shardema.arguments import check_dtype
 from shardema.files import pretrained
+from shardema.files.background import PendingSave
 from shardema.model import own_state, replica_check, selection
-from shardema.model.own_state import Outward, OwnState
+from shardema.model.own_state import MergedState, OwnState
 from shardema.policy import ShadowPolicy
 from shardema.ranks import transfer
 from shardema.ranks.agree import Ranks
@@ -82,12 +83,12 @@ class SwapState:
     Attributes:
         inside: name of the average that the model holds now; None outside of a swap.
         due: ends a swap whose end was interrupted; None if there is none.
-        torn: the error with which the end of a swap failed; every later call raises.
+        failed: the error with which the end of a swap failed; every later call raises.
     """
 
     inside: str | None = None
     due: Callable[[], None] | None = None
-    torn: str | None = None
+    failed: str | None = None
 
 
 class Calls:
@@ -96,8 +97,9 @@ class Calls:
     Attributes:
         swap: the state of a swap.
         iterations: open `iter_full` iterations.
-        outward: facts about the model's state dict that are equal on all ranks.
+        merged_state: facts about the model's state dict that are equal on all ranks.
         own: what the model's own code adds to its state dict, on this rank.
+        pending: a save that is being written, or None.
     """
 
     def __init__(self, averages: Averages, updates: Updates, notices: Notices) -> None:
@@ -105,8 +107,9 @@ class Calls:
         self.weights = averages.weights
         self.swap = SwapState()
         self.iterations: set[Iteration] = set()
-        self.outward = Outward.none()
+        self.merged_state = MergedState.none()
         self.own = OwnState()
+        self.pending: PendingSave | None = None
         self._added: list[Shard] = []  # tensors that modules add to the state dict, on this rank
         self._plans: dict[bool, Plan] = {}  # False: whole shards; True: the replicas' slices
         self._planned: tuple[Any, ...] = ()  # `Weights.stamp` when the plans were made
@@ -123,11 +126,11 @@ class Calls:
         Raises:
             RuntimeError: inside a swap, or after a swap whose end failed.
         """
-        if self.swap.torn is not None:
+        if self.swap.failed is not None:
             raise RuntimeError(
-                f"rank {self.ranks.rank}: {op}: the end of a swap() failed ({self.swap.torn}), so "
-                "model and average may each hold a part of the other: load a checkpoint into the "
-                "model, build a new EMA and load its checkpoint"
+                f"rank {self.ranks.rank}: {op}: the end of a swap() failed ({self.swap.failed}), "
+                "so model and average may each hold a part of the other: load a checkpoint into "
+                "the model, build a new EMA and load its checkpoint"
             )
         self.end_swap(op)
         self._end_iterations(op)
@@ -160,6 +163,13 @@ class Calls:
         """Makes the update of an open round of `attach`, before an average is read."""
         if self.swap.inside is None:
             self.updates.following.close()
+
+    def finish_save(self) -> None:
+        """Waits for a save that is being written; raises its error. Collective if there is one."""
+        pending = self.pending
+        if pending is not None and not pending.finished:
+            pending.result()
+        self.pending = None
 
     # ---- the start of a collective call -------------------------------------------------------
 
@@ -240,14 +250,14 @@ class Calls:
                 self.updates.carry_over(self.weights.reread(self.ranks.rank))
             else:
                 self.updates.refresh()
-        self.notices.what_froze()
+        self.notices.log_frozen()
         if call.fills != "all":
             self.updates.flush(call.op)
         if not call.planned:
             return self._prepared(call)
         known, self.own = self.own.facts(), self._read_own()
         same_state = known == self.own.facts() and self._planned == self.weights.stamp()
-        named = not (self.outward.pending and call.files)
+        named = not (self.merged_state.pending and call.files)
         return self._prepared(call) if self._plans and same_state and named else None
 
     def _prepared(self, call: Call) -> list[_Digests]:
@@ -343,7 +353,7 @@ class Calls:
     def own_contents(self) -> Contents:
         """The model's own tensors, as a checkpoint stores them."""
         holdings = Holdings(self.plan, [*self.weights.shards, *self._added], {})
-        stored = self.outward.stored(self.plan)
+        stored = self.merged_state.stored(self.plan)
         every = range(len(stored.items))
         return Contents(stored, every, holdings, lambda item: item.dtype, self.ranks)
 
@@ -354,7 +364,7 @@ class Calls:
             if dtype is None:
                 return own(item)
             given = item.role != "buffer" and item.dtype.is_floating_point
-            given = given and item.fqn not in self.outward.packed
+            given = given and item.fqn not in self.merged_state.packed
             return dtype if given and isinstance(dtype, torch.dtype) else item.dtype
 
         return out_dtype
@@ -371,11 +381,11 @@ class Calls:
         unmatched = dict(weights.unmatched)
         rules = {average.name: describe(average.schedule) for average in self.averages.values()}
 
-        def alike(told: list[list[Any]]) -> None:
-            selection.unmatched_everywhere([theirs for theirs, _ in told])
-            selection.same_rules([theirs for _, theirs in told])
+        def check(found: list[list[Any]]) -> None:
+            selection.unmatched_everywhere([theirs for theirs, _ in found])
+            selection.same_rules([theirs for _, theirs in found])
 
-        ranks.agree(f"{op} (schedules)", lambda: [unmatched, rules], alike)
+        ranks.agree(f"{op} (schedules)", lambda: [unmatched, rules], check)
         self._agree_on_state(call)
         plans = {}
         with ranks.together(f"{op} (planning)"):
@@ -385,7 +395,7 @@ class Calls:
                 shards = weights.all_shards(ShadowPolicy(shard_replicas=in_slices))
                 held = [*shards, *self._read_added()]
                 made = make_plan(held, weights.averaged, ranks, dropped)
-                plans[in_slices] = self.outward.applied(made, dropped)
+                plans[in_slices] = self.merged_state.applied(made, dropped)
         self._plans, self._planned = plans, weights.stamp()
 
     def _read_own(self) -> OwnState:
@@ -394,7 +404,7 @@ class Calls:
 
     def _read_added(self) -> list[Shard]:
         """Tensors that modules add to the state dict and this rank provides, as they are now."""
-        owners = self.outward.owners
+        owners = self.merged_state.owners
         return self.own.shards({key for key in owners if owners[key] == self.ranks.index})
 
     def _agree_on_state(self, call: Call) -> None:
@@ -409,12 +419,12 @@ class Calls:
             return own_state.payload(self.own, weights.ignored, packed, form)
 
         merged = self.ranks.agree(f"{call.op} (own state)", of_this_rank, own_state.merge)
-        self.outward = Outward.of(merged)
+        self.merged_state = MergedState.of(merged)
 
 
-def _differing_sets(told: list[list[_Digests] | None]) -> list[list[str]] | None:
+def _differing_sets(found: list[list[_Digests] | None]) -> list[list[str]] | None:
     """The sets of ranks whose replicas differ; None if a plan must be made first."""
-    columns = [theirs for theirs in told if theirs is not None]
-    if len(columns) < len(told):
+    columns = [theirs for theirs in found if theirs is not None]
+    if len(columns) < len(found):
         return None
-    return [replica_check.differing(words) for words in zip(*columns, strict=True)]
+    return [replica_check.differing(digests) for digests in zip(*columns, strict=True)]

@@ -1,4 +1,4 @@
-"""`ShardedEMA`: what a user calls.
+"""`ShardedEMA`: the public interface of an EMA.
 
 ::
 
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 
-from shardema import backends, kernels, metrics
+from shardema import backends, importers, kernels, metrics
 from shardema.arguments import (
     as_models,
     as_policies,
@@ -30,10 +30,12 @@ from shardema.arguments import (
 )
 from shardema.backends.tree import unwrap
 from shardema.calls import Call, Calls
-from shardema.files import checkpoint, dcp, loading, pretrained
+from shardema.files import checkpoint, dcp, layouts, loading, pretrained
 from shardema.files import export as exporter
+from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
 from shardema.gathering import full_tensors
+from shardema.importers import Imported
 from shardema.model import selection
 from shardema.model.selection import Buffers, Select
 from shardema.model.weights import Weights
@@ -173,7 +175,7 @@ class ShardedEMA:
         self._calls = Calls(self._averages, self._updates, notices)
         self._swaps = Swaps(self._calls)
         for average in self._averages.values():
-            notices.odd_decay(average)
+            notices.suspicious_decay(average)
 
     # ---- properties ---------------------------------------------------------------------------
 
@@ -494,6 +496,7 @@ class ShardedEMA:
         name: str | None = None,
         *,
         dtype: torch.dtype | Literal["model"] | None = None,
+        layout: layouts.Layout = "hf",
         max_shard_size: int | str = "5GB",
         mode: exporter.Mode = "auto",
         progress: bool = True,
@@ -511,11 +514,15 @@ class ShardedEMA:
             path: the folder, or its URL in an object store; must not exist.
             name: which average.
             dtype: as for `full_state_dict`; buffers keep their dtype.
+            layout: ``"hf"``, the above. ``"diffusers"``: the same for a diffusers model, with the
+                fields that ``EMAModel.from_pretrained`` reads to continue the average. ``"timm"``:
+                ``path/checkpoint.pth.tar``, for timm's ``load_checkpoint``. ``"torch_averaged"``:
+                ``path/averaged_model.pth``, for ``AveragedModel.load_state_dict``. For the last two
+                the first rank needs memory for the full average.
             max_shard_size: of a file: bytes, or a size such as ``"5GB"``.
             mode: ``"direct"``: every rank writes its own shards, which needs one host and a local
-                file system. ``"stream"``: the first rank writes; to an object store it does so
-                in any case, tensor by tensor. ``"auto"``: ``"direct"`` where
-                that is safe.
+                file system. ``"stream"``: the first rank writes; to an object store it always
+                does, tensor by tensor. ``"auto"``: ``"direct"`` where that is safe.
             progress: show a progress bar on the first rank if it takes more than a second.
 
         Raises:
@@ -523,15 +530,10 @@ class ShardedEMA:
                 ranks; no partial files are left.
             RuntimeError: as for `full_state_dict`; a module has extra state that is not a tensor;
                 an adapter that PEFT does not store as tensors of the model.
-            ValueError, RankError: as for `full_state_dict`; a URL that cannot be used, or
-                ``mode="direct"`` with one, is a ValueError.
+            ValueError, RankError: as for `full_state_dict`; a URL that cannot be used, and
+                ``layout="diffusers"`` with another model or a schedule that ``EMAModel`` does not
+                have, are a ValueError.
         """
-
-        def given() -> dict[str, Any]:
-            if mode not in ("auto", "direct", "stream"):
-                raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
-            size = exporter.parse_size(max_shard_size)
-            return {"path": absolute(path, "export"), "max_shard_size": size, "mode": mode}
 
         calls = self._calls
         average = calls.begin(
@@ -539,13 +541,19 @@ class ShardedEMA:
                 "export",
                 name,
                 dtype=dtype,
-                given=given,
+                given=lambda: layouts.arguments(path, layout, max_shard_size, mode),
                 files=True,
                 compared=lambda average: [average],
             )
         )
         with writable(), calls.ranks.together("export"):
-            calls.outward.check_export()
+            if layout in layouts.FILES:
+                full = full_tensors(calls, "export", name, dtype, all_ranks=False)
+                nbytes = sum(calls.contents(average, dtype).loads())
+                layouts.write_file(path, layout, full, average.num_updates, calls.ranks, nbytes)
+                return
+            calls.merged_state.check_export()
+            fields = layouts.fields_of(average, layout, calls.merged_state.stem, self.unit)
             contents = calls.contents(average, dtype)
             module = unwrap(self._averages.weights.models[0])
             exported_dtype = next((contents.dtype(i) for i in contents.items if i.averaged), None)
@@ -555,7 +563,7 @@ class ShardedEMA:
                 max_shard_size=exporter.parse_size(max_shard_size),
                 mode=mode,
                 progress=progress,
-                extra=lambda folder: pretrained.write_config(module, folder, exported_dtype),
+                extra=lambda at: layouts.write_config(module, at, exported_dtype, fields),
             )
 
     def metrics(self, name: str | None = None) -> dict[str, float]:
@@ -595,7 +603,8 @@ class ShardedEMA:
         *,
         include_frozen: bool = False,
         overwrite: bool = False,
-    ) -> None:
+        wait: bool = True,
+    ) -> PendingSave | None:
         """Writes every average, its progress and its schedule to a new folder. Collective.
 
         Every rank writes its own shards; replicas share the work. The checkpoint contains no
@@ -603,16 +612,24 @@ class ShardedEMA:
         included, for an offline export.
 
         Args:
-            folder: the new folder, or its URL in an object store; must not exist.
+            folder: the new folder; must not exist.
             include_frozen: also write the parameters that are not averaged; an offline export
                 needs them, `load` does not.
             overwrite: the folder may exist if it is a complete checkpoint of `save`. It is
                 replaced atomically once the new one is complete. Other folders are not replaced.
+            wait: if False, return once the averages are copied to host memory, of their size; a
+                thread writes them while training goes on. One such save at a time: the next `save`
+                and `load` wait for it. The files hold the averages as they were at the call.
+
+        Returns:
+            None; with ``wait=False`` a `PendingSave`, whose ``result()`` waits. An error of the
+            thread is raised by ``result()``, or by the next `save` or `load`; if the program ends
+            before, it is printed and the exit status is 1.
 
         Raises:
             CheckpointError: the folder exists, or a write failed (a full disk). Raised on all
                 ranks; no partial files are left, and an existing checkpoint is unchanged.
-            ValueError: the path differs between ranks, or is a URL that cannot be used.
+            ValueError: the path is not local, or differs between ranks.
             RuntimeError: inside ``swap()``; replicas differ between ranks; with
                 ``include_frozen``, a module has extra state that is not a tensor.
         """
@@ -622,9 +639,11 @@ class ShardedEMA:
                 "path": absolute(folder, "save"),
                 "include_frozen": bool(include_frozen),
                 "overwrite": bool(overwrite),
+                "wait": bool(wait),
             }
 
         calls, averages = self._calls, self._averages
+        calls.finish_save()
         calls.begin(
             Call(
                 "save",
@@ -636,17 +655,19 @@ class ShardedEMA:
         )
         with writable(), calls.ranks.together("save"):
             module = unwrap(averages.weights.models[0])
-            checkpoint.save_averages(
+            calls.pending = checkpoint.save_averages(
                 folder,
                 [calls.contents(average) for average in averages.values()],
                 calls.own_contents(),
                 {a.name: checkpoint.progress_of(a) for a in averages.values()},
-                calls.outward,
+                calls.merged_state,
                 averages.weights.averaged_shards,
                 include_frozen=include_frozen,
                 overwrite=overwrite,
                 extra=lambda place: pretrained.write_config(module, place, None),
+                wait=wait,
             )
+        return calls.pending
 
     def load(
         self,
@@ -675,8 +696,8 @@ class ShardedEMA:
             CheckpointError: no checkpoint, a damaged one, or with ``model="check"`` one that was
                 saved with other weights. Raised on all ranks.
             ValueError: a checkpoint of another model, other averages or other schedules; ``add``
-                names an average that the checkpoint has, or ``drop`` one that it has not; a URL
-                that cannot be used.
+                names an average that the checkpoint has, or ``drop`` one that it has not; a path
+                that is not local.
             RuntimeError: inside ``swap()``.
 
         After an error the averages are unchanged.
@@ -684,6 +705,7 @@ class ShardedEMA:
         if model not in ("check", None):
             raise ValueError(f"load: got model={model!r}, expected 'check' or None")
         added, dropped = _names(add), _names(drop)
+        self._calls.finish_save()
         self._calls.begin(
             Call(
                 "load",
@@ -710,15 +732,15 @@ class ShardedEMA:
             )
             self._updates.forget_errors()
 
-            def take_over() -> None:
+            def apply() -> None:
                 for one in staged:
-                    one.take_over()
+                    one.apply()
 
-            self._updates.replace("load", take_over)
+            self._updates.replace("load", apply)
 
     def load_full(
         self,
-        source: str | os.PathLike[str] | Mapping[str, Tensor],
+        source: str | os.PathLike[str] | Mapping[str, Any] | Imported,
         name: str | None = None,
         *,
         t: float | None = None,
@@ -732,22 +754,24 @@ class ShardedEMA:
 
         Args:
             source: a ``.safetensors`` file, a folder in the Hugging Face layout (also a snapshot of
-                the Hub), the URL of one of these, or ``{fqn: full tensor}`` on every rank. Frozen
-                parameters and buffers in it are ignored.
+                the Hub), the URL of one, a local file of ``torch.save``, or ``{fqn: full tensor}``
+                on every rank. The formats of other libraries are recognised by their content;
+                `importers.read` reads what needs more words. Frozen parameters and buffers in it
+                are ignored.
             name: which average.
             t: progress of the loaded average, in the schedule's unit. If None: ``num_updates``
                 where the unit is ``"step"``, else ``t`` is not changed.
             num_updates: number of updates of the loaded average. If None: ``t`` where the unit is
                 ``"step"`` and ``t`` is whole, else it is not changed. If neither is given, the
-                ``optimization_step`` in a folder of diffusers' ``EMAModel.save_pretrained`` is
-                used.
+                counter in the source is used where the unit is ``"step"``.
 
         Raises:
-            CheckpointError: the file does not exist or is damaged.
-            ValueError: names that are missing or unknown, or another shape; a URL that cannot be
-                used; no progress is known and the schedule's next update would overwrite the
-                loaded average completely; a progress that is negative or not accepted by the
-                schedule.
+            CheckpointError: the file does not exist, is damaged, or contains objects that could
+                run code.
+            ValueError: content in no known format or in several; missing or unexpected names, or
+                another shape; a URL that cannot be used; no progress is known and the schedule's
+                next update would overwrite the loaded average completely; a progress that is
+                negative or not accepted by the schedule.
             RuntimeError: inside ``swap()``.
 
         After an error the average and its clock are unchanged.
@@ -763,20 +787,23 @@ class ShardedEMA:
                 files=True,
             )
         )
-        staged: list[loading.Staged] = []
+        staged: list[loading.StagedAverage] = []
+        same: dict[str, Any] = {}  # ranks may see files of different steps under one path
 
         def read() -> None:
-            ignored, clock = calls.outward.ignored, (t, num_updates)
+            given = source if isinstance(source, Imported) else importers.read(source)
+            ignored, clock = calls.merged_state.ignored, (t, num_updates)
             plan = calls.plan
             staged.append(
-                loading.read_full(source, average, averages, plan, beside=ignored, clock=clock)
+                loading.read_full(given, average, averages, plan, beside=ignored, clock=clock)
             )
+            same["progress in the source"] = str(staged[0].clock)
 
         with writable():
-            calls.ranks.agree("load_full (reading)", read)
+            calls.ranks.agree("load_full (reading)", read, same=same)
             (one,) = staged
             counted = one.clock is not None
-            self._updates.replace("load_full", one.take_over, counted=counted)
+            self._updates.replace("load_full", one.apply, counted=counted)
 
     def state_dict(self) -> dict[str, Any]:
         """For torch.distributed.checkpoint: ``dcp.save({"model": ..., "ema": ema})``. Local.
@@ -817,7 +844,7 @@ class ShardedEMA:
         self._updates.flush(op)
         loading.check_state(state_dict, self._averages)
         with writable():
-            self._updates.replace(op, lambda: loading.take_over_state(state_dict, self._averages))
+            self._updates.replace(op, lambda: loading.apply_state(state_dict, self._averages))
 
 
 def _names(given: Sequence[str]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
 
     Raises:
         ValueError: a decay outside [0, 1]; a parameter or buffer that only one of the modules has,
-            or that differs between them in dtype or in the part that this rank holds.
+            or whose dtype, shape or local shard differs between them; a DeepSpeed engine.
 
     Example:
         >>> import copy, torch
@@ -65,10 +65,10 @@ def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
                 f"{expected} as the module; build and wrap the two in the same way"
             )
     pairs = [(averages[fqn], sources[fqn]) for fqn in averages]
-    moving = [p for p in pairs if p[0].role != "buffer" and p[0].local.is_floating_point()]
+    averaged = [p for p in pairs if p[0].role != "buffer" and p[0].local.is_floating_point()]
     with writable():
-        locals_ = [[p[i].local for p in moving] for i in (0, 1)]
-        kernels.find("auto")(locals_[0], locals_[1], [0] * len(moving))([1 - decay])
+        locals_ = [[p[i].local for p in averaged] for i in (0, 1)]
+        kernels.find("auto")(locals_[0], locals_[1], [0] * len(averaged))([1 - decay])
         for average, source in pairs:
             if average.role == "buffer":
                 average.local.copy_(source.local)

@@ -22,9 +22,9 @@ def full_tensors(
     made: list[tuple[Contents, Contents, Prepared]] = []
 
     def prepare(average: Average) -> None:
-        calls.outward.check_values(op, calls.ranks.size if all_ranks else 1)
+        calls.merged_state.check_values(op, calls.ranks.size if all_ranks else 1)
         contents = calls.contents(average, dtype)
-        contents = contents.only(calls.outward.chosen(contents.plan))
+        contents = contents.only(calls.merged_state.chosen(contents.plan))
         apart = transfer.apart(op, contents.plan, calls.ranks.size, all_ranks)
         gathered = contents.only([index for index in contents.chosen if index not in apart])
         ready = transfer.prepare(gathered, limit=transfer.BUCKET_BYTES, all_ranks=all_ranks)
@@ -40,7 +40,7 @@ def full_tensors(
             prepare=prepare,
         )
     )
-    outward, values = calls.outward, calls.own.values
+    merged_state, values = calls.merged_state, calls.own.values
     contents, gathered, ready = made.pop()
     with writable():
         arriving = transfer.stream(ready, op)
@@ -50,7 +50,7 @@ def full_tensors(
             return
         own = {shard.fqn: shard.own for shard in calls.weights.shards if shard.opaque}
         full = transfer.with_apart(contents, transfer.assemble(gathered, arriving), own)
-    yield from _one_by_one(calls, op, arriving, full, outward.names)
+    yield from _one_by_one(calls, op, arriving, full, merged_state.names)
     yield from values.items()
 
 
@@ -75,7 +75,7 @@ def _one_by_one(
                 try:
                     item, tensor = next(full, (None, None))
                 except BaseException as error:
-                    arriving.throw(error)  # which tells the others
+                    arriving.throw(error)  # so that all ranks raise
                     raise
             if item is None or tensor is None:
                 return

@@ -1,26 +1,26 @@
-"""`CheckpointManager`: the checkpoints of a run, by step: when, which to keep, where to resume."""
+"""`CheckpointManager`: saves checkpoints by step, removes old ones, resumes from the newest."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Literal
 
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import manifest
+from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
 from shardema.files.safetensors import local_path
-from shardema.files.steps import MAX_STEP, Steps
+from shardema.files.steps import MAX_STEP, Steps, surplus
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """Saves averages every so many steps, keeps the ones you want, and resumes from the newest.
+    """Saves averages every ``every`` steps, removes old checkpoints, and resumes from the newest.
 
     ::
 
@@ -32,19 +32,23 @@ class CheckpointManager:
                 manager.step(step)
 
     Each step has a folder ``step-00001000`` in ``dir``, a checkpoint of `ShardedEMA.save`. The
-    first rank locks ``dir`` while the manager is open. All methods but `close` are collective.
+    first rank locks ``dir`` while the manager is open. All methods are collective; `close` is if a
+    save is being written.
 
     Args:
-        ema: what is saved and loaded.
-        dir: the directory; made when it is first used. One run writes to it at a time.
+        ema: the EMA to save and load.
+        dir: the directory, created on first use. Only one run may write to it at a time.
         every: `step` saves at multiples of it.
         keep_last: how many of the newest steps are kept; None keeps all.
-        keep_every: steps that are multiples of it are kept for ever, beside the newest.
+        keep_every: steps that are multiples of it are never removed.
         include_frozen: as for `ShardedEMA.save`.
+        wait: if False, a save returns once the averages are copied to host memory, and a thread
+            writes them; see `ShardedEMA.save`. The next save, `resume` and `close` wait for it and
+            raise its error; steps are removed only after it.
 
     Raises:
-        ValueError, TypeError: a number that is no integer of 1 or more, or a path that is not
-            local.
+        ValueError, TypeError: a number that is not an integer of 1 or more, a path that is not
+            local, or ``ema`` is not a `ShardedEMA`.
     """
 
     def __init__(
@@ -56,15 +60,17 @@ class CheckpointManager:
         keep_last: int | None = None,
         keep_every: int | None = None,
         include_frozen: bool = False,
+        wait: bool = True,
     ) -> None:
         if not isinstance(ema, ShardedEMA):
             raise TypeError(f"CheckpointManager: got {type(ema).__name__}, expected a ShardedEMA")
         self._ema = ema
         self._ranks = ema.internal.averages.ranks
-        self._every = _whole("every", every)
-        self._keep_last = None if keep_last is None else _whole("keep_last", keep_last)
-        self._keep_every = None if keep_every is None else _whole("keep_every", keep_every)
-        self._include_frozen = include_frozen
+        self._every = _positive_int("every", every)
+        self._keep_last = None if keep_last is None else _positive_int("keep_last", keep_last)
+        self._keep_every = None if keep_every is None else _positive_int("keep_every", keep_every)
+        self._include_frozen, self._wait = include_frozen, bool(wait)
+        self._pending: tuple[PendingSave, int, list[int]] | None = None  # and what `_rotate` needs
         self._steps = Steps(absolute(local_path("CheckpointManager", dir), "CheckpointManager"))
         self._last = -1  # the step that was saved or resumed from
         self._resumed = False
@@ -75,10 +81,10 @@ class CheckpointManager:
         return f"CheckpointManager({self._steps.folder!r}, every={self._every}, {keep})"
 
     def step(self, step: int) -> bool:
-        """Saves if ``step`` is a multiple of ``every``; whether it did. Collective if it does.
+        """Saves if ``step`` is a multiple of ``every``; returns whether it did. Collective then.
 
         Args:
-            step: the number of optimizer steps so far, rising from call to call.
+            step: the number of optimizer steps so far, higher than at the last save.
 
         Raises:
             As `save`.
@@ -89,19 +95,24 @@ class CheckpointManager:
         return True
 
     def save(self, step: int) -> None:
-        """Saves now, then removes the steps that are not to be kept. Collective.
+        """Saves now, then removes the steps that are not kept. Collective.
 
-        A step that this run, or the one that it resumes, saved before is replaced atomically. A
-        step that cannot be removed is a warning.
+        A step that this run, or the one that it resumed, saved before is replaced atomically. A
+        step that cannot be removed is logged as a warning.
+
+        Args:
+            step: an integer of 0 or more, above the step of the last save.
 
         Raises:
-            ValueError: no integer of 0 or more, not above the step of the last save, differing
-                between ranks, or ``dir`` has steps of a run that was not resumed.
-            CheckpointError: a write failed, ``dir`` belongs to another manager, or has a folder of
-                this name that no manager saved. Earlier steps are as before, and the next save
-                needs no cleaning up.
+            ValueError: ``step`` is not above that, or differs between ranks; or ``dir`` has steps
+                of a run that was not resumed.
+            TypeError: ``step`` is not an integer.
+            CheckpointError: a write failed, another manager uses ``dir``, or it has a folder of
+                this name that no manager saved. Earlier steps are unchanged, and the next save may
+                follow at once.
         """
         _checked_step("save", step)
+        self._finish()
         path = self._steps.path(step)
 
         def prepare(_: list[Any]) -> bool:
@@ -111,8 +122,28 @@ class CheckpointManager:
 
         same = {"step": step, "dir": self._steps.folder, **self._policy()}
         replace = self._ranks.agree("CheckpointManager.save", None, prepare, same=same)
-        self._ema.save(path, include_frozen=self._include_frozen, overwrite=replace)
+        pending = self._ema.save(
+            path, include_frozen=self._include_frozen, overwrite=replace, wait=self._wait
+        )
         self._last, abandoned, self._abandoned = step, self._abandoned, []
+        if pending is not None:
+            self._pending = pending, step, abandoned
+        elif self._ranks.leader:
+            self._rotate(step, abandoned)
+
+    def _finish(self) -> None:
+        """Waits for the save that is being written. Collective if there is one."""
+        if self._pending is None:
+            return
+        pending, step, abandoned = self._pending
+        try:
+            if not pending.finished:
+                pending.result()
+        except BaseException:
+            if pending.finished:
+                self._abandoned, self._pending = abandoned, None
+            raise
+        self._pending = None
         if self._ranks.leader:
             self._rotate(step, abandoned)
 
@@ -122,24 +153,26 @@ class CheckpointManager:
         """Loads the newest step that is undamaged and belongs to the model's weights. Collective.
 
         Load the model's own checkpoint first. A step that is damaged or incomplete, or that was
-        saved with other weights than the model has now, is skipped with a warning that says why.
-        The next save removes the steps after the one that was loaded: they belong to a run that is
+        saved with other weights than the model has now, is skipped, with a warning that gives the
+        reason. The next save removes the steps after the loaded one: they belong to a run that is
         not continued.
 
         Args:
-            step: this one and no other, for instance the step of the trainer's own checkpoint.
+            step: load only this one, for instance the step of the trainer's own checkpoint.
             model: None does not compare the model's weights.
 
         Returns:
             The step; None if ``dir`` has none.
 
         Raises:
-            CheckpointError: there are steps and none can be loaded, or ``step`` cannot; ``dir``
-                belongs to another manager.
-            ValueError: as `ShardedEMA.load`: a checkpoint of another model, for instance.
+            CheckpointError: there are steps and none can be loaded, or ``step`` cannot; another
+                manager uses ``dir``.
+            ValueError: as `ShardedEMA.load`, for instance for a checkpoint of another model.
         """
         if step is not None:
             _checked_step("resume", step)
+
+        self._finish()
 
         def look(_: list[Any]) -> list[list[int]]:
             self._steps.open()
@@ -156,7 +189,7 @@ class CheckpointManager:
             except CheckpointError as error:  # the same on all ranks
                 skipped.append((candidate, error))
                 continue
-            self._tell_skipped(skipped, candidate)
+            self._warn_skipped(skipped, candidate)
             self._last, self._resumed = candidate, True
             self._abandoned = [s for s in made if s > candidate]
             return int(candidate)
@@ -173,8 +206,17 @@ class CheckpointManager:
         ) from reason
 
     def close(self) -> None:
-        """Unlocks ``dir``; the manager may be used again, and locks it then. Local."""
-        self._steps.close()
+        """Waits for a save that is being written, and unlocks ``dir``. Collective if there is one.
+
+        The manager may be used again, and locks ``dir`` then.
+
+        Raises:
+            CheckpointError, RankError: the save failed.
+        """
+        try:
+            self._finish()
+        finally:
+            self._steps.close()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -185,11 +227,14 @@ class CheckpointManager:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        if kind is None:
+            self.close()
+        else:  # the other ranks may not come; the thread goes on, and the interpreter waits for it
+            self._steps.close()
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # its constructor raised
-            self.close()
+            self._steps.close()
 
     # ---- on the leader ------------------------------------------------------------------------
 
@@ -197,11 +242,11 @@ class CheckpointManager:
         return {"keep_last": self._keep_last, "keep_every": self._keep_every}
 
     def _prepare(self, step: int) -> bool:
-        """Records the step before it is written; whether there is a checkpoint to replace."""
+        """Records the step before it is written; returns whether it replaces a checkpoint."""
         if step <= self._last:
             raise ValueError(
                 f"CheckpointManager.save: got step {step} after step {self._last}, expected a "
-                "later one; to go on from an earlier step call resume(step=...) first"
+                "later one; to continue from an earlier step call resume(step=...) first"
             )
         present, made = self._steps.present(), self._steps.recorded()
         later = [s for s in made if s >= step and s in present]
@@ -220,12 +265,12 @@ class CheckpointManager:
                     path=path,
                 )
             self._steps.record([*made, step])
-        if step in present and not self._is_whole(step):  # a replacement needs a whole one
+        if step in present and not self._is_complete(step):  # save() replaces only complete ones
             self._steps.remove([step])
             return False
         return step in present
 
-    def _is_whole(self, step: int) -> bool:
+    def _is_complete(self, step: int) -> bool:
         try:
             manifest.read(self._steps.path(step))
         except CheckpointError:
@@ -233,26 +278,20 @@ class CheckpointManager:
         return True
 
     def _rotate(self, newest: int, abandoned: list[int]) -> None:
-        """Removes what is not kept, unless the step that was just saved cannot be read."""
+        """Removes the steps that are not kept, unless the newest one is incomplete."""
         try:
             present = self._steps.present()  # a save that failed was recorded too
             made = [s for s in self._steps.recorded() if s in present]
-            surplus = list(self._surplus(made, abandoned, newest))
-            if surplus and self._is_whole(newest):
-                gone = self._steps.remove(surplus)
+            current = [s for s in made if s == newest or s not in abandoned]
+            kept = set(current) - set(surplus(current, self._keep_last, self._keep_every))
+            unwanted = [s for s in made if s not in kept]
+            if unwanted and self._is_complete(newest):
+                gone = self._steps.remove(unwanted)
                 self._steps.record(set(made) - set(gone))
         except (OSError, CheckpointError) as error:  # the step is saved
             log.warning("%s: not cleaned up: %s", self._steps.folder, error)
 
-    def _surplus(self, made: list[int], abandoned: list[int], newest: int) -> Iterator[int]:
-        current = [s for s in made if s == newest or s not in abandoned]
-        kept = set(current if self._keep_last is None else current[-self._keep_last :])
-        for step in made:
-            multiple = self._keep_every is not None and step % self._keep_every == 0
-            if step not in current or not (step in kept or multiple):
-                yield step
-
-    def _tell_skipped(self, skipped: list[tuple[int, CheckpointError]], step: int) -> None:
+    def _warn_skipped(self, skipped: list[tuple[int, CheckpointError]], step: int) -> None:
         if self._ranks.leader:
             for other, error in skipped:
                 log.warning(
@@ -265,7 +304,7 @@ class CheckpointManager:
                 )
 
 
-def _whole(name: str, value: Any) -> int:
+def _positive_int(name: str, value: Any) -> int:
     text = f"CheckpointManager: got {name}={value!r}, expected an integer of 1 or more"
     if type(value) is not int:
         raise TypeError(text)

@@ -38,7 +38,7 @@ def measure(
 
     Args:
         plan: which rank holds which boxes of the average.
-        kernels: those that run on this rank.
+        kernels: names of the kernels that run on this rank.
     """
     decays = average.decays or average.next_decays()
     weights = {
@@ -51,12 +51,12 @@ def measure(
             rows = sums(plan, averages.ranks.index, held, views, weights)
         return dict(rows), kernels
 
-    def joined(told: list[tuple[dict[str, Any], tuple[str, ...]]]) -> dict[str, float]:
-        kernels_that_run = sorted({name for _, names in told for name in names})
-        runs = {f"kernel/{name}": 1.0 for name in kernels_that_run}
-        return {**total([rows for rows, _ in told]), **runs}
+    def joined(gathered: list[tuple[dict[str, Any], tuple[str, ...]]]) -> dict[str, float]:
+        kernel_names = sorted({name for _, names in gathered for name in names})
+        used = {f"kernel/{name}": 1.0 for name in kernel_names}
+        return {**total([rows for rows, _ in gathered]), **used}
 
-    told: dict[str, float] = averages.ranks.agree("metrics", local, joined)
+    totals: dict[str, float] = averages.ranks.agree("metrics", local, joined)
     horizon = 1 / (1 - decays[0]) if decays[0] < 1 else math.inf
     rules = average.schedule.rules if isinstance(average.schedule, by_pattern) else ()
     patterns = {
@@ -64,7 +64,7 @@ def measure(
         for (pattern, _), decay in zip(rules, decays[1:], strict=True)
     }
     progress = {"t": average.t, "num_updates": average.num_updates}
-    return {"decay": decays[0], "horizon": horizon, **patterns, **told, **progress}
+    return {"decay": decays[0], "horizon": horizon, **patterns, **totals, **progress}
 
 
 def sums(
@@ -74,7 +74,7 @@ def sums(
     shadows: Mapping[str, Tensor],
     weights: Mapping[str, float],
 ) -> dict[str, Row]:
-    """Sums over the boxes that this rank counts, by top-level module. Local; syncs the device.
+    """Sums over the boxes that this rank counts, by top-level module. Local, with a device sync.
 
     Args:
         plan: which rank holds which boxes.
@@ -127,12 +127,14 @@ def total(rows: Sequence[Mapping[str, Row]]) -> dict[str, float]:
             merged[name] = [a + b for a, b in zip(known, values, strict=True)]
     everything = [math.fsum(column) for column in zip(*merged.values(), strict=True)]
     apart, size, stuck, broken, count = everything
-    told = {
+    overall = {
         "distance": _relative(apart, size),
         "unmoved": stuck / count if count else 0.0,
         "nonfinite": broken,
     }
-    return told | {f"distance/{n}": _relative(row[0], row[1]) for n, row in sorted(merged.items())}
+    return overall | {
+        f"distance/{n}": _relative(row[0], row[1]) for n, row in sorted(merged.items())
+    }
 
 
 def _relative(apart: float, size: float) -> float:

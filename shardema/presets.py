@@ -1,13 +1,13 @@
-"""The averages of other libraries: their arguments, and their values from the first update on.
+"""Presets that reproduce averages of other libraries: same arguments, same values at any update.
 
 ::
 
     preset(model, <the library's arguments>, **<ShardedEMA's keywords>) -> ShardedEMA
 
-One ``ema.update()`` stands for one call of the library's own update. The first call is call 1. An
-interval is part of the schedule: between two updates the average stays. Buffers of floating point
-are averaged where the library does so, unless ``buffers=`` says otherwise; counters, tables and
-masks never are. Arguments of a library that do not decide values (devices, foreach) are not taken.
+One ``ema.update()`` corresponds to one call of the library's own update; the first is call 1. A
+library's update interval is part of the schedule. Floating-point buffers are averaged if the
+library does so, unless ``buffers=`` overrides it; counters, tables and masks never are. Arguments
+of a library that do not affect values (devices, foreach) are not accepted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _at_calls(schedule: Schedule, k: int, first: int = 1) -> Schedule:
 
 
 def _kept(options: dict[str, Any], averages_buffers: bool) -> dict[str, Any]:
-    """``options``, with what the library does to buffers where they do not decide it."""
+    """``options``, with the library's treatment of buffers as the default."""
     return {"buffers": "average" if averages_buffers else "copy", **options}
 
 
@@ -43,16 +43,17 @@ def torch_averaged(
 ) -> ShardedEMA:
     """torch's ``AveragedModel`` with ``get_ema_avg_fn(decay)`` or ``get_ema_multi_avg_fn(decay)``.
 
-    Call 1 copies, the others decay by ``decay``.
+    Call 1 copies the weights, the others decay by ``decay``.
     """
     rule = schedules.start(schedules.constant(decay), at=1)
     return ShardedEMA(model, rule, **_kept(options, use_buffers))
 
 
 def swa(model: Any, *, use_buffers: bool = False, **options: Any) -> ShardedEMA:
-    """torch's ``AveragedModel`` as it is, stochastic weight averaging: the mean of all calls.
+    """torch's ``AveragedModel`` with its default ``avg_fn``: the mean of all calls.
 
-    Call n decays by ``(n - 1) / n``.
+    Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407). Call n decays by
+    ``(n - 1) / n``.
     """
     return ShardedEMA(model, schedules.power(gamma=0), **_kept(options, use_buffers))
 
@@ -63,7 +64,7 @@ def timm_v1(model: Any, *, decay: float = 0.9999, **options: Any) -> ShardedEMA:
 
 
 def timm_v2(model: Any, *, decay: float = 0.9999, **options: Any) -> ShardedEMA:
-    """timm's ``ModelEmaV2``, of the same values as `timm_v1`."""
+    """timm's ``ModelEmaV2``, with the same values as `timm_v1`."""
     return timm_v1(model, decay=decay, **options)
 
 
@@ -131,9 +132,9 @@ def torch_ema(
 def lit_ema(
     model: Any, *, decay: float = 0.9999, use_num_upates: bool = True, **options: Any
 ) -> ShardedEMA:
-    """``LitEma`` of Stable Diffusion, whose argument is spelled so: the rule of `torch_ema`.
+    """``LitEma`` of Stable Diffusion, which spells its argument so; the schedule of `torch_ema`.
 
-    LitEma keeps its decay in float32; here it is the number that was given.
+    LitEma rounds the decay to float32; this preset does not.
     """
     return torch_ema(model, decay=decay, use_num_updates=use_num_upates, **options)
 
@@ -149,9 +150,9 @@ def ema_pytorch(
     min_value: float = 0.0,
     **options: Any,
 ) -> ShardedEMA:
-    """ema-pytorch's ``EMA``: it acts at the calls 1, 1 + update_every, ...
+    """ema-pytorch's ``EMA``: it updates at the calls 1, 1 + update_every, ...
 
-    Those up to ``update_after_step + 1`` copy. Call ``update_after_step + 1 + s`` decays by
+    Calls up to ``update_after_step + 1`` copy. Call ``update_after_step + 1 + s`` decays by
     ``1 - (1 + s / inv_gamma) ** -power`` between ``min_value`` and ``beta``. The library computes
     that in float32.
     """
@@ -171,8 +172,8 @@ def karras(
     """ema-pytorch's ``KarrasEMA``: the power function at the calls 1, 1 + update_every, ...
 
     Call 1 copies, call n decays by ``((n + 1 - update_every) / (n + 1)) ** (gamma + 1)``. The
-    library takes 1 for ``update_every`` in that formula, so with its default of 100 its average is
-    wider than the ``sigma_rel`` that was asked for; here it has that width at any interval.
+    library's formula has 1 in place of ``update_every``, so with its default of 100 its average is
+    wider than ``sigma_rel``; this preset has that width at any interval.
 
     Raises:
         ValueError: both or none of ``sigma_rel`` and ``gamma``.
@@ -182,7 +183,7 @@ def karras(
             f"presets.karras: got sigma_rel={sigma_rel!r} and gamma={gamma!r}, expected one of them"
         )
     profile = schedules.power(sigma_rel) if gamma is None else schedules.power(gamma=gamma)
-    # the library's exponent has n + 1 for n; a run that starts at 1 has n - 1
+    # the library's base has n + 1 where `power` has n, and `start` passes n - 1: a shift by 2
     rule = schedules.start(schedules.shift(profile, by=2), at=1)
     return ShardedEMA(model, schedules.every(rule, update_every, compensated=True), **options)
 
@@ -201,7 +202,7 @@ def edm2(
     widths = list(stds)
     rules = {f"{std:.3f}": schedules.power(std, unit) for std in widths}
     if len(rules) < len(widths):
-        raise ValueError(f"presets.edm2: got stds={widths}, of which two of one name, as '0.100'")
+        raise ValueError(f"presets.edm2: got stds={widths}, expected distinct values to 3 digits")
     return ShardedEMA(model, rules, **options)
 
 
@@ -216,11 +217,11 @@ def composer(
     run: int | None = None,
     **options: Any,
 ) -> ShardedEMA:
-    """Composer's ``EMA``, with the batches of an epoch and of the run where a text needs them.
+    """Composer's ``EMA``; times in ``ep`` and ``dur`` need ``epoch`` and ``run``, in batches.
 
-    It acts at each ``update_interval``, one batch or one epoch as ``half_life`` is given. The first
-    time at or after ``ema_start`` copies, the others decay by ``smoothing``, which is
-    ``2 ** -(update_interval / half_life)`` if it is not given.
+    It updates every ``update_interval``; the default is one epoch if ``half_life`` is in epochs,
+    else one batch. The first update at or after ``ema_start`` copies, the others decay by
+    ``smoothing``, by default ``2 ** -(update_interval / half_life)``.
 
     Raises:
         ValueError: both or none of ``half_life`` and ``smoothing``; a time that is not in
@@ -247,7 +248,7 @@ def composer(
         length = batches("half_life", str(half_life))
         check_positive(length, "presets.composer, half_life")
         smoothing = 2 ** -(k / length)
-    # no length of the run is needed to begin with it
+    # the default must not require ``run``
     begin = 0.0 if ema_start == "0.0dur" else batches("ema_start", ema_start)
     check_count(int(k), "presets.composer, update_interval")
     first = max(1, math.ceil(begin / k)) * int(k)
@@ -266,8 +267,8 @@ def lightning(
 ) -> ShardedEMA:
     """Lightning's ``EMAWeightAveraging``, at the end of each training step.
 
-    Steps count from 0: it acts at those that ``update_every_n_steps`` divides, from
-    ``update_starting_at_step`` on. The first time copies, the others decay by ``decay``.
+    Steps count from 0. It updates at multiples of ``update_every_n_steps`` from
+    ``update_starting_at_step`` on. The first update copies, the others decay by ``decay``.
     """
     k = update_every_n_steps
     check_count(k, "presets.lightning, update_every_n_steps")
@@ -294,8 +295,8 @@ def mmengine(
 ) -> ShardedEMA:
     """mmengine's ``ExponentialMovingAverage``, and with ``gamma`` its ``MomentumAnnealingEMA``.
 
-    It acts at the calls 1, 1 + interval, ... Call 1 copies, call 1 + s moves by ``momentum``, or
-    ``max(momentum, gamma / (gamma + s))``.
+    It updates at the calls 1, 1 + interval, ... Call 1 copies, call 1 + s decays by 1 minus
+    ``momentum``, or minus ``max(momentum, gamma / (gamma + s))``.
     """
     rule: Schedule = schedules.constant(1 - momentum)
     if gamma is not None:
@@ -312,10 +313,10 @@ def ignite(
     warmup_iters: int | None = None,
     **options: Any,
 ) -> ShardedEMA:
-    """pytorch-ignite's ``EMAHandler``: every call moves by ``momentum``, the first one too.
+    """pytorch-ignite's ``EMAHandler``: every call decays by ``1 - momentum``, the first one too.
 
-    With a warm-up the momentum goes from ``momentum_warmup`` at call 1 in a straight line to
-    ``momentum`` at call ``warmup_iters``.
+    With a warm-up the momentum changes linearly from ``momentum_warmup`` at call 1 to ``momentum``
+    at call ``warmup_iters``.
 
     Raises:
         ValueError: one of ``momentum_warmup`` and ``warmup_iters`` without the other.

@@ -41,7 +41,7 @@ class Block(contextlib.ContextDecorator):
         dropped: called if it was never entered.
     """
 
-    _used = True  # where an interrupt comes before the constructor's end, there is nothing to drop
+    _used = True  # if the constructor is interrupted, `__del__` must not report
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class Swaps:
                         end.failed.append(to_the_end(end.restore))
                     end.failed.append(to_the_end(end.restore_replaced))
                 except Exception as error:
-                    state.torn = f"{type(error).__name__}: {error}"
+                    state.failed = f"{type(error).__name__}: {error}"
                     raise
                 finally:
                     state.inside = state.due = None
@@ -268,7 +268,7 @@ class _End:
     def restore_replaced(self) -> None:
         """Copies weights to the tensors that have replaced their own in the model."""
         with writable():
-            self._lost.update(self._weights.give_back(self._shards))
+            self._lost.update(self._weights.copy_to_replaced(self._shards))
         self._weights.announce_write()
         self._calls.updates.following.seen()
 

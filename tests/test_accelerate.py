@@ -285,7 +285,7 @@ def two_models_have_two_averages(folder: str) -> None:
     if dist.get_rank() == 0:
         Path(folder, "ema-d").rename(Path(folder, "ema-x"))
     dist.barrier()
-    with pytest.raises(CheckpointError, match=r"holds no EMA 'ema-d' \(EMAs in it: .*'ema-x'"):
+    with pytest.raises(CheckpointError, match=r"contains no EMA 'ema-d' \(EMAs in it: .*'ema-x'"):
         accelerator.load_state(folder)
     assert [ema.num_updates for ema in emas] == [10, 5]  # the first one is as it was too
     check_average(emas[1], oracle(runs[1].seen[:5], net(6).state_dict()))
@@ -467,7 +467,7 @@ def a_load_that_fails_leaves_a_pair(kind: str, folder: str) -> None:
         data = file.read_bytes()
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     dist.barrier()
-    with pytest.raises(CheckpointError, match=r"load_state: .*so the average starts again"):
+    with pytest.raises(CheckpointError, match=r"load_state: .*so the average was reset"):
         run.accelerator.load_state(folder)
     assert ema.num_updates == 0
     check_average(ema, run.seen[4])
@@ -505,14 +505,16 @@ def bad_states_are_refused(kind: str, folder: str) -> None:
         assert ema.num_updates == before[0]
         assert all(torch.equal(after[n], t) for n, t in before[1].items())
 
-    refused(CheckpointError, r"rank 0: load_state from .*holds no EMA 'ema' \(EMAs in it: \[\]\)")
+    refused(
+        CheckpointError, r"rank 0: load_state from .*contains no EMA 'ema' \(EMAs in it: \[\]\)"
+    )
     run.accelerator.save_state(folder)
     ema.remove()
     ema = attach(run.accelerator, run.model, run.optimizer, schedule=0.5)
-    refused(ValueError, r"load_state: .*kept with schedule .*0\.75.*Nothing was loaded")
+    refused(ValueError, r"load_state: .*saved with schedule .*0\.75.*Nothing was loaded")
     ema.remove()
     ema = attach(run.accelerator, run.model, run.optimizer, schedule=DECAY, select="2.*")
-    refused(ValueError, r"load_state: .*0\.bias.*are unknown to the model")
+    refused(ValueError, r"load_state: .*unexpected tensors .*0\.bias")
     ema.remove()
     # the way to go on that the errors name
     run.accelerator.load_state(folder)
@@ -555,7 +557,7 @@ def registering_is_refused(folder: str) -> None:
     alone = ShardedEMA(run.model, DECAY)
     ema = attach(run.accelerator, run.model, run.optimizer, schedule=DECAY)
     for one in (ema, alone):
-        with pytest.raises(TypeError, match=r"leave the call out: attach\(\) makes save_state"):
+        with pytest.raises(TypeError, match=r"omit the call: after attach\(\) save_state"):
             run.accelerator.register_for_checkpointing(one)
     scheduler = torch.optim.lr_scheduler.ConstantLR(run.optimizer.optimizer)
     run.accelerator.register_for_checkpointing(scheduler)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
+import click
 import pytest
 import safetensors.torch
 import torch
@@ -13,7 +15,8 @@ from torch import nn
 
 from shardema import ShardedEMA, schedules
 from shardema.cli.main import main
-from tests import contract, world
+from shardema.files.compare import compare
+from tests import contract, world, zoo
 from tests.layouts import LAYOUTS
 from tests.test_checkpoint import signed
 
@@ -153,11 +156,45 @@ def save_sharded(folder: str) -> None:
     ema.export(f"{folder}/online", progress=False)
 
 
-def test_export_joins_what_four_ranks_wrote(tmp_path: Path) -> None:
+def test_what_four_ranks_wrote_is_joined_verified_and_compared(tmp_path: Path) -> None:
     world.run(save_sharded, 4, str(tmp_path))
-    assert run("export", tmp_path / "ck", tmp_path / "offline", "--quiet") == (0, "")
+    ck, online, plain = (tmp_path / name for name in ("ck", "online", "plain"))
+    assert run("export", ck, tmp_path / "offline", "--quiet") == (0, "")
     offline = (tmp_path / "offline/model.safetensors").read_bytes()
-    assert offline == (tmp_path / "online/model.safetensors").read_bytes()
+    assert offline == (online / "model.safetensors").read_bytes()
+    code, text = run("verify", ck)
+    assert (code, "in 4 file(s)" in text) == (0, True), text
+
+    net = zoo.make()
+    net.load_state_dict(safetensors.torch.load_file(online / "model.safetensors"), strict=False)
+    alone = ShardedEMA(net, 0.75)
+    alone.load(ck)
+    alone.save(plain, include_frozen=True)
+    for a, b in itertools.permutations((ck, online, plain), 2):
+        code, text = run("diff", a, b)
+        assert (code, "bitwise equal" in text) == (0, True), text
+    moved = safetensors.torch.load_file(online / "model.safetensors")
+    before = {name: value.clone() for name, value in moved.items()}
+    params = {name for name, _ in net.named_parameters()} & moved.keys()
+    for name in params:
+        moved[name].view(-1)[-1:].fill_(9.0)  # on the last rank's shard
+    safetensors.torch.save_file(moved, tmp_path / "moved.safetensors")
+    found = compare(ck, tmp_path / "moved.safetensors")
+    differing = {d.fqn: d for d in found.differences if d.differing}
+    assert differing.keys() == params
+    for name, d in differing.items():
+        a, b = before[name].double(), moved[name].double()
+        assert d.differing == 1
+        assert d.distance == pytest.approx(((a - b).norm() / a.norm()).item(), rel=1e-12)
+
+    layout = json.loads(run("inspect", ck, "--layout", "--json")[1])["layout"]
+    names = [file["file"] for file in layout]
+    assert names == [f"rank-{rank:05d}-of-00004.safetensors" for rank in range(4)]
+    for file in layout:
+        held = safetensors.torch.load_file(ck / file["file"])
+        assert sum(box["bytes"] for box in file["boxes"]) == sum(v.nbytes for v in held.values())
+        shapes = sorted(tuple(box["sizes"]) for box in file["boxes"])
+        assert shapes == sorted(tuple(value.shape) for value in held.values())
 
 
 def test_the_config_says_the_dtype_that_is_written(tmp_path: Path) -> None:
@@ -173,3 +210,17 @@ def test_the_config_says_the_dtype_that_is_written(tmp_path: Path) -> None:
         out = tmp_path / str(dtype)
         assert run("export", tmp_path / "ck", out, "--quiet", *words) == (0, "")
         assert AutoModelForCausalLM.from_pretrained(out).dtype == dtype
+
+
+def test_every_command_and_option_is_on_its_page() -> None:
+    root = Path(__file__).parent.parent / "docs"
+    pages = dict.fromkeys(main.commands, root / "cli.md") | {"export": root / "export.md"}
+    overview = (root / "cli.md").read_text()
+    for name, command in main.commands.items():
+        assert f"`shardema {name} " in overview, name
+        if isinstance(command, click.Group):  # the pictures have a page of their own
+            continue
+        text = pages[name].read_text()
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert f"`{option.opts[0]}" in text, (name, option.opts)

@@ -372,6 +372,6 @@ def test_a_pair_that_is_no_plain_dense_memory_is_left_to_foreach(kind: str) -> N
         "gaps": (plain[:, ::2], plain[:, ::2]),
         "unlike strides": (plain, plain.t()),
     }[kind]
-    assert fused_cpu.takes(plain, plain)
-    assert fused_cpu.takes(plain.t(), plain.t())
-    assert not fused_cpu.takes(shadow, param)
+    assert fused_cpu.supports(plain, plain)
+    assert fused_cpu.supports(plain.t(), plain.t())
+    assert not fused_cpu.supports(shadow, param)

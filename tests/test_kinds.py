@@ -99,7 +99,7 @@ def test_neighbours_of_other_dtypes_are_averaged_once() -> None:
     for (
         average
     ) in ema.internal.averages.values():  # the three of float32 were far enough apart to tell
-        assert len(average.shadows.following) == 3
+        assert len(average.shadows.next_fqn) == 3
 
 
 def test_neighbours_with_padding_between_them_are_one_stretch() -> None:
@@ -231,7 +231,7 @@ def test_a_frozen_quantised_base_stays_what_it_is(tmp_path: Path) -> None:
     ("call", "text"),
     [
         (lambda ema, at: ema.save(at, include_frozen=True), "save: base: .*Packed.*keep the model"),
-        (lambda ema, at: ema.export(at), "export: base: .*Packed.*take ema.full_state_dict"),
+        (lambda ema, at: ema.export(at), "export: base: .*Packed.*use ema.full_state_dict"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_by_name(
@@ -428,10 +428,10 @@ def type_of(home: str, name: str) -> Any:
 def test_unknown_wrappers_are_refused_by_name(home: str, name: str) -> None:
     wrapped = type_of(home, name)(nn.Linear(2, 2))
     for model, where in ((wrapped, ""), (nn.ModuleDict({"body": wrapped}), " at 'body'")):
-        with pytest.raises(ValueError, match=rf"^model: got a {home}.{name}{where}, of which"):
+        with pytest.raises(ValueError, match=rf"^model: got a {home}.{name}{where}, which names"):
             ShardedEMA(model, 0.5)
     derived = type("Mine", (type(wrapped),), {})(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"Mine, of which shardema does not know"):
+    with pytest.raises(ValueError, match=r"Mine, which names and shards weights"):
         ShardedEMA(derived, 0.5)
 
 

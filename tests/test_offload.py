@@ -617,7 +617,7 @@ def test_close_ends_the_update_and_refuses_another_one(kind: Any) -> None:
     assert same(args[0], plain)
     behind.await_reads()
     behind.flush()
-    with pytest.raises(RuntimeError, match=r"after close\(\); build a new object"):
+    with pytest.raises(RuntimeError, match=r"after close\(\); build a new EMA"):
         behind(WEIGHTS[3])
 
 

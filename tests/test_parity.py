@@ -182,7 +182,7 @@ REFUSED: list[tuple[Callable[[nn.Module], object], type[Exception], str]] = [
     (lambda m: ShardedEMA(m, schedules.half_life("9min")), ValueError, "expected a number and a"),
     (lambda m: ShardedEMA(m, schedules.power(0.0)), ValueError, "got std=0.0"),
     (lambda m: presets.edm2(m, stds=[0.1, 0.3]), ValueError, "got std=0.3"),
-    (lambda m: presets.edm2(m, stds=[0.1, 0.1]), ValueError, "two of one name"),
+    (lambda m: presets.edm2(m, stds=[0.1, 0.1]), ValueError, "expected distinct values"),
     (lambda m: ShardedEMA(m, [("a", 0.5), ("a", 0.9)]), TypeError, r"\('a', 0.5\).*expected a"),
     (lambda m: ShardedEMA(m, {"a": 0.5, ("a",): 0.9}), ValueError, "names are letters"),
     (lambda m: ShardedEMA(m, 0.5, select=["weight", "wieght"]), ValueError, "wieght.*no float"),

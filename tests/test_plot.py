@@ -420,7 +420,7 @@ def test_the_drawn_decays_are_the_decays() -> None:
     assert (warm.get_xdata().tolist(), warm.get_ydata().tolist()) == (at.tolist(), decay.tolist())
     assert len(still.get_xdata()) == 0
     assert set(text.get_ydata()) == {0.5}
-    assert legend(figure) == ["warm", "still:  never moves", "text"]
+    assert legend(figure) == ["warm", "still:  never changes", "text"]
     # both axes: 0.99 is a horizon of 100, at the same height
     figure.canvas.draw()
     for axes, written in ((left, "0.99"), (right, "100")):

@@ -473,7 +473,7 @@ def follow(
         ("karras", {"sigma_rel": 0.3}, ValueError, r"got std=0.3, expected a number in \(0"),
         ("edm2", {"stds": [0.0]}, ValueError, "got std=0.0"),
         ("edm2", {"stds": [0.1, 0.2887]}, ValueError, "got std=0.2887"),
-        ("edm2", {"stds": [0.1, 0.1001]}, ValueError, "two of one name"),
+        ("edm2", {"stds": [0.1, 0.1001]}, ValueError, "expected distinct values"),
         ("composer", {"smoothing": 0.9}, ValueError, "half_life='1000ba' and smoothing=0.9"),
         ("composer", {"half_life": "5sp"}, ValueError, "got '5sp', expected a time in ba, ep"),
         ("composer", {"half_life": "1ep"}, ValueError, "length too: epoch=<steps>"),

@@ -190,7 +190,7 @@ def test_each_adapter_has_its_folder_as_peft_has_it(tmp_path: Path) -> None:
     model.add_adapter("third", peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
     model.base_model.set_adapter(["default", "third"])
     two = ShardedEMA(model, 0.5, select=["*.default.*", "*.third.*"])
-    with pytest.raises(ValueError, match="is the name of two tensors of the model, as of two"):
+    with pytest.raises(ValueError, match="is the name of two tensors of the model, such as two"):
         two.load_full(tmp_path / "online")
 
 

@@ -114,7 +114,7 @@ def test_only_a_checkpoint_is_replaced_and_only_an_empty_folder_exported_to(root
         (lambda: ema.export(f"{root}/mine"), "it already exists"),
         (lambda: ema.load(f"{root}/mine"), r"no shardema\.json in it"),
         (lambda: ema.load(f"{root}/none"), "no such folder"),
-        (lambda: ema.load_full(f"{root}/none", t=1), "neither model.safetensors nor its index"),
+        (lambda: ema.load_full(f"{root}/none", t=1), "it contains no model.safetensors"),
     ):
         with pytest.raises(CheckpointError, match=text) as caught:
             call()
@@ -211,6 +211,7 @@ def test_load_full_reads_the_bytes_that_it_needs(server: store.Server, tmp_path:
     server.fail()
     small.load_full(f"{url}/model.safetensors", t=1)
     asked = [request for request in server.fail() if request.startswith("GET")]
+    asked = [request for request in asked if request.endswith("/model.safetensors?")]
     assert len(asked) == 3  # length and text of the header, and the bias
 
 
@@ -219,6 +220,10 @@ def test_inspect_and_export_take_urls(root: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["inspect", "--json", f"{root}/ema"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.output)["averages"]["ema"]["num_updates"] == 0
+    make(1.0).export(f"{root}/export")
+    for name, kind in (("export", "hf"), ("export/model.safetensors", "safetensors")):
+        done = CliRunner().invoke(main, ["inspect", "--json", f"{root}/{name}"])
+        assert json.loads(done.output)["kind"] == kind
     done = CliRunner().invoke(main, ["export", "--quiet", f"{root}/ema", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out/model.safetensors").exists()
@@ -351,7 +356,7 @@ def test_a_checkpoint_that_another_process_wrote_meanwhile_stays(root: str) -> N
     def overtaken() -> None:
         with new_prefix(f"{root}/ema", "save", ema.internal.averages.ranks) as new:
             make(2.0).save(f"{root}/ema")
-            new.finish({"shardema.json": b"{}"}, lambda folder: None)
+            new.finish({"shardema.json": b"{}"})
 
     with pytest.raises(CheckpointError, match="it was written by another process during the save"):
         overtaken()

@@ -83,7 +83,7 @@ def test_patterns_are_stored_and_told_apart(tmp_path: Path) -> None:
     other = schedules.by_pattern(
         {re.compile("lora_[AB]"): 0.75, "head.*": schedules.power(0.1)}, 0.5
     )
-    with pytest.raises(ValueError, match="was kept with schedule"):
+    with pytest.raises(ValueError, match="was saved with schedule"):
         ShardedEMA(net(), other).load(tmp_path / "ema")
 
 

@@ -266,7 +266,7 @@ def test_before_the_training_an_evaluation_is_raw_and_says_so(
 ) -> None:
     trainer = make(tmp_path, EMACallback(DECAY, eval_with="both"))
     metrics = trainer.evaluate()
-    assert "no average before the training" in caplog.text
+    assert "no average before training" in caplog.text
     assert metrics["eval_loss"] == make(tmp_path, None).evaluate()["eval_loss"]
     assert "eval_ema_loss" not in metrics
 
@@ -645,7 +645,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_unless_told(tmp_path: Path) -
     place = tmp_path / "checkpoint-2" / FOLDER
     refused(tmp_path, EMACallback(0.9), ValueError, r"'decay': 0.75.*\n?.*new_schedule=True")
     several = EMACallback({"ema": DECAY, "b": 0.9})
-    refused(tmp_path, several, ValueError, "with the same, or other schedules")
+    refused(tmp_path, several, ValueError, "with the same schedules, or with the same names")
     callback = EMACallback(0.9, new_schedule=True)
     trainer = make(tmp_path, callback)
     trainer.train(resume_from_checkpoint=True)
@@ -946,12 +946,12 @@ def test_a_killed_trainer_goes_on_to_the_same_average(
         (lambda: EMACallback(0.9, eval_with="best"), ValueError, "eval_with: got 'best', expected"),
         (lambda: EMACallback(0.9, save_with="both"), ValueError, "save_with: got 'both', expected"),
         (lambda: EMACallback({"a": 0.9}), ValueError, r"got 'ema', expected .*'raw', 'both', 'a'"),
-        (lambda: EMACallback({"raw": 0.9}), ValueError, "are words of eval_with="),
+        (lambda: EMACallback({"raw": 0.9}), ValueError, "are values of eval_with="),
         (lambda: EMACallback(0.9, every=2), TypeError, "every"),
         (
             lambda: EMACallback(schedules.half_life(9, unit="token")),
             ValueError,
-            "counts tokens, which the Trainer does not tell",
+            "counts tokens, which the Trainer does not report",
         ),
     ],
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from shardema import CheckpointError, ShardedEMA
+from shardema.files.recognize import DEEPSPEED, recognize
 from tests import engines, world
 from tests.contract import assert_same, same_everywhere
 from tests.engines import CONFIGS
@@ -35,6 +36,7 @@ TRAVELLERS = [
     (2, "2-bf16"),
     (2, "1-fp32"),
 ]
+SAVED = {"3-bf16": True, "1-fp32": False}  # engines that save too, and whether in partitions
 
 
 def step(model: Any, number: int) -> None:
@@ -90,6 +92,8 @@ def travel(name: str, folder: str) -> None:
     again = ShardedEMA(model, DECAY)
     again.load(mine, model="check")
     assert_same(averages(again), held)
+    if name in SAVED:
+        model.save_checkpoint(f"{folder}/engine-{name}", tag="step2")
     step(model, 2)
     with pytest.raises(CheckpointError, match="weights of the model are not those"):
         again.load(mine, model="check")
@@ -108,3 +112,12 @@ def test_an_average_travels_through_every_backend(tmp_path: Path) -> None:
         world.hold(facts, ranks)
         at = stop
     assert len(list(tmp_path.glob("*.pt"))) == len(TRAVELLERS)
+    for name, partitioned in SAVED.items():
+        found = recognize(tmp_path / f"engine-{name}")
+        assert (found.kind, found.facts["latest"]) == (DEEPSPEED, "step2")
+        tag = found.facts["tags"]["step2"]
+        assert tag.pop("bytes") > 0
+        states = 2 if partitioned else 1
+        assert tag == {"model_states": states, "optim_states": 2, "partitioned": partitioned}
+        assert ("partitioned by ZeRO-3" in found.what) == partitioned
+        assert recognize(tmp_path / f"engine-{name}" / "step2").kind == DEEPSPEED

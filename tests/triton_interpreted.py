@@ -261,7 +261,7 @@ def test_dense_pairs_of_any_strides_are_flat_stretches() -> None:
     last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     for param in (torch.randn(5, 7).t(), last, torch.randn(9, 1).as_strided((9, 1), (1, 77))):
         shadow = torch.zeros_like(param)
-        assert fused_gpu.takes(shadow, param)
+        assert fused_gpu.supports(shadow, param)
         fused_gpu.bind([shadow], [param], [0])([1.0])
         assert torch.equal(shadow, param)
 
@@ -286,7 +286,7 @@ def test_pairs_that_lie_otherwise_are_refused() -> None:
         (torch.zeros(6), torch.ones(6).as_subclass(Wrapped)),
         (torch.zeros(6), torch.ones(6).to_sparse()),
     ):
-        assert not fused_gpu.takes(shadow, param)
+        assert not fused_gpu.supports(shadow, param)
         with pytest.raises(ValueError, match="fused: got a shadow of"):
             fused_gpu.bind([shadow], [param], [0])
 

@@ -108,7 +108,7 @@ def _boxes_of(fqn: str, param: DTensor, sizes: Dims) -> tuple[tuple[Dims, ...], 
             f"rank {dist.get_rank()}: {fqn}: got a local part of shape {list(sizes)}, expected "
             f"{expected or 'Shard and Replicate placements'} by the placements {param.placements} "
             f"of shape {list(param.shape)}; shard it by distribute_tensor or fully_shard, or let "
-            "its maker say where the part is (__create_chunk_list__ of the local tensor)"
+            "its local tensor declare the chunks (__create_chunk_list__)"
         )
     parts = [p for p in itertools.product(*stretches) if all(size for *_, size in p)]
     return (
@@ -126,10 +126,10 @@ _Stretch = tuple[int, int, int]  # offset in the local dim, offset in the full d
 
 def _declared(param: DTensor) -> list[Box] | None:
     """The chunks that the local tensor declares (``__create_chunk_list__``), or None."""
-    tell = getattr(param._local_tensor, "__create_chunk_list__", None)
-    if tell is None:
+    chunk_list = getattr(param._local_tensor, "__create_chunk_list__", None)
+    if chunk_list is None:
         return None
-    listed = tell()
+    listed = chunk_list()
     return [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in listed]
 
 

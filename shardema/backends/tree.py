@@ -127,9 +127,9 @@ def refuse_unknown_wrappers(models: Sequence[nn.Module]) -> None:
             kind = type(module)
             where = f" at {prefix[:-1]!r}" if prefix else ""
             raise ValueError(
-                f"model: got a {kind.__module__}.{kind.__qualname__}{where}, of which shardema "
-                "does not know how it names and shards the weights; if every rank holds whole "
-                "tensors, build the EMA from the module inside of it, else shard the model with "
+                f"model: got a {kind.__module__}.{kind.__qualname__}{where}, which names and "
+                "shards weights in a way that is not supported; if every rank holds whole tensors, "
+                "build the EMA from the module inside it, else shard the model with "
                 "fully_shard, FullyShardedDataParallel or DeepSpeed ZeRO"
             )
 

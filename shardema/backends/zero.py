@@ -79,7 +79,7 @@ def _engine(models: Sequence[nn.Module]) -> Any:
         raise ValueError(
             "model: got a module whose parameters DeepSpeed has partitioned, or steps in its "
             "engine, expected the engine that deepspeed.initialize returned: "
-            "ShardedEMA(engine, ...), after initialize; select= takes a part of it"
+            "ShardedEMA(engine, ...), after initialize; select= chooses a part of it"
         )
     if len(models) > 1:
         raise ValueError(

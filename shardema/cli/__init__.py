@@ -1,1 +1,1 @@
-"""The command line, and the pictures that it draws."""
+"""The command line and its plots."""

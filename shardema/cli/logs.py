@@ -1,4 +1,4 @@
-"""The curves that a run has logged, whichever script or trainer wrote them.
+"""Reads learning curves from the logs of scripts in launch/, Lightning and transformers.
 
 ::
 
@@ -22,19 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 Row = Mapping[str, float]
-_STEPS = ("step", "global_step", "epoch")  # what rows are ordered by, the first that is there
+_STEPS = ("step", "global_step", "epoch")  # columns that order the rows; the first found is used
 _AVERAGED = ("ema", "averaged", "average", "avg")
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:
-    """The numbers of each row of a log; cells that hold none, or were cut short, are left out.
+    """The numeric cells of each row of a log, by column.
 
     Args:
-        path: CSV with a line of names, lines of JSON objects, or the ``trainer_state.json`` of
-            transformers.
+        path: CSV with a header line, JSON lines, or the ``trainer_state.json`` of transformers.
 
     Raises:
-        ValueError: it is no such file, or no row of it holds a number.
+        ValueError: another format, or no row has a number.
         OSError: it cannot be read.
     """
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -50,14 +49,14 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
     rows = [{k: n for k, v in row.items() if (n := _number(v)) is not None} for row in found]
     if not any(rows):
         raise ValueError(
-            f"{path} has no rows with numbers, expected CSV with a line of names, lines of JSON, "
-            "or a trainer_state.json"
+            f"{path} has no rows with numbers, expected CSV with a header line, JSON lines, or a "
+            "trainer_state.json"
         )
     return [row for row in rows if row]
 
 
 def _objects(text: str) -> list[dict[str, object]]:
-    """Of one JSON document, or of a line each; a last line cut short by a kill is left out."""
+    """Parses one JSON document or JSON lines; an incomplete last line is dropped."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -78,7 +77,7 @@ def _number(value: object) -> float | None:
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """The names of a log, in the order of their first appearance."""
+    """The column names of a log, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
@@ -100,7 +99,7 @@ def step_column(rows: Sequence[Row], given: str | None = None) -> str:
 def curve(
     rows: Sequence[Row], step: str, name: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps [n], rising, and the values [n] of a column; of two rows of one step the later one.
+    """Steps [n], increasing, and the values [n] of a column; the last row of a step counts.
 
     Raises:
         ValueError: no such column.
@@ -114,7 +113,7 @@ def curve(
 def pairs(
     rows: Sequence[Row], raw: str | None = None, averaged: str | None = None
 ) -> list[tuple[str, str]]:
-    """Columns (raw, averaged) of the same quantity: the two given, or all whose names say so.
+    """Columns (raw, averaged) of the same quantity: the two given, or all pairs found by name.
 
     ``ema_loss`` belongs to ``raw_loss`` or ``loss``, ``eval_ema_loss`` to ``eval_loss``,
     ``loss/ema`` to ``loss/raw``.
@@ -135,8 +134,8 @@ def pairs(
         found = [pair for pair in found if pair[1] == _known(averaged, there)]
     if not found:
         raise ValueError(
-            "no column is the average of another by its name, as ema_loss of raw_loss: name the "
-            f"raw and the averaged one; the log has {', '.join(there)}"
+            "no pair of columns has names such as raw_loss and ema_loss: give the raw and the "
+            f"averaged one; the log has {', '.join(there)}"
         )
     return found
 
@@ -148,7 +147,7 @@ def _known(name: str, there: Sequence[str]) -> str:
 
 
 def _mate(name: str, there: Sequence[str]) -> str | None:
-    """The raw column beside an averaged one, None if ``name`` is none or stands alone."""
+    """The raw column that belongs to the averaged column ``name``; None if there is none."""
     words = re.split(r"([_/.\- ])", name)
     for place, word in enumerate(words):
         if word.lower() in _AVERAGED:

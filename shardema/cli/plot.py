@@ -1,12 +1,12 @@
-"""Pictures of averages: what one is made of, how its decay moves, what it does in a run.
+"""Plots of averages: weight profiles, decays, and learning curves.
 
 ::
 
-    profile   weights of the steps of a run in its last average, by schedule
+    profile   weight of each step of a run in the average at its end, by schedule
     decay     decay of each update, by schedule
-    curves    raw beside averaged learning curves of a log
+    curves    raw and averaged learning curves of a log
 
-Each gives a figure of its own, outside of pyplot: ``figure.savefig("picture.png")``.
+Each returns a ``matplotlib.figure.Figure`` without pyplot: ``figure.savefig("picture.png")``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ except ImportError as error:
         "shardema.cli.plot needs matplotlib: pip install matplotlib", name=error.name
     ) from error
 
-_SEEN = 0.005  # share of the weights before step 1 that is worth a word in the legend
+_SEEN = 0.005  # weight of the initial values from which the legend mentions it
 _WIDTH = 104  # characters of a line of the legend
 
 
@@ -45,21 +45,21 @@ def profile(
     dt: float | None = None,
     log: bool = False,
 ) -> Figure:
-    """Draws how much each step of a run weighs in the average at its end.
+    """Plots how much each step of a run contributes to the average at its end.
 
-    The area below a curve is the share of the average; with what is there of the weights before
-    the first update, in the legend, it sums to 1. A spike of a step that was copied is cut at the
-    height of the others, and its share is in the legend.
+    The area below a curve and the weight of the initial values, given in the legend, sum to 1. The
+    peak of a step that copied the weights is clipped; the legend gives its weight.
 
     Args:
-        rules: schedules, decays, callables ``(t, dt) -> decay``, or texts that
-            `shardema.cli.spec.rules` reads, presets too; a mapping gives them labels.
+        rules: schedules, decays, callables ``(t, dt) -> decay``, or strings that
+            `shardema.cli.spec.rules` parses, also presets; the keys of a mapping are labels.
         steps: updates of the run.
-        dt: samples, tokens, ... of one step, for schedules that count them.
-        log: a logarithmic axis of weights, for averages of very different lengths.
+        dt: samples or tokens per step, for schedules that count them.
+        log: logarithmic vertical axis, for averages of very different lengths.
 
     Raises:
-        ValueError: no rules, a text that is not one, or a ``dt`` that is missing or of no use.
+        ValueError: no rules, a string that cannot be parsed, or a ``dt`` that is missing or that
+            no schedule uses.
 
     >>> figure = profile(["power(std=0.10)", 0.999], 1000)
     >>> figure.axes[0].get_xlabel()
@@ -73,7 +73,7 @@ def profile(
         edges, heights = _merged(found)
         rest = heights[edges[1:] != found.began]
         peak = float((rest if rest.any() else heights).max())
-        label = f"{label}:  {_said(found, peak)}"
+        label = f"{label}:  {_summary(found, peak)}"
         axes.stairs(heights, edges, baseline=None, label=label, **_style(number))
         highest, lowest = max(highest, peak), min(lowest or peak, peak)
     axes.set(xlim=(0, steps), ylim=(0, 1.08 * highest or 1))
@@ -87,18 +87,18 @@ def profile(
 def decay(
     rules: Sequence[Any] | Mapping[str, Any], steps: int, *, dt: float | None = None
 ) -> Figure:
-    """Draws the decay of the updates of a run, and on the right the horizon, 1 / (1 - decay).
+    """Plots the decay of the updates of a run; the right axis is the horizon, 1 / (1 - decay).
 
-    The axis counts nines: 0.9, 0.99, 0.999 are equally far apart. Updates that leave the average
-    alone have no point.
+    The axis is logarithmic in 1 - decay: 0.9, 0.99 and 0.999 are equally spaced. Updates that do
+    not change the average have no point.
 
     Args:
         rules: as in `profile`.
         steps: updates of the run.
-        dt: samples, tokens, ... of one step, for schedules that count them.
+        dt: samples or tokens per step, for schedules that count them.
 
     Raises:
-        ValueError: no rules, a text that is not one, or a ``dt`` that is missing or of no use.
+        ValueError: as `profile`.
 
     >>> figure = decay({"slow": 0.999, "fast": 0.9}, 1000)
     >>> [line.get_label() for line in figure.axes[0].lines]
@@ -109,7 +109,7 @@ def decay(
     nines = [0.0]
     for number, (label, (rule, increment)) in enumerate(clocks.items()):
         at, values = decays(rule, steps, dt=increment)
-        label = label if len(at) else f"{label}:  never moves"
+        label = label if len(at) else f"{label}:  never changes"
         axes.plot(at, values, label=label, marker=_dots(at, 50), **_style(number))
         nines += _nines(values).tolist()
     axes.set(xscale="log" if steps >= 10 else "linear", xlim=(1, max(2, steps)))
@@ -127,20 +127,20 @@ def curves(
     step: str | None = None,
     unit: str = "",
 ) -> Figure:
-    """Draws what a run has logged with raw and with averaged weights, a panel for each quantity.
+    """Plots the raw and averaged learning curves of a log, one panel per quantity.
 
-    A column of how far the average is from the weights, ``..._distance``, has a panel of its own.
+    A column ``..._distance``, between average and weights, has its own panel.
 
     Args:
         log: a file that `shardema.cli.logs.read` reads, or its rows, ``{column: number}``.
-        raw: column of the raw weights; None uses all pairs whose names say so, as ``raw_loss``
+        raw: column of the raw weights; None uses all pairs found by name, such as ``raw_loss``
             and ``ema_loss``, ``eval_loss`` and ``eval_ema_loss``.
         averaged: column of the average.
         step: column of the horizontal axis; None uses step, global_step or epoch.
         unit: of the quantities, for the vertical axis.
 
     Raises:
-        ValueError: no log, a column that it lacks, or no pair of columns.
+        ValueError: another format, a missing column, or no pair of columns.
         OSError: the log cannot be read.
 
     >>> rows = [{"step": 10.0, "raw_loss": 2.0, "ema_loss": 1.5}]
@@ -177,7 +177,7 @@ def curves(
 
 
 def _clocks(rules: Any, dt: float | None) -> dict[str, tuple[Schedule, float]]:
-    """Schedules by label, with the progress of one step of the run on the clock of each."""
+    """Schedules by label, each with the progress of one step in its unit."""
     found: dict[str, Schedule] = {}
     for label, rule in _labelled(rules):
         if label in found:
@@ -245,24 +245,24 @@ def _plural(count: float, unit: str) -> str:
 def _merged(found: Profile) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Edges [n + 1], and the weight per step [n] between them.
 
-    Steps that leave the average alone go with the one after them that moves it: the weight of a
-    rule that moves every k steps is spread over the k.
+    Steps that do not change the average are merged with the next one that does: if it changes
+    every k steps, its weight is spread over k steps.
     """
-    moves = found.kept < 1
-    if not moves.any():
-        moves[-1] = True
-    edges = np.append(0, found.edges[1:][moves])
-    return edges, found.mass[moves] / np.diff(edges)
+    changes = found.kept < 1
+    if not changes.any():
+        changes[-1] = True
+    edges = np.append(0, found.edges[1:][changes])
+    return edges, found.mass[changes] / np.diff(edges)
 
 
-def _said(found: Profile, peak: float) -> str:
-    """The figures of a profile; where the average began, if that stands out of what followed."""
-    said = f"relative std {found.relative_std:#.3g}, mean age {_steps(found.mean_age)}"
+def _summary(found: Profile, peak: float) -> str:
+    """Width and mean age of a profile, and the weight of its beginning if that stands out."""
+    text = f"relative std {found.relative_std:#.3g}, mean age {_steps(found.mean_age)}"
     if found.began and found.beginning > 2 * peak:
-        return f"{said}, {100 * found.beginning:.3g} % from step {found.began:,}, a copy"
+        return f"{text}, {100 * found.beginning:.3g} % from step {found.began:,}, a copy"
     if not found.began and found.initial >= _SEEN:
-        return f"{said}, {100 * found.initial:.3g} % from before step 1"
-    return said
+        return f"{text}, {100 * found.initial:.3g} % from before step 1"
+    return text
 
 
 def _steps(count: float) -> str:
@@ -271,7 +271,7 @@ def _steps(count: float) -> str:
 
 
 def _nines(decay: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How many nines a decay begins with: 0 for 0, 1 for 0.9, 2 for 0.99."""
+    """``-log10(1 - decay)``: 0 for 0, 1 for 0.9, 2 for 0.99."""
     return -np.log10(np.clip(1 - np.asarray(decay, np.float64), 1e-17, None))
 
 
@@ -280,7 +280,7 @@ def _decay_of(nines: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _nines_axis(axes: Axes, label: str, tick: str, most: float) -> None:
-    """A vertical axis of decays, equal steps from nine to nine, up to ``most`` nines."""
+    """A vertical axis of decays, linear in `_nines`, up to ``most`` of them."""
     top = max(1, math.ceil(most - 1e-9))
     axes.set_yscale("function", functions=(_nines, _decay_of))
     numbers = range(top + 1)
@@ -294,12 +294,12 @@ def _nines_axis(axes: Axes, label: str, tick: str, most: float) -> None:
 
 
 def _dots(steps: NDArray[Any], most: int = 200) -> str:
-    """A marker for each point, where they are few: one point alone has no line."""
+    """Markers if there are few points: a single point has no line."""
     return "." if len(steps) <= most else ""
 
 
 def _quantity(raw: str, averaged: str) -> str:
-    """What both names have in common: loss of raw_loss and ema_loss."""
+    """The common part of both names: loss for raw_loss and ema_loss."""
     if raw.replace("raw", "") == raw:
         return raw
     return raw.replace("raw", "").strip("_/.- ") or "value"

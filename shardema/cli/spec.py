@@ -1,10 +1,10 @@
-"""A schedule or a preset as a text, ``power(std=0.10)``; no code in a text is ever run.
+"""Parses schedules and presets from strings such as ``power(std=0.10)``, without ``eval``.
 
 ::
 
     text -> syntax tree -> calls of known names with numbers, strings, lists -> {label: Schedule}
 
-Anything else in a text (attributes, lambdas, operators, comprehensions, other names) is refused.
+Anything else (attributes, lambdas, operators, comprehensions, other names) raises ValueError.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from shardema import presets, schedules
 from shardema.schedules import Schedule, as_schedule
 
 _LONGEST = 1000  # characters
-_OPTIONS = {"model", "options"}  # parameters of every preset that are not the library's
+_OPTIONS = {"model", "options"}  # parameters of every preset that are not from the library
 
 
 def schedule(text: str) -> Schedule:
-    """The schedule that a text spells: a decay, or a call as in Python.
+    """Parses a schedule: a decay, or a call in Python syntax.
 
     Args:
         text: ``"0.999"``, ``"power(std=0.10)"``, ``"join([power(0.1), 0.999], at=[1000])"``; the
             names of `shardema.schedules` but ``custom``, which needs a function.
 
     Raises:
-        ValueError: another text, or what the schedule refuses.
+        ValueError: the string cannot be parsed, or the schedule rejects an argument.
 
     >>> schedule("clip(warmup(0.9999), min_decay=0.5)").retention(0, 1)
     0.5
@@ -47,14 +47,14 @@ def schedule(text: str) -> Schedule:
 
 
 def preset(text: str) -> dict[str, Schedule]:
-    """The schedules of a preset that a text spells: by that text, and by average if it has several.
+    """Parses a preset: its schedules by label, which names the average if there are several.
 
     Args:
         text: ``"swa"``, ``"timm_v3(decay=0.9999, use_warmup=True)"``; the names of
             `shardema.presets` with the library's arguments.
 
     Raises:
-        ValueError: another text, or what the preset refuses.
+        ValueError: the string cannot be parsed, or the preset rejects an argument.
 
     >>> list(preset("edm2(stds=[0.05, 0.1])"))
     ["edm2(stds=[0.05, 0.1]), average '0.050'", "edm2(stds=[0.05, 0.1]), average '0.100'"]
@@ -68,10 +68,10 @@ def preset(text: str) -> dict[str, Schedule]:
 
 
 def rules(text: str) -> dict[str, Schedule]:
-    """What a text spells, a schedule or a preset, by labels as of `preset`.
+    """Parses a schedule or a preset, with labels as in `preset`.
 
     Raises:
-        ValueError: a text that is neither.
+        ValueError: the string is neither.
 
     >>> rules("half_life('1000ba')")
     {"half_life('1000ba')": half_life(length=1000.0, unit='step')}
@@ -106,7 +106,7 @@ def _parse(text: str) -> ast.expr:
 
 
 def _value(node: ast.expr, known: dict[str, Callable[..., Any]], text: str) -> Any:
-    """What a part of the tree stands for: a literal, a list, or what a known name makes of such."""
+    """Evaluates a node: a literal, a list, or a call of a known name with such arguments."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
         return _finite(node.value, text)
     if (
@@ -163,14 +163,14 @@ def _call(
         raise ValueError(f"{name}: {error}; it takes {takes or 'nothing'}") from error
     if name not in _presets():
         return _made(lambda: known[name](*bound.args, **bound.kwargs), text)
-    # one weight is enough for the schedules of a preset, which only an average has
+    # a preset returns an EMA; its schedules do not depend on the model, so one weight is enough
     ema = _made(lambda: known[name](nn.Linear(1, 1, bias=False), **bound.kwargs), text)
     stored = ema.state_dict()["schedules"]
     return {average: schedules.restore(rule) for average, rule in stored.items()}
 
 
 def _made(make: Callable[[], Any], text: str) -> Any:
-    """What ``make`` returns; a value of another kind than it expects is a ValueError too."""
+    """Calls ``make``; an argument of the wrong type raises ValueError, too."""
     try:
         return make()
     except (TypeError, AttributeError, ArithmeticError) as error:

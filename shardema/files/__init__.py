@@ -1,1 +1,1 @@
-"""Files that are whole or not there: checkpoints, exports, and reading them."""
+"""Checkpoints and exports, written atomically, and reading them."""

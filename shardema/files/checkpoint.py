@@ -1,16 +1,16 @@
-"""Our own checkpoint folder: every rank writes its shards, any layout reads them again.
+"""The checkpoint folder: every rank writes its shards; any world size and backend reads them.
 
 ::
 
     run/ema-000100/
-        shardema.json                        what is where, with checksums; see manifest.py
+        shardema.json                        index and checksums; see manifest.py
         rank-00000-of-00002.safetensors      keys fqn, or fqn#k for the k-th box
         rank-00001-of-00002.safetensors
         config.json                          of a transformers model, for a later export
 
-A save goes into a folder of its own, which is synced before it counts (see folder.py), so under
-the final name there is a whole checkpoint or nothing. A load reads and verifies into staging of
-the shadows' size; only when every rank has all of its own is anything copied.
+A save writes to a temporary folder, syncs it and renames it (see folder.py), so a folder of the
+final name is complete. A load reads and verifies into staging of the shadows' size; values are
+copied only after every rank has read all of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,19 +28,22 @@ from torch import Tensor
 from shardema.errors import abbreviate
 from shardema.files import manifest as manifests
 from shardema.files import pairing
-from shardema.files.folder import new_folder
+from shardema.files.background import PendingSave
+from shardema.files.folder import NewFolder, new_folder
 from shardema.files.manifest import (
     BLOCK,
     Manifest,
     ReadRequest,
-    Stored,
     StoredAverage,
     StoredBox,
     StoredFile,
+    StoredTensor,
 )
-from shardema.files.places import new_file
-from shardema.files.safetensors import layout, reporting
-from shardema.model.own_state import Outward
+from shardema.files.places import any_path, new_file
+from shardema.files.prefix import NewPrefix
+from shardema.files.remote import is_remote
+from shardema.files.safetensors import make_header, reporting
+from shardema.model.own_state import MergedState
 from shardema.ranks.agree import Ranks
 from shardema.ranks.plan import Contents, Item, refuse_opaque
 from shardema.schedules import describe
@@ -48,7 +52,18 @@ from shardema.shards.shard import Shard
 from shardema.shards.strides import raw_bytes
 from shardema.update.average import Average
 
-_CHUNK = BLOCK  # bytes that travel from a device at a time
+_CHUNK = BLOCK  # bytes copied from a device at a time
+_Told = tuple[dict[str, Any] | None, list[pairing.Part]]  # entry of a file, fingerprints
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A box that this rank writes: its key in the file, the number of its tensor, its values."""
+
+    key: str
+    number: int
+    box: Box
+    values: Tensor
 
 
 def save_averages(
@@ -56,26 +71,27 @@ def save_averages(
     averages: Sequence[Contents],
     own: Contents,
     progress: Mapping[str, StoredAverage],
-    outward: Outward,
+    merged_state: MergedState,
     weights: Sequence[Shard],
     *,
     include_frozen: bool,
     overwrite: bool,
     extra: Callable[[str], None],
-) -> None:
-    """Writes averages, and what belongs to them of the model. Collective.
+    wait: bool,
+) -> PendingSave | None:
+    """Writes all averages, the model's buffers and, optionally, frozen parameters. Collective.
 
     Args:
-        averages: all that there are of the model.
+        averages: every average of the model.
         own: the model's own tensors.
-        progress: by the name of the average.
-        outward: what the model's own code makes of its state.
-        weights: this rank's shards of the averaged tensors, of which the fingerprint is kept.
+        progress: by name of the average.
+        merged_state: how the model's own code changes its state dict.
+        weights: this rank's shards of the averaged tensors, whose fingerprints are stored.
         include_frozen: also the parameters that are not averaged.
-        overwrite, extra: as for `save`.
+        overwrite, extra, wait: as for `save`.
     """
     if include_frozen:
-        outward.check_tensors(
+        merged_state.check_tensors(
             "save(include_frozen=True)", "save without include_frozen, which a load does not need"
         )
     plan = averages[0].plan  # in own.plan packed parameters are buffers
@@ -93,14 +109,24 @@ def save_averages(
     )
     kept = {*averaged, *rest}
     left_out = [item.fqn for i, item in items if i not in kept and item.stem]
-    left_out += sorted(outward.holders)
+    left_out += sorted(merged_state.holders)
     sources = [*(one.only(averaged) for one in averages), own.only(rest)]
     parts = pairing.local_parts(own.plan, weights, own.ranks)
-    save(folder, sources, progress, left_out, parts, own.ranks, extra=extra, overwrite=overwrite)
+    return save(
+        folder,
+        sources,
+        progress,
+        left_out,
+        parts,
+        own.ranks,
+        extra=extra,
+        overwrite=overwrite,
+        wait=wait,
+    )
 
 
 def progress_of(average: Average) -> StoredAverage:
-    """What the manifest keeps of an average beside its tensors."""
+    """Schedule, clock and dtype of an average, as the manifest stores them."""
     return StoredAverage(
         describe(average.schedule),
         average.t,
@@ -120,49 +146,78 @@ def save(
     *,
     extra: Callable[[str], None],
     overwrite: bool,
-) -> None:
+    wait: bool,
+) -> PendingSave | None:
     """Writes a checkpoint. Collective over ``ranks``.
 
     Args:
-        folder: where; must not exist. Its parent is made.
+        folder: must not exist, unless ``overwrite``; its parent is created.
         parts: this rank's fingerprints of the model.
-        extra: called on the leader with the temporary folder, to write what else belongs in it.
-        overwrite: a complete checkpoint may be there, and is replaced.
+        extra: called on the leader with the temporary folder, to write further files.
+        overwrite: replace a complete checkpoint at ``folder``.
+        wait: whether it is written on return; else values are copied, and a thread writes them.
 
     Raises:
-        CheckpointError: on all ranks, if any could not write; nothing is left behind.
+        CheckpointError: on all ranks, if any failed to write; nothing is left behind.
     """
+    if not wait and is_remote(any_path("save", folder)):
+        raise ValueError(
+            f"save: got wait=False and {os.fspath(folder)}: only a save to a local folder goes on "
+            "in the background; leave wait=True"
+        )
     tensors = _tensors(sources)
+    nbytes = _busiest(sources)
+
+    def commit(new: NewFolder | NewPrefix, told: Sequence[_Told]) -> None:
+        manifest = Manifest(
+            secrets.token_hex(16),
+            ranks.size,
+            dict(averages),
+            tensors,
+            tuple(left_out),
+            tuple(_stored_file(entry, tensors) for entry, _ in told if entry is not None),
+            new.place,
+            model=pairing.merged(sources[-1].plan, [theirs for _, theirs in told]),
+        )
+        new.finish({manifests.NAME: manifests.pack(manifest)})
+
+    def write(new: NewFolder | NewPrefix, boxes: Sequence[_Box]) -> _Told:
+        return _write_rank(new.path, boxes, ranks), list(parts)
+
     with new_folder(folder, "save", ranks, overwrite=overwrite) as new:
 
-        def finish(told: list[tuple[dict[str, Any] | None, list[pairing.Part]]]) -> None:
-            manifest = Manifest(
-                secrets.token_hex(16),
-                ranks.size,
-                dict(averages),
-                tensors,
-                tuple(left_out),
-                tuple(_stored_file(entry, tensors) for entry, _ in told if entry is not None),
-                new.place,
-                model=pairing.merged(sources[-1].plan, [theirs for _, theirs in told]),
-            )
-            new.finish({manifests.NAME: manifests.pack(manifest)}, extra)
+        def finish(told: list[_Told]) -> None:
+            new.add(extra)
+            commit(new, told)
 
-        def write() -> tuple[dict[str, Any] | None, Sequence[pairing.Part]]:
-            return _write_rank(new.path, sources, ranks), parts
+        if wait or isinstance(new, NewPrefix):  # the latter was refused without wait
+            boxes = _boxes_of(sources, ranks)
+            ranks.agree("save (writing)", lambda: write(new, boxes), finish, nbytes=nbytes)
+            return None
+        staged: list[_Box] = []
 
-        ranks.agree("save (writing)", write, finish, nbytes=_busiest(sources))
+        def stage() -> None:
+            staged.extend(replace(box, values=_on_host(box)) for box in _boxes_of(sources, ranks))
+
+        ranks.agree("save (staging)", stage, lambda _: new.add(extra), nbytes=nbytes)
+        return PendingSave(
+            new.handed_over(),
+            ranks,
+            lambda: write(new, staged),
+            lambda told: commit(new, told),
+            nbytes,
+        )
 
 
 def _busiest(sources: Sequence[Contents]) -> int:
-    """Bytes that the rank which writes most of all writes."""
+    """Bytes written by the rank that writes most."""
     loads = (source.loads() for source in sources)
     return max(map(sum, zip(*loads, strict=True)))
 
 
-def _write_rank(temporary: str, sources: Sequence[Contents], ranks: Ranks) -> dict[str, Any] | None:
-    """Writes this rank's file and returns its entry for the manifest; None if it owns nothing."""
-    found = []  # key, dtype, number of the tensor, box, values
+def _boxes_of(sources: Sequence[Contents], ranks: Ranks) -> list[_Box]:
+    """The boxes that this rank writes."""
+    found = []
     first = 0
     several = sum(source.name is not None for source in sources) > 1
     for source in sources:
@@ -173,25 +228,35 @@ def _write_rank(temporary: str, sources: Sequence[Contents], ranks: Ranks) -> di
             boxes = [box for (box, _), writer in pairs if writer == ranks.index]
             for k, box in enumerate(boxes):
                 key = f"{prefix}{item.fqn}" + (f"#{k}" if len(boxes) > 1 else "")
-                values = source.holdings(index, box)
-                found.append((key, values.dtype, first + number, box, values))
+                found.append(_Box(key, first + number, box, source.holdings(index, box)))
         first += len(source.chosen)
-    if not found:
+    return found
+
+
+def _on_host(box: _Box) -> Tensor:
+    """A copy of the values in host memory, which no update changes."""
+    values = box.values
+    return torch.empty(box.box.sizes, dtype=values.dtype, device="cpu").copy_(values)
+
+
+def _write_rank(temporary: str, boxes: Sequence[_Box], ranks: Ranks) -> dict[str, Any] | None:
+    """Writes this rank's file and returns its entry for the manifest; None if it owns nothing."""
+    if not boxes:
         return None
-    head, entries = layout([(key, dtype, box.sizes) for key, dtype, _, box, _ in found])
-    found.sort(key=lambda part: entries[part[0]].start)
-    size = len(head) + sum(entries[part[0]].nbytes for part in found)
+    head, entries = make_header([(one.key, one.values.dtype, one.box.sizes) for one in boxes])
+    boxes = sorted(boxes, key=lambda one: entries[one.key].start)
+    size = len(head) + sum(entries[one.key].nbytes for one in boxes)
     name = f"rank-{ranks.index:05d}-of-{ranks.size:05d}.safetensors"
     path = os.path.join(temporary, name)
     blocks: list[str] = []
     with reporting(path, "writing"), new_file(path, size) as file:
         offset = 0
-        for block in _in_blocks(head, (part[4] for part in found)):
+        for block in _in_blocks(head, (one.values for one in boxes)):
             blocks.append(xxhash.xxh3_128_hexdigest(block))
             file.write_at(offset, block)
             offset += len(block)
         file.sync()
-    pieces = [[number, box.offsets, box.sizes] for _, _, number, box, _ in found]
+    pieces = [[one.number, one.box.offsets, one.box.sizes] for one in boxes]
     return {"name": name, "size": size, "head": len(head), "blocks": blocks, "pieces": pieces}
 
 
@@ -219,14 +284,14 @@ def _chunks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
             yield raw_bytes(part.view(tensor).cpu())
 
 
-def _tensors(sources: Sequence[Contents]) -> tuple[Stored, ...]:
+def _tensors(sources: Sequence[Contents]) -> tuple[StoredTensor, ...]:
     """The tensors of a checkpoint, numbered source by source."""
     tensors = []
     for source in sources:
         for item in source.items:
             dtype = source.dtype(item)
             tensors.append(
-                Stored(
+                StoredTensor(
                     source.name,
                     item.fqn,
                     item.file_name,
@@ -240,7 +305,7 @@ def _tensors(sources: Sequence[Contents]) -> tuple[Stored, ...]:
     return tuple(tensors)
 
 
-def _stored_file(entry: dict[str, Any], tensors: Sequence[Stored]) -> StoredFile:
+def _stored_file(entry: dict[str, Any], tensors: Sequence[StoredTensor]) -> StoredFile:
     boxes = []
     start = entry["head"]
     for number, offsets, sizes in entry["pieces"]:
@@ -252,7 +317,7 @@ def _stored_file(entry: dict[str, Any], tensors: Sequence[Stored]) -> StoredFile
 
 
 def read_requests(manifest: Manifest, average: str, shards: Sequence[Shard]) -> list[ReadRequest]:
-    """What this rank is to read of an average."""
+    """The parts of files that this rank reads for an average."""
     numbers = _numbers(manifest, average)
     return manifests.read_requests(manifest, {numbers[s.fqn]: list(s.boxes) for s in shards})
 
@@ -264,7 +329,7 @@ def read_average(
     shards: Sequence[Shard],
     targets: Mapping[str, Tensor],
 ) -> None:
-    """Reads this rank's part of an average into ``targets``, tensors laid out like the shards.
+    """Reads this rank's part of an average into ``targets``, tensors shaped like the shards. Local.
 
     Raises:
         CheckpointError: a file is missing, cut short or damaged.
@@ -294,13 +359,14 @@ def check_same_tensors(
     stored = {t.fqn: t for t in manifest.tensors if t.average == average}
     here = {item.fqn: item for item in items}
     for names, text in (
-        (here.keys() - stored.keys(), "which the model has, are missing in it"),
-        (stored.keys() - here.keys(), "which it holds, are unknown to the model"),
+        (here.keys() - stored.keys(), "missing"),
+        (stored.keys() - here.keys(), "unexpected"),
     ):
         if names:
             raise ValueError(
-                f"load from {folder}: {abbreviate(sorted(names))}, {text} (average {average!r}); "
-                "it is a checkpoint of another model, or of another select= or buffers="
+                f"load from {folder}: {text} tensors in average {average!r}: "
+                f"{abbreviate(sorted(names))}; it is a checkpoint of another model, or of another "
+                "select= or buffers="
             )
     for fqn, item in here.items():
         there = stored[fqn]

@@ -1,10 +1,9 @@
-"""Reads a consolidated safetensors file or a folder of HF shards, each rank its own boxes."""
+"""Reads a consolidated safetensors file or a folder of HF shards; each rank reads its own boxes."""
 
 from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardema.errors import CheckpointError, abbreviate
-from shardema.files.places import OpenFile, any_path, exists, names_in, read_whole, reading
+from shardema.files.places import OpenFile, any_path, exists, is_file, names_in, read_whole, reading
 from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
     ADAPTER,
@@ -27,10 +26,12 @@ from shardema.files.safetensors import (
 from shardema.ranks.plan import Plan
 from shardema.shards.boxes import Box, Dims, contiguous_runs, split_box
 
+SINGLES = tuple(f"{stem}.safetensors" for stem in (*WHOLE, ADAPTER))
+INDICES = tuple(f"{name}.index.json" for name in SINGLES)
 _CHUNK = 16 << 20  # bytes read at a time
 _MAX_INDEX = 100_000_000  # bytes
 _MAX_CONFIG = 10_000_000  # bytes
-# what it adds to the model's config
+# keys that diffusers' EMAModel adds to the model's config
 _EMA_MODEL = {"optimization_step", "decay", "min_decay", "update_after_step", "use_ema_warmup"}
 
 
@@ -42,31 +43,40 @@ class Place:
     entry: Entry
 
 
-def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
-    """Every tensor of a ``.safetensors`` file, or of a folder in the HF layout.
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The safetensors files of a model.
 
-    Both may be symlinks, and so may the files in a folder, as in a Hub snapshot.
+    Attributes:
+        paths: of the files, sorted.
+        weight_map: of the index, ``{name of a tensor: name of its file}``; None without an index.
+    """
+
+    paths: tuple[str, ...]
+    weight_map: dict[str, str] | None = None
+
+
+def files_of(source: str | os.PathLike[str], op: str = "load_full") -> Files:
+    """The ``.safetensors`` file ``source``, or those of a folder in the HF layout.
 
     Raises:
-        CheckpointError: there is none, or a header is broken.
+        CheckpointError: there is no such file, or the index is invalid.
         ValueError: the path is empty, or a URL that cannot be used.
     """
-    source = any_path("load_full", source)
+    source = any_path(op, source)
     with reporting(source, "reading"):
-        if _is_file(source):
-            return _tensors_in(source)
+        if is_file(source):
+            return Files((source,))
         inside = names_in(source)
-    singles = [f"{stem}.safetensors" for stem in (*WHOLE, ADAPTER)]
-    single = next((name for name in singles if name in inside), None)
+    single = next((name for name in SINGLES if name in inside), None)
     if single is not None:
-        return _tensors_in(os.path.join(source, single))
-    indices = (f"{name}.index.json" for name in singles)
-    found_index = next((name for name in indices if name in inside), None)
+        return Files((os.path.join(source, single),))
+    found_index = next((name for name in INDICES if name in inside), None)
     if found_index is None:
         raise CheckpointError(
-            f"reading {source}: neither model.safetensors nor its index is in it, nor "
-            f"{DIFFUSERS} or {ADAPTER} files; give a .safetensors file or a folder that export or "
-            "save_pretrained wrote",
+            f"reading {source}: it contains no model.safetensors, {DIFFUSERS}.safetensors, "
+            f"{ADAPTER}.safetensors, or index of one; give a .safetensors file or a folder that "
+            "export or save_pretrained wrote",
             path=source,
         )
     index = os.path.join(source, found_index)
@@ -77,32 +87,42 @@ def tensors_of(source: str | os.PathLike[str]) -> dict[str, Place]:
         raise CheckpointError(
             f"reading {index}: it is broken ({error!r:.300})", path=index
         ) from error
-    found: dict[str, Place] = {}
     for name in names:
         if not isinstance(name, str) or os.path.basename(name) != name:
             raise CheckpointError(
-                f"reading {index}: it names {name!r:.300}, outside it", path=index
+                f"reading {index}: {name!r:.300} is not a file name in this folder", path=index
             )
-        there = _tensors_in(os.path.join(source, name))
+    return Files(tuple(os.path.join(source, name) for name in names), weight_map)
+
+
+def tensors_of(source: str | os.PathLike[str], op: str = "load_full") -> dict[str, Place]:
+    """Every tensor of a ``.safetensors`` file, or of a folder in the HF layout.
+
+    Both may be symlinks, and so may the files in a folder, as in a Hub snapshot.
+
+    Raises:
+        CheckpointError: there is none, or a header is broken.
+        ValueError: the path is empty, or a URL that cannot be used.
+    """
+    found: dict[str, Place] = {}
+    for path in files_of(source, op).paths:
+        there = tensors_in(path)
         twice = sorted(there.keys() & found.keys())
         if twice:
             raise CheckpointError(
-                f"reading {source}: {abbreviate(twice)} is in {name} and in another file",
-                path=source,
+                f"reading {source}: {abbreviate(twice)} is in {os.path.basename(path)} and in "
+                "another file",
+                path=str(source),
             )
         found.update(there)
     return found
 
 
-def _is_file(path: str) -> bool:
-    return exists(path) if is_remote(path) else not stat.S_ISDIR(os.stat(path).st_mode)
-
-
 def steps_of(source: str | os.PathLike[str]) -> int | None:
-    """The steps that diffusers' ``EMAModel`` had made when it wrote the folder; None elsewhere.
+    """``optimization_step`` of a folder that diffusers' ``EMAModel`` wrote; None for any other.
 
     Raises:
-        CheckpointError: the count is no whole number of 0 or more, or the config is broken.
+        CheckpointError: it is not an integer of 0 or more, or the config is invalid.
     """
     path = os.path.join(any_path("load_full", source), "config.json")
     if not (exists(path) if is_remote(path) else os.path.isfile(path)):
@@ -119,13 +139,14 @@ def steps_of(source: str | os.PathLike[str]) -> int | None:
         ) from error
 
 
-def _tensors_in(path: str) -> dict[str, Place]:
+def tensors_in(path: str) -> dict[str, Place]:
+    """Every tensor of one safetensors file; may be a symlink."""
     with reading(path, follow=True) as file:
         return {name: Place(path, entry) for name, entry in file.header().items()}
 
 
 def read_into(target: Tensor, place: Place, box: Box) -> None:
-    """Sets ``target [*box.sizes]`` to a box of a stored tensor, reading little more than that."""
+    """Reads a box of a stored tensor into ``target [*box.sizes]``, and few other bytes."""
     with reading(place.path, follow=True) as file:
         _read(file, place, box, target)
 
@@ -136,7 +157,7 @@ def _read(file: OpenFile, place: Place, box: Box, target: Tensor) -> None:
     numel, starts = contiguous_runs(entry.shape, box)
     span = starts[-1] + numel - starts[0]
     if span * itemsize <= _CHUNK:
-        # one read of the stretches and the bytes between them (columns of a matrix, for one)
+        # one read of the contiguous runs and the bytes between them (columns of a matrix)
         data = file.read_at(entry.start + starts[0] * itemsize, span * itemsize)
         strides = torch.empty(entry.shape, device="meta").stride()
         target.copy_(torch.frombuffer(data, dtype=entry.dtype).as_strided(box.sizes, strides))
@@ -148,13 +169,15 @@ def _read(file: OpenFile, place: Place, box: Box, target: Tensor) -> None:
 def match(
     label: str, plan: Plan, shapes: Mapping[str, Dims], beside: Collection[str] = ()
 ) -> dict[str, str]:
-    """For each averaged fqn the name that the source has it under.
+    """Maps each averaged fqn to its name in the source.
 
     Args:
-        beside: names that the source may have and that are not used.
+        label: begins the error messages.
+        shapes: of the source, by name.
+        beside: names that are allowed in the source and not used.
 
     Raises:
-        ValueError: names that are missing or unknown, or another shape.
+        ValueError: missing or unexpected names, or another shape.
     """
     found: dict[str, str] = {}
     known = set(beside)
@@ -169,20 +192,20 @@ def match(
             missing.append(item.fqn)
         elif shapes[there] != item.shape:
             raise ValueError(
-                f"{label}: {there} has shape {shapes[there]}, expected {item.shape}; it is of "
-                "another model"
+                f"{label}: {there} has shape {shapes[there]}, expected {item.shape}; the source is "
+                "of another model"
             )
         elif there in found.values():
             raise ValueError(
-                f"{label}: {there} is the name of two tensors of the model, as of two adapters; "
+                f"{label}: {there} is the name of two tensors of the model, such as two adapters; "
                 "give {fqn: tensor} with the names of model.state_dict()"
             )
         else:
             found[item.fqn] = there
     unknown = sorted(shapes.keys() - known)
     if missing or unknown:
-        text = f"lacks {abbreviate(missing)}" if missing else ""
-        text += " and " if missing and unknown else ""
-        text += f"has the unknown {abbreviate(unknown)}" if unknown else ""
-        raise ValueError(f"{label}: it {text}; it is of another model")
+        text = f"missing {abbreviate(missing)}" if missing else ""
+        text += ", " if missing and unknown else ""
+        text += f"unexpected {abbreviate(unknown)}" if unknown else ""
+        raise ValueError(f"{label}: {text}; the source is of another model")
     return found

@@ -1,8 +1,8 @@
 """The averages as tensors that torch.distributed.checkpoint can save and reshard.
 
-DCP knows DTensors, whose shard is one box. `BoxedTensor` tells it about any shard: it looks like
-the full tensor, holds only this rank's part, and answers DCP's three questions (which chunks to
-write, which to read, where a chunk is in memory).
+The local shard of a DTensor is one box. `BoxedTensor` is a tensor subclass for shards of several
+boxes: it has the full tensor's shape, stores this rank's part, and implements DCP's protocol
+(``__create_write_items__``, ``__create_chunk_list__``, ``__get_tensor_shard__``).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from shardema.shards.boxes import Box, Dims
 from shardema.shards.shard import Shard
 from shardema.update.averages import Averages
 
-if TYPE_CHECKING:  # DCP is slow to import, and asks only when it is there
+if TYPE_CHECKING:  # DCP is slow to import, and calls this code only once it is imported
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
     from torch.distributed.checkpoint.planner import WriteItem
 
 _REMEDY = (
-    "it holds this rank's shards only, so a pickle would keep one rank's and give them to all; "
+    "it holds this rank's shards only, so unpickling would give all ranks those of one; "
     "use ema.save(folder) and ema.load(folder), or dcp.save({'ema': ema}, checkpoint_id=folder)"
 )
 
@@ -33,7 +33,7 @@ def state_of(averages: Averages, elsewhere: Collection[str]) -> dict[str, Any]:
     """The averages, their progress and their schedules; see `ShardedEMA.state_dict`.
 
     Args:
-        elsewhere: names of which another rank's average is saved.
+        elsewhere: fqns that another rank saves.
     """
     tensors = {
         a.name: {
@@ -51,17 +51,17 @@ def state_of(averages: Averages, elsewhere: Collection[str]) -> dict[str, Any]:
 
 
 def saved_elsewhere(plan: Plan, index: int) -> set[str]:
-    """Averaged buffers of which another rank's value is saved: the first one's that has it.
+    """Averaged buffers that another rank saves: the first one that holds the buffer does.
 
     Args:
-        index: of this rank.
+        index: of this rank in the plan.
     """
     first = {i.fqn: i.holders[0][1][0] for i in plan.items if i.role == "buffer" and i.holders}
     return {fqn for fqn, holder in first.items() if holder != index}
 
 
 def refuse_pickle(what: str) -> NoReturn:
-    """Raises the error that an attempt to pickle the average ends in."""
+    """Raises the TypeError for an attempt to pickle or copy an average."""
     raise TypeError(f"{what} cannot be pickled or deep-copied: {_REMEDY}")
 
 
@@ -72,8 +72,8 @@ class BoxedTensor(torch.Tensor):
         local: what this rank holds; shares memory with the average.
         places: ``(offsets, sizes)`` of each box in ``local``.
         order, corners: as in `Shard`.
-        saved: whether this rank has it saved. Of a tensor that ranks hold different values of (a
-            buffer) DCP would keep any rank's, so one rank alone offers it.
+        saved: whether this rank saves it. Ranks may hold different values of a buffer, of which
+            DCP would keep an arbitrary one, so exactly one rank saves it.
     """
 
     local: Tensor
@@ -89,7 +89,7 @@ class BoxedTensor(torch.Tensor):
 
     @classmethod
     def of(cls, shard: Shard, local: Tensor, *, saved: bool = True) -> BoxedTensor:
-        """``local``, laid out like ``shard``, as part of the full tensor."""
+        """``local``, shaped like the local tensor of ``shard``, as part of the full tensor."""
         made = cls(shard.shape, local.dtype)
         made.saved = saved
         made.local = local
@@ -102,12 +102,12 @@ class BoxedTensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.new_empty.default:
-            # DCP's stager makes an empty twin and copies the attributes, local included
+            # DCP's stager creates an empty tensor and copies the attributes, local included
             return cls(args[1], args[0].dtype)
         if func is torch.ops.aten.detach.default:
             return args[0]
         raise NotImplementedError(
-            f"{func} on a part of a full tensor; use ema.full_state_dict() for full tensors"
+            f"{func} on a shard of a full tensor; use ema.full_state_dict() for full tensors"
         )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -127,9 +127,9 @@ class BoxedTensor(torch.Tensor):
         return Shard("", self.local, tuple(self.shape), boxes, order=order, corners=corners)
 
     def _local_boxes(self) -> Iterator[tuple[Box, Tensor]]:
-        """The boxes of `local` with their values; of an empty tensor the one box of no element.
+        """The boxes of `local` with their values; an empty tensor has one empty box.
 
-        DCP knows a tensor by its chunks, so one without any would be missing in the checkpoint.
+        DCP records a tensor by its chunks, so one without any would be missing in the checkpoint.
         """
         if self.numel() == 0:
             shape = tuple(self.shape)

@@ -1,13 +1,13 @@
 """One consolidated safetensors file (or HF shards of it), written by all ranks at once.
 
-The head of a safetensors file follows from names and shapes alone, so every rank knows where in
-the file each of its boxes belongs, and writes it there: no full tensor, no collective on data::
+The head (length and header) of a safetensors file follows from names, dtypes and shapes, so every
+rank computes the offsets of its boxes and writes them: no full tensor, no collective on data::
 
     rank 0   [head][== w ==..........][== b ==....]
     rank 1         [..........== w ==][....== b ==]     the same file
 
-That needs one host and a local file system: network file systems write whole pages back and
-clobber the neighbours. Elsewhere the same bytes are streamed through the leader, bucket by bucket.
+This needs one host and a local file system: network file systems write back whole pages, and so
+overwrite bytes of other ranks. Elsewhere the leader receives and writes the bytes, by buckets.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from shardema.files.safetensors import (
     Entry,
     NewFile,
     close_quietly,
-    layout,
     make_folders,
+    make_header,
     open_existing,
     reporting,
     write_all,
@@ -48,20 +48,20 @@ from shardema.shards.strides import raw_bytes
 
 Mode = Literal["auto", "direct", "stream"]
 
-# File systems on which ranks of one host may write into one file side by side.
+# File systems on which ranks of one host may write to one file concurrently.
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "f2fs", "ramfs"}
-_SMALL_RUN = 4096  # bytes; tensors whose boxes are shorter stretches than this are streamed
-_CHUNK = 16 << 20  # bytes that are converted or fetched from a device at a time
+_SMALL_RUN = 4096  # bytes; tensors with shorter contiguous runs are streamed
+_CHUNK = 16 << 20  # bytes converted or copied from a device at a time
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 @dataclass(frozen=True)
 class Target:
-    """One safetensors file of an export: its head and where each tensor goes.
+    """One safetensors file of an export: its head and the offset of each tensor.
 
     Attributes:
-        stem: of its name, which may have a folder; the files of one stem make one set.
+        stem: file name without number and suffix, may have a folder; one set of files has one stem.
     """
 
     stem: str
@@ -78,7 +78,7 @@ def parse_size(size: int | str) -> int:
     """Bytes of a size such as ``"5GB"`` or ``"512MiB"``.
 
     Raises:
-        ValueError: it is no size, or not above zero.
+        ValueError: not a size, or not above zero.
 
     >>> parse_size("5GB")
     5000000000
@@ -96,10 +96,11 @@ def parse_size(size: int | str) -> int:
 def plan_targets(
     tensors: Sequence[tuple[str, str, torch.dtype, Dims]], max_shard_size: int
 ) -> tuple[list[Target], dict[str, bytes]]:
-    """The files of an export, and by name their indices where one file is not enough.
+    """The files of an export, and ``{name: content}`` of an index for each set of several files.
 
     Args:
-        tensors: stem, name, dtype and shape of each; without a stem it is not written.
+        tensors: stem, name, dtype and shape of each; one with an empty stem is not written.
+        max_shard_size: bytes.
     """
     by_stem: dict[str, list[tuple[str, torch.dtype, Dims]]] = {}
     for stem, name, dtype, shape in tensors:
@@ -108,7 +109,7 @@ def plan_targets(
     targets: list[Target] = []
     indices: dict[str, bytes] = {}
     for stem, group in by_stem.items():
-        # what reads adapters reads one file
+        # PEFT reads an adapter from one file
         limit = max_shard_size if stem in WHOLE else None
         made, index = _targets(stem, group, limit)
         targets += made
@@ -122,7 +123,7 @@ def _targets(
 ) -> tuple[list[Target], bytes | None]:
     """The files of one stem and the bytes of their index.
 
-    As transformers does it: tensors fill a file in order until the next would pass the limit; a
+    As in transformers: tensors fill a file in order until the next would exceed the limit; a
     tensor larger than the limit has a file of its own.
     """
     groups: list[list[tuple[str, torch.dtype, Dims]]] = [[]]
@@ -137,9 +138,11 @@ def _targets(
         total += nbytes
     metadata = {"format": "pt"}
     if len(groups) == 1:
-        return [Target(stem, f"{stem}.safetensors", *layout(groups[0], metadata))], None
+        return [Target(stem, f"{stem}.safetensors", *make_header(groups[0], metadata))], None
     targets = [
-        Target(stem, f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", *layout(group, metadata))
+        Target(
+            stem, f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", *make_header(group, metadata)
+        )
         for i, group in enumerate(groups, start=1)
     ]
     places = {name: target.name for target in targets for name in target.entries}
@@ -150,10 +153,10 @@ def _targets(
 def write_box(
     fd: int, entry: Entry, box: Box, values: Tensor, done: Callable[[int], object]
 ) -> None:
-    """Writes ``values [*box.sizes]`` of a tensor to its places in the file.
+    """Writes ``values [*box.sizes]``, a box of a tensor, at its offsets in the file.
 
     Args:
-        done: told the number of bytes after each stretch or chunk.
+        done: called with the number of bytes after each chunk.
     """
     itemsize = entry.dtype.itemsize
     for part in split_box(box, max(1, _CHUNK // itemsize)):
@@ -179,16 +182,16 @@ def export(
     """Writes ``contents`` in the HF layout. Collective over their ranks.
 
     Args:
-        folder: where; must not exist. In a store the leader writes file after file, and needs
-            memory for the largest tensor.
-        mode: ``"direct"`` lets every rank write its own boxes, ``"stream"`` brings them to the
-            leader, ``"auto"`` takes the first where it is safe.
-        progress: show a bar on the leader once the export has taken a second.
-        extra: called on the leader with the temporary folder, to write what else belongs in it.
+        folder: must not exist.
+        max_shard_size: bytes.
+        mode: ``"direct"``: every rank writes its own boxes; ``"stream"``: the leader receives and
+            writes them; ``"auto"``: direct where it is safe.
+        progress: show a progress bar on the leader once the export has taken a second.
+        extra: called on the leader with the temporary folder, to write further files.
 
     Raises:
         ValueError: ``mode="direct"`` on several hosts, a file system that is not local or a URL.
-        CheckpointError: on all ranks, if any could not write; nothing is left behind.
+        CheckpointError: on all ranks, if any failed to write; nothing is left behind.
     """
     ranks, contents = contents.ranks, _exported(contents)
     tensors = [(i.stem, i.file_name, contents.dtype(i), i.shape) for i in contents.items]
@@ -208,10 +211,10 @@ def export(
         Writer(new.path, targets, bar.update) as writer,
     ):
         direct = _choose_mode(new.path, mode, ranks) == "direct"
-        by_hand, streamed = _divide(contents, direct)
+        own, streamed = _divide(contents, direct)
         prepared = _make_room(new.path, targets, streamed)
         with bar:
-            _write_own(by_hand, writer)
+            _write_own(own, writer)
             failed = _write_streamed(streamed, prepared[0], writer) if prepared else None
 
         def sync() -> None:
@@ -220,9 +223,10 @@ def export(
             writer.sync()
 
         def finish(_: list[None]) -> None:
-            new.finish(indices, extra)
+            new.add(extra)
+            new.finish(indices)
 
-        # one rank's sync writes what all wrote to the file
+        # fsync on one rank flushes what every rank wrote to the file
         ranks.agree("export (finishing)", sync, finish, nbytes=total)
 
 
@@ -265,7 +269,7 @@ def _upload(
         ranks.agree("export (reserving)", make_room)
         with bar:
             failed = _write_assembled(contents, prepared[0], write)
-        ranks.agree("export (finishing)", sync, lambda _: new.finish(indices, lambda _: None))
+        ranks.agree("export (finishing)", sync, lambda _: new.finish(indices))
 
 
 def _exported(contents: Contents) -> Contents:
@@ -275,8 +279,8 @@ def _exported(contents: Contents) -> Contents:
         "export",
         contents.plan,
         contents.chosen,
-        "take ema.full_state_dict(), which hands it out as it is, or ema.save(folder) and "
-        "the averages alone with `shardema export --partial`",
+        "use ema.full_state_dict(), which returns it unchanged, or ema.save(folder) and then "
+        "`shardema export --partial`, which writes the averages alone",
     )
     return contents
 
@@ -294,7 +298,7 @@ def _bar(total: int, *, visible: bool) -> tqdm[Any]:
 
 
 def _make_room(folder: str, targets: Sequence[Target], streamed: Contents) -> list[Prepared]:
-    """Reserves the files, and the memory for what is streamed, if anything is. Collective."""
+    """Reserves the files, and buffers for the tensors that are streamed, if any. Collective."""
     prepared: list[Prepared] = []
 
     def make_room() -> None:
@@ -318,8 +322,8 @@ def _choose_mode(temporary: str, mode: Mode, ranks: Ranks) -> str:
         if mode == "direct" and (len(hosts) > 1 or not local):
             raise ValueError(
                 f"export: got mode='direct' with ranks on {len(hosts)} host(s) and "
-                f"{'a' if local else 'no'} local file system; ranks may write side by side only "
-                "on one host and a local file system: leave mode='auto'"
+                f"{'a' if local else 'no'} local file system, expected one host and a local file "
+                "system; use mode='auto'"
             )
         if mode == "auto":
             return "direct" if len(hosts) == 1 and local else "stream"
@@ -329,7 +333,7 @@ def _choose_mode(temporary: str, mode: Mode, ranks: Ranks) -> str:
 
 
 def host_id() -> str:
-    """A name that the processes of one host share, and only they."""
+    """An identifier of this host, the same in all its processes."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{socket.gethostname()}/{file.read().strip()}"
@@ -338,7 +342,7 @@ def host_id() -> str:
 
 
 def is_local(path: str) -> bool:
-    """Whether ``path`` is on a file system that this host alone writes to."""
+    """Whether ``path`` is on a file system that no other host writes to."""
     device = os.stat(path).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
@@ -351,8 +355,8 @@ def is_local(path: str) -> bool:
 
 
 def _divide(contents: Contents, direct: bool) -> tuple[Contents, Contents]:
-    """Items that their holders write, and items that the leader does: those in tiny stretches."""
-    by_hand: list[int] = []
+    """Items that each holder writes directly, and items streamed to the leader (tiny runs)."""
+    own: list[int] = []
     streamed: list[int] = []
     for index, item in zip(contents.chosen, contents.items, strict=True):
         small = False
@@ -361,14 +365,15 @@ def _divide(contents: Contents, direct: bool) -> tuple[Contents, Contents]:
             if len(starts) > 1 and numel * contents.dtype(item).itemsize < _SMALL_RUN:
                 small = True
                 break
-        (by_hand if direct and not small else streamed).append(index)
-    return contents.only(by_hand), contents.only(streamed)
+        (own if direct and not small else streamed).append(index)
+    return contents.only(own), contents.only(streamed)
 
 
 def reserve(temporary: str, targets: Sequence[Target]) -> None:
-    """Makes the files with their heads and reserves their space. On one rank only.
+    """Creates the files with their heads and reserves their space. On one rank only.
 
-    Where the file system cannot reserve, that is done by writing, over what others wrote.
+    Where a file system cannot reserve space, the C library writes to it instead, which could
+    overwrite what other ranks wrote.
     """
     for target in targets:
         path = os.path.join(temporary, target.name)
@@ -379,7 +384,7 @@ def reserve(temporary: str, targets: Sequence[Target]) -> None:
 
 
 class Writer:
-    """The files of an export, opened when first written to and closed at the end of a ``with``."""
+    """The files of an export, opened on their first write and closed at the end of a ``with``."""
 
     def __init__(
         self, folder: str, targets: Sequence[Target], done: Callable[[int], object]
@@ -390,7 +395,7 @@ class Writer:
         self._done = done
 
     def write(self, stem: str, name: str, box: Box, values: Tensor) -> None:
-        """Writes a box of the tensor that has this name in the files of this stem."""
+        """Writes a box of the tensor ``name`` in the files of ``stem``."""
         target = self._places[stem, name]
         path = os.path.join(self._folder, target.name)
         if target.name not in self._fds:
@@ -399,7 +404,7 @@ class Writer:
             write_box(self._fds[target.name], target.entries[name], box, values, self._done)
 
     def sync(self) -> None:
-        """Syncs and closes what this rank wrote to."""
+        """Syncs and closes the files that this rank wrote to."""
         while self._fds:
             name, fd = self._fds.popitem()
             with reporting(os.path.join(self._folder, name), "writing"):
@@ -414,12 +419,12 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._fds:  # after an error, which was raised
+        while self._fds:  # only after an error, which is being raised
             close_quietly(self._fds.popitem()[1])
 
 
 def _write_own(contents: Contents, writer: Writer) -> None:
-    """Writes what is this rank's to write. Collective."""
+    """Writes the boxes that are assigned to this rank. Collective."""
 
     def write() -> None:
         for index, item in zip(contents.chosen, contents.items, strict=True):
@@ -448,10 +453,10 @@ def _write_assembled(
 
 
 def _write_streamed(contents: Contents, prepared: Prepared, writer: Writer) -> Exception | None:
-    """Writes what arrives, on the leader; returns what went wrong, for all ranks to hear."""
+    """Receives and writes boxes on the leader; returns its error, to be raised on all ranks."""
     failed: Exception | None = None
     for chunk, values in stream(prepared, "export"):
-        if failed is None:  # after a failure go on receiving, so that no sender waits for ever
+        if failed is None:  # else keep receiving, so that no sender waits forever
             try:
                 item = contents.plan.items[chunk.item]
                 writer.write(item.stem, item.file_name, chunk.box, values)

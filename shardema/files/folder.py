@@ -1,13 +1,13 @@
-"""A local folder that appears complete under its name or not at all, or replaces a checkpoint.
+"""Creates or replaces a local folder atomically.
 
 ::
 
-    a new one        .NAME.XXXXXXXX.tmp/           written, synced, renamed to NAME
+    new              .NAME.XXXXXXXX.tmp/           written, synced, renamed to NAME
     a replacement    NAME/save-XXXXXXXXXXXXXXXX/   written, synced; its manifest is renamed over
-                                                   NAME/shardema.json, then the old files go
+                                                   NAME/shardema.json, then old files are removed
 
-Both turn on one rename, which every file system makes in one: whoever looks, and whenever a rank is
-killed, finds the old state or the new one. After an error the old state is there.
+Either takes effect with one atomic rename: a reader finds the old state or the new one at any time,
+also after a rank was killed. After an error it is the old state.
 """
 
 from __future__ import annotations
@@ -44,15 +44,16 @@ from shardema.files.steps import lock
 from shardema.ranks.agree import Ranks
 
 _REPLACED = "replaced.json"  # the old manifest, until the new one is durable
-_LONGEST = 100  # bytes of the name that a temporary one has; file systems take 143 or 255 in all
+_LONGEST = 100  # bytes of NAME in a temporary name; file systems allow 143 or 255 in all
 
 
 class NewFolder:
     """A folder that the ranks write into; made by `new_folder`.
 
     Attributes:
-        path: where they write.
-        place: name of ``path`` where it stays in the folder that it replaces, else "".
+        folder: its name.
+        path: the folder to write to.
+        place: of a replacement, the name of ``path`` in the checkpoint's folder, else "".
     """
 
     def __init__(self, op: str, ranks: Ranks) -> None:
@@ -60,27 +61,28 @@ class NewFolder:
         self.place = ""
         self._op = op
         self._ranks = ranks
-        self._folder = ""
-        self._made: list[str] = []  # folders above it
-        self._lock = -1  # of the temporary folder: a manager removes one that nobody holds
+        self.folder = ""
+        self._handed_over = False  # another thread will call `close`
+        self._made: list[str] = []  # parent folders that were created
+        self._lock = -1  # on the temporary folder: a manager removes those that are not locked
         self._moving = False  # the manifest of a replacement may have been renamed
 
     def begin(self, folder: str | os.PathLike[str], overwrite: bool) -> None:
-        """Makes the folder to write into. Collective."""
+        """Creates the folder to write to. Collective."""
         op, ranks = self._op, self._ranks
 
         def propose() -> str:
-            self._folder = absolute(folder, op)
-            with reporting(self._folder, f"{op} to"):
-                if _exists(self._folder) and not overwrite:
-                    raise exists_already(op, self._folder)
-            return self._folder
+            self.folder = absolute(folder, op)
+            with reporting(self.folder, f"{op} to"):
+                if _exists(self.folder) and not overwrite:
+                    raise exists_already(op, self.folder)
+            return self.folder
 
         def choose(proposals: list[str]) -> list[str]:
             for rank, proposal in zip(ranks.ranks, proposals, strict=True):
-                if proposal != self._folder:
-                    raise other_path(op, rank, proposal, ranks.ranks[0], self._folder)
-            with reporting(self._folder, f"{op} to"):
+                if proposal != self.folder:
+                    raise other_path(op, rank, proposal, ranks.ranks[0], self.folder)
+            with reporting(self.folder, f"{op} to"):
                 self._make()
             return [self.path, self.place]
 
@@ -90,23 +92,23 @@ class NewFolder:
             with reporting(self.path, f"{op} to"):
                 if not _exists(self.path):
                     raise CheckpointError(
-                        f"{op} to {self._folder}: rank {ranks.rank} does not see the folder that "
+                        f"{op} to {self.folder}: rank {ranks.rank} does not see the folder that "
                         f"rank {ranks.ranks[0]} made; give a path on a file system that all ranks "
                         "share",
-                        path=self._folder,
+                        path=self.folder,
                     )
 
         ranks.agree(f"{op} (looking)", look)
 
     def _make(self) -> None:
-        parent, name = os.path.split(self._folder)
-        if _exists(self._folder):
-            _replaceable(self._folder, self._op)
+        parent, name = os.path.split(self.folder)
+        if _exists(self.folder):
+            _replaceable(self.folder, self._op)
             place = f"save-{secrets.token_hex(8)}"
-            path = os.path.join(self._folder, place)
+            path = os.path.join(self.folder, place)
         else:
             make_folders(parent, self._made)
-            sync_path(parent)  # where that fails, the rename could not be made durable either
+            sync_path(parent)  # if this fails, the rename could not be made durable either
             cut = os.fsencode(name)[:_LONGEST].decode(errors="ignore")
             place, path = "", os.path.join(parent, f".{cut}.{secrets.token_hex(4)}.tmp")
         self.path, self.place = path, place
@@ -114,44 +116,44 @@ class NewFolder:
         self._lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         lock(self._lock)
 
-    def finish(self, files: Mapping[str, bytes], extra: Callable[[str], None]) -> None:
-        """Writes the last files and makes all that was written count, durably. On the leader only.
-
-        Args:
-            files: their bytes by name.
-            extra: given a local folder, writes what else belongs there.
-
-        Raises:
-            CheckpointError: it could not; what was there before is there.
-        """
+    def add(self, extra: Callable[[str], None]) -> None:
+        """Calls ``extra`` with a local folder, to write further files. On the leader only."""
         with reporting(self.path, f"{self._op} to"):
             extra(self.path)
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        """Writes the last files and renames all into place, durably. On the leader only.
+
+        Raises:
+            CheckpointError: a system call failed; the previous state is unchanged.
+        """
+        with reporting(self.path, f"{self._op} to"):
             for name, data in files.items():
                 write_file(os.path.join(self.path, name), data)
-        with reporting(self._folder, f"{self._op} to"):
-            sync_tree(self.path)  # the model's config was written by its own code
+        with reporting(self.folder, f"{self._op} to"):
+            sync_tree(self.path)  # config.save_pretrained does not sync
             if self.place:
                 self._replace()
             else:
                 self._rename()
 
     def _rename(self) -> None:
-        if _exists(self._folder):
+        if _exists(self.folder):
             raise CheckpointError(
-                f"{self._op} to {self._folder}: it was created by another process during the "
+                f"{self._op} to {self.folder}: it was created by another process during the "
                 f"{self._op}",
-                path=self._folder,
+                path=self.folder,
             )
-        os.rename(self.path, self._folder)
-        self._settle(os.path.dirname(self._folder), lambda: os.rename(self._folder, self.path))
+        os.rename(self.path, self.folder)
+        self._settle(os.path.dirname(self.folder), lambda: os.rename(self.folder, self.path))
 
     def _replace(self) -> None:
-        old = _replaceable(self._folder, self._op)
-        shown, hidden = os.path.join(self._folder, NAME), os.path.join(self.path, NAME)
+        old = _replaceable(self.folder, self._op)
+        shown, hidden = os.path.join(self.folder, NAME), os.path.join(self.path, NAME)
         kept = os.path.join(self.path, _REPLACED)
         write_file(kept, read_whole(shown, MAX_MANIFEST))
         sync_path(self.path)
-        sync_path(self._folder)  # the files are to be found before anything says that they count
+        sync_path(self.folder)  # the files must be durable before the manifest refers to them
 
         def undo() -> None:
             os.rename(kept, shown)
@@ -159,7 +161,7 @@ class NewFolder:
 
         self._moving = True
         os.rename(hidden, shown)
-        self._settle(self._folder, undo)
+        self._settle(self.folder, undo)
         self._clear(old, kept)
 
     def _settle(self, parent: str, undo: Callable[[], None]) -> None:
@@ -171,33 +173,38 @@ class NewFolder:
                 undo()
             except OSError:
                 raise CheckpointError(
-                    f"{self._op} to {self._folder}: it is complete, but {parent} could not "
-                    f"be synced ({error.strerror}), so a power failure may still take it away",
-                    path=self._folder,
+                    f"{self._op} to {self.folder}: it is complete, but {parent} could not "
+                    f"be synced ({error.strerror}), so a power failure may still lose it",
+                    path=self.folder,
                     errno=error.errno,
                 ) from error
             raise
 
     def _clear(self, old: Manifest, kept: str) -> None:
-        """Removes the files of the checkpoint that was replaced, and what killed saves left."""
+        """Removes the files of the replaced checkpoint, and those of killed saves."""
         with contextlib.suppress(OSError):
             os.unlink(kept)
         with contextlib.suppress(OSError):
-            for name in os.listdir(self._folder):
+            for name in os.listdir(self.folder):
                 if PLACE.fullmatch(name) and name != self.place:
-                    shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)
+                    shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
         for file in () if old.place else old.files:
             with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self._folder, file.name))
+                os.unlink(os.path.join(self.folder, file.name))
+
+    def handed_over(self) -> NewFolder:
+        """Itself, which `new_folder` does not close then."""
+        self._handed_over = True
+        return self
 
     def close(self) -> None:
-        """Unlocks what was written."""
+        """Unlocks the temporary folder."""
         if self._lock >= 0:
             close_quietly(self._lock)
             self._lock = -1
 
     def discard(self) -> None:
-        """Removes what was written, after a failure. The leader does it."""
+        """Removes what was written, after a failure. On the leader; a no-op elsewhere."""
         if not self._ranks.leader:
             return
         moved = self._moving and not os.path.lexists(os.path.join(self.path, NAME))
@@ -212,15 +219,15 @@ class NewFolder:
 def new_folder(
     folder: str | os.PathLike[str], op: str, ranks: Ranks, *, overwrite: bool = False
 ) -> Iterator[NewFolder | NewPrefix]:
-    """A folder to write into and to finish; after an error nothing of it is left. Collective.
+    """Yields a folder to write to and to finish; removes it after an error. Collective.
 
     Args:
-        folder: its name, or its URL in a store; must not exist. Its parent is made.
-        overwrite: a complete checkpoint may be there, and is replaced.
+        folder: must not exist, unless ``overwrite``; its parent is created.
+        overwrite: replace a complete checkpoint at ``folder``.
 
     Raises:
-        CheckpointError: ``folder`` exists, or cannot be made or seen by a rank.
-        ValueError: the ranks name different folders, or a URL that cannot be used.
+        CheckpointError: ``folder`` exists, cannot be created, or is not visible on some rank.
+        ValueError: the ranks got different folders, or a URL that cannot be used.
     """
     if is_remote(any_path(op, folder)):
         with new_prefix(folder, op, ranks, overwrite=overwrite) as prefix:
@@ -232,13 +239,17 @@ def new_folder(
         yield new
     except BaseException:
         new.discard()
+        new.close()
         raise
-    finally:
+    if not new._handed_over:
         new.close()
 
 
 def absolute(folder: str | os.PathLike[str], op: str) -> str:
-    """``folder`` from the root on, its last part a name; links, and URLs, stay what they are."""
+    """``folder`` as an absolute path; symlinks are resolved only if it ends in "", "." or "..".
+
+    A URL stays what it is.
+    """
     path = any_path(op, folder)
     if is_remote(path):
         return path
@@ -248,7 +259,7 @@ def absolute(folder: str | os.PathLike[str], op: str) -> str:
 
 
 def _exists(path: str) -> bool:
-    """Whether there is anything of this name. Raises OSError where that cannot be told."""
+    """Whether the path exists, also as a broken symlink. Raises OSError if that is unknown."""
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -257,7 +268,7 @@ def _exists(path: str) -> bool:
 
 
 def _replaceable(folder: str, op: str) -> Manifest:
-    """The manifest of what is there. Raises CheckpointError unless it is a whole checkpoint."""
+    """The manifest in ``folder``. Raises CheckpointError unless it is a complete checkpoint."""
     reason = "not a folder"
     if stat.S_ISDIR(os.lstat(folder).st_mode):
         try:

@@ -1,4 +1,4 @@
-"""What averages are to become, read into staging; only when all ranks have theirs is it copied."""
+"""Reads new values of averages into staging; they are copied once all ranks have read theirs."""
 
 from __future__ import annotations
 
@@ -7,30 +7,26 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from shardema.arguments import progress
 from shardema.errors import CheckpointError, abbreviate
-from shardema.files import checkpoint, consolidated, manifest, pairing, remote
+from shardema.files import checkpoint, manifest, pairing, remote, sources
 from shardema.files.dcp import BoxedTensor
 from shardema.files.manifest import Manifest, ReadRequest
+from shardema.files.sources import Imported
 from shardema.ranks.plan import Plan
 from shardema.schedules import describe
 from shardema.update.average import Average
 from shardema.update.averages import Averages
 from shardema.update.shadows import Shadows, allocate
 
-_EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
-_FullTensor = Tensor | consolidated.Place
-
 
 @dataclass(frozen=True)
-class Staged:
-    """Values that an average is to take over.
+class StagedAverage:
+    """New values of an average, in staging.
 
     Attributes:
-        clock: arguments of `Average.restart`; None leaves the clock as it is.
-        loaded: they were read, and are not the weights.
+        clock: arguments of `Average.restart`; None leaves the clock unchanged.
+        loaded: the values were loaded, not copied from the weights.
     """
 
     average: Average
@@ -38,8 +34,8 @@ class Staged:
     clock: tuple[float, int, float | None] | None
     loaded: bool
 
-    def take_over(self) -> None:
-        """Copies them in. May be done twice."""
+    def apply(self) -> None:
+        """Copies the values and sets the clock. Idempotent."""
         self.average.shadows.copy_all(self.shadows)
         if self.clock is not None:
             self.average.restart(*self.clock)
@@ -58,7 +54,7 @@ def read_checkpoint(
     new_schedule: bool,
     add: Sequence[str],
     drop: Sequence[str],
-) -> list[Staged]:
+) -> list[StagedAverage]:
     """Reads every average of a checkpoint. Collective.
 
     Args:
@@ -80,21 +76,21 @@ def read_checkpoint(
         blocks = sum(len(part.blocks) for parts in requests.values() for part in parts)
         return stored.save_id, blocks * manifest.BLOCK
 
-    def same(told: list[tuple[str, int]]) -> int:
-        if len({save_id for save_id, _ in told}) > 1:
+    def same(found: list[tuple[str, int]]) -> int:
+        if len({save_id for save_id, _ in found}) > 1:
             raise CheckpointError(
                 f"load from {folder}: the ranks see different checkpoints at this path; give a "
                 "path on a file system that all ranks share",
                 path=str(folder),
             )
-        return max(nbytes for _, nbytes in told)
+        return max(nbytes for _, nbytes in found)
 
     with remote.patience(averages.ranks.timeout):
         nbytes = averages.ranks.agree("load (looking)", look, same)
     if check_model:
         shards = averages.weights.averaged_shards
         pairing.check(str(folder), found[0][0], plan, shards, averages.ranks)
-    staged: dict[str, Staged] = {}
+    staged: dict[str, StagedAverage] = {}
 
     def read() -> None:
         stored, requests = found[0]
@@ -111,16 +107,16 @@ def _read_average(
     average: Average,
     averages: Averages,
     requests: Mapping[str, list[ReadRequest]],
-) -> Staged:
+) -> StagedAverage:
     held = averages.held(average)
     staging = allocate(held, average.policy, pin=False)
     if average.name not in requests:
         staging.copy_from(held)
-        return Staged(average, staging, (0, 0, None), loaded=False)
+        return StagedAverage(average, staging, (0, 0, None), loaded=False)
     checkpoint.read_average(stored, average.name, requests[average.name], held, staging.views)
     kept = stored.averages[average.name]
     clock = kept.t, kept.num_updates, kept.moved_at
-    return Staged(average, staging, clock, loaded=True)
+    return StagedAverage(average, staging, clock, loaded=True)
 
 
 def check_checkpoint(
@@ -140,7 +136,7 @@ def check_checkpoint(
         checkpoint.check_same_tensors(folder, stored, average.name, items, dtype)
         if not new_schedule:
             was = stored.averages[average.name].schedule
-            otherwise = ", or load(..., new_schedule=True) to go on with the new one"
+            otherwise = ", or load(..., new_schedule=True) to continue with the new one"
             _check_schedule(f"load from {folder}", average, was, otherwise)
 
 
@@ -164,7 +160,7 @@ def _check_schedule(op: str, average: Average, was: dict[str, Any], otherwise: s
     now = describe(average.schedule)
     if was != now:
         raise ValueError(
-            f"{op}: average {average.name!r} was kept with schedule {was}, this object has "
+            f"{op}: average {average.name!r} was saved with schedule {was}, this object has "
             f"{now}; build it with the same schedule{otherwise}"
         )
 
@@ -173,70 +169,47 @@ def _check_schedule(op: str, average: Average, was: dict[str, Any], otherwise: s
 
 
 def read_full(
-    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    source: Imported,
     average: Average,
     averages: Averages,
     plan: Plan,
     *,
     beside: Collection[str],
     clock: tuple[float | None, int | None],
-) -> Staged:
+) -> StagedAverage:
     """Reads this rank's slices of full tensors. Local.
 
     Args:
         plan: of the model.
-        beside: names that the source may have and that are not used.
+        beside: names that are allowed in the source and not used.
         clock: ``t`` and ``num_updates``, as for `ShardedEMA.load_full`.
     """
-    with remote.patience(averages.ranks.timeout):
-        return _read_full(source, average, averages, plan, beside, clock)
-
-
-def _read_full(
-    source: str | os.PathLike[str] | Mapping[str, Tensor],
-    average: Average,
-    averages: Averages,
-    plan: Plan,
-    beside: Collection[str],
-    clock: tuple[float | None, int | None],
-) -> Staged:
-    label = "load_full" if isinstance(source, Mapping) else f"load_full from {source}"
+    label = f"load_full from {source.path}" if source.path else "load_full"
     unit = averages.unit
     known = progress(*clock, unit)
-    if known is None and not isinstance(source, Mapping) and unit == "step":
-        known = progress(None, consolidated.steps_of(source), unit)
+    if known is None and unit == "step":
+        known = progress(None, source.num_updates, unit)
     restart = average.check_seed(label, known)
-    stored: Mapping[str, _FullTensor] = (
-        source if isinstance(source, Mapping) else consolidated.tensors_of(source)
-    )
-    shapes = {
-        fqn: tuple(v.entry.shape if isinstance(v, consolidated.Place) else v.shape)
-        for fqn, v in stored.items()
-        if not fqn.endswith(_EXTRA) and isinstance(v, consolidated.Place | Tensor)
-    }
-    names = consolidated.match(label, plan, shapes, beside)
+    chunked = len(averages.weights.models) > 1
+    names = sources.match(label, source, plan, beside, chunked)
     held = averages.held(average)
     staging = allocate(held, average.policy, pin=False)
-    for shard in held:
-        value = stored[names[shard.fqn]]
-        for box, target in shard.local_boxes(staging.views[shard.fqn]):
-            if isinstance(value, consolidated.Place):
-                consolidated.read_into(target, value, box)
-            else:
-                target.copy_(box.view(value))
-    return Staged(average, staging, restart and (*restart, None), loaded=True)
+    with remote.patience(averages.ranks.timeout):
+        sources.read_shards(source, names, held, staging.views)
+    return StagedAverage(average, staging, restart and (*restart, None), loaded=True)
 
 
 # ---- a state dict -----------------------------------------------------------------------------
 
 
 def check_state(state: Mapping[str, Any], averages: Averages) -> None:
-    """Raises ValueError unless it is what ``ema.state_dict()`` of the same averages gives."""
+    """Raises ValueError unless ``state`` has the form of ``ema.state_dict()`` of these averages."""
     op = "load_state_dict"
     missing = {"averages", "progress", "schedules"} - set(state)
     if missing:
-        words = sorted(missing)
-        raise ValueError(f"{op}: got no {words}, expected what ema.state_dict() gives")
+        raise ValueError(
+            f"{op}: missing keys {sorted(missing)}, expected a dict as ema.state_dict() returns"
+        )
     for part in ("averages", "progress", "schedules"):
         if set(state[part]) != set(averages):
             got, expected = sorted(state[part]), sorted(averages.names)
@@ -252,19 +225,19 @@ def _check_tensors(op: str, average: Average, given: Mapping[str, Any]) -> None:
         odd = sorted(set(given) ^ set(views))
         raise ValueError(
             f"{op}: average {average.name!r} differs in {abbreviate(odd)}; "
-            "it is of another model, or of another select= or buffers="
+            "the state is of another model, or of another select= or buffers="
         )
     for fqn, value in given.items():
         local = value.local if isinstance(value, BoxedTensor) else None
         if local is None or local.shape != views[fqn].shape:
             raise ValueError(
-                f"{op}: {fqn}: got {type(value).__name__}, expected what "
-                "ema.state_dict() gives; take ema.load_full for full tensors"
+                f"{op}: {fqn}: got {type(value).__name__}, expected a local shard as "
+                "ema.state_dict() returns; use ema.load_full for full tensors"
             )
 
 
-def take_over_state(state: Mapping[str, Any], averages: Averages) -> None:
-    """Copies in what `check_state` has passed. May be done twice."""
+def apply_state(state: Mapping[str, Any], averages: Averages) -> None:
+    """Copies in a state that `check_state` accepted. Idempotent."""
     for average in averages.values():
         for fqn, value in state["averages"][average.name].items():
             if value.local.data_ptr() != average.shadows.views[fqn].data_ptr():

@@ -1,4 +1,4 @@
-"""``shardema.json``: what a checkpoint holds, where it is, and a checksum of every block.
+"""``shardema.json``: the tensors of a checkpoint, their offsets, and a checksum of every block.
 
 docs/format.md has the format field by field. Nothing in a manifest is trusted: every number is
 checked before it is used. A checksum finds damage; it is not a signature, and whoever can write the
@@ -53,13 +53,13 @@ PLACE = re.compile(r"save-[0-9a-f]{16}")  # of the files of a save that replaced
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """One tensor of a checkpoint.
 
     Attributes:
         average: None for buffers and frozen parameters.
-        file_name: the name that an export writes it under; one of the fqn and its aliases.
-        stem: of the file that an export writes it to; empty, to none.
+        file_name: its name in an export; the fqn or one of its aliases.
+        stem: stem of its file in an export; empty if it is not exported.
     """
 
     average: str | None
@@ -83,7 +83,7 @@ class StoredBox:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One safetensors file of a checkpoint."""
+    """One safetensors file of a checkpoint: bytes in all and of its head, checksums, boxes."""
 
     name: str
     size: int
@@ -113,19 +113,19 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that is known of a checkpoint without reading a tensor.
+    """Everything in a checkpoint but the values of its tensors.
 
     Attributes:
         model: of the averaged parameters when the checkpoint was saved: by ``"weights"`` (what the
             forward uses) and ``"masters"`` (an engine's in fp32) and by fqn; empty before 1.2.
-        place: the folder in the checkpoint's that its files are in, "" if they are beside this.
-        home: the path of the folder that its files are in, where it was read.
+        place: name of the subfolder with the files, "" if they are beside the manifest.
+        home: path of the folder with the files; set by `read`.
     """
 
     save_id: str
     world_size: int
     averages: dict[str, StoredAverage]
-    tensors: tuple[Stored, ...]
+    tensors: tuple[StoredTensor, ...]
     left_out: tuple[str, ...]
     files: tuple[StoredFile, ...]
     place: str = ""
@@ -185,13 +185,16 @@ def pack(manifest: Manifest) -> bytes:
     return _START + xxhash.xxh3_128_hexdigest(text).encode() + _MIDDLE + text + _END
 
 
-def read(folder: str | os.PathLike[str], op: str = "load") -> Manifest:
+def read(folder: str | os.PathLike[str], op: str = "load", *, files: bool = True) -> Manifest:
     """The manifest of the checkpoint in ``folder``, checked.
 
+    Args:
+        files: check by `check_file` that each file is there and has its size.
+
     Raises:
-        CheckpointError: no checkpoint, a damaged manifest, a version that is not known, or files
-            that are missing or of another size.
-        ValueError: the path of ``op`` is empty, or a URL that cannot be used.
+        CheckpointError: no checkpoint, a damaged manifest, an unsupported version, or files that
+            are missing or of another size.
+        ValueError: the path is empty, or a URL that cannot be used; the message begins with ``op``.
     """
     folder = any_path(op, folder)
     path = os.path.join(folder, NAME)
@@ -219,8 +222,13 @@ def read(folder: str | os.PathLike[str], op: str = "load") -> Manifest:
             f"reading {path}: {error!r:.300} in the manifest; it was not written by ema.save",
             path=path,
         ) from error
-    with reporting(folder, "reading"):
-        _check_files(manifest)
+    if is_remote(manifest.home):
+        _check_objects(manifest)
+        return manifest
+    if manifest.place:
+        _check_home(manifest)
+    for file in manifest.files if files else ():
+        check_file(manifest, file)
     return manifest
 
 
@@ -299,7 +307,7 @@ def _average(value: Any) -> StoredAverage:
     t = _number(value["t"])
     moved_at = _number(value.get("moved_at", t))
     if moved_at > t:
-        raise ValueError(f"an average that moved at {moved_at}, at progress {t}")
+        raise ValueError(f"moved_at {moved_at}, expected at most t, {t}")
     count = checked_int(value["num_updates"])
     dtype = checked_text(value["dtype"])
     return StoredAverage(_schedule(value["schedule"]), t, count, dtype, moved_at)
@@ -308,7 +316,7 @@ def _average(value: Any) -> StoredAverage:
 def _schedule(value: Any) -> dict[str, Any]:
     checked_text(value["name"])
     if type(value["params"]) is not dict:
-        raise ValueError(f"a schedule with the params {reprlib.repr(value['params'])}")
+        raise ValueError(f"params of a schedule: {reprlib.repr(value['params'])}, expected a dict")
     return dict(value)
 
 
@@ -319,7 +327,7 @@ def _number(value: Any) -> float:
     return number
 
 
-def _tensor(value: Any, averages: dict[str, StoredAverage]) -> Stored:
+def _tensor(value: Any, averages: dict[str, StoredAverage]) -> StoredTensor:
     average = value["average"]
     if average is not None and average not in averages:
         raise ValueError(f"unknown average {reprlib.repr(average)}")
@@ -336,11 +344,11 @@ def _tensor(value: Any, averages: dict[str, StoredAverage]) -> Stored:
     if not isinstance(stem, str) or (stem and not STEM.fullmatch(stem)):
         raise ValueError(f"{fqn} has the file {reprlib.repr(stem)}")
     shape = checked_shape(value["shape"])
-    return Stored(average, fqn, file_name, role, shape, DTYPES[value["dtype"]], aliases, stem)
+    return StoredTensor(average, fqn, file_name, role, shape, DTYPES[value["dtype"]], aliases, stem)
 
 
-def _check_names(tensors: tuple[Stored, ...], averages: dict[str, StoredAverage]) -> None:
-    """What an average is exported as has no name twice: its own tensors, and those of none."""
+def _check_names(tensors: tuple[StoredTensor, ...], averages: dict[str, StoredAverage]) -> None:
+    """Raises ValueError if an export (an average, and tensors without one) has a name twice."""
     for attribute in ("fqn", "file_name"):
         names = [
             (t.average, getattr(t, attribute) if attribute == "fqn" else (t.stem, t.file_name))
@@ -353,7 +361,7 @@ def _check_names(tensors: tuple[Stored, ...], averages: dict[str, StoredAverage]
             raise ValueError(f"a tensor is listed twice, by its {attribute}")
 
 
-def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:
+def _file(value: Any, tensors: tuple[StoredTensor, ...]) -> StoredFile:
     name = value["name"]
     if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
         raise ValueError(f"file name {reprlib.repr(name)}")
@@ -379,16 +387,19 @@ def _file(value: Any, tensors: tuple[Stored, ...]) -> StoredFile:
     return StoredFile(name, size, head, blocks, tuple(boxes))
 
 
-def _check_files(manifest: Manifest) -> None:
-    if is_remote(manifest.home):
-        _check_objects(manifest)
-        return
-    if manifest.place and not stat.S_ISDIR(os.lstat(manifest.home).st_mode):
+def _check_home(manifest: Manifest) -> None:
+    with reporting(manifest.home, "reading"):
+        mode = os.lstat(manifest.home).st_mode
+    if not stat.S_ISDIR(mode):
         raise CheckpointError(
             f"reading {manifest.home}: not a folder; the checkpoint is damaged", path=manifest.home
         )
-    for file in manifest.files:
-        path = os.path.join(manifest.home, file.name)
+
+
+def check_file(manifest: Manifest, file: StoredFile) -> None:
+    """Raises CheckpointError unless a file of the checkpoint is a regular one of its size."""
+    path = os.path.join(manifest.home, file.name)
+    with reporting(path, "reading"):
         try:
             found = os.lstat(path)
         except FileNotFoundError as error:
@@ -397,12 +408,12 @@ def _check_files(manifest: Manifest) -> None:
                 path=path,
                 errno=error.errno,
             ) from error
-        if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
-            raise CheckpointError(
-                f"reading {path}: {found.st_size} bytes, expected a regular file of {file.size}; "
-                "the checkpoint is damaged",
-                path=path,
-            )
+    if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
+        raise CheckpointError(
+            f"reading {path}: {found.st_size} bytes, expected a regular file of {file.size}; "
+            "the checkpoint is damaged",
+            path=path,
+        )
 
 
 def _check_objects(manifest: Manifest) -> None:
@@ -425,7 +436,7 @@ def _check_objects(manifest: Manifest) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """What to read of one file: ``(first byte, last-plus-one, box)``, in the file's order."""
+    """What to read of one file: ``(first byte, end, box)``, in the file's order."""
 
     file: StoredFile
     needed: tuple[tuple[int, int, StoredBox], ...]
@@ -438,7 +449,11 @@ class ReadRequest:
 
 
 def read_requests(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[ReadRequest]:
-    """What to read of each file for the boxes ``wanted``, by number of the tensor."""
+    """What to read of each file.
+
+    Args:
+        wanted: boxes by number of the tensor.
+    """
     found = []
     for file in manifest.files:
         needed = []
@@ -454,11 +469,11 @@ def read_requests(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[Read
 
 
 def parts(manifest: Manifest, found: list[ReadRequest]) -> Iterator[tuple[int, Box, torch.Tensor]]:
-    """Reads blocks, verified, once each, in the files' order.
+    """Reads and verifies each block once, in the files' order.
 
     Yields:
         ``(tensor, box, values)``: values ``[*box.sizes]`` of a box of that tensor, valid until
-        the next one. The boxes cover the wanted ones; they may reach beyond.
+        the next iteration. The boxes cover the wanted ones and may extend beyond them.
 
     Raises:
         CheckpointError: a file is missing, cut short or damaged.
@@ -468,7 +483,7 @@ def parts(manifest: Manifest, found: list[ReadRequest]) -> Iterator[tuple[int, B
 
 
 def _reach(stored: StoredBox, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
-    """First and last-plus-one element of the stored box that any of the boxes touches."""
+    """First element of the stored box that any of the boxes overlaps, and the end."""
     low, high = stored.box.numel, 0
     for box in boxes:
         common = stored.box.intersect(box)

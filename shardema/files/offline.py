@@ -1,4 +1,4 @@
-"""A consolidated export from a checkpoint folder alone: one process, no model code, one block."""
+"""A consolidated export from a checkpoint: one process, no model code, one block in memory."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from shardema import schedules
 from shardema.errors import CheckpointError, abbreviate
+from shardema.files import layouts
 from shardema.files import manifest as manifests
 from shardema.files.export import Target, Writer, parse_size, plan_targets, reserve
 from shardema.files.folder import new_folder
-from shardema.files.manifest import Manifest, Stored
+from shardema.files.manifest import Manifest, StoredTensor
 from shardema.files.places import any_path, exists, read_whole
 from shardema.files.prefix import new_prefix
 from shardema.files.remote import is_remote
@@ -36,47 +39,60 @@ def export_checkpoint(
     *,
     average: str | None = None,
     dtype: torch.dtype | None = None,
+    layout: layouts.Layout = "hf",
     max_shard_size: int | str = "5GB",
     partial: bool = False,
     done: Callable[[int], object] = lambda n: None,
 ) -> Manifest:
-    """Writes one average of a checkpoint in the HF layout, as ``ema.export`` does.
+    """Writes one average of a checkpoint, as ``ema.export`` does.
 
     Args:
-        folder: what ``ema.save`` wrote.
+        folder: a checkpoint of ``ema.save``.
         out: the folder to write; must not exist.
-        average: which one; may be None where there is one.
+        average: its name; may be None if there is only one.
         dtype: of the averages and frozen parameters; None keeps the stored ones.
+        layout: as for ``ema.export``; ``"timm"`` and ``"torch_averaged"`` need memory for the full
+            average, and a checkpoint has no extra state of modules.
         max_shard_size: bytes, or a size such as ``"5GB"``.
-        partial: go on though the checkpoint lacks the parameters that are not averaged.
-        done: told the number of bytes after each part.
+        partial: export without the parameters that the checkpoint lacks.
+        done: called with the number of bytes after each part.
 
     Raises:
         CheckpointError: a damaged checkpoint, or ``out`` exists.
-        ValueError: no average of this name, or parameters that the checkpoint lacks.
+        ValueError: no average of this name, parameters that the checkpoint lacks, or a model or
+            schedule that the layout does not have.
     """
+    layouts.check(layout)
     limit = parse_size(max_shard_size)
     stored = manifests.read(folder, "export")
-    name = _choose(stored, average)
+    name = choose_average(stored, average)
     if not partial:
         _check_complete(folder, stored)
-    numbers = [n for n, t in enumerate(stored.tensors) if t.average in (name, None) and t.stem]
-    wanted = {n: list(whole(stored.tensors[n].shape)) for n in numbers}
 
-    def out_dtype(tensor: Stored) -> torch.dtype:
+    def out_dtype(tensor: StoredTensor) -> torch.dtype:
         cast = dtype is not None and tensor.role != "buffer" and tensor.dtype.is_floating_point
         return dtype if cast and dtype is not None else tensor.dtype
 
+    alone = Ranks((dist.get_rank() if dist.is_initialized() else 0,))
+    if layout in layouts.FILES:
+        full = _full_tensors(stored, name, out_dtype, done)
+        updates = stored.averages[name].num_updates
+        layouts.write_file(out, layout, full, updates, alone)
+        return stored
+    numbers = [n for n, t in enumerate(stored.tensors) if t.average in (name, None) and t.stem]
+    fields = _fields(stored, name, numbers) if layout == "diffusers" else {}
+    wanted = {n: list(whole(stored.tensors[n].shape)) for n in numbers}
     tensors = [
         (t.stem, t.file_name, out_dtype(t), t.shape) for t in (stored.tensors[n] for n in numbers)
     ]
     averaged = (stored.tensors[n] for n in numbers if stored.tensors[n].average == name)
     written = next((out_dtype(t) for t in averaged), None)
     targets, indices = plan_targets(tensors, limit)
-    alone = Ranks((dist.get_rank() if dist.is_initialized() else 0,))
 
     def configs(place: str) -> None:
         _copy_configs(stored.home, place, {target.stem for target in targets}, written)
+        if fields:
+            layouts.add_fields(place, fields)
 
     if is_remote(any_path("export", out)):
         _upload(stored, numbers, targets, out, alone, indices, configs, done)
@@ -90,7 +106,8 @@ def export_checkpoint(
             tensor = stored.tensors[number]
             writer.write(tensor.stem, tensor.file_name, box, values)
         writer.sync()
-        new.finish(indices, configs)
+        new.add(configs)
+        new.finish(indices)
     return stored
 
 
@@ -117,7 +134,7 @@ def _upload(
                 entry = target.entries[stored.tensors[number].file_name]
                 uploads.write(path, target.size, target.head, entry, values)
         uploads.sync()
-        new.finish(indices, lambda _: None)
+        new.finish(indices)
 
 
 def _full(stored: Manifest, order: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
@@ -141,6 +158,45 @@ def _full(stored: Manifest, order: Sequence[int]) -> Iterator[tuple[int, Tensor]
         yield from full.items()
 
 
+def _full_tensors(
+    stored: Manifest,
+    name: str,
+    out_dtype: Callable[[StoredTensor], torch.dtype],
+    done: Callable[[int], object],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each full tensor of an average under each of its names.
+
+    Raises:
+        ValueError: the checkpoint is of adapters, whose names only PEFT knows.
+    """
+    stems = {tensor.stem for tensor in stored.tensors if tensor.stem}
+    if not stems <= {*WHOLE}:
+        raise ValueError(
+            "it is of adapters, which only layout='hf' stores as PEFT names them; give layout='hf' "
+            "or ema.export(path, layout=...) with the model"
+        )
+    for number, tensor in enumerate(stored.tensors):
+        if tensor.average not in (name, None) or not tensor.stem:
+            continue
+        full = torch.empty(tensor.shape, dtype=out_dtype(tensor))
+        wanted = {number: list(whole(tensor.shape))}
+        for _, box, values in manifests.parts(stored, manifests.read_requests(stored, wanted)):
+            box.view(full).copy_(values)
+            done(values.numel() * full.dtype.itemsize)
+        for fqn in (tensor.fqn, *tensor.aliases):
+            yield fqn, full
+
+
+def _fields(stored: Manifest, name: str, numbers: Sequence[int]) -> dict[str, Any]:
+    """The fields of diffusers' ``EMAModel`` for an average of a diffusers model."""
+    for stem in {stored.tensors[number].stem for number in numbers}:
+        layouts.check_diffusers(stem)
+    kept = stored.averages[name]
+    schedule = schedules.restore(kept.schedule)
+    unit = getattr(schedule, "unit", "step")
+    return layouts.ema_model_fields(schedule or kept.schedule, kept.t, unit)
+
+
 def _check_complete(folder: str | os.PathLike[str], stored: Manifest) -> None:
     if stored.left_out:
         raise ValueError(
@@ -149,7 +205,8 @@ def _check_complete(folder: str | os.PathLike[str], stored: Manifest) -> None:
         )
 
 
-def _choose(stored: Manifest, average: str | None) -> str:
+def choose_average(stored: Manifest, average: str | None) -> str:
+    """The average of this name, or the only one. Raises ValueError if there is none such."""
     names = list(stored.averages)
     if average is None and len(names) > 1:
         raise ValueError(f"there are several averages, choose one of {names}")
@@ -159,7 +216,7 @@ def _choose(stored: Manifest, average: str | None) -> str:
 
 
 def _copy_configs(folder: str, temporary: str, stems: set[str], dtype: torch.dtype | None) -> None:
-    """Copies the configs that stand beside files of these stems, with the dtype written now."""
+    """Copies the configs that belong to files of these stems, with the dtype of this export."""
     adapters = [os.path.dirname(stem) for stem in stems if stem not in WHOLE]
     for name in [os.path.join(place, _ADAPTER) for place in adapters] or _CONFIGS:
         path = os.path.join(folder, name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 
 from shardema.errors import CheckpointError
@@ -90,6 +91,11 @@ def exists(path: str) -> bool:
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True
+
+
+def is_file(path: str) -> bool:
+    """Whether it is a file and no folder. OSError where a local one is not there."""
+    return remote.exists(path) if is_remote(path) else not stat.S_ISDIR(os.stat(path).st_mode)
 
 
 def names_in(folder: str) -> set[str]:

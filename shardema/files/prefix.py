@@ -24,6 +24,7 @@ from shardema.files import manifest as manifests
 from shardema.files import remote
 from shardema.files.manifest import MAX_MANIFEST, NAME, PLACE, Manifest
 from shardema.files.places import any_path, read_whole
+from shardema.files.safetensors import reporting
 from shardema.ranks.agree import Ranks
 
 
@@ -91,7 +92,7 @@ class NewPrefix:
 
     def add(self, extra: Callable[[str], None]) -> None:
         """Writes what ``extra`` writes into a local folder that it is given. On the leader only."""
-        with tempfile.TemporaryDirectory() as local:
+        with reporting(self.path, f"{self._op} to"), tempfile.TemporaryDirectory() as local:
             extra(local)
             for place, _, names in os.walk(local):
                 for name in names:
@@ -103,9 +104,8 @@ class NewPrefix:
         self.names.append(name)
         remote.put(os.path.join(self.path, name), data)
 
-    def finish(self, files: Mapping[str, bytes], extra: Callable[[str], None]) -> None:
+    def finish(self, files: Mapping[str, bytes]) -> None:
         """As `NewFolder.finish`; the manifest among ``files`` is what makes a checkpoint."""
-        self.add(extra)
         for name, data in files.items():
             if self.place and name == NAME:
                 self._settle(data)
@@ -169,7 +169,7 @@ def new_prefix(
 def other_path(op: str, rank: int, got: str, first: int, expected: str) -> ValueError:
     """Ranks that name different folders."""
     return ValueError(
-        f"{op}: rank {rank} names {got}, rank {first} names {expected}; give the same path on "
+        f"{op}: rank {rank} got {got}, rank {first} got {expected}; give the same path on "
         "every rank"
     )
 

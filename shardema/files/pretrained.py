@@ -1,14 +1,14 @@
-"""The files that ``from_pretrained`` of a model's own library reads: their names, and its config.
+"""File names and configs that ``from_pretrained`` of the model's own library reads.
 
 ::
 
     transformers   model.safetensors                    config.json, generation_config.json
     diffusers      diffusion_pytorch_model.safetensors  config.json
     PEFT           adapter_model.safetensors            adapter_config.json, for each adapter
-    any other      model.safetensors                    what its own config.save_pretrained writes
+    any other      model.safetensors                    the files of its own config.save_pretrained
 
-A config is written only beside the names that the class in it has. None of these libraries is
-imported for a model that is not theirs.
+A config is written only if the tensors have the names that the class in it expects. A library is
+imported only for its own models.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _LIBRARIES = {"diffusers", "peft", "transformers"}
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# what diffusers' EMAModel adds to the config of the model that it saves
+# keys that diffusers' EMAModel adds to the model's config
 EMA_MODEL = (
     "decay",
     "min_decay",
@@ -51,13 +51,13 @@ EMA_MODEL = (
 
 @dataclass(frozen=True)
 class Form:
-    """Under which names a model is exported.
+    """File and tensor names of an export.
 
     Attributes:
-        stem: of its files, ``<stem>.safetensors``; may be in a folder.
-        files: of an adapter, by fqn the stem and the name of each tensor that belongs to it; None
-            where everything is written under its keys.
-        refusal: why it cannot be exported.
+        stem: of its files, ``<stem>.safetensors``; may have a folder.
+        files: of adapters, ``{fqn: (stem, name)}`` of the tensors to write; None to write every
+            tensor under its state dict key.
+        refusal: why the model cannot be exported, else "".
         pending: ``files`` are not known yet.
     """
 
@@ -74,10 +74,12 @@ def form_of(
     *,
     written: bool,
 ) -> Form:
-    """How this rank's model is exported. Local.
+    """The names of an export of this rank's model. Local.
 
     Args:
-        written: it is about to be. PEFT may ask the Hub about the base model then.
+        averaged: fqns of averaged tensors.
+        written: an export follows. Only then the names of adapters are computed, for which PEFT
+            may query the Hub about the base model.
     """
     module = unwrap(models[0])
     if len(models) == 1 and _adapters(module):
@@ -88,7 +90,7 @@ def form_of(
 
 
 def write_config(module: nn.Module, folder: str, dtype: torch.dtype | None) -> None:
-    """Writes what ``from_pretrained`` needs beside the weights, if the model's library has it.
+    """Writes the configs that ``from_pretrained`` needs, if the model's library has any. Local.
 
     Args:
         module: the unwrapped model.
@@ -104,16 +106,16 @@ def write_config(module: nn.Module, folder: str, dtype: torch.dtype | None) -> N
 
 
 def dropped_names(models: Sequence[nn.Module]) -> set[str]:
-    """Names of tied weights that transformers drops from its files, if it has another for them."""
+    """Names of tied weights that transformers omits from files that have them by another name."""
     keys = (getattr(unwrap(model), "_tied_weights_keys", None) or () for model in models)
     return {name for names in keys for name in names}
 
 
-# ---- whose model it is ------------------------------------------------------------------------
+# ---- the model's library ----------------------------------------------------------------------
 
 
 def _is_a(module: nn.Module, home: str, name: str) -> bool:
-    """Whether the module is of a class that lives in ``home``, which is not imported here."""
+    """Whether the module is a ``home.name``, without importing ``home``."""
     cls = getattr(sys.modules.get(home), name, None)
     return cls is not None and isinstance(module, cls)
 
@@ -123,15 +125,15 @@ def _of_transformers(module: nn.Module) -> bool:
 
 
 def _of_diffusers(module: nn.Module) -> bool:
-    """By what its code needs: diffusers' models have the config and its file's name themselves."""
+    """By its attributes: a diffusers model has the config and the name of its file."""
     named = isinstance(getattr(module, "config_name", None), str)
     return named and callable(getattr(module, "save_config", None))
 
 
 def _has_own_config(module: nn.Module) -> bool:
-    """Whether a model of the user's own has a config of its own that can save itself.
+    """Whether a model of no known library has a config with ``save_pretrained``.
 
-    A config of one of these libraries in another's model is that of a part of it.
+    A config of one of these libraries in any other model describes only a part of it.
     """
     config: Any = getattr(module, "config", None)
     homes = {cls.__module__.partition(".")[0] for cls in type(config).__mro__}
@@ -139,14 +141,14 @@ def _has_own_config(module: nn.Module) -> bool:
 
 
 def _adapters(module: nn.Module) -> dict[str, Any]:
-    """The adapters of PEFT that the model holds, with their configs, where it is PEFT's to save."""
+    """``{name: config}`` of the model's PEFT adapters, if PEFT saves this model."""
     whole = _is_a(module, "peft.peft_model", "PeftModel")
     injected = getattr(module, "_hf_peft_config_loaded", False) and _of_transformers(module)
     return dict(module.peft_config) if whole or injected else {}  # type: ignore[arg-type]
 
 
 def _altered(module: nn.Module) -> bool:
-    """Whether its tensors have other names than its class gives them; it is logged then."""
+    """Whether inserted modules changed the names of its tensors; logs a warning if so."""
     layer = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
     kinds = (ParametrizationList, *((layer,) if layer else ()))
     odd = [name for name, child in module.named_modules() if isinstance(child, kinds)]
@@ -179,7 +181,7 @@ def _write_diffusers_config(module: nn.Module, folder: str) -> None:
     model: Any = module
     config = json.loads(model.to_json_string())
     config["_class_name"] = original_class(module).__name__
-    for key in EMA_MODEL:  # the model may come from a folder of EMAModel: these are not its own
+    for key in EMA_MODEL:  # a model loaded from a folder of EMAModel has these keys too
         if key not in _arguments(original_class(module)):
             config.pop(key, None)
     with open(os.path.join(folder, model.config_name), "w", encoding="utf-8") as file:
@@ -201,9 +203,9 @@ def _stem(adapter: str) -> str:
 def _adapter_form(
     module: nn.Module, models: Sequence[nn.Module], shards: Sequence[Shard], averaged: Any
 ) -> Form:
-    """The names that PEFT gives to the tensors of each adapter, by its own rules.
+    """The names that PEFT's own code gives to the tensors of each adapter.
 
-    These run on the model's skeleton: which stand-in PEFT keeps tells which tensor it means.
+    It runs on a skeleton of the model: each stand-in in its result identifies a tensor.
     """
     from peft.utils.save_and_load import get_peft_model_state_dict
 
@@ -215,7 +217,7 @@ def _adapter_form(
     for adapter in _adapters(module):
         try:
             kept = get_peft_model_state_dict(skeleton, state_dict=own, adapter_name=adapter)
-        except (NotImplementedError, RuntimeError) as error:  # of a stand-in without values
+        except (NotImplementedError, RuntimeError) as error:  # a stand-in has no values
             return Form(ADAPTER, {}, _refused(adapter, f"them ({error})", True, False))
         for name, value in kept.items():
             shard = made.shard_of(value)
@@ -232,7 +234,7 @@ def _refused(adapter: str, name: str, computed: bool, twice: bool) -> str:
     if computed:
         why = f"PEFT computes {name} from the weights"
     return (
-        f"adapter {adapter!r} cannot be exported: {why}; take ema.full_state_dict(), or "
+        f"adapter {adapter!r} cannot be exported: {why}; use ema.full_state_dict(), or "
         "save_pretrained() of the model inside ema.swap()"
     )
 

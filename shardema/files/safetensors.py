@@ -1,8 +1,8 @@
-"""Files that are either whole or not there, and the safetensors layout.
+"""Durable writes, careful reads, and the safetensors format.
 
-Everything is written with pwrite into space that was reserved before (never through mmap, where
-a full disk kills the process), synced, and renamed into place by the caller. Files are opened
-only if they are regular files, and through a symlink only where the caller says so.
+Everything is written with pwrite to space that was reserved before (never through mmap, where a
+full disk kills the process), synced, and renamed into place by the caller. Only regular files are
+opened, and symlinks followed only with ``follow=True``.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
-MAX_NUMBER = 1 << 53  # no count, size or offset in a file of ours is larger
+MAX_NUMBER = 1 << 53  # of a count, size or offset: exact in JSON
 _MAX_DIMS = 64
 _MAX_DIGITS = 400  # of an integer in JSON; no float is longer
-# What pathlib makes of a URL has one slash; a single letter before one is a Windows drive.
+# pathlib reduces the // of a URL to one slash; a single letter before it is a Windows drive.
 _URL = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.:_-]*://|[A-Za-z0-9][A-Za-z0-9+.:_-]+:/")
 _FILE_URL = re.compile(r"file:(//(localhost)?(?=/))?", re.IGNORECASE)
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -59,7 +59,7 @@ def local_path(op: str, path: str | os.PathLike[str]) -> str:
 
     Raises:
         ValueError: it is empty, or the URL of something that is not a local file.
-        TypeError: it is no path.
+        TypeError: it is not a path.
     """
     text = os.fspath(path)
     if not isinstance(text, str):
@@ -84,7 +84,7 @@ def local_path(op: str, path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def reporting(path: str | os.PathLike[str], doing: str) -> Iterator[None]:
-    """Turns an OSError into a CheckpointError that says what was done to which path."""
+    """Raises an OSError as a CheckpointError with the operation ``doing`` and the path."""
     try:
         yield
     except OSError as error:
@@ -98,8 +98,8 @@ class NewFile:
     """A file that must not exist yet, with its space reserved.
 
     Args:
-        path: where; its folder must exist.
-        size: bytes to reserve, so that a full disk shows before the first byte is written.
+        path: its folder must exist.
+        size: bytes to reserve, so that a full disk raises before the first byte is written.
     """
 
     def __init__(self, path: str, size: int) -> None:
@@ -125,13 +125,13 @@ class NewFile:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            os.close(self._fd)  # where a network file system says that the disk is full
+            os.close(self._fd)  # a network file system may report a full disk only here
         else:
             close_quietly(self._fd)
 
 
 def close_quietly(fd: int) -> None:
-    """Closes a descriptor after an error that is to be told in place of this one's."""
+    """Closes a descriptor and ignores errors: another one is raised, or nothing was written."""
     with contextlib.suppress(OSError):
         os.close(fd)
 
@@ -151,7 +151,7 @@ def _reserve(fd: int, size: int) -> None:
 
 
 def write_all(fd: int, offset: int, data: memoryview | bytes) -> None:
-    """pwrite, until all bytes are written."""
+    """Calls pwrite until all bytes are written."""
     view = memoryview(data).cast("B")
     while view:
         n = os.pwrite(fd, view[: 1 << 30], offset)
@@ -159,7 +159,7 @@ def write_all(fd: int, offset: int, data: memoryview | bytes) -> None:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """A new file with these bytes, synced."""
+    """Creates a file with these bytes and syncs it."""
     with NewFile(path, len(data)) as file:
         file.write_at(0, data)
         file.sync()
@@ -169,12 +169,12 @@ def open_existing(path: str, *, write: bool = False, follow: bool = False) -> in
     """A descriptor of a regular file; a FIFO, device or folder is refused.
 
     Args:
-        follow: a symlink to a regular file is one.
+        follow: follow symlinks.
 
     Raises:
         CheckpointError: it is not a regular file, or it cannot be opened.
     """
-    # O_NONBLOCK: opening a FIFO would wait for a writer
+    # O_NONBLOCK: else opening a FIFO waits for a writer
     flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC
     with reporting(path, "opening"):
         fd = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
@@ -191,20 +191,20 @@ def open_existing(path: str, *, write: bool = False, follow: bool = False) -> in
 
 @contextlib.contextmanager
 def opened(path: str, *, follow: bool = False) -> Iterator[int]:
-    """`open_existing` for reading, with all that is wrong inside reported, and closed after it."""
+    """`open_existing` for reading; reports an OSError of the block and closes the file."""
     with reporting(path, "reading"):
         fd = open_existing(path, follow=follow)
         try:
             yield fd
         finally:
-            close_quietly(fd)  # what was read is here
+            close_quietly(fd)
 
 
 def read_at(fd: int, offset: int, size: int, path: str) -> bytearray:
     """``size`` bytes from ``offset``.
 
     Raises:
-        CheckpointError: the file ends before.
+        CheckpointError: the file is shorter.
     """
     data = bytearray(size)
     view = memoryview(data)
@@ -243,7 +243,7 @@ def sync_path(path: str) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        # some network file systems have no such call for folders, whose names they send at once
+        # some network file systems cannot sync folders, and send their changes at once
         if error.errno not in _CANNOT_SYNC or not stat.S_ISDIR(os.fstat(fd).st_mode):
             raise
     finally:
@@ -251,7 +251,7 @@ def sync_path(path: str) -> None:
 
 
 def sync_tree(path: str) -> None:
-    """`sync_path` of a folder and of all that is in it."""
+    """`sync_path` of a folder and of everything in it."""
     for name in os.listdir(path):
         inside = os.path.join(path, name)
         if stat.S_ISDIR(os.lstat(inside).st_mode):
@@ -262,10 +262,10 @@ def sync_tree(path: str) -> None:
 
 
 def make_folders(path: str, made: list[str]) -> None:
-    """Makes a folder and those above it that are missing, each durably.
+    """Creates a folder and its missing parents, each durably.
 
     Args:
-        made: those that were made are noted here, one by one.
+        made: each created folder is appended to it.
     """
     try:
         os.stat(path)
@@ -276,7 +276,7 @@ def make_folders(path: str, made: list[str]) -> None:
             make_folders(parent, made)
     try:
         os.mkdir(path)
-    except FileExistsError:  # someone else made it meanwhile
+    except FileExistsError:  # another process created it
         if not stat.S_ISDIR(os.stat(path).st_mode):
             raise
         return
@@ -297,15 +297,15 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def layout(
+def make_header(
     tensors: Sequence[tuple[str, torch.dtype, Dims]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, Entry]]:
-    """The head of a safetensors file (length and header) and the offset of each tensor.
+    """The head of a safetensors file (length and header) and its entries by name.
 
     The same bytes as the safetensors package writes: widest dtype first, then by name.
 
     Raises:
-        ValueError: a dtype that the format does not have.
+        ValueError: a dtype that the format does not have, or a header over its limit.
     """
     for name, dtype, _ in tensors:
         if dtype not in NAMES:
@@ -340,7 +340,7 @@ def read_header(fd: int, path: str) -> dict[str, Entry]:
     """The tensors of a safetensors file, checked as the safetensors package does.
 
     Raises:
-        CheckpointError: it is not a whole safetensors file.
+        CheckpointError: it is not a complete, valid safetensors file.
     """
     size = os.fstat(fd).st_size
     return parse_header(lambda offset, nbytes: read_at(fd, offset, nbytes, path), size, path)
@@ -360,7 +360,7 @@ def parse_header(read: Callable[[int, int], bytearray], size: int, path: str) ->
 
 
 def _entries(header: Any, begin: int, size: int) -> dict[str, Entry]:
-    """The entries of a header; the tensors behind it are contiguous and fill the file."""
+    """The entries of a header, checked: the tensors are contiguous and fill the file."""
     _check_metadata(header.pop("__metadata__", {}))
     places = []
     for name, value in header.items():
@@ -383,8 +383,8 @@ def _entries(header: Any, begin: int, size: int) -> dict[str, Entry]:
     return entries
 
 
-# Stems of the safetensors files of a model, as transformers, diffusers and PEFT call them; PEFT
-# keeps a further adapter in a folder of its name.
+# Stems of the safetensors files of transformers, diffusers and PEFT; PEFT saves every adapter but
+# "default" to a folder of its name.
 MODEL = "model"
 DIFFUSERS = "diffusion_pytorch_model"
 ADAPTER = "adapter_model"
@@ -399,15 +399,15 @@ def _check_metadata(metadata: Any) -> None:
         raise ValueError("its __metadata__ does not map strings to strings")
 
 
-# What parsing and checking what others wrote may raise.
+# Raised by parsing and checking untrusted data.
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def parse_json(data: bytes | bytearray) -> Any:
-    """JSON without what parsers read in different ways, or for minutes.
+    """Parses strict JSON: parsers differ in how they read anything else, or take minutes.
 
     Raises:
-        ValueError: a key twice in one object, NaN, infinity, an endless number, or no JSON.
+        ValueError: a duplicate key, NaN, infinity, a number over 400 digits, or invalid JSON.
     """
     return json.loads(
         data.decode(),
@@ -435,7 +435,7 @@ def _constant(name: str) -> float:
 
 
 def checked_int(value: Any) -> int:
-    """``value`` if it is a count that can be true.
+    """``value``, checked to be a count.
 
     Raises:
         ValueError: it is not an integer in [0, 2^53].
@@ -446,10 +446,10 @@ def checked_int(value: Any) -> int:
 
 
 def checked_shape(value: Any) -> Dims:
-    """``value`` if it is the shape of a tensor that can be.
+    """``value`` as a shape.
 
     Raises:
-        ValueError: it is not.
+        ValueError: a size is no count, or there are too many dimensions or elements.
     """
     numel = 1
     for count, size in enumerate(value, start=1):
@@ -460,10 +460,10 @@ def checked_shape(value: Any) -> Dims:
 
 
 def checked_text(value: Any) -> str:
-    """``value`` if it is a text that can be printed.
+    """``value``, checked to be a string that UTF-8 can encode.
 
     Raises:
-        ValueError: it is not a string of Unicode characters.
+        ValueError: it is not.
     """
     if type(value) is not str:
         raise ValueError(f"expected a string, got {reprlib.repr(value)}")

@@ -7,10 +7,10 @@
         manager.json           the steps that a manager saved, so that it removes nothing else
         step-00001000/         a checkpoint of ema.save
         step-00002000/
-        .step-00003000.*.tmp   of a writer; locked while that lives
+        .step-00003000.*.tmp   being written; locked as long as its writer runs
 
-A lock of the kernel ends with its process, however that ends, so nothing here depends on clocks,
-process numbers or hosts. Everything in this file is local: the leader calls it.
+The kernel releases a lock when its process ends, however it ends, so nothing here depends on
+clocks, process ids or host names. Everything in this file is local: the leader calls it.
 """
 
 from __future__ import annotations
@@ -50,12 +50,23 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 
 def name_of(step: int) -> str:
-    """The folder of a step."""
+    """Name of the folder of a step."""
     return f"step-{step:08d}"
 
 
+def surplus(made: Iterable[int], keep_last: int | None, keep_every: int | None) -> list[int]:
+    """The steps, of all that a manager made, that it does not keep.
+
+    >>> surplus([2, 4, 6, 8], keep_last=1, keep_every=6)
+    [2, 4]
+    """
+    steps = sorted(made)
+    kept = set(steps if keep_last is None else steps[-keep_last:])
+    return [s for s in steps if s not in kept and (keep_every is None or s % keep_every)]
+
+
 class Steps:
-    """The steps in ``folder``; made with it, and locked, by the first method that is called."""
+    """The steps in ``folder``, which `open` creates and locks."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -94,11 +105,11 @@ class Steps:
             self._lock = -1
 
     def path(self, step: int) -> str:
-        """Where the checkpoint of a step is."""
+        """Path of the checkpoint of a step."""
         return os.path.join(self.folder, name_of(step))
 
     def present(self) -> list[int]:
-        """All steps that have a folder, ascending; whether they are complete is not looked at."""
+        """All steps that have a folder, complete or not, ascending."""
         with reporting(self.folder, "reading"):
             try:
                 names = os.listdir(self.folder)
@@ -109,7 +120,7 @@ class Steps:
         return sorted(step for step in steps if os.path.isdir(self.path(step)))
 
     def recorded(self) -> list[int]:
-        """The steps that a manager saved here, or began to, ascending."""
+        """The steps that a manager saved here, or began to save, ascending."""
         path = os.path.join(self.folder, RECORD)
         if not os.path.lexists(path):
             return []
@@ -138,9 +149,9 @@ class Steps:
             sync_path(self.folder)
 
     def remove(self, steps: Iterable[int]) -> list[int]:
-        """Removes checkpoints; returns those that are gone. What fails is a warning.
+        """Removes checkpoints and returns those removed; logs a warning for a failure.
 
-        Each one loses its name first, by one rename, so no reader finds half a checkpoint.
+        Each folder is renamed first, so no reader finds half a checkpoint.
         """
         gone = []
         for step in steps:
@@ -157,7 +168,7 @@ class Steps:
         return gone
 
     def sweep(self) -> None:
-        """Removes what killed writers left; what a live one writes is locked, and stays."""
+        """Removes the temporary folders of killed writers; those of running ones are locked."""
         try:
             names = os.listdir(self.folder)
         except OSError as error:
@@ -170,9 +181,9 @@ class Steps:
 
 
 def lock(fd: int) -> bool:
-    """Locks an open file or folder until it is closed; False if another process holds it.
+    """Locks an open file or folder until it is closed; False if it is locked already.
 
-    A file system without locks (some network ones) says True: there a second writer is not seen.
+    True on a file system without locks (some network ones), where a second writer is not detected.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,14 +196,14 @@ def lock(fd: int) -> bool:
 
 
 def _is_locked(path: str) -> bool:
-    """Whether a writer of a temporary folder is alive, or may be."""
+    """Whether the writer of a temporary folder is running, or may be."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY)
     except OSError:
         return True
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # also where the file system has no locks: nobody can tell
+    except OSError:  # also on a file system without locks: unknown
         return True
     finally:
         close_quietly(fd)

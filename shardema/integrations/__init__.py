@@ -1,1 +1,1 @@
-"""Trainers that people start with: one file for each, which alone imports it."""
+"""Integrations with trainers; each library is imported in its own file only."""

@@ -1,13 +1,13 @@
-"""accelerate: an EMA that follows the optimizer's steps and travels with the accelerator's state.
+"""accelerate: an EMA that is updated after optimizer steps and saved in the accelerator's state.
 
 ::
 
-    accelerator.prepare -> attach -> optimizer.step (or the engine's)   one update per real step
+    accelerator.prepare -> attach -> optimizer.step (or the engine's)   one update per actual step
                                      accelerator.save_state(DIR)        also writes DIR/<name>/
                                      accelerator.load_state(DIR)        also reads it, resharded
 
-`attach` stands before the two calls of the one accelerator: its hooks come too late to refuse a
-call that only one rank makes, or a state that does not fit, before anything is done.
+`attach` wraps ``save_state`` and ``load_state`` of the accelerator: its hooks run too late to raise
+before anything is written or loaded, for a call on one rank only or a state that does not match.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _REFUSED = {DistributedType.MEGATRON_LM, DistributedType.XLA}
 
 
 class AttachedEMA(ShardedEMA):
-    """A `ShardedEMA` that an accelerator carries along; made by `attach`."""
+    """A `ShardedEMA` that an accelerator saves and loads; returned by `attach`."""
 
-    _ends: list[Any]  # what has a remove()
+    _handles: list[Any]
 
     def remove(self) -> None:
-        """Ends the updates, and leaves this EMA out of later states. Local: call it everywhere."""
-        while self._ends:
-            self._ends.pop().remove()
+        """Detaches: no more updates, not part of later states. Local: call it on every rank."""
+        while self._handles:
+            self._handles.pop().remove()
 
 
 def attach(
@@ -64,34 +64,34 @@ def attach(
 ) -> AttachedEMA:
     """Builds an EMA of a prepared model that needs no further call in the loop. Local.
 
-    It is updated after every step that the optimizers really made: not while gradients are
-    accumulated, not where the GradScaler or DeepSpeed skipped. ``accelerator.save_state`` writes
-    it into a folder of the state; ``accelerator.load_state`` reads it on any number of ranks.
+    It is updated after every optimizer step, but not after accumulation steps or steps that the
+    GradScaler or DeepSpeed skipped. ``accelerator.save_state`` writes it to a folder of the state;
+    ``accelerator.load_state`` reads it on any number of ranks.
 
-    ``save_state`` is what it is without the EMA: with DDP the main process writes, whether the
-    others call it or not; with FSDP and DeepSpeed, and with ``shard_replicas``, it is collective,
-    and a main process that is seen to call it alone raises at once. ``load_state`` is collective.
+    As without the EMA, ``save_state`` is local with DDP, where the main process writes, and
+    collective with FSDP and DeepSpeed; with ``shard_replicas`` it is collective too. Where it is
+    collective, an ``if`` around it that only the main process enters raises at once.
+    ``load_state`` is collective.
 
     Args:
         accelerator: the one that prepared the model.
-        model: what ``accelerator.prepare`` returned.
-        optimizers: what ``accelerator.prepare`` returned, those that step this model. DeepSpeed's
-            engine steps by itself, so they may be left out there.
+        model: as ``accelerator.prepare`` returned it.
+        optimizers: those that step this model, as ``accelerator.prepare`` returned them. May be
+            omitted with DeepSpeed, whose engine steps.
         schedule: as for `ShardedEMA`.
-        dt: as for `ShardedEMA.attach`; a callable is asked at every update.
-        name: folder in the state; a further EMA of the same accelerator needs another one.
+        dt: as for `ShardedEMA.attach`; a callable is called at every update.
+        name: folder in the state; each EMA of an accelerator needs another one.
         options: every other keyword argument of `ShardedEMA`.
 
     Returns:
-        The EMA; ``ema.remove()`` ends what was attached. ``accelerator.free_memory()`` ends it
-        too, and the accelerator keeps neither the EMA nor the model alive.
+        The EMA. ``ema.remove()`` detaches it, as does ``accelerator.free_memory()``. The
+        accelerator's hooks keep neither the EMA nor the model alive.
 
     Raises:
         ValueError: a model or an optimizer that ``prepare`` did not return, an optimizer of
-            another model, a name that is taken, a kind of training that is not supported, and
-            whatever `ShardedEMA` and its ``attach`` raise.
-        TypeError: an EMA that exists already, in place of the model or registered for
-            checkpointing.
+            another model, a name in use, an unsupported kind of training, and whatever
+            `ShardedEMA` and its ``attach`` raise.
+        TypeError: an EMA was passed as the model, or is registered for checkpointing.
     """
     entry = _entry(accelerator, model)
     engine = accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -101,17 +101,17 @@ def attach(
     ema = AttachedEMA(model, schedule, **options)
     handle: Any = ema.attach(*((model,) if engine else optimizers), dt=dt)
     carrier = _Carrier(accelerator, entry, ema, name)
-    ema._ends = [handle, accelerator.register_save_state_pre_hook(carrier.save)]
+    ema._handles = [handle, accelerator.register_save_state_pre_hook(carrier.save)]
     _guard_registration(accelerator)
-    _stand_before(accelerator)
+    _wrap_state_methods(accelerator)
     return ema
 
 
 class _Carrier:
-    """What an accelerator calls to save and load one EMA; keeps neither it nor the model alive.
+    """Saves and loads one EMA for an accelerator, through weak references to both.
 
-    The EMA lives as long as the optimizer or the engine that it follows. Whether it is carried is
-    decided by what the accelerator holds, not by the garbage collector: all ranks decide alike.
+    The optimizer or engine that the EMA is attached to keeps it alive. Whether it is saved depends
+    on the models that the accelerator holds, not on garbage collection: equal on all ranks.
     """
 
     def __init__(
@@ -124,20 +124,20 @@ class _Carrier:
         self._ranks = ema.internal.averages.ranks
 
     def carried(self) -> ShardedEMA | None:
-        """The EMA; None once the accelerator has let go of its model."""
+        """The EMA; None once the accelerator has released its model."""
         accelerator, entry = self._accelerator(), self._entry()
         held = accelerator is not None and any(m is entry for m in accelerator._models)
         return self._ema() if held else None
 
     def alone(self) -> bool:
-        """Whether the main process saves by itself, since it holds everything."""
+        """Whether the main process saves alone, since it holds everything."""
         ema = self.carried()
         return ema is None or ema.internal.averages.whole_everywhere
 
     def save(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
-        """Writes beside what is there, and replaces that when it is whole.
+        """Writes to a new folder, which replaces an existing one when it is complete.
 
-        accelerator.save_state overwrites a state without asking; ShardedEMA.save never does.
+        ``accelerator.save_state`` overwrites an existing state; `ShardedEMA.save` does not.
         """
         ema = self.carried()
         if ema is None:
@@ -148,19 +148,19 @@ class _Carrier:
             calls.check_allowed("save")
             if self._ranks.leader:
                 with calls.alone():
-                    _tidy(folder, partial)
+                    _clean_up(folder, partial)
                     ema.save(os.path.join(partial, "new"))
                     _replace(folder, partial)
             return
-        self._ranks.agree("save_state (clearing)", None, lambda _: _tidy(folder, partial))
+        self._ranks.agree("save_state (clearing)", None, lambda _: _clean_up(folder, partial))
         ema.save(os.path.join(partial, "new"))
         self._ranks.agree("save_state (replacing)", None, lambda _: _replace(folder, partial))
 
     def look(self, state: str) -> str | None:
-        """The average in a state, None where accelerate refuses the state. Collective.
+        """Path of the average in a state; None if there is no such state. Collective.
 
         Raises:
-            CheckpointError, ValueError: there is none, or one that does not fit.
+            CheckpointError, ValueError: the state has no average, or one that does not match.
         """
         ema = self.carried()
         if ema is None:
@@ -175,13 +175,13 @@ class _Carrier:
                 _check_loadable(ema, folder)
             except ValueError as error:
                 raise ValueError(
-                    f"load_state: {error}. Nothing was loaded; to go on without what is stored, "
-                    "end this average with remove(), load the state and attach() then"
+                    f"load_state: {error}. Nothing was loaded; to continue without the stored "
+                    "average, detach this one with remove(), load the state, then attach()"
                 ) from error
         return folder
 
     def load(self, folder: str) -> None:
-        """Reads the average of the weights that were loaded. Collective."""
+        """Loads the average, after the weights. Collective."""
         ema = self.carried()
         if ema is None:
             return
@@ -190,33 +190,33 @@ class _Carrier:
         except Exception as error:
             ema.reset()
             raise CheckpointError(
-                f"load_state: {error}. The weights were loaded by then, so the average starts "
-                "again from them; load another state to go on from an average",
+                f"load_state: {error}. The weights were loaded before, so the average was reset "
+                "to them; load another state to continue an average",
                 path=folder,
             ) from error
 
     def _places(self, state: str) -> tuple[str, str]:
-        """Where the EMA is in a state, and where a new one is written first."""
+        """The EMA's folder in a state, and the folder that a new one is written to first."""
         return os.path.join(state, self.name), os.path.join(state, f".{self.name}.partial")
 
     def _find(self, state: str) -> str:
         folder, partial = self._places(state)
-        new = os.path.join(partial, "new")  # complete, if a kill came before it had its name
+        new = os.path.join(partial, "new")  # complete, if the save was killed before the rename
         for found in (folder, new):
             if os.path.isdir(found):
                 return found
         with reporting(state, "reading"):
             others = sorted(n for n in os.listdir(state) if _is_ours(os.path.join(state, n)))
         raise CheckpointError(
-            f"load_state from {state}: it holds no EMA {self.name!r} (EMAs in it: {others}); to "
-            "start the average from this state's weights, end this one with remove(), load the "
-            "state and attach() then",
+            f"load_state from {state}: it contains no EMA {self.name!r} (EMAs in it: {others}); to "
+            "start the average from this state's weights, detach this one with remove(), load the "
+            "state, then attach()",
             path=folder,
         )
 
 
-def _tidy(folder: str, partial: str) -> None:
-    """Clears what a killed save left; what was complete gets its name."""
+def _clean_up(folder: str, partial: str) -> None:
+    """Cleans up after a killed save: renames a complete folder, removes an incomplete one."""
     with reporting(folder, "clearing"):
         if not os.path.lexists(folder) and os.path.isdir(os.path.join(partial, "new")):
             os.rename(os.path.join(partial, "new"), folder)
@@ -244,16 +244,16 @@ def _is_ours(folder: str) -> bool:
 
 
 def _entry(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """What the accelerator itself holds of a prepared model: a layer of its wrapping.
+    """The module that the accelerator holds for a prepared model: it, or a module that it wraps.
 
     Raises:
-        TypeError: it is an EMA.
-        ValueError: ``prepare`` did not return it, or trains it in a way that is not supported.
+        TypeError: ``model`` is an EMA.
+        ValueError: ``prepare`` did not return it, or the kind of training is not supported.
     """
     if accelerator.distributed_type in _REFUSED:
         raise ValueError(
             f"attach: got an accelerator of type {accelerator.distributed_type.value}, expected "
-            "one process, DDP, FSDP or DeepSpeed: the others are not supported"
+            "one process, DDP, FSDP or DeepSpeed; other types are not supported"
         )
     if isinstance(model, ShardedEMA):
         raise TypeError(
@@ -262,15 +262,15 @@ def _entry(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         )
     layers = list(_layers(model)) if isinstance(model, nn.Module) else []
     for held in accelerator._models:
-        # Of DDP the accelerator holds the module inside, which is not what prepare returned; what
-        # it returned is marked, or is a wrapper of what is held.
+        # With DDP the accelerator holds the inner module, which prepare did not return; what it
+        # returned is marked, or wraps what is held.
         returned = held is not model or getattr(model, "_is_accelerate_prepared", False)
         if returned and any(held is layer for layer in layers):
             entry: nn.Module = held
             return entry
     raise ValueError(
         f"attach: got a {type(model).__name__} that this accelerator's prepare did not return; "
-        "call model, optimizer = accelerator.prepare(model, optimizer) first and give what it "
+        "call model, optimizer = accelerator.prepare(model, optimizer) first and pass what it "
         "returned"
     )
 
@@ -297,18 +297,18 @@ def _check_optimizers(
         if not any(optimizer is known for known in accelerator._optimizers):
             raise ValueError(
                 f"attach: got an optimizer ({kind}) that this accelerator's prepare did not "
-                "return; give what it returned, in place of what it was given"
+                "return; pass what it returned, not what was passed to it"
             )
         stepped = (id(p) for group in optimizer.param_groups for p in group["params"])
         if not engine and own.isdisjoint(stepped):
             raise ValueError(
-                f"attach: got an optimizer ({kind}) with none of this model's parameters; give "
+                f"attach: got an optimizer ({kind}) with none of this model's parameters; pass "
                 "the one that steps this model"
             )
 
 
 def _carriers(accelerator: Accelerator) -> list[_Carrier]:
-    """Of the averages that the accelerator carries now."""
+    """The carriers of the averages that the accelerator saves now."""
     hooks = accelerator._save_model_state_pre_hook.values()
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     return [one for one in owners if isinstance(one, _Carrier) and one.carried() is not None]
@@ -322,14 +322,14 @@ def _check_name(accelerator: Accelerator, name: str) -> None:
     if any(carrier.name == name for carrier in _carriers(accelerator)):
         raise ValueError(
             f"attach: this accelerator has an EMA {name!r} already; give this one another "
-            "name=, the folder in the state, or end the other with remove()"
+            "name=, the folder in the state, or detach the other with remove()"
         )
 
 
 def _guard_registration(accelerator: Accelerator) -> None:
-    """Makes register_for_checkpointing refuse EMAs at once, on every rank.
+    """Makes ``register_for_checkpointing`` raise for EMAs, on every rank.
 
-    Else the main process alone would fail, at the first save, while the others go on.
+    Otherwise the main process alone would fail, at the first save.
     """
     register = accelerator.register_for_checkpointing
     if hasattr(register, "__wrapped__"):
@@ -346,14 +346,13 @@ def _guard_registration(accelerator: Accelerator) -> None:
 def _refuse_registered(objects: Iterable[Any]) -> None:
     if any(isinstance(one, ShardedEMA) for one in objects):
         raise TypeError(
-            "register_for_checkpointing: got a ShardedEMA, whose pickle would keep one rank's "
-            "shards and give them to all; leave the call out: attach() makes save_state and "
-            "load_state carry the EMA"
+            "register_for_checkpointing: got a ShardedEMA, whose pickle would contain one rank's "
+            "shards only; omit the call: after attach() save_state and load_state include the EMA"
         )
 
 
-def _stand_before(accelerator: Accelerator) -> None:
-    """Puts `_check_all_come` before save_state, and the averages around load_state."""
+def _wrap_state_methods(accelerator: Accelerator) -> None:
+    """Wraps ``save_state`` in `_check_all_call`, and adds the averages to ``load_state``."""
     save, load = accelerator.save_state, accelerator.load_state
     if getattr(save, "carries_ema", False):
         return
@@ -362,7 +361,7 @@ def _stand_before(accelerator: Accelerator) -> None:
     def saved(*args: Any, **kwargs: Any) -> Any:
         together = [carrier for carrier in _carriers(accelerator) if not carrier.alone()]
         if together:
-            _check_all_come(accelerator, together[0])
+            _check_all_call(accelerator, together[0])
         return save(*args, **kwargs)
 
     @functools.wraps(load)
@@ -370,7 +369,7 @@ def _stand_before(accelerator: Accelerator) -> None:
         state = _state(accelerator, input_dir)
         carriers = _carriers(accelerator) if state is not None else []
         found = [(one, one.look(str(state))) for one in carriers]  # all, before anything is loaded
-        with _paired(carriers):
+        with _reset_after_failure(carriers):
             result = load(state, *args, **kwargs)
         for carrier, folder in found:
             if folder is not None:
@@ -381,8 +380,8 @@ def _stand_before(accelerator: Accelerator) -> None:
     accelerator.save_state, accelerator.load_state = saved, loaded
 
 
-def _check_all_come(accelerator: Accelerator, carrier: _Carrier) -> None:
-    """Raises on all ranks where not all call save_state. Collective."""
+def _check_all_call(accelerator: Accelerator, carrier: _Carrier) -> None:
+    """Raises on all ranks unless all of them call ``save_state``. Collective."""
     ranks = carrier._ranks
     several = os.environ.get("LOCAL_WORLD_SIZE", "1") != "1"
     place = only_main(sys._getframe(2), local=several) if ranks.size > 1 else None
@@ -390,14 +389,14 @@ def _check_all_come(accelerator: Accelerator, carrier: _Carrier) -> None:
         raise RankError(
             f"rank {ranks.rank}: save_state in an if that only the main process enters ({place}), "
             f"expected on all ranks: each holds a part of the model or of the average "
-            f"({accelerator.distributed_type.value}); take the call out of the if",
+            f"({accelerator.distributed_type.value}); move the call out of the if",
             rank=ranks.rank,
         )
     ranks.agree("save_state")
 
 
 def _state(accelerator: Accelerator, input_dir: str | None) -> str | None:
-    """The folder that load_state will read; None where it raises by itself."""
+    """The folder that ``load_state`` will read; None if it will raise."""
     project = accelerator.project_configuration
     if input_dir is not None or not project.automatic_checkpoint_naming:
         return None if input_dir is None else os.path.expanduser(input_dir)
@@ -408,8 +407,8 @@ def _state(accelerator: Accelerator, input_dir: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def _paired(carriers: Iterable[_Carrier]) -> Iterator[None]:
-    """After an error inside, averages of weights that it has changed begin anew from these."""
+def _reset_after_failure(carriers: Iterable[_Carrier]) -> Iterator[None]:
+    """If the block raises after it changed weights, resets their averages to them."""
     emas = [ema for carrier in carriers if (ema := carrier.carried()) is not None]
     before = [_writes(ema) for ema in emas]
     try:
@@ -417,7 +416,7 @@ def _paired(carriers: Iterable[_Carrier]) -> Iterator[None]:
     except BaseException:
         for ema, writes in zip(emas, before, strict=True):
             if _writes(ema) != writes:
-                log.warning("load_state failed after weights were loaded: the average starts again")
+                log.warning("load_state failed after weights were loaded: the average is reset")
                 ema.reset()
         raise
 
@@ -428,7 +427,7 @@ def _writes(ema: ShardedEMA) -> dict[str, int]:
 
 
 def _check_loadable(ema: ShardedEMA, folder: str) -> None:
-    """Raises as `ShardedEMA.load` does, but for damage inside of the files. Collective."""
+    """Raises as `ShardedEMA.load` does, except for damaged tensors. Collective."""
     calls = ema.internal.calls
     calls.begin(Call("load", every=True, clocks=False, fills="all"))
 

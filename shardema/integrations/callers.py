@@ -1,7 +1,7 @@
-"""Whether a call is made by the main process only, as the source of its callers says it.
+"""Detects from the source of the callers that only the main process makes a call.
 
-A collective call that one rank makes alone can only wait for the others until its timeout. Where
-the ``if`` around it is in sight, the mistake is known at once.
+A collective call that one rank makes alone waits for the others until its timeout. An ``if`` around
+it reveals the mistake at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import FrameType
 
 _MAIN = {"is_main_process", "is_world_process_zero", "is_global_zero"}
 _RANKS = {"process_index", "rank", "global_rank", "get_rank", "get_global_rank"}
-# of each host; with one process on each they hold on all ranks
+# the first process of each host: every process, if each host has one
 _LOCAL_MAIN = {"is_local_main_process", "is_local_process_zero"}
 _LOCAL_RANKS = {"local_process_index", "local_rank", "get_local_rank", "get_node_local_rank"}
 
@@ -22,8 +22,8 @@ def only_main(frame: FrameType | None, *, local: bool) -> str | None:
     """``file:line`` of an ``if`` around the call that only the main process enters.
 
     Args:
-        frame: of the caller; its callers are looked at too.
-        local: whether the first process of a host is one of several there.
+        frame: of the caller; its callers are checked too.
+        local: whether each host runs several processes.
     """
     main = _MAIN | _LOCAL_MAIN if local else _MAIN
     ranks = _RANKS | _LOCAL_RANKS if local else _RANKS
@@ -40,7 +40,7 @@ def only_main(frame: FrameType | None, *, local: bool) -> str | None:
 def _ifs(path: str) -> tuple[tuple[ast.expr, int, int], ...]:
     """The condition of each ``if`` without an ``else``, and the lines of its body.
 
-    With an ``else`` the others may make the same call there.
+    With an ``else``, the other ranks may make the call in it.
     """
     text = "".join(linecache.getlines(path))
     if not any(word in text for word in ("rank", "process", "zero")):
@@ -72,6 +72,6 @@ def _name(expression: ast.expr) -> str:
     if isinstance(expression, ast.Call):
         expression = expression.func
     if isinstance(expression, ast.Attribute):
-        # args.rank may be that of an adapter
+        # args.rank may be the rank of a LoRA adapter
         return "" if expression.attr == "rank" else expression.attr
     return expression.id if isinstance(expression, ast.Name) else ""

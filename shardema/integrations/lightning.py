@@ -1,15 +1,15 @@
-"""Lightning: an EMA that follows a Trainer and is saved beside its checkpoints.
+"""Lightning: an EMA that is updated after a Trainer's steps and saved beside its checkpoints.
 
 ::
 
-    ckpt_path   resume_end          read, when the weights of the checkpoint are there
-    fit         on_train_start      built, if it was not read; attached to the optimizers
-                on_train_batch_*    attached anew, if they are others now
+    ckpt_path   resume_end          loaded, after the weights of the checkpoint
+    fit         on_train_start      built, unless it was loaded; attached to the optimizers
+                on_train_batch_*    attached again, if the optimizers have changed
                 on_train_end        exported
-    evaluate    on_*_start          the average goes into the model
+    evaluate    on_*_start          the average is swapped into the model
                 on_*_end            and out again; also in on_exception
-    checkpoint  NAME.ckpt           holds a token
-                NAME.ckpt.ema/<token>/   what ShardedEMA.save writes, whole before NAME.ckpt is
+    checkpoint  NAME.ckpt           contains a token
+                NAME.ckpt.ema/<token>/   a checkpoint of ShardedEMA.save, written before NAME.ckpt
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from torch.distributed.fsdp import FSDPModule
 from shardema.arguments import as_schedules
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError
-from shardema.integrations.modes import held_back
+from shardema.integrations.modes import deferred_modes
 from shardema.ranks.agree import Ranks
 from shardema.schedules import Schedule
 
@@ -48,38 +48,38 @@ log = logging.getLogger(__name__)
 
 Side = Literal["ema", "raw"]
 
-_KEY = "shardema"  # in a checkpoint: the token that its average is found by; "" without one
-_WRAPPING = (FSDPStrategy, DeepSpeedStrategy)  # each run gets a wrapper with tensors of its own
+_KEY = "shardema"  # key of the average's token in a checkpoint; "" if it has no average
+_WRAPPING = (FSDPStrategy, DeepSpeedStrategy)  # each run creates a wrapper with new tensors
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, *_WRAPPING)
 
 
 class EMACallback(Callback):
     """Averages the weights that a Trainer trains.
 
-    One update for each round of real optimizer steps: not while gradients are accumulated, not
-    where a GradScaler skipped. Validation, test and prediction compute with the average from its
-    first update on, except in the sanity check. Checkpoints of the trainer carry the average.
+    It is updated once for each round of optimizer steps; accumulation steps and steps that a
+    GradScaler skips do not count. Validation, test and prediction use the average from its first
+    update on, except in the sanity check. Checkpoints of the trainer include the average.
 
     Args:
         schedule: as for `ShardedEMA`.
         eval_with: weights to evaluate with, ``"ema"`` or ``"raw"``; or a list with one of them for
             each dataloader, such as ``["raw", "ema"]`` with the same dataloader twice.
-        average: which average evaluates and is exported, where the schedule names several.
-        module: name of a child of the LightningModule, such as ``"net"``: it alone is averaged and
-            exported, under its own names. Not with FSDP1 and DeepSpeed.
-        dt: as for `ShardedEMA.attach`; a callable is asked at every update.
+        average: name of the average to evaluate and export, if there are several.
+        module: name of a child of the LightningModule, such as ``"net"``: only this child is
+            averaged and exported, with its own names. Not with FSDP1 and DeepSpeed.
+        dt: as for `ShardedEMA.attach`; a callable is called at every update.
         export: folder for ``ema.export`` at the end of `fit`; must not exist.
-        allow_missing: start an average where the checkpoint has none, in place of an error.
-        new_schedule: go on with this schedule where the checkpoint has another.
+        allow_missing: start an average if the checkpoint has none, instead of raising.
+        new_schedule: continue with this schedule if the checkpoint has another.
         options: every other keyword argument of `ShardedEMA`.
 
     Attributes:
-        ema: the `ShardedEMA`, from the start of the first training or from the load of a
-            checkpoint; None where there is no average of the weights that the module has.
+        ema: the `ShardedEMA`, set when training starts or a checkpoint is loaded; None if there is
+            no average of the module's current weights.
 
     Raises:
-        ValueError, TypeError: here, for bad arguments; on all ranks at the start of a run, for a
-            trainer, a module or a checkpoint that does not fit.
+        ValueError, TypeError: invalid arguments; on all ranks at the start of a run: an
+            unsupported trainer or module, or a checkpoint that does not match.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ class EMACallback(Callback):
         self.options = options
         self.ema: ShardedEMA | None = None
         self._averaged: tuple[LightningModule, nn.Module | None] | None = None  # it, its wrapper
-        self._resume: tuple[str, str | None] | None = None  # a checkpoint that was read, its token
-        self._before: ShardedEMA | None = None  # `ema`, until the average of new weights is there
+        self._resume: tuple[str, str | None] | None = None  # a loaded checkpoint, its token
+        self._before: ShardedEMA | None = None  # the last `ema`, until a checkpoint is restored
         self._handle: Any = None
-        self._followed: list[tuple[Any, int]] = []  # the optimizers, when they were attached
-        self._plan: list[Side] = []  # of the evaluation that runs, by dataloader
+        self._followed: list[tuple[Any, int]] = []  # attached optimizers, number of their groups
+        self._plan: list[Side] = []  # of the current evaluation, by dataloader
         self._swap: contextlib.ExitStack | None = None
 
     # ---- a run --------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class EMACallback(Callback):
         if len(_callbacks(trainer)) > 1:
             raise ValueError(
                 "Trainer(callbacks=): got several EMACallbacks, expected one; for several "
-                "averages give it {name: schedule}"
+                "averages pass it {name: schedule}"
             )
         on_xla = isinstance(trainer.accelerator, XLAAccelerator)
         if on_xla or not isinstance(strategy, _SUPPORTED):
@@ -138,17 +138,17 @@ class EMACallback(Callback):
         if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
             raise ValueError(
                 "Trainer(plugins=): got AsyncCheckpointIO, which does not report when a checkpoint "
-                "is complete, so its average could not be kept in step; leave it out"
+                "is complete, so an average could not be saved with it; omit it"
             )
         if self.module is not None and isinstance(strategy, _WRAPPING):
             raise ValueError(
                 f"module: got {self.module!r} with {kind}, which wraps the whole LightningModule; "
-                "leave it out, and take the prefix off the exported names"
+                "omit it, and remove the prefix from the exported names"
             )
         if stage == "fit" and self._average_of(pl_module) is None:
             self.ema = self._averaged = None  # of another module
         self._resume = self._before = None
-        _carry(trainer)
+        _include_averages(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
@@ -160,12 +160,12 @@ class EMACallback(Callback):
             kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
             raise ValueError(
                 f"fit: none of the trainer's optimizers ({', '.join(kinds)}) holds an averaged "
-                "parameter, so the average would never change; give EMACallback the module= or "
-                "select= that they step, or return the one that does in configure_optimizers"
+                "parameter, so the average would never change; pass EMACallback the module= or "
+                "select= that they step, or return one that does from configure_optimizers"
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        if self.ema is None:  # the weights came from a checkpoint that has none
+        if self.ema is None:  # the loaded checkpoint has no average
             self._build(trainer, pl_module)
         self._follow(trainer)
 
@@ -174,11 +174,11 @@ class EMACallback(Callback):
     ) -> None:
         groups = len(optimizer.param_groups)
         if not any(optimizer is one and groups == n for one, n in self._followed):
-            self._follow(trainer)  # it was made, or got further parameters, in this batch
+            self._follow(trainer)  # created, or given more parameters, in this batch
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         assert self.ema is not None
-        _ = self.ema.num_updates  # which ends a round of several optimizers, on every strategy
+        _ = self.ema.num_updates  # ends a round of several optimizers, with every strategy
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.ema is not None
@@ -186,9 +186,9 @@ class EMACallback(Callback):
             self.ema.export(self.export, self.average)
 
     def _follow(self, trainer: Trainer) -> None:
-        """Attaches to the trainer's optimizers, if they are not those that are attached.
+        """Attaches to the trainer's optimizers, unless these are attached already.
 
-        They may be set up anew in the middle of a fit, or get further parameters.
+        A fit may replace its optimizers, or add parameters to them.
         """
         now: list[tuple[Any, int]] = [(one, len(one.param_groups)) for one in trainer.optimizers]
         if isinstance(trainer.strategy, DeepSpeedStrategy):
@@ -206,18 +206,18 @@ class EMACallback(Callback):
         elif not same and trainer.is_global_zero:
             log.warning(
                 "fit: none of the trainer's optimizers (%s) holds an averaged parameter now: the "
-                "average stays as it is",
+                "average is not updated",
                 ", ".join(type(one).__name__ for one, _ in now),
             )
 
     def _steps(self, trainer: Trainer, optimizer: Any) -> bool:
-        """Whether an optimizer moves the average."""
+        """Whether an optimizer steps averaged parameters."""
         assert self.ema is not None
         engine = isinstance(trainer.strategy, DeepSpeedStrategy)
         return engine or self.ema.internal.averages.weights.held_by(optimizer)
 
     def _finish(self, trainer: Trainer) -> None:
-        """Exports where `fit` had nothing to do: the job was killed after its last step."""
+        """Exports if `fit` had nothing to do, since the job was killed after its last step."""
         fitting = trainer.state.fn == TrainerFn.FITTING and self._handle is None
         if not fitting or trainer.state.status != TrainerStatus.RUNNING:
             return
@@ -225,7 +225,7 @@ class EMACallback(Callback):
             return
         export = os.fspath(self.export)
         if self._ranks().agree("export (looking)", None, lambda _: os.path.lexists(export)):
-            log.info("export: %s is there already, and the fit had nothing to do", export)
+            log.info("export: %s exists already, and the fit had nothing to do", export)
         else:
             self.ema.export(export, self.average)
 
@@ -235,7 +235,7 @@ class EMACallback(Callback):
         self._end(exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":  # a validate() within a fit comes here too
+        if stage == "fit":  # also called by a validate() within a fit
             self._detach()
 
     def _detach(self) -> None:
@@ -261,17 +261,17 @@ class EMACallback(Callback):
         """Whether `ema` is the average of these weights."""
         if self._average_of(pl_module) is None or self._averaged is None:
             return False
-        anew = self._averaged[1] is not trainer.strategy.model
-        if anew and isinstance(trainer.strategy, _WRAPPING):
+        rewrapped = self._averaged[1] is not trainer.strategy.model
+        if rewrapped and isinstance(trainer.strategy, _WRAPPING):
             raise RuntimeError(
-                f"{type(trainer.strategy).__name__} has wrapped the model anew, and the average "
-                "belongs to the wrapper of the run before; go on from a checkpoint with ckpt_path=,"
-                " or evaluate with eval_with='raw'"
+                f"{type(trainer.strategy).__name__} has wrapped the model again, and the average "
+                "belongs to the previous wrapper; resume from a checkpoint with ckpt_path=, or "
+                "evaluate with eval_with='raw'"
             )
         return True
 
     def _average_of(self, pl_module: LightningModule) -> ShardedEMA | None:
-        """`ema`, if it is of this module and not of another one that was fitted."""
+        """`ema`, if it is an average of this module."""
         known = self._averaged is not None and self._averaged[0] is pl_module
         return self.ema if known else None
 
@@ -288,7 +288,7 @@ class EMACallback(Callback):
         self.ema, self._averaged = ema, (pl_module, trainer.strategy.model)
 
     def _child(self, pl_module: LightningModule) -> nn.Module:
-        """The module to average, in a LightningModule that holds its parameters apart."""
+        """The child ``module``, unless ``fully_shard`` was applied to a module around it."""
         assert self.module is not None
         above = [pl_module]
         try:
@@ -301,18 +301,18 @@ class EMACallback(Callback):
             ) from None
         if any(isinstance(module, FSDPModule) for module in above[:-1]):
             raise ValueError(
-                f"module: {self.module!r} is a part of what fully_shard was given; give it "
-                f"pl_module.{self.module} in configure_model, and not what is around it"
+                f"module: {self.module!r} is inside a module that fully_shard was applied to; "
+                f"apply it to pl_module.{self.module} in configure_model, not around it"
             )
         return above[-1]
 
     def _loaded(self, path: str, checkpoint: Mapping[str, Any]) -> None:
-        """The model gets the weights of a checkpoint: until `_restored` there is no average."""
+        """Called when a checkpoint was read; until `_restored` there is no average."""
         self._resume = os.path.abspath(path), checkpoint.get(_KEY)
         self._before, self.ema = self.ema or self._before, None
 
     def _restored(self, trainer: Trainer) -> None:
-        """The model has the weights of a checkpoint: reads their average. Collective."""
+        """Called when the checkpoint's weights are loaded; loads their average. Collective."""
         if self._resume is None:
             return
         (path, token), self._resume = self._resume, None
@@ -336,17 +336,17 @@ class EMACallback(Callback):
         before: ShardedEMA | None,
         allow_missing: bool,
     ) -> ShardedEMA | None:
-        """The average of a checkpoint; None if it has none, and may have none."""
+        """Loads the average of a checkpoint; None if it has none and that is allowed."""
         if token == "":
             log.info("ckpt_path: %s: it was saved when there was no average", path)
             return None
         folder = _folder(os.path.realpath(path), token or "")
         if not (token and self._ranks().agree("ckpt_path", None, lambda _: os.path.isdir(folder))):
-            why = f"the average in {folder} is gone" if token else "it was saved without an average"
+            why = f"its average {folder} is missing" if token else "it was saved without an average"
             if not allow_missing:
                 raise ValueError(
-                    f"ckpt_path: {path}: {why}; to go on without, EMACallback(allow_missing=True) "
-                    "starts one from the checkpoint's weights, eval_with='raw' evaluates them"
+                    f"ckpt_path: {path}: {why}; use EMACallback(allow_missing=True) to start one "
+                    "from the checkpoint's weights, or eval_with='raw' to evaluate these"
                 )
             if trainer.is_global_zero:
                 log.warning("ckpt_path: %s: %s", path, why)
@@ -354,7 +354,7 @@ class EMACallback(Callback):
         module, wrapper = trainer.lightning_module, trainer.strategy.model
         if before is not None and self._averaged is not None:
             known, wrapped = self._averaged
-            if known is module and wrapped is wrapper:  # it may be attached
+            if known is module and wrapped is wrapper:  # kept, since it may be attached
                 before.load(folder, model="check", new_schedule=self.new_schedule)
                 return before
         self._build(trainer, module, folder)
@@ -363,7 +363,7 @@ class EMACallback(Callback):
     # ---- evaluating ---------------------------------------------------------------------------
 
     def _sides(self, loaders: int) -> list[Side]:
-        """What each of so many dataloaders is evaluated with; 0 if the number is not known."""
+        """``"ema"`` or ``"raw"`` for each of ``loaders`` dataloaders; 0 if that is unknown."""
         given = self.eval_with
         sides = [given] * max(loaders, 1) if isinstance(given, str) else list(given)
         if not sides or any(side not in ("ema", "raw") for side in sides):
@@ -392,7 +392,7 @@ class EMACallback(Callback):
             self._turn(trainer, 0)
 
     def _turn(self, trainer: Any, loader: int) -> None:
-        """Makes the model hold what this dataloader is evaluated with."""
+        """Swaps in or out, so that the model holds the weights for this dataloader."""
         side = self._plan[loader] if self._plan else "raw"
         if side == "raw":
             self._leave()
@@ -400,7 +400,7 @@ class EMACallback(Callback):
             assert self.ema is not None
             with contextlib.ExitStack() as stack:
                 wrappers = getattr(trainer.strategy, "_lightning_optimizers", [])
-                stack.enter_context(held_back([*wrappers, *trainer.optimizers]))
+                stack.enter_context(deferred_modes([*wrappers, *trainer.optimizers]))
                 stack.enter_context(self.ema.swap(self.average))
                 self._swap = stack.pop_all()
 
@@ -443,12 +443,12 @@ class EMACallback(Callback):
     def _save(
         self, trainer: Trainer, checkpoint: dict[str, Any], path: str, write: Callable[[], None]
     ) -> None:
-        """Writes the average, then the checkpoint that names it, then removes what it replaced."""
+        """Writes the average, then the checkpoint, then removes replaced averages. Collective."""
         ranks = self._ranks()
 
         def where(_: list[None]) -> list[str]:
             if "://" in path:
-                raise ValueError(f"save_checkpoint: got {path}, expected a path of a file system")
+                raise ValueError(f"save_checkpoint: got {path}, expected a local path")
             if self._swap is not None:
                 raise RuntimeError(
                     "save_checkpoint during an evaluation, while the model holds the average; put "
@@ -457,7 +457,7 @@ class EMACallback(Callback):
             return [os.path.abspath(path), secrets.token_hex(4)]
 
         path, token = ranks.agree("save_checkpoint", None, where)
-        self._restored(trainer)  # in on_fit_start the weights may be a checkpoint's already
+        self._restored(trainer)  # in on_fit_start a checkpoint's weights may be loaded already
         ema = self._average_of(trainer.lightning_module)
         if ema is None:
             token = ""
@@ -467,7 +467,7 @@ class EMACallback(Callback):
                 ema.save(_folder(path, token))
         checkpoint[_KEY] = token
         write()
-        trainer.strategy.barrier("shardema")  # the others may still write, or still be about to
+        trainer.strategy.barrier("shardema")  # the other ranks may still be writing
         if ranks.leader:
             _keep_only(path, token)
 
@@ -485,7 +485,7 @@ def _folder(path: str, token: str) -> str:
 
 
 def _keep_only(path: str, token: str) -> None:
-    """Removes the averages of a checkpoint but this one."""
+    """Removes all averages of a checkpoint except one."""
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(_folder(path, "")):
             if name != token:
@@ -496,7 +496,7 @@ def _keep_only(path: str, token: str) -> None:
 
 @contextlib.contextmanager
 def _on_device(trainer: Trainer) -> Iterator[None]:
-    """After a fit Lightning moves the model to the host; the averages stay where they were."""
+    """Moves the model back to its device, if Lightning has moved it to the host after a fit."""
     model, home = trainer.lightning_module, trainer.strategy.root_device
     moved = model.device.type != home.type and not isinstance(trainer.strategy, _WRAPPING)
     if moved:
@@ -508,14 +508,13 @@ def _on_device(trainer: Trainer) -> Iterator[None]:
             model.cpu()
 
 
-def _carry(trainer: Trainer) -> None:
-    """From now on this trainer's checkpoints go with their averages.
+def _include_averages(trainer: Trainer) -> None:
+    """Wraps methods of the strategy, so that this trainer's checkpoints include averages.
 
-    Every checkpoint passes through these three methods of the strategy, on all ranks and with its
-    path, which the hooks of a callback are not told; ``resume_end`` comes when all that a
-    checkpoint holds is restored, also in a `fit` that then has nothing to do, and ``teardown``
-    while the model is still where it was trained. The callback is looked up at each call: it may
-    be another one by then, or out of the list, as a tuner does.
+    Its three checkpoint methods are called for every checkpoint, on all ranks and with its path,
+    which callback hooks do not receive; ``resume_end`` after a checkpoint is restored completely,
+    also in a `fit` that has nothing to do; ``teardown`` while the model is still on its device.
+    The callback is looked up at each call: a tuner may have replaced or removed it.
     """
     strategy: Any = trainer.strategy
     if getattr(strategy, "_carries_ema", False):
@@ -554,7 +553,7 @@ def _wrap_checkpoints(trainer: Trainer, strategy: Any) -> None:
 
 
 def _wrap_ends(trainer: Trainer, strategy: Any) -> None:
-    """The end of a restore, and of a run."""
+    """Wraps the end of a restore and the end of a run."""
     connector: Any = trainer._checkpoint_connector
     resumed, teardown = connector.resume_end, strategy.teardown
 

@@ -1,8 +1,7 @@
-"""Optimizers that evaluate with other weights than they train with stand outside of a swap.
+"""Defers mode changes of optimizers that evaluate with other weights than they train with.
 
 Schedule-free optimizers write the weights in ``eval()`` and ``train()``, which trainers and users
-call around an evaluation. Inside `ShardedEMA.swap` the model holds the average: such a write would
-go into it.
+call around an evaluation. Inside `ShardedEMA.swap` that would overwrite the average.
 """
 
 from __future__ import annotations
@@ -15,30 +14,30 @@ _MODES = ("eval", "train")
 
 
 @contextlib.contextmanager
-def held_back(optimizers: Iterable[Any]) -> Iterator[None]:
-    """Inside, ``eval()`` and ``train()`` of the optimizers wait; at the end the last one is called.
+def deferred_modes(optimizers: Iterable[Any]) -> Iterator[None]:
+    """Defers ``eval()`` and ``train()`` of the optimizers: the last one is called after the block.
 
     Args:
         optimizers: of any kind, or wrappers of them with an attribute ``optimizer``; those without
-            modes are left alone.
+            modes are ignored.
     """
-    asked: dict[int, Callable[[], Any]] = {}  # by optimizer, the mode that was asked for last
+    requested: dict[int, Callable[[], Any]] = {}  # the last mode change of each optimizer
     with contextlib.ExitStack() as stack:
         for number, optimizer in enumerate(optimizers):
             for layer in _layers(optimizer):
                 for mode in _MODES:
-                    stack.enter_context(_waiting(layer, mode, number, asked))
+                    stack.enter_context(_deferred(layer, mode, number, requested))
         try:
             yield
         finally:
             stack.close()
-            for call in asked.values():
+            for call in requested.values():
                 call()
 
 
 @contextlib.contextmanager
-def _waiting(
-    layer: Any, mode: str, number: int, asked: dict[int, Callable[[], Any]]
+def _deferred(
+    layer: Any, mode: str, number: int, requested: dict[int, Callable[[], Any]]
 ) -> Iterator[None]:
     call = getattr(layer, mode, None)
     if not callable(call):
@@ -46,10 +45,10 @@ def _waiting(
         return
     own = vars(layer).get(mode)
 
-    def wait() -> None:
-        asked[number] = call
+    def defer() -> None:
+        requested[number] = call
 
-    setattr(layer, mode, wait)
+    setattr(layer, mode, defer)
     try:
         yield
     finally:

@@ -1,13 +1,12 @@
-"""`EMACallback`: an average beside a transformers Trainer, from the first step to the last file.
+"""`EMACallback`: averages the weights of a transformers Trainer; evaluates, saves and resumes.
 
-A callback alone cannot do it: the Trainer hands callbacks the unwrapped model, has no event before
-an evaluation, tells them of no path to resume from and of no exception. So `EMACallback.bind` also
-puts itself around methods of the one trainer::
+Callbacks of the Trainer receive the unwrapped model, no event before an evaluation, no path to
+resume from, and no exceptions. So `EMACallback.bind` also wraps methods of the trainer::
 
-    train            knows the checkpoint to resume from; removes the hooks, also after an error
-    on_train_begin   the model is wrapped now: builds the ShardedEMA, loads, attaches
-    evaluate         once for each pass, of which the outside sees one evaluation
-    evaluation_loop  of evaluate and predict: inside ema.swap()
+    train            finds the checkpoint to resume from; detaches, also after an error
+    on_train_begin   builds the ShardedEMA of the wrapped model, loads, attaches
+    evaluate         runs once per pass, reports one evaluation
+    evaluation_loop  of evaluate and predict: runs inside ema.swap()
     save_model       of a checkpoint: writes checkpoint-N/ema first; else: writes the average
     _load_best_model loads the average of the best checkpoint too
     on_train_end     writes the average to output_dir
@@ -32,7 +31,7 @@ from shardema.arguments import as_schedules
 from shardema.backends.tree import unwrap
 from shardema.ema import ShardedEMA
 from shardema.files import manifest
-from shardema.integrations.modes import held_back
+from shardema.integrations.modes import deferred_modes
 from shardema.ranks.agree import Ranks
 from shardema.schedules import Schedule, describe
 
@@ -48,27 +47,27 @@ _WRAPPED = (
     "_load_from_checkpoint",
 )
 _CALLED = ("_save", "get_total_train_batch_size")
-_OF_A_LOG = ("epoch", "step", "num_input_tokens_seen")  # what Trainer.log adds to a row
+_OF_A_LOG = ("epoch", "step", "num_input_tokens_seen")  # keys that Trainer.log adds
 
 
 class EMACallback(TrainerCallback):
     """Averages the weights that a Trainer trains; evaluates, saves and resumes with the average.
 
-    Every ``trainer.train()`` begins a new average of the wrapped model (DDP, FSDP, a DeepSpeed
-    engine) as `ema`; it follows each real optimizer step. Skipped and accumulation steps do not
-    count. After the training `ema` stays, for evaluations and `ShardedEMA.export`.
+    Every ``trainer.train()`` builds a new average of the wrapped model (DDP, FSDP, a DeepSpeed
+    engine), `ema`, which is updated after each optimizer step; skipped and accumulation steps do
+    not count. `ema` is kept after training, for evaluations and `ShardedEMA.export`.
 
     Args:
-        schedule: as for `ShardedEMA`, or ``{name: schedule}`` for several averages; in steps, or
-            in samples, of which a step counts ``trainer.get_total_train_batch_size``.
-        eval_with: what ``evaluate`` and ``predict`` compute with: ``"raw"`` weights, the average
-            of this name (one without a name is called ``"ema"``), or ``"both"``: ``eval_*`` are
-            then the metrics of the raw weights, ``eval_NAME_*`` those of an average, and
-            ``predict`` uses the last average.
+        schedule: as for `ShardedEMA`, or ``{name: schedule}`` for several averages. Its unit is
+            steps, or samples: ``trainer.get_total_train_batch_size`` per step.
+        eval_with: what ``evaluate`` and ``predict`` use: ``"raw"`` weights, the average of this
+            name (a single average is called ``"ema"``), or ``"both"``: ``eval_*`` are the metrics
+            of the raw weights, ``eval_NAME_*`` those of an average, and ``predict`` uses the last
+            average.
         save_with: what is written to ``output_dir`` at the end, by ``save_model`` and
             ``push_to_hub``: the average of this name, or ``"raw"``: as without this callback.
-        allow_missing: at a checkpoint without an average begin one from its weights; else raise.
-        new_schedule: go on with this schedule where the checkpoint's average had another.
+        allow_missing: start an average if the checkpoint has none, instead of raising.
+        new_schedule: continue with this schedule if the checkpoint has another.
         timeout: seconds that a rank waits for the others in a collective call.
         options: other keyword arguments of `ShardedEMA`: ``select``, ``shadow``, ...
 
@@ -77,8 +76,8 @@ class EMACallback(TrainerCallback):
             ``eval_with`` or ``save_with``.
         TypeError: an unknown option.
 
-    Collective, as the trainer's own calls are: ``train`` and ``save_model``; ``evaluate`` and
-    ``predict`` as far as the model's forward and `ShardedEMA.swap` are.
+    ``train`` and ``save_model`` are collective, as without the callback; ``evaluate`` and
+    ``predict`` are if the model's forward or `ShardedEMA.swap` is.
     """
 
     def __init__(
@@ -97,12 +96,12 @@ class EMACallback(TrainerCallback):
         self._unit = next(iter(rules.values())).unit
         if self._unit not in ("step", "sample"):
             raise ValueError(
-                f"schedule: it counts {self._unit}s, which the Trainer does not tell; expected "
+                f"schedule: it counts {self._unit}s, which the Trainer does not report; expected "
                 "unit='step' or unit='sample'"
             )
         if {"raw", "both"} & set(rules):
             raise ValueError(
-                f"schedule: got averages {list(rules)}; 'raw' and 'both' are words of eval_with=, "
+                f"schedule: got averages {list(rules)}; 'raw' and 'both' are values of eval_with=, "
                 "give them other names"
             )
         for word, value, others in (
@@ -120,18 +119,18 @@ class EMACallback(TrainerCallback):
         self._options: dict[str, Any] = {"schedule": schedule, "timeout": timeout, **options}
         self._trainer: Any = None
         self._handle: Any = None
-        self._resume: str | None = None  # the checkpoint that this training goes on from
-        self._model: Any = None  # that `ema` is the average of, unwrapped
-        self._pass: list[str | None] | None = None  # of an evaluation, the one that runs
+        self._resume: str | None = None  # the average to resume from
+        self._model: Any = None  # the unwrapped model of `ema`
+        self._pass: list[str | None] | None = None  # the current pass of an evaluation
         self.ema: ShardedEMA | None = None
 
     def bind(self, trainer: Trainer) -> EMACallback:
-        """Puts the callback into one trainer, before ``trainer.train()``. Returns itself.
+        """Binds the callback to a trainer, before ``trainer.train()``; returns itself. Local.
 
         Raises:
-            RuntimeError: bound before, the trainer has another EMACallback, or is of a version of
-                transformers that lacks what is needed.
-            TypeError: no Trainer.
+            RuntimeError: it is bound already, the trainer has another EMACallback, or this version
+                of transformers lacks a method that is needed.
+            TypeError: not a Trainer.
             ValueError: the trainer wraps the model in DataParallel.
         """
         self._check(trainer)
@@ -146,7 +145,7 @@ class EMACallback(TrainerCallback):
         return self
 
     def _check(self, trainer: Trainer) -> None:
-        """Raises where `bind` cannot be."""
+        """Raises the errors of `bind`."""
         if not isinstance(trainer, Trainer):
             raise TypeError(f"bind: got {type(trainer).__name__}, expected a transformers.Trainer")
         if self._trainer is trainer:
@@ -199,23 +198,23 @@ class EMACallback(TrainerCallback):
             self._detach()
 
     def _look(self, checkpoint: str) -> bool:
-        """Whether there is an average to resume; raises where one cannot go on from there."""
+        """Whether a checkpoint has an average; raises if it cannot be resumed from."""
         place = os.path.join(checkpoint, FOLDER)
         if not os.path.lexists(place):
             if self._allow_missing:
-                log.warning("%s has no average: a new one begins from its weights", checkpoint)
+                log.warning("%s has no average: a new one starts from its weights", checkpoint)
                 return False
             raise ValueError(
                 f"resume from {checkpoint}: it has no folder {FOLDER!r}, so it was saved without "
-                "this callback; EMACallback(..., allow_missing=True) begins an average from its "
+                "this callback; EMACallback(..., allow_missing=True) starts an average from its "
                 "weights"
             )
         was = {name: a.schedule for name, a in manifest.read(place).averages.items()}
         now = {name: describe(rule) for name, rule in self._rules.items()}
         if was.keys() != now.keys() or (was != now and not self._new_schedule):
             raise ValueError(
-                f"resume from {checkpoint}: its averages were kept as {was}, this EMACallback has "
-                f"{now}; make it with the same, or other schedules of the same names and "
+                f"resume from {checkpoint}: its averages were saved as {was}, this EMACallback has "
+                f"{now}; build it with the same schedules, or with the same names and "
                 "new_schedule=True"
             )
         return True
@@ -228,7 +227,7 @@ class EMACallback(TrainerCallback):
                 "EMACallback: not bound to this trainer, so it would miss evaluations and "
                 "checkpoints; call callback.bind(trainer) before trainer.train()"
             )
-        self._detach()  # auto_find_batch_size begins again after an error
+        self._detach()  # auto_find_batch_size restarts after an error
         self.ema = None
         ema = ShardedEMA(trainer.model_wrapped, **self._options)
         if self._resume is not None:
@@ -240,7 +239,7 @@ class EMACallback(TrainerCallback):
         self.ema = ema
 
     def _average(self, op: str) -> ShardedEMA | None:
-        """`ema`, if it is of the weights that the trainer has now."""
+        """`ema`, if it is an average of the trainer's current model."""
         if self.ema is None or unwrap(self._trainer.model) is self._model:
             return self.ema
         log.warning("%s: the average is of the model that was trained, not of trainer.model", op)
@@ -266,11 +265,11 @@ class EMACallback(TrainerCallback):
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> dict[str, float]:
-        """One evaluation for each pass, so that what a subclass collects in it is of this pass."""
+        """Runs one evaluation per pass, so that a subclass collects metrics of one pass only."""
         trainer = self._trainer
         sets = trainer.eval_dataset if eval_dataset is None else eval_dataset
         passes = [None] if isinstance(sets, dict) else self._passes("evaluate")
-        if len(passes) == 1:  # a dict of sets comes here again with each of them
+        if len(passes) == 1:  # a dict of datasets calls evaluate again for each of them
             return original(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
         metrics: dict[str, float] = {}
         for name in passes:
@@ -285,14 +284,14 @@ class EMACallback(TrainerCallback):
                 for key, value in row.items():
                     if key not in _OF_A_LOG:
                         metrics[_named(key, metric_key_prefix, prefix)] = value
-        Trainer.log(trainer, metrics)  # not a subclass's, which has had its turn in each pass
+        Trainer.log(trainer, metrics)  # not a subclass's, which was called in each pass
         handler = trainer.callback_handler
         trainer.control = handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
         return metrics
 
     @contextlib.contextmanager
     def _unseen(self) -> Iterator[list[dict[str, float]]]:
-        """Inside, the trainer logs to the list that this gives, and tells the callbacks nothing."""
+        """Inside the block the trainer logs to the yielded list and does not notify callbacks."""
         state, handler = self._trainer.state, self._trainer.callback_handler
         history, state.log_history = state.log_history, []
         handler.on_log = handler.on_evaluate = lambda args, state, control, *_, **__: control
@@ -303,13 +302,13 @@ class EMACallback(TrainerCallback):
             del handler.on_log, handler.on_evaluate
 
     def _passes(self, op: str) -> list[str | None]:
-        """The averages to evaluate with in turn; None are the weights themselves."""
+        """Names of the averages to evaluate with; None stands for the raw weights."""
         if self._pass is not None:
             return self._pass
         if self._evaluated == [None] or self._average(op) is not None:
             return self._evaluated
         if self.ema is None:
-            log.warning("%s: no average before the training: raw weights", op)
+            log.warning("%s: no average before training: using the raw weights", op)
         return [None]
 
     def _evaluation_loop(
@@ -334,7 +333,7 @@ class EMACallback(TrainerCallback):
 
     @contextlib.contextmanager
     def _weights(self, op: str, name: str | None) -> Iterator[None]:
-        """The model holds the average ``name`` inside; its own weights if None."""
+        """Inside the block the model holds the average ``name``; its own weights if None."""
         if self.ema is None or name is None:
             yield
             return
@@ -344,7 +343,7 @@ class EMACallback(TrainerCallback):
                 f"{op}: fp16_full_eval and bf16_full_eval cast the model in place, so that neither "
                 "the average nor the weights could be put back; set them to False in trainer.args"
             )
-        with held_back([self._trainer.optimizer]), self.ema.swap(name):
+        with deferred_modes([self._trainer.optimizer]), self.ema.swap(name):
             yield
 
     # ---- saving -------------------------------------------------------------------------------
@@ -357,7 +356,7 @@ class EMACallback(TrainerCallback):
     ) -> None:
         ema = self._average("save_model")
         if ema is not None and _internal_call and output_dir is not None:  # a checkpoint
-            # the average is there first: a checkpoint that the trainer finished has one
+            # first: a checkpoint that the trainer completed has an average
             self._save_ema(ema, os.path.join(output_dir, FOLDER))
         elif ema is not None and self._saved is not None:
             self._write(self._saved, output_dir or self._trainer.args.output_dir)
@@ -367,7 +366,7 @@ class EMACallback(TrainerCallback):
         original(output_dir, _internal_call=_internal_call)
 
     def _save_ema(self, ema: ShardedEMA, place: str) -> None:
-        def clear() -> None:  # of an earlier run; the trainer writes over its own files too
+        def clear() -> None:  # left by an earlier run; the trainer overwrites its own files too
             if self._trainer.is_world_process_zero() and os.path.isdir(place):
                 shutil.rmtree(place)
 
@@ -377,8 +376,8 @@ class EMACallback(TrainerCallback):
     def _write(self, name: str, folder: str) -> None:
         """Writes an average as the trainer writes a model. Collective.
 
-        The trainer's own function knows the names that transformers gives to weights on disk,
-        the tokenizer, and models that are no PreTrainedModel.
+        The trainer's own ``_save`` handles the names of weights on disk, the tokenizer, and models
+        that are not a PreTrainedModel.
         """
         ema = self._average("save_model")
         if ema is None:
@@ -395,11 +394,11 @@ class EMACallback(TrainerCallback):
         def look() -> bool | None:
             return self._look(best) if os.path.isdir(best) else None
 
-        def all_of(told: list[bool | None]) -> bool | None:
-            return None if None in told else all(told)
+        def all_of(found: list[bool | None]) -> bool | None:
+            return None if None in found else all(found)
 
         found = self._ranks.agree("_load_best_model", look, all_of)
-        ema, self.ema = self.ema, None  # until weights and average are both of the best
+        ema, self.ema = self.ema, None  # until both weights and average are loaded
         original(*args, **kwargs)
         assert ema is not None
         if found:
@@ -407,7 +406,7 @@ class EMACallback(TrainerCallback):
             ema.load(folder, model="check", new_schedule=self._new_schedule)
         elif found is False:
             ema.reset()
-        self.ema = ema  # and as they were, if that checkpoint is gone, of which the trainer warns
+        self.ema = ema  # unchanged if that checkpoint is missing, for which the trainer warns
 
     def _load_from_checkpoint(
         self, original: Callable[..., None], *args: Any, **kwargs: Any
@@ -417,7 +416,7 @@ class EMACallback(TrainerCallback):
 
 
 def _named(key: str, plain: str, prefix: str) -> str:
-    """The name of a metric of the pass ``prefix``, which a subclass may have called as always."""
+    """A metric's name with the prefix of its pass, which a subclass may have omitted."""
     if prefix == plain or key.startswith(f"{prefix}_"):
         return key
     return f"{prefix}_{key.removeprefix(f'{plain}_')}"

@@ -1,11 +1,11 @@
 """The update itself: ``shadow <- lerp(shadow, parameter, weight)``, local and in place.
 
-A kernel is a module with ``bind(shadows, params, slots) -> lerp_``: ``lerp_(weights)`` moves the
-``i``-th shadow by ``weights[slots[i]]`` towards the ``i``-th parameter. A parameter may stand there
-several times, once for each of its averages. ``bind`` looks at the tensors once (dtypes, strides,
-how they are split), so that ``lerp_`` has nothing left to plan and nothing to allocate;
-``lerp_.kernel_names`` lists the kernels that run in it. All kernels round alike: the weight to the
-dtype of the arithmetic, where 0 is then a no-op and 1 a copy, also over inf and NaN; the rest as
+A kernel is a module with ``bind(shadows, params, slots) -> lerp_``: ``lerp_(weights)`` sets the
+``i``-th shadow to its lerp with the ``i``-th parameter, by ``weights[slots[i]]``. A parameter may
+be listed several times, once for each of its averages. ``bind`` inspects the tensors once (dtypes,
+strides, how they are split), so that ``lerp_`` plans and allocates nothing; ``lerp_.kernel_names``
+lists the kernels that run in it. All kernels are bitwise equal: the weight is rounded to the dtype
+of the arithmetic, then 0 is a no-op and 1 a copy, also over inf and NaN; the rest is
 ``torch.lerp``.
 """
 

@@ -1,4 +1,4 @@
-"""What a kernel returns when it is bound: a call, and the names of the kernels that run in it."""
+"""A bound kernel: a callable, and the names of the kernels that run in it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 @dataclass(frozen=True)
 class Bound:
-    """``lerp_(weights)``: every shadow moves by the weight of its slot.
+    """``lerp_(weights)``: updates every shadow with the weight of its slot.
 
     Args:
-        call: does it; weights are Python floats, one for each slot.
+        call: the update; weights are Python floats, one for each slot.
         kernel_names: names of the kernels that run, as in ``KERNELS``; empty without pairs.
     """
 
@@ -26,9 +26,9 @@ class Bound:
 
 
 def rounded(weight: float, shadow: torch.dtype) -> float:
-    """``weight`` in the type of the arithmetic: float64 for shadows of it, else float32.
+    """``weight`` in the dtype of the arithmetic: float64 for float64 shadows, else float32.
 
-    Kernels compare it with 0 and 1 after that. ``torch.lerp`` does not, so a weight that rounds to
-    1 gives zeros of another sign in its vectors than in their remainder.
+    Kernels compare it with 0 and 1 after rounding. ``torch.lerp`` does not, so for a weight that
+    rounds to 1 its vectorized loop gives zeros of another sign than the loop over the remainder.
     """
     return weight if shadow == torch.float64 else ctypes.c_float(weight).value

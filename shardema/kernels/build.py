@@ -1,14 +1,14 @@
-"""A C++ file of this package as a shared library: compiled once, then found in the cache.
+"""Compiles a C++ file of this package to a shared library, once, and caches it.
 
 ::
 
-    source, flags -> key     TORCH_EXTENSIONS_DIR, or where torch keeps the extensions it compiles
-                               shardema/fused_cpu-<key>.so          what is loaded
+    source, flags -> key     TORCH_EXTENSIONS_DIR, or torch's default folder for extensions
+                               shardema/fused_cpu-<key>.so          the library
                                shardema/.build-<random>/            compiled here, then renamed
 
-No lock: whoever finds nothing compiles into a folder of its own and renames the result, so ranks
-that build at once do not wait for each other, and a build that was killed blocks nobody. The
-instructions are part of the key: nodes of several kinds may share a home.
+There is no lock: each process that finds no library compiles in its own folder and renames the
+result, so ranks do not wait for each other, and a killed build blocks nothing. The instruction set
+is part of the key, since different nodes may share a home directory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-# No option may round otherwise than the source says; the two -fno only let loops be vectorised.
+# No option may change the rounding; the two -fno only allow loops to be vectorized.
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
@@ -60,13 +60,13 @@ def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     Raises:
         ImportError: torch's build tools need setuptools.
         OSError: no compiler, a folder that cannot be written, a library that cannot be loaded.
-        RuntimeError: the compiler failed; with the end of what it said.
+        RuntimeError: the compiler failed; with the end of its output.
     """
     path = _cached(source, flags)
     if path.exists():
         try:
             return ctypes.CDLL(str(path))
-        except OSError:  # of another system, or damaged: compile it anew
+        except OSError:  # of another system, or damaged
             log.info("%s cannot be loaded, it is compiled again", path)
     _compile(source, flags, path)
     return ctypes.CDLL(str(path))
@@ -82,7 +82,7 @@ def _cached(source: Path, flags: Sequence[str]) -> Path:
 
 
 def _compile(source: Path, flags: Sequence[str], path: Path) -> None:
-    """Makes ``path``, whole from the moment that it is there."""
+    """Compiles to ``path``, which is created atomically."""
     from torch.utils.cpp_extension import get_cxx_compiler
 
     compiler = shlex.split(get_cxx_compiler())  # type: ignore[no-untyped-call]

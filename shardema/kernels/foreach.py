@@ -30,7 +30,7 @@ _Key = tuple[torch.device, torch.dtype, int]  # the slot last
 
 @dataclass
 class _Batch:
-    """Tensors that one pair of foreach calls handles; ``scratch`` is empty where none is needed."""
+    """Tensors of one pair of foreach calls; ``scratch`` is empty if no conversion is needed."""
 
     slot: int
     shadows: list[Tensor] = field(default_factory=list)

@@ -2,8 +2,8 @@
 
 ::
 
-    pairs that fused_cpu takes     C++, compiled once
-    pairs that fused_gpu takes     Triton, where it is installed and can compile
+    pairs that fused_cpu supports   C++, compiled once
+    pairs that fused_gpu supports   Triton, where it is installed and can compile
     any other                      foreach
 """
 
@@ -25,8 +25,8 @@ from shardema.kernels.bound import Bound
 
 log = logging.getLogger(__name__)
 
-# Elements that are worth a compiled kernel where none was asked for by name: below it a step
-# takes foreach some microseconds, and nothing need be compiled or looked up.
+# Elements from which kernel="auto" uses a compiled kernel: below it foreach needs microseconds, and
+# nothing is compiled or looked up.
 AUTO_NUMEL = 1 << 16
 
 
@@ -44,18 +44,18 @@ def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[in
 
 
 def bind_auto(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
-    """Like `bind`; foreach where there is little to do."""
+    """Like `bind`, but foreach for few elements."""
     numel = sum(shadow.numel() for shadow in shadows)
     return (foreach.bind if numel < AUTO_NUMEL else bind)(shadows, params, slots)
 
 
 def _kernel(shadow: Tensor, param: Tensor) -> ModuleType:
-    """The module that takes this pair."""
-    if fused_cpu.takes(shadow, param):
+    """The module of the kernel for this pair."""
+    if fused_cpu.supports(shadow, param):
         return fused_cpu if fused_cpu.library() is not None else foreach
     if _on_gpu(shadow):
         fused_gpu = _fused_gpu()
-        if fused_gpu is not None and fused_gpu.takes(shadow, param):
+        if fused_gpu is not None and fused_gpu.supports(shadow, param):
             return fused_gpu
     return foreach
 
@@ -63,7 +63,7 @@ def _kernel(shadow: Tensor, param: Tensor) -> ModuleType:
 def _bound(
     kernel: ModuleType, shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]
 ) -> Bound:
-    """Bound by this kernel, by foreach where it is Triton's and that cannot compile here."""
+    """Binds this kernel; foreach instead if Triton cannot compile it."""
     bound: Bound
     if kernel is not _fused_gpu():
         bound = kernel.bind(shadows, params, slots)
@@ -72,8 +72,8 @@ def _bound(
         bound = kernel.bind(shadows, params, slots)
     except torch.OutOfMemoryError:
         raise
-    # no C compiler, a broken one, no headers, no folder to write into, a GPU that it does not know:
-    # Triton has an exception for each, of many classes; nothing was written yet
+    # no C compiler, a broken one, no headers, no writable folder, an unknown GPU: Triton raises
+    # exceptions of many classes; nothing was written yet
     except Exception as error:
         _do_without_triton(error)
         bound = foreach.bind(shadows, params, slots)
@@ -92,11 +92,11 @@ def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-_failed = threading.Event()  # Triton did, in this process
+_failed = threading.Event()  # Triton failed in this process
 
 
 def _fused_gpu() -> ModuleType | None:
-    """The file that needs Triton; None where that is not installed, or has failed."""
+    """The module that needs Triton; None if Triton is not installed, or has failed."""
     if _failed.is_set() or not _has_triton():
         return None
     try:

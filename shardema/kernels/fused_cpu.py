@@ -5,10 +5,10 @@
     pairs    (shadow, param, slot) ...        dense tensors of equal strides
     rows     param, numel | param, numel      one for each param; read from memory once
     twins    shadow slot  shadow slot | ..    the averages of each row
-    lerp_    weights -> C doubles, then one call that walks the rows with all threads of torch
+    lerp_    weights -> C doubles, then one call that processes the rows with torch's threads
 
-The code is ``fused_cpu.cpp``, which `build` compiles once. Before it is used it must agree with
-``torch.lerp`` bit for bit; where it does not, or there is no compiler, foreach runs.
+The code is ``fused_cpu.cpp``, which `build` compiles once. Before it is used it is compared with
+``torch.lerp`` bitwise; if it differs, or there is no compiler, foreach runs.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from shardema.shards.strides import dense_like
 log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("fused_cpu.cpp")
 
-# the numbers by which fused_cpu.cpp knows them
+# their codes in fused_cpu.cpp
 PARAM_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SHADOW_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
 class Threads(ctypes.Structure):
-    """Functions of the OpenMP runtime that torch uses; null where it has none."""
+    """Functions of the OpenMP runtime that torch uses; null if it has none."""
 
     _fields_ = [
         ("fork", ctypes.c_void_p),
@@ -59,7 +59,7 @@ class Library:
 
 @dataclass(frozen=True)
 class Table:
-    """The tensors as the compiled code wants them, and what the addresses need to stay good."""
+    """The arguments of the compiled code, and references that keep their addresses valid."""
 
     code: Library
     count: int  # of rows
@@ -67,7 +67,7 @@ class Table:
     twins: ctypes.Array[ctypes.c_int64]
     weights: ctypes.Array[ctypes.c_double]
     shadows: Sequence[Tensor]
-    held: Sequence[Tensor]  # the parameters' memory, also where they are given another
+    held: Sequence[Tensor]  # keeps the parameters' memory, even if they get another
 
     def __call__(self, weights: Sequence[float]) -> None:
         self.weights[:] = list(weights[: len(self.weights)])
@@ -76,8 +76,8 @@ class Table:
         torch.autograd.graph.increment_version(self.shadows)
 
 
-def takes(shadow: Tensor, param: Tensor) -> bool:
-    """Whether the compiled code can move this pair: plain CPU dense tensors of equal strides."""
+def supports(shadow: Tensor, param: Tensor) -> bool:
+    """Whether the compiled code supports a pair: plain dense CPU tensors of equal strides."""
     if shadow.dtype not in SHADOW_DTYPES or param.dtype not in PARAM_DTYPES:
         return False
     for tensor in (shadow, param):
@@ -92,7 +92,7 @@ def takes(shadow: Tensor, param: Tensor) -> bool:
 
 
 def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
-    """Returns ``lerp_(weights)`` over pairs that `takes`; they must stay where they are.
+    """Returns ``lerp_(weights)`` over pairs that it `supports`; their storage must not change.
 
     Raises:
         RuntimeError: there is no compiled code; see `library`.
@@ -106,7 +106,7 @@ def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[in
 def table(
     code: Library, shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]
 ) -> Table:
-    """The pairs for this code. A parameter that is given several times becomes one row."""
+    """The table of the pairs. A parameter that is listed several times becomes one row."""
     rows: dict[tuple[int, int, torch.dtype], list[tuple[Tensor, int]]] = {}
     for shadow, param, slot in zip(shadows, params, slots, strict=True):
         key = (param.data_ptr(), param.numel(), param.dtype)
@@ -118,7 +118,7 @@ def table(
         first += len(twins)
         for shadow, slot in twins:
             twin_fields += [shadow.data_ptr(), SHADOW_DTYPES[shadow.dtype], slot]
-    row_fields += [start, 0, 0, first]  # where the table ends
+    row_fields += [start, 0, 0, first]  # the end of the table
     return Table(
         code,
         len(rows),
@@ -134,7 +134,7 @@ _once = threading.Lock()
 
 
 def library() -> Library | None:
-    """The compiled code, None where it cannot be had: one warning says why."""
+    """The compiled code; None if it is not available, with one warning that gives the reason."""
     with _once:
         return _library()
 
@@ -160,7 +160,7 @@ def _library() -> Library | None:
 
 
 def open_library(made: ctypes.CDLL) -> Library:
-    """The function of a compiled ``fused_cpu.cpp``, with the threads of torch."""
+    """The function of a compiled ``fused_cpu.cpp``, with torch's OpenMP runtime."""
     lerp_ = made.shardema_lerp
     lerp_.restype = None
     address, number = ctypes.c_void_p, ctypes.c_int64
@@ -171,7 +171,7 @@ def open_library(made: ctypes.CDLL) -> Library:
 
 def _threads() -> Threads:
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    try:  # a handle of torch's own library also finds what that one has loaded
+    try:  # a handle of torch's own library also finds symbols of the libraries that it loaded
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         return Threads(*(ctypes.cast(torch_cpu[name], ctypes.c_void_p).value for name in names))
     except (OSError, AttributeError):
@@ -179,7 +179,7 @@ def _threads() -> Threads:
 
 
 def agrees(code: Library) -> bool:
-    """Whether it gives the bits of the reference kernel, for every pair of dtypes."""
+    """Whether it is bitwise equal to the reference kernel, for every pair of dtypes."""
     every = itertools.product(PARAM_DTYPES, SHADOW_DTYPES)
     return all(_agrees(code, param, shadow) for param, shadow in every)
 
@@ -196,13 +196,13 @@ def _agrees(code: Library, param_dtype: torch.dtype, shadow_dtype: torch.dtype) 
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same bits, but for what a NaN carries."""
+    """Whether two tensors are bitwise equal, except for the payload of NaNs."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
     return bool(((a.view(whole) == b.view(whole)) | (a.isnan() & b.isnan())).all())
 
 
 def _samples(dtype: torch.dtype, seed: int) -> Tensor:
-    """Numbers of many sizes, subnormal ones, inf, NaN and zeros of both signs: [2085]."""
+    """Numbers of many magnitudes, subnormals, inf, NaN and zeros of both signs: [2085]."""
     chance = random.Random(seed)
     numbers = [chance.gauss(0, 1) for _ in range(2048)]
     numbers[1024:] = [x * 2.0 ** chance.randrange(-140, 16) for x in numbers[1024:]]

@@ -2,16 +2,16 @@
 
 ::
 
-    pairs      (shadow, param, slot) ...        dense and laid out alike
+    pairs      (shadow, param, slot) ...        dense, with equal strides
     jobs       param, its shadows, their slots  a parameter is read once for all its averages
     table      a row per block of a parameter   size, wide?, param, shadows[K], slots[K]   int64
     launch     a program per row                one launch per (param dtype, shadow dtypes)
-    weights    a float64 per slot, on the GPU   read by the programs: a graph can be replayed
+    weights    a float64 per slot, on the GPU   read by the programs, so a graph can be replayed
 
 Only this file imports triton.
 """
 
-# What triton compiles is no Python, and its decorator has no types where triton is not installed.
+# Triton code cannot be typed, and its decorator has no types if triton is not installed.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # mypy: allow-untyped-decorators
 
@@ -31,7 +31,7 @@ from shardema.shards.strides import dense_like
 BLOCK = 4096  # elements of a program
 MAX_AVERAGES = 4  # shadows that a program holds in its registers
 WARPS = 8
-ALIGN = 16  # bytes that a thread moves at once, where the addresses of a block allow it
+ALIGN = 16  # bytes that a thread loads at once, if all addresses of a block are aligned to it
 
 _TYPES = {
     torch.float64: tl.float64,
@@ -44,7 +44,7 @@ _Dtypes = tuple[torch.dtype, ...]
 
 @triton.jit
 def lerp_kernel(table, weights, PARAM: tl.constexpr, SHADOWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program per row of ``table``; the slots of a row count in ``weights``."""
+    """A program per row of ``table``; the slots of a row are indices into ``weights``."""
     row = table + tl.program_id(0).to(tl.int64) * (3 + 2 * len(SHADOWS))
     size = tl.load(row)
     if tl.load(row + 1) != 0:
@@ -63,7 +63,7 @@ def _block(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """All averages of one block; WIDE: it is whole and starts on 16 bytes everywhere."""
+    """All averages of one block; WIDE: it is full and all its addresses are aligned to 16 bytes."""
     at = tl.arange(0, BLOCK)
     source = tl.load(row).to(tl.pointer_type(PARAM))
     if WIDE:
@@ -86,10 +86,10 @@ def _block(
 
 @triton.jit
 def _lerp(shadow, param, weight, SHADOW: tl.constexpr):
-    """torch.lerp (ATen/native/Lerp.h), its one multiplication and addition fused.
+    """torch.lerp (ATen/native/Lerp.h), with its multiplication and addition fused.
 
-    ``weight`` has the type of the arithmetic; 1 is a copy. A parameter takes the shadow's dtype
-    first.
+    ``weight`` has the dtype of the arithmetic; 1 is a copy. The parameter is converted to the
+    shadow's dtype first.
     """
     end = param.to(weight.dtype).to(SHADOW)
     near = shadow.to(weight.dtype)
@@ -102,14 +102,14 @@ def _lerp(shadow, param, weight, SHADOW: tl.constexpr):
 
 @dataclass(frozen=True)
 class Replayable(Bound):
-    """What `bind` returns: ``lerp_(weights)`` that a CUDA graph can capture.
+    """A bound kernel, ``lerp_(weights)``, that a CUDA graph can capture.
 
     Args:
-        launch: moves the shadows by the weights last given; all that a capture records.
-        refresh: gives later launches and replays on the current stream their weights; one for
+        launch: updates the shadows with the last weights; the part that is captured.
+        refresh: sets the weights of later launches and replays on the current stream, one for
             each slot. Neither waits for the GPU nor allocates.
 
-    A captured graph reads tables that this keeps alive: keep it as long as the graph.
+    A captured graph reads tables that this object keeps alive: keep it as long as the graph.
     """
 
     launch: Callable[[], None]
@@ -127,7 +127,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Launch:
-    """What one launch works through."""
+    """The arguments of one launch."""
 
     table: Tensor  # [blocks, 3 + 2 * len(shadows)]
     weights: Tensor  # [slots]
@@ -150,7 +150,7 @@ class _Work:
     """The launches, and their weights on each device."""
 
     def __init__(self, jobs: Sequence[_Job]) -> None:
-        self._params = [job.param for job in jobs]  # kept, since the tables hold their addresses
+        self._params = [job.param for job in jobs]  # kept alive: the tables hold their addresses
         self._shadows = [shadow for job in jobs for shadow in job.shadows]
         groups: dict[tuple[torch.device, torch.dtype, _Dtypes], list[_Job]] = {}
         for job in jobs:
@@ -166,11 +166,11 @@ class _Work:
             _Launch(_on(device, rows(group)), self._weights[device], dtype, dtypes)
             for (device, dtype, dtypes), group in groups.items()
         ]
-        for one in self._launches:  # compiles, which a capture forbids; weights of 0 write nothing
+        for one in self._launches:  # compiles now, not in a capture; weights of 0 write nothing
             one.run(1)
 
     def move(self, weights: Sequence[float]) -> None:
-        """Moves the shadows; while a graph is captured, by the weights of each replay."""
+        """Updates the shadows; in a capture, with the weights of each replay."""
         if not self._capturing():
             self.refresh(weights)
             if not any(weights):
@@ -178,9 +178,9 @@ class _Work:
         self.launch()
 
     def refresh(self, weights: Sequence[float]) -> None:
-        """Writes what has changed. A weight travels as an argument of the launch that writes it.
+        """Writes the weights that have changed, each as an argument of its own fill kernel.
 
-        So there is no host buffer, which the next weights could reach before it is copied.
+        A host buffer could be overwritten by the next weights before it is copied.
         """
         if self._capturing():
             raise RuntimeError(
@@ -206,8 +206,8 @@ class _Work:
         return False
 
 
-def takes(shadow: Tensor, param: Tensor) -> bool:
-    """Whether a pair goes through the table: known dtypes, dense, laid out alike."""
+def supports(shadow: Tensor, param: Tensor) -> bool:
+    """Whether the kernel supports a pair: known dtypes, dense, equal strides."""
     for tensor in (shadow, param):
         own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         if own or tensor.dtype not in _TYPES or tensor.layout != torch.strided:
@@ -222,26 +222,26 @@ def takes(shadow: Tensor, param: Tensor) -> bool:
 def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Replayable:
     """Returns ``lerp_(weights)`` over pairs of local tensors of equal shape and device.
 
-    It keeps addresses: the tensors must stay where they are. Not for a stream that captures a
-    CUDA graph: it may compile.
+    It stores addresses: the tensors' storage must not change. Must not be called while a CUDA
+    graph is captured, since it may compile.
 
     Raises:
-        ValueError: a pair that `takes` refuses.
+        ValueError: a pair that it does not support, see `supports`.
     """
     jobs: list[_Job] = []
     last: dict[tuple[torch.device, torch.dtype, int, int], _Job] = {}
     for shadow, param, slot in zip(shadows, params, slots, strict=True):
-        if not takes(shadow, param):
+        if not supports(shadow, param):
             raise ValueError(
                 f"fused: got a shadow of {_facts(shadow)} and a parameter of {_facts(param)}, "
-                "expected dense tensors of a floating dtype, laid out alike on one device; the "
-                "kernel 'foreach' supports others"
+                "expected dense tensors of a floating dtype, with equal strides, on one device; "
+                "use kernel='foreach'"
             )
         if shadow.numel() == 0:
             continue
         key = (param.device, param.dtype, param.data_ptr(), param.numel())
         if key not in last or len(last[key].slots) == MAX_AVERAGES:
-            # detached: it keeps this memory when the parameter is given other
+            # detached: keeps this storage, even if the parameter gets another
             last[key] = _Job(param.detach())
             jobs.append(last[key])
         last[key].shadows.append(shadow)
@@ -253,9 +253,9 @@ def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[in
 def rows(jobs: Sequence[_Job]) -> Tensor:
     """The table of jobs of the same dtypes, `[blocks, 3 + 2 * shadows]`, int64, on the host.
 
-    A row: elements of the block, whether it is whole and starts on `ALIGN` bytes everywhere, then
-    the addresses of its parameter and its shadows, then the slots. The addresses are those of the
-    block itself, so the kernel never multiplies an index that could outgrow 32 bits.
+    A row: elements of the block, whether it is full and all addresses are aligned to `ALIGN` bytes,
+    the addresses of its parameter and its shadows, the slots. The addresses are those of the block
+    itself, so the kernel never multiplies an index that could exceed 32 bits.
     """
     tensors = [[job.param, *job.shadows] for job in jobs]
     with torch.device("cpu"):  # whatever the default device is
@@ -274,7 +274,7 @@ def rows(jobs: Sequence[_Job]) -> Tensor:
 
 
 def _on(device: torch.device, table: Tensor) -> Tensor:
-    """A copy on the device; through pinned memory, so that the host does not wait for it."""
+    """A copy on the device, through pinned memory, so that the host does not wait for it."""
     if device.type == "cuda":
         table = table.pin_memory()
     return table.to(device, non_blocking=True)

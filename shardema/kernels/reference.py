@@ -1,6 +1,6 @@
-"""One ``lerp_`` per tensor: the plain statement of the arithmetic, kept to check the others.
+"""One ``lerp_`` per tensor: the reference that the other kernels are compared with.
 
-It converts a parameter of another dtype whole, so it allocates at every update.
+It converts whole parameters of another dtype, so it allocates at every update.
 """
 
 from __future__ import annotations

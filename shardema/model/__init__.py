@@ -1,1 +1,1 @@
-"""What is averaged of a model, read as shards, and written."""
+"""Reads a model's tensors as shards, selects those to average, and writes them."""

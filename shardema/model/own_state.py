@@ -58,7 +58,7 @@ class OwnState:
 
 
 @dataclass(frozen=True)
-class Outward:
+class MergedState:
     """`OwnState` and export form of all ranks, merged; equal on all ranks.
 
     Attributes:
@@ -86,7 +86,7 @@ class Outward:
     pending: bool
 
     @classmethod
-    def of(cls, merged: Mapping[str, Any]) -> Outward:
+    def of(cls, merged: Mapping[str, Any]) -> MergedState:
         """From what `merge` returned."""
         keys = {fqn: tuple(names) for fqn, names in merged["keys"].items()}
         ignored, packed = (frozenset(merged[word]) for word in ("ignored", "packed"))
@@ -95,7 +95,7 @@ class Outward:
         return cls(keys, merged["owners"], merged["holders"], ignored, packed, *form)
 
     @classmethod
-    def none(cls) -> Outward:
+    def none(cls) -> MergedState:
         """Before the first exchange."""
         return cls({}, {}, {}, frozenset(), frozenset(), "", None, "", False)
 
@@ -176,14 +176,14 @@ def payload(
     }
 
 
-def merge(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge(gathered: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Merges the payloads of all ranks; the first rank that has a key provides its value."""
     keys: dict[str, list[str]] = {}
     owners: dict[str, int] = {}
     holders: dict[str, list[int]] = {}
     ignored: set[str] = set()
     packed: set[str] = set()
-    for index, word in enumerate(told):
+    for index, word in enumerate(gathered):
         for fqn, names in word["keys"].items():
             keys.setdefault(fqn, names)
         for key in word["tensors"]:
@@ -193,7 +193,7 @@ def merge(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ignored.update(word["ignored"])
         packed.update(word["packed"])
     return {
-        **{word: told[0][word] for word in ("stem", "files", "refusal", "pending")},
+        **{word: gathered[0][word] for word in ("stem", "files", "refusal", "pending")},
         "keys": keys,
         "owners": owners,
         "holders": holders,

@@ -121,7 +121,7 @@ class AllGatherSlices:
         self._steps: list[_Step] = []
         depth = max((len(groups) for _, groups in pairs), default=0)
         for level in reversed(range(depth)):  # the last slicing is undone first
-            alike: dict[tuple[dist.ProcessGroup, torch.dtype, torch.device], list[_Region]] = {}
+            by_key: dict[tuple[dist.ProcessGroup, torch.dtype, torch.device], list[_Region]] = {}
             for tensor, groups in pairs:
                 if len(groups) <= level or dist.get_world_size(groups[level]) == 1:
                     continue
@@ -129,8 +129,8 @@ class AllGatherSlices:
                 size = _size(end - begin, dist.get_world_size(groups[level]))
                 if size:
                     key = (groups[level], tensor.dtype, _travels(groups[level], tensor))
-                    alike.setdefault(key, []).append(_Region(flat(tensor)[begin:end], size))
-            for (group, dtype, device), regions in alike.items():
+                    by_key.setdefault(key, []).append(_Region(flat(tensor)[begin:end], size))
+            for (group, dtype, device), regions in by_key.items():
                 limit = max(1, BUCKET_BYTES // (dtype.itemsize * dist.get_world_size(group)))
                 buckets = list(_buckets(regions, limit))
                 width = max(sum(stop - start for _, start, stop in bucket) for bucket in buckets)

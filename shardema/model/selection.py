@@ -41,20 +41,21 @@ class UnmatchedPatterns(dict[str, str]):
         self[what] = message
 
 
-def unmatched_everywhere(told: Sequence[Mapping[str, str]]) -> None:
+def unmatched_everywhere(gathered: Sequence[Mapping[str, str]]) -> None:
     """Raises ValueError for a pattern that matches on no rank."""
-    for what, message in told[0].items():
-        if all(what in theirs for theirs in told):
+    for what, message in gathered[0].items():
+        if all(what in theirs for theirs in gathered):
             raise ValueError(message)
 
 
-def same_rules(told: Sequence[Mapping[str, Any]]) -> None:
+def same_rules(gathered: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError if averages or schedules differ between ranks."""
-    for index, rules in enumerate(told):
-        if rules != told[0]:
+    for index, rules in enumerate(gathered):
+        if rules != gathered[0]:
             raise ValueError(
                 f"the ranks keep other averages: rank {index} of those that share the model has "
-                f"{dict(rules)}, the first one {dict(told[0])}; give all of them the same schedules"
+                f"{dict(rules)}, the first one {dict(gathered[0])}; give all of them the same "
+                "schedules"
             )
 
 

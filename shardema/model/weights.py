@@ -237,7 +237,7 @@ class Weights:
                 raise RuntimeError(
                     f"rank {rank}: {fqn}: this replica's slice has other elements than when the "
                     "EMA was built, since the memory order of the tensor or its replicas changed; "
-                    "keep them, or build the EMA anew"
+                    "keep them, or build a new EMA"
                 )
 
     def _frozen_now(self) -> frozenset[str]:
@@ -321,7 +321,7 @@ class Weights:
         """The current ``_version`` of each of `counted`."""
         return {fqn: tensor._version for fqn, tensor in self.counted(shards).items()}
 
-    def give_back(self, held: Sequence[Shard]) -> dict[str, Tensor]:
+    def copy_to_replaced(self, held: Sequence[Shard]) -> dict[str, Tensor]:
         """Copies the values of ``held`` to the tensors that have replaced them in the model.
 
         FSDP1 with CPU offload moves its shards to pinned memory in its first forward,
@@ -363,7 +363,7 @@ class Weights:
             if _fits(new, old)
             and new.weights is None
             and new.local.data_ptr() not in own
-            and not _alike(new.local, old.local)
+            and not _equal_up_to_cast(new.local, old.local)
         ]
 
     def _places(self) -> dict[str, Shard]:
@@ -392,7 +392,7 @@ class Weights:
         torch.clear_autocast_cache()
 
 
-def _alike(new: Tensor, old: Tensor) -> bool:
+def _equal_up_to_cast(new: Tensor, old: Tensor) -> bool:
     """Whether they are equal, up to a cast to 16 bits and back."""
     same = old.to(new.device, new.dtype)
     return torch.allclose(new, same, rtol=2**-7, atol=2**-14, equal_nan=True)
@@ -401,5 +401,5 @@ def _alike(new: Tensor, old: Tensor) -> bool:
 def _fits(new: Shard, old: Shard) -> bool:
     """Whether the values of ``old`` can be copied into ``new``."""
     same = new.shape == old.shape and new.boxes == old.boxes and new.order == old.order
-    alike = same and new.local.shape == old.local.shape
-    return alike and new.local.is_floating_point() and new.local.device.type != "meta"
+    fits = same and new.local.shape == old.local.shape
+    return fits and new.local.is_floating_point() and new.local.device.type != "meta"

@@ -1,1 +1,1 @@
-"""The ranks that share a model: what they tell each other, and what they send."""
+"""Communication of the ranks that share a model: messages, plans and transfers."""

@@ -3,20 +3,20 @@
 ::
 
     every rank    posts its message: {"op", "who", "same", and "error" or "payload"}
-    the leader    waits for all messages, compares them, makes one reply
-    every rank    reads the reply; an error in it raises everywhere
+    the leader    waits for all messages, compares them, posts one reply
+    every rank    reads the reply; an error in it is raised on all ranks
 
-Messages go through the key-value store that every process group has (rounds.py), not through a
-collective: a rank that failed, or never called, cannot leave the others hanging, and the timeout is
-the EMA's, not the training's. A message names the call (``op``), the object (``who``: the number of
-the round in which the ranks first agreed about it, so objects need no number of their own and may
-be built anywhere) and what must be equal on all ranks (``same``: arguments and clocks). The leader
-compares all of it before anything is changed.
+Messages are sent through the key-value store of the process group (rounds.py), not by a collective:
+a rank that failed, or did not make the call, cannot block the others, and the timeout is the EMA's,
+not the process group's. A message contains the call (``op``), the object (``who``: the number of
+the round in which the ranks first agreed on it, so that the constructor needs no communication) and
+what must be equal on all ranks (``same``: arguments and clocks). The leader compares all of it
+before anything is changed.
 
-Tensors go through the process group, in `transfer`. It waits no longer than the EMA's timeout,
-however long torch would. If a transfer does not complete, the ranks call the roll: each one that is
-alive answers within two seconds, the others are named, and the group is not used again, since the
-transfer is incomplete.
+Tensors are sent through the process group, in `transfer`, which waits no longer than the EMA's
+timeout. If a transfer does not complete, there is a roll call: each rank that is alive answers
+within two seconds, the error names the others, and the group is not used again, since the transfer
+is incomplete.
 """
 
 from __future__ import annotations
@@ -49,11 +49,16 @@ from shardema.ranks.messages import (
 from shardema.ranks.rounds import GRACE, Cancelled, Rounds, call_of, rounds_of
 from shardema.scopes import uninterrupted
 
-_SLOWEST = 20e6  # bytes per second of a disk or a network that still counts as alive
-_SILENT = 2.0  # seconds beyond the timeout after which a store that says nothing is gone
-_GLANCE = 0.5  # seconds between two looks at the store in a transfer
+_SLOWEST = 20e6  # bytes per second that a disk or network must reach, else it is a timeout
+_SILENT = 2.0  # seconds beyond the timeout after which the store counts as unreachable
+_GLANCE = 0.5  # seconds between two checks of the store in a transfer
 
 _T = TypeVar("_T")
+
+
+def patience(timeout: float, nbytes: int) -> float:
+    """Seconds that ranks wait for one that moves so many bytes."""
+    return max(timeout, nbytes / _SLOWEST)
 
 
 class Ranks:
@@ -66,7 +71,7 @@ class Ranks:
 
     Attributes:
         ranks: global ranks.
-        index: place of this rank among them.
+        index: index of this rank in ``ranks``.
         rank: global rank of this process.
     """
 
@@ -92,10 +97,10 @@ class Ranks:
         self._world = world
         self._active = active
         self._group = group
-        self._who: int | None = None  # the round in which the ranks first agreed about this object
-        self._calls = 0  # rounds that this object was in, or tried to be
-        self._last = ""  # what the last of them was about
-        self._sent = False  # this rank's part of a transfer, and nothing since
+        self._who: int | None = None  # the round in which the ranks first agreed on this object
+        self._calls = 0  # number of this object's rounds, failed ones included
+        self._last = ""  # `op` of the last one
+        self._sent = False  # the last communication was this rank's part of a transfer
 
     @property
     def size(self) -> int:
@@ -103,7 +108,7 @@ class Ranks:
 
     @property
     def leader(self) -> bool:
-        """Whether this is the first of the ranks, the one that collects."""
+        """Whether this is the first of the ranks, which collects the messages."""
         return self.index == 0
 
     def group(self) -> dist.ProcessGroup | None:
@@ -113,15 +118,15 @@ class Ranks:
         return self._group
 
     def transport(self, kind: str) -> torch.device:
-        """The device that the group moves tensors of device type ``kind`` on."""
-        group = self._group or dist.group.WORLD  # a new group moves what the default one does
+        """The device on which the group communicates tensors of device type ``kind``."""
+        group = self._group or dist.group.WORLD  # a new group has the default one's backends
         assert group is not None
         return device_for(group, kind)
 
     # ---- numbers ------------------------------------------------------------------------------
 
     def all_gather(self, value: Any) -> list[Any]:
-        """``value`` of every rank, in order. Collective; pickles, so for trusted ranks only."""
+        """``value`` of every rank, in order. Collective; it pickles, so only for trusted ranks."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -133,7 +138,7 @@ class Ranks:
         return gathered
 
     def max(self, values: Sequence[float]) -> list[float]:
-        """The largest of each of the values on any rank. Collective: one reduction."""
+        """The maximum of each value over the ranks. Collective: one all-reduce."""
         if self.size == 1:
             return list(values)
         device = self.transport("cpu")
@@ -146,16 +151,17 @@ class Ranks:
         return list(found.tolist())
 
     def transfer(self, op: str, move: Callable[[], None], device: torch.device) -> None:
-        """Calls ``move``, which waits for other ranks in the process group, and not for ever.
+        """Calls ``move``, which communicates in the process group, with the EMA's timeout.
 
         Args:
-            op: what the ranks are about to do, for the error.
+            op: name of the operation, for errors.
             move: calls of torch.distributed that return when their tensors may be used.
-            device: what they travel on. On a CPU another thread makes them; on an accelerator they
-                are launched here, and what is waited for is an event behind them.
+            device: the device of the communication. On a CPU another thread runs ``move``; on an
+                accelerator it is launched here, and an event after it is awaited.
 
         Raises:
-            RankError: a rank ended, froze, failed or is elsewhere, or has done so before.
+            RankError: a rank ended, hung, failed or is in another call, now or in an earlier
+                transfer.
         """
         if self.size == 1:
             return move()
@@ -164,20 +170,20 @@ class Ranks:
             raise self._of_broken(op)
         ended = False
         try:
-            with uninterrupted():  # a rank that leaves half way breaks the group for all
+            with uninterrupted():  # a rank that leaves a collective early breaks the group
                 self._await(op, rounds, _started(move, device))
                 ended = self._sent = True
         except BaseException as error:
-            if ended or is_shared(error):  # held back until here, or told by the roll call
+            if ended or is_shared(error):  # a deferred interrupt, or raised by the roll call
                 raise
             failure = self._roll_call(op, error)
-            if not isinstance(error, Exception):  # an interrupt all the same
+            if not isinstance(error, Exception):  # an interrupt
                 raise mark_shared(error) from None
             raise failure from error
 
     def _await(self, op: str, rounds: Rounds, done: Callable[[float], bool]) -> None:
         end, known = time.monotonic() + self.timeout, 0
-        while not done(_GLANCE):  # rare from here on: somebody is late
+        while not done(_GLANCE):  # rare: some rank is late
             called = self._ask(rounds, lambda: rounds.called() or rounds.left_behind())
             beats = 0 if called else self._ask(rounds, rounds.beats)
             if beats != known:
@@ -186,12 +192,12 @@ class Ranks:
                 raise self._roll_call(op, None)
 
     def check_whole(self, op: str) -> None:
-        """Raises RankError where a transfer was left half done: no other one may follow."""
+        """Raises RankError if an earlier transfer is incomplete: no other one may follow."""
         if self.size > 1 and self._rounds().broken:
             raise self._of_broken(op)
 
     def beat(self) -> None:
-        """On the leader, in the middle of transfers: says that it goes on, if slowly."""
+        """On the leader, between transfers: signals the others that it is alive."""
         rounds = self._rounds()
         self._ask(rounds, rounds.beat)
 
@@ -205,9 +211,9 @@ class Ranks:
         )
 
     def _roll_call(self, op: str, error: BaseException | None) -> RankError:
-        """Finds out who is alive, after a transfer that did not end; all that are alive raise."""
+        """The error after an incomplete transfer; finds out which ranks are alive. Collective."""
         rounds = self._rounds()
-        if rounds.broken:  # the others went on without this rank
+        if rounds.broken:  # the others had a roll call without this rank
             return self._of_broken(op)
         mark: dict[str, Any] = {"op": op}
         if error is not None:
@@ -254,22 +260,25 @@ class Ranks:
     ) -> Any:
         """Runs ``work`` here and ``reply`` on the leader; raises on all ranks if any raised.
 
+        Collective.
+
         Args:
-            op: what the ranks are about to do; they must all say the same.
-            work: done on every rank; what it returns must be JSON.
-            reply: given what all ranks' ``work`` returned, on the leader; returns JSON.
-            same: what must be equal on all ranks, by name; ``work`` may still add to it.
-            nbytes: bytes that ``work`` moves on the rank that moves most; where they take longer
-                than the timeout, at 20 MB/s, that is how long the ranks wait.
+            op: name of the operation; must be equal on all ranks.
+            work: called on every rank; returns JSON.
+            reply: called on the leader with the results of ``work`` in the order of the ranks;
+                returns JSON.
+            same: what must be equal on all ranks, by name; ``work`` may add to it.
+            nbytes: bytes that ``work`` reads or writes, on the rank with most; if they take longer
+                than the timeout at 20 MB/s, the ranks wait that long.
 
         Returns:
-            What ``reply`` returned, on every rank; None without it.
+            The result of ``reply``, on every rank; None without it.
 
         Raises:
-            ValueError, TypeError, RuntimeError, CheckpointError: what a rank raised, everywhere; a
-                ValueError where ``same`` is not.
+            ValueError, TypeError, RuntimeError, CheckpointError: a rank raised it; or a ValueError
+                if ``same`` differs between ranks.
             RankError: another error of a rank, ranks in different calls, or the timeout. Each error
-                names the other ranks' errors too; a rank's own is its cause.
+                lists the other ranks' errors too; a rank's own is its cause.
         """
         if not self._active and dist.is_available() and dist.is_initialized():
             raise RuntimeError(
@@ -280,11 +289,11 @@ class Ranks:
         raised: BaseException | None = None
         try:
             message["payload"] = work() if work is not None else None
-        except BaseException as error:  # also an interrupt: the others must hear of it
+        except BaseException as error:  # also an interrupt: it must be raised on all ranks
             raised = error
             message["error"] = packed(error, self.rank)
         message["same"] = same
-        answer = self._exchange(op, message, reply, max(self.timeout, nbytes / _SLOWEST))
+        answer = self._exchange(op, message, reply, patience(self.timeout, nbytes))
         if raised is not None and not isinstance(raised, Exception):
             raise mark_shared(raised)
         if "error" in answer:
@@ -293,7 +302,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self, op: str) -> Iterator[None]:
-        """What the block raises on one rank, between two rounds of a call, is raised on all."""
+        """Context manager: what the block raises on one rank is raised on all ranks."""
         try:
             yield
         except BaseException as error:
@@ -349,7 +358,7 @@ class Ranks:
             rounds.withdraw(op)
             return absent
 
-        # while others' parts are under way the leader waits for them, and tells who is missing
+        # while other ranks transfer, the leader waits for them, and reports which are missing
         limit = timeout + GRACE * self._sent
         self._sent = False
         try:
@@ -388,8 +397,8 @@ class Ranks:
         timeout: float,
         cancel: threading.Event,
     ) -> dict[str, Any]:
-        nobody: list[Any] = [message, *[None] * (self.size - 1)]
-        messages = nobody
+        only_own: list[Any] = [message, *[None] * (self.size - 1)]
+        messages = only_own
         try:
             end = time.monotonic() + timeout
             while True:
@@ -404,7 +413,7 @@ class Ranks:
             answer = self._answer(messages, reply, rounds, timeout)
         except BaseException as error:
             cancel.set()
-            if not isinstance(error, _StoreGone):  # an interrupt: the others must hear of it
+            if not isinstance(error, _StoreGone):  # an interrupt: it must be raised on all ranks
                 failed = {"error": packed(error, self.rank)}
                 with contextlib.suppress(_StoreGone):
                     self._ask(rounds, lambda: rounds.answer(failed, messages))
@@ -424,7 +433,7 @@ class Ranks:
         rounds: Rounds | None = None,
         timeout: float = 0.0,
     ) -> dict[str, Any]:
-        """On the leader: what becomes of the messages."""
+        """On the leader: the reply to the messages."""
         came = [(r, w) for r, w in zip(self.ranks, messages, strict=True) if w is not None]
         op = came[0][1]["op"]  # the leader's own
         errors = [message["error"] for _, message in came if "error" in message]
@@ -444,14 +453,14 @@ class Ranks:
         if reply is None:
             return answer
         if rounds is not None:
-            rounds.beat()  # the others wait for what follows, too
+            rounds.beat()  # so that the others also wait for `reply`
         try:
             return {**answer, "reply": reply([message["payload"] for _, message in came])}
         except Exception as error:
             return {"error": packed(error, self.rank)}
 
     def _ask(self, rounds: Rounds, call: Callable[[], _T]) -> _T:
-        """``call()``, which talks to the store. Raises `_StoreGone` where that says nothing."""
+        """``call()``, which uses the store. Raises `_StoreGone` if the store does not answer."""
         rounds.alive = time.monotonic()
         task = Task(call)
         while not task.done(0.5):
@@ -472,7 +481,7 @@ class Ranks:
 
 
 def _is_late(message: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Whether a rank comes with a call that the others gave up, and are no longer in."""
+    """Whether a message belongs to a call that the other ranks have given up."""
     return bool(message.get("late")) and call_of(message) != call_of(own)
 
 
@@ -481,7 +490,7 @@ class _StoreGone(RuntimeError):
 
 
 def device_for(group: dist.ProcessGroup, kind: str) -> torch.device:
-    """The device that a group moves tensors of device type ``kind`` on."""
+    """The device on which a group communicates tensors of device type ``kind``."""
     kinds = sorted(device.type for device in group._device_types)
     chosen = kind if kind in kinds else kinds[0]
     if chosen == "cpu":
@@ -490,11 +499,11 @@ def device_for(group: dist.ProcessGroup, kind: str) -> torch.device:
 
 
 def _started(move: Callable[[], None], device: torch.device) -> Callable[[float], bool]:
-    """Starts what moves tensors; what is returned waits so long, and tells whether it is done."""
+    """Starts ``move``; returns a function that waits up to so many seconds for its completion."""
     if device.type == "cpu":
 
         def locally() -> None:
-            with torch.no_grad():  # which is a thread's own
+            with torch.no_grad():  # a setting of each thread
                 move()
 
         task = Task(locally)

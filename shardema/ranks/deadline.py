@@ -1,8 +1,8 @@
-"""Calls into torch that may never come back: another thread makes them.
+"""Runs calls into torch that may never return in another thread, so that a caller can time out.
 
-The caller waits as long as it likes, and Ctrl-C reaches it meanwhile. A store whose process is
-frozen blocks a `get`, and a collective blocks until the process group's own timeout; neither can be
-called off. A call that is overdue keeps its thread and whatever it uses.
+A `get` blocks if the process of the store hangs, and a collective until the process group's own
+timeout; neither can be cancelled, nor interrupted by Ctrl-C. A call that never returns keeps its
+thread and whatever it uses.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _T = TypeVar("_T")
 
 
 class _Worker:
-    """A thread that makes one call after the other."""
+    """A thread that runs one task after the other."""
 
     def __init__(self) -> None:
         self.tasks: SimpleQueue[Task[Any]] = SimpleQueue()
-        # a daemon: a call that never comes back must not keep the process from ending
+        # a daemon: a call that never returns must not keep the process from ending
         threading.Thread(target=self._run, name="shardema-waits", daemon=True).start()
 
     def _run(self) -> None:
         while True:
             task = self.tasks.get()
-            task._make()
-            del task  # and with it what its call holds
+            task._run()
+            del task  # frees what its call holds
             _idle.append(self)
 
 
@@ -37,7 +37,7 @@ os.register_at_fork(after_in_child=_idle.clear)  # threads are not forked
 
 
 class Task(Generic[_T]):
-    """A call that another thread makes."""
+    """A call that another thread runs."""
 
     def __init__(self, call: Callable[[], _T]) -> None:
         self._call: Callable[[], _T] | None = call
@@ -50,7 +50,7 @@ class Task(Generic[_T]):
             worker = _Worker()
         worker.tasks.put(self)
 
-    def _make(self) -> None:
+    def _run(self) -> None:
         assert self._call is not None
         try:
             self._value = self._call()
@@ -60,11 +60,11 @@ class Task(Generic[_T]):
         self._done.set()
 
     def done(self, seconds: float = 0.0) -> bool:
-        """Whether it came back; waits so long for it."""
+        """Waits up to ``seconds`` for the call; returns whether it has returned."""
         return self._done.wait(seconds)
 
     def result(self) -> _T:
-        """What it returned, once it is done; raises what it raised."""
+        """What the call returned, once it is done; raises what the call raised."""
         if self._error is not None:
             raise self._error
         return self._value  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What the messages of a round say: errors that travel, and in what the ranks differ."""
+"""The messages of a round: errors as JSON, and comparison of the ranks' calls and arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TRACE = 3000  # characters of a traceback, its end
 
 
 def different(came: Sequence[tuple[int, dict[str, Any]]]) -> str:
-    """Where ranks call different things, or the same of different objects; else nothing."""
+    """Describes ranks in different calls, or in the same call of different EMAs; else ""."""
     calls: dict[str, list[int]] = {}
     for rank, message in came:
         calls.setdefault(message["op"], []).append(rank)
@@ -34,19 +34,19 @@ def different(came: Sequence[tuple[int, dict[str, Any]]]) -> str:
     objects: dict[Any, list[int]] = {}
     for rank, message in came:
         who, before = message["who"]
-        if who is not None or not before:  # else it was told, and the reply did not arrive
+        if who is not None or not before:  # else the reply with its number did not arrive
             objects.setdefault(who, []).append(rank)
     if len(objects) > 1:
         (one, other) = list(objects.values())[:2]
         return (
             f"ranks differ: {_ranks(other)} {_calls(other)} {came[0][1]['op']} of another EMA than "
-            f"{_ranks(one)}{_missed(came)}; build and use the EMAs alike on all ranks"
+            f"{_ranks(one)}{_missed(came)}; build and use the EMAs in the same order on all ranks"
         )
     return ""
 
 
 def unequal(op: str, came: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Any] | None:
-    """The error where an argument or a clock is not equal on all ranks."""
+    """The error if an argument or a clock differs between ranks; else None."""
     leader, first = came[0]
     for name in first["same"] or {}:
         values: dict[str, list[int]] = {}
@@ -65,13 +65,13 @@ def unequal(op: str, came: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, An
                 "often (not under `if rank == 0`; uneven inputs under Join, and local SGD, step "
                 "some ranks more often): load a checkpoint or call reset() on all ranks",
             )
-        text = f"{op}: the ranks give different arguments: {name} is {listed}; give the same "
+        text = f"{op}: the ranks got different arguments: {name} is {listed}; give the same "
         return {**rank_error(leader, f"{text}{name} on every rank"), "type": "ValueError"}
     return None
 
 
 def _missed(came: Sequence[tuple[int, dict[str, Any]]]) -> str:
-    """Which rank has missed what, where their numbers of calls say so."""
+    """Describes a missed call if the ranks' numbers of calls differ; else ""."""
     behind, message = min(came, key=lambda pair: int(pair[1]["who"][1]))
     ahead, most = max(came, key=lambda pair: int(pair[1]["who"][1]))
     if message["who"][1] == most["who"][1]:
@@ -125,7 +125,7 @@ def packed(error: BaseException, rank: int) -> dict[str, Any]:
 
 
 def joined(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first error, which tells of the others too."""
+    """The first error, with the texts and tracebacks of the others."""
     first = errors[0]
     seen = {_bare(first["text"])}
     texts = [first["text"]]
@@ -168,7 +168,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-_SHARED = "_shardema_shared"  # marks an error that all ranks know of
+_SHARED = "_shardema_shared"  # marks an error that is raised on all ranks
 _E = TypeVar("_E", bound=BaseException)
 
 
@@ -179,5 +179,5 @@ def mark_shared(error: _E) -> _E:
 
 
 def is_shared(error: BaseException) -> bool:
-    """Whether all ranks know of the error."""
+    """Whether the error is raised on all ranks."""
     return getattr(error, _SHARED, False)

@@ -1,9 +1,9 @@
-"""Who holds what of a model: the plan that all ranks make once, and what they gather by it.
+"""The plan: which rank holds which boxes of which tensor; made once and used by every gather.
 
 ::
 
-    shards of all ranks  -make_plan->  Plan       once: who holds which box of which tensor
-    Plan, this rank's    -Contents->   gathered, exported, saved: which tensors, in what dtype
+    shards of all ranks  -make_plan->  Plan      which rank holds which box of which tensor
+    Plan, local values   -Contents->   what is gathered, exported or saved, and in what dtype
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Item:
     Attributes:
         dtype: of the model's own tensor; an average of it may have another.
         device: device type of its storage, or of its average's.
-        averaged: whether there are averages of it.
-        file_name: of its names the one that an export writes it under.
+        averaged: whether it is averaged.
+        file_name: its name in an export.
         opaque: the class of a tensor that has no values to gather; see `Shard`. Else empty.
         holders: each distinct box with the indices of the ranks that hold it, ascending.
-        stem: of the file that an export writes it to, ``<stem>.safetensors``; empty, to none.
+        stem: of its file in an export, ``<stem>.safetensors``; empty if it is not exported.
     """
 
     fqn: str
@@ -52,18 +52,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every tensor of the model and who holds what of it; the same on all ranks.
+    """Every tensor of the model and which rank holds which part; the same on all ranks.
 
     Attributes:
         items: in the order of the unwrapped model's state_dict.
-        writers: for each item, the rank that writes each of its boxes: replicas share the work.
+        writers: for each item, the index of the rank that writes each of its boxes; the work is
+            divided between replicas.
     """
 
     items: tuple[Item, ...]
     writers: tuple[tuple[int, ...], ...] = field(repr=False)
 
     def readers(self, index: int) -> list[int]:
-        """For each box of item ``index`` the rank that sends it: the leader, where it holds it."""
+        """For each box of item ``index`` the index of the rank that sends it: the first holder."""
         return [holders[0] for _, holders in self.items[index].holders]
 
 
@@ -73,7 +74,7 @@ class Holdings:
     Args:
         plan: the plan that ``shards`` are part of.
         shards: this rank's shards.
-        shadows: by fqn, what stands in the place of a shard's own tensor.
+        shadows: by fqn, tensors that replace a shard's own tensor.
     """
 
     def __init__(self, plan: Plan, shards: Sequence[Shard], shadows: Mapping[str, Tensor]) -> None:
@@ -92,15 +93,15 @@ class Holdings:
 
 @dataclass(frozen=True)
 class Contents:
-    """Tensors to gather or to write: which, this rank's values of them, and in what form.
+    """Tensors to gather or to write: which ones, this rank's values, and their dtype.
 
     Attributes:
-        plan: who holds what.
-        chosen: indices of the plan's items, in the order wanted.
-        holdings: this rank's values of a box of item ``index``, ``[*box.sizes]``.
-        dtype: the one that an item travels, arrives and is written in.
-        ranks: who gathers or writes together.
-        name: of the average that they are; None where they are the model's own tensors.
+        plan: which rank holds which boxes.
+        chosen: indices of the plan's items, in the order of the result.
+        holdings: returns this rank's values of a box of item ``index``, ``[*box.sizes]``.
+        dtype: returns the dtype that an item is sent and written in.
+        ranks: the ranks that gather or write together.
+        name: of the average; None for the model's own tensors.
     """
 
     plan: Plan
@@ -116,7 +117,7 @@ class Contents:
         return (self.plan.items[index] for index in self.chosen)
 
     def only(self, chosen: Sequence[int]) -> Contents:
-        """The same, of other items of the plan."""
+        """The same with other chosen items."""
         return replace(self, chosen=chosen)
 
     def loads(self) -> list[int]:
@@ -140,13 +141,13 @@ def make_plan(
 
     Args:
         shards: this rank's shards.
-        averaged: the fqns that there are averages of.
+        averaged: fqns of the averaged tensors.
         dropped: names of tied tensors that an export does not use, if there is another.
 
     Raises:
-        ValueError: ranks disagree about a tensor, or some part of it is held by nobody or twice.
+        ValueError: ranks disagree about a tensor, or some part of it is held by no rank or twice.
     """
-    same: dict[Any, Any] = {}  # equal boxes are one object, so they are sent and unpacked once
+    same: dict[Any, Any] = {}  # equal boxes are one object, so they are pickled once
     mine = []
     for shard in shards:
         boxes = tuple((box.offsets, box.sizes) for box in shard.boxes)
@@ -157,7 +158,7 @@ def make_plan(
 
 
 def _merged(everything: Sequence[Any], ranks: Ranks) -> list[Item]:
-    """One item for each name, from what every rank said that it holds."""
+    """One item for each fqn, from the shards of every rank."""
     merged: dict[str, dict[str, Any]] = {}
     for index, theirs in enumerate(everything):
         for fqn, facts, boxes in theirs:
@@ -173,7 +174,7 @@ def _merged(everything: Sequence[Any], ranks: Ranks) -> list[Item]:
                 else:
                     held[box] = [index]
     items = []
-    known: dict[Any, tuple[tuple[Box, tuple[int, ...]], ...]] = {}  # layers are alike
+    known: dict[Any, tuple[tuple[Box, tuple[int, ...]], ...]] = {}  # layers have equal shapes
     for fqn, entry in merged.items():
         shape = entry["facts"][0]
         layout = tuple(sorted((box, tuple(who)) for box, who in entry["boxes"].items()))
@@ -188,9 +189,7 @@ def _merged(everything: Sequence[Any], ranks: Ranks) -> list[Item]:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage collection inside: looking through millions of new objects takes most of the time,
-    and none of them is garbage.
-    """
+    """Disables garbage collection inside the block: millions of objects are created, all in use."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -236,9 +235,9 @@ def _disagreement(
 
 
 def _share_writing(items: Sequence[Item], size: int) -> tuple[tuple[int, ...], ...]:
-    """The writer of each box: the least loaded of its holders; for buffers the first one.
+    """The writer of each box: the holder with the least to write; for buffers the first one.
 
-    Buffers may differ between replicas (BatchNorm under DDP): the first rank's are the model's.
+    Buffers may differ between replicas (BatchNorm under DDP); the first rank's are saved.
     """
     load = [0] * size
     writers = []
@@ -254,7 +253,7 @@ def _share_writing(items: Sequence[Item], size: int) -> tuple[tuple[int, ...], .
 
 
 def refuse_opaque(op: str, plan: Plan, chosen: Sequence[int], remedy: str) -> None:
-    """Raises ValueError for an item among the chosen that has no values to gather."""
+    """Raises ValueError if a chosen item has no values to gather."""
     odd = [plan.items[index] for index in chosen if plan.items[index].opaque]
     if odd:
         raise ValueError(

@@ -1,27 +1,27 @@
-"""The rounds in which ranks exchange messages through a store: who posts what, and who waits.
+"""Rounds in which ranks exchange messages through the store of the process group.
 
 ::
 
     round n    each rank      message  .../n/<index>   posted and deleted by that rank
                the leader     beat     .../n/beat      while a reply takes long to compute
                the leader     reply    .../n/reply     deleted by the last rank that reads it
-               the last one   parted   .../n/parted    if the store may live in the leader's process
-    roll call  who gives up   roll     .../n/roll      a transfer does not end
+               last reader    parted   .../n/parted    if the store may be in the leader's process
+    roll call  first to raise roll     .../n/roll      a transfer does not complete
                each rank      here     .../n/here/<i>  this rank is alive
 
-All keys are deleted again, except those of a roll call. A rank keeps the number of its next round.
-The leader alone decides how a round ended. A round that some ranks missed is over as well; its
-reply stays until they read that it did not count them, and go on to the next round. So ranks that
-missed or gave up a call are in step again with their next one. Ranks meet because they wait at the
-same time; what they wait for is in their messages, which are compared (agree.py).
+All keys are deleted again, except those of a roll call. Each rank counts its rounds, and the leader
+alone decides how a round ends. A round that some ranks missed ends as well; its reply stays until
+they have read that they were not part of it, and proceed to the next round. So ranks that missed or
+gave up a call are in the same round again at their next call. A round pairs calls that are made at
+the same time; whether they are the same call is checked by comparing the messages (agree.py).
 
-Where a rank comes to a round that was over, with the very call that it was about, its message says
-that it is late. If the others are in another call by now, that rank alone raises: the leader
-answers that round to it only, and the others post their messages again in the next one.
+If a rank arrives in a round that has ended, with the same call, it posts its message again in the
+next one, marked as late. If the others are in another call then, only that rank raises: the leader
+answers the round to it alone, and the others post their messages again in the one after.
 
-A message that was withdrawn (its rank gave up, or was interrupted) says so, and counts as none. A
-reply names how often a rank had withdrawn before the message that it answers, so it is never taken
-for the reply to another one.
+A message that was withdrawn (its rank gave up, or was interrupted) is replaced by a mark and counts
+as none. A reply contains how often each rank had withdrawn before the message that it answers, so
+that a rank does not mistake it for the reply to a later message.
 """
 
 from __future__ import annotations
@@ -38,34 +38,34 @@ from typing import Any
 from torch import distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
 
-GRACE = 2.0  # seconds beyond the timeout in which a leader that is there may still tell who is not
-LINGER_S = 2.0  # seconds that a leader waits until those who came have read its reply
-ROLL_CALL = 2.0  # seconds in which every rank that is alive answers one
-LOOK = 0.25  # seconds between two looks for what is rare: a roll call, a beat
-_KEPT = ("reply", "read", "beat")  # of a round, until all have read its reply
-_PAUSES = (5e-5, 0.01)  # seconds between two looks for a message or a reply: at first, at last
+GRACE = 2.0  # seconds beyond the timeout in which the leader may still report missing ranks
+LINGER_S = 2.0  # seconds that the leader waits until its reply has been read
+ROLL_CALL = 2.0  # seconds in which every rank that is alive answers
+LOOK = 0.25  # seconds between two checks for rare keys: a roll call, a beat
+_KEPT = ("reply", "read", "beat")  # keys of a round that stay until all ranks have read its reply
+_PAUSES = (5e-5, 0.01)  # seconds between two checks for a message or a reply: first, longest
 
 
 class Cancelled(Exception):
-    """The caller no longer waits."""
+    """The caller no longer waits for the result."""
 
 
 class Rounds:
-    """The rounds of one set of ranks over one store, as this rank knows them.
+    """The rounds of one set of ranks over one store, seen from this rank.
 
     Args:
         ranks: their global ranks; the first is the leader.
-        index: place of this rank among them.
+        index: index of this rank in ``ranks``.
 
     Attributes:
-        broken: why the process group may not be used again, if so.
-        culprit: the rank that it broke at.
-        alive: when the store answered last.
-        missed: what the last round was that went on without this rank.
+        broken: why the process group must not be used again, else "".
+        culprit: the rank that caused it.
+        alive: time of the store's last answer.
+        missed: error of the last round that this rank was not part of.
     """
 
     def __init__(self, store: Any, ranks: Sequence[int], index: int) -> None:
-        self._store = weakref.ref(store)  # a group that is destroyed takes its store with it
+        self._store = weakref.ref(store)  # destroying the group must free its store
         self.ranks = tuple(ranks)
         self.index = index
         self.broken = ""
@@ -74,8 +74,8 @@ class Rounds:
         self.alive = time.monotonic()
         self._name = f"shardema/{self.ranks[0]}-{self.ranks[-1]}-{hash(self.ranks)}"
         self._next = 0
-        self._withdrawn = 0  # messages of this rank in the next round
-        self._open: list[int] = []  # rounds whose replies wait for ranks that missed them
+        self._withdrawn = 0  # withdrawn messages of this rank in the next round
+        self._open: list[int] = []  # rounds whose replies stay for ranks that missed them
 
     @property
     def store(self) -> Any:
@@ -83,7 +83,7 @@ class Rounds:
 
     @property
     def number(self) -> int:
-        """Of the next round."""
+        """Number of the next round."""
         return self._next
 
     # ---- a round ------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class Rounds:
     def collect(
         self, message: dict[str, Any], limit: float, cancel: threading.Event
     ) -> list[dict[str, Any] | None]:
-        """On the leader: the messages of all ranks; None for one that has not come in time."""
+        """On the leader: the messages of all ranks; None for those missing at the timeout."""
         keys = [self._key(index) for index in range(len(self.ranks))]
         self.store.set(keys[0], json.dumps(message))
         end = time.monotonic() + limit
@@ -106,10 +106,10 @@ class Rounds:
                 messages[index] = None if "withdrawn" in found else found
             if None not in messages or not everyone or time.monotonic() >= end or self.called():
                 return messages
-            time.sleep(_PAUSES[1])  # somebody has withdrawn, and may come again
+            time.sleep(_PAUSES[1])  # a rank has withdrawn, and may post again
 
     def answer(self, answer: dict[str, Any], messages: Sequence[dict[str, Any] | None]) -> None:
-        """On the leader: ends the round with a reply to those who came."""
+        """On the leader: ends the round with a reply to the ranks that posted."""
         number = self._next
         missing = [index for index, message in enumerate(messages) if message is None]
         again = {i: w["again"] for i, w in enumerate(messages) if w is not None and "again" in w}
@@ -127,35 +127,35 @@ class Rounds:
         self._go_on()
         if missing:
             self._open.append(number)
-        else:  # everyone has come by the rounds that somebody missed
+        else:  # all ranks have passed the rounds that some missed
             for passed in self._open:
                 for what in _KEPT:
                     self.store.delete_key(self._key(what, passed))
             self._open.clear()
-        if parting:  # this process may be about to end, and the store with it
+        if parting:  # this process may be about to end, and with it the store
             parted = self._key("parted", number)
             if self._poll([parted], time.monotonic() + LINGER_S, None):
                 self.store.delete_key(parted)
         self.store.delete_key(self._key(0, number))
 
     def beat(self) -> None:
-        """On the leader: says that it is at work on what the others wait for."""
+        """On the leader: signals that it is computing the reply."""
         self.store.add(self._key("beat"), 1)
 
     def beats(self) -> int:
-        """On the others: how many there were; another one means that the leader is at work."""
-        return int(self.store.add(self._key("beat"), 0))  # which waits for nothing, unlike a get
+        """On the others: the number of beats; a new one means that the leader is alive."""
+        return int(self.store.add(self._key("beat"), 0))  # unlike a get, this does not block
 
     def follow(
         self, message: dict[str, Any], limit: float, cancel: threading.Event
     ) -> dict[str, Any] | None:
-        """On the others: posts the message and returns the reply; None if there was none in time.
+        """On the others: posts the message and returns the reply; None at the timeout.
 
-        After a None the message is withdrawn. Returns ``{"roll": True}`` where a roll call is on.
+        After a None the caller withdraws the message. Returns ``{"roll": True}`` in a roll call.
         """
         end = time.monotonic() + limit
         while True:
-            again = {"again": self._withdrawn} if self._withdrawn else {}  # of this round alone
+            again = {"again": self._withdrawn} if self._withdrawn else {}  # in this round
             self.store.set(self._key(self.index), json.dumps({**message, **again}))
             if self._await_reply(end, limit, cancel):
                 reply: dict[str, Any] = json.loads(self.store.get(self._key("reply")))
@@ -183,7 +183,7 @@ class Rounds:
                 return here and self._poll([self._key("reply")], time.monotonic() + GRACE, cancel)
 
     def _passed(self, reply: dict[str, Any]) -> bool:
-        """Goes on after a reply; whether it was one to this rank's present message."""
+        """Proceeds to the next round; returns whether the reply answers this rank's message."""
         number, withdrawn = self._next, self._withdrawn
         counted = self.index not in reply["missing"]
         mine = counted and reply["again"].get(str(self.index), 0) == withdrawn
@@ -193,7 +193,7 @@ class Rounds:
             self.missed = reply["error"]["text"]
         if "broken" in reply:
             self.broken, self.culprit = reply["broken"], self.ranks[self.index]
-        with contextlib.suppress(RuntimeError):  # it is read: the store may end
+        with contextlib.suppress(RuntimeError):  # the reply was read, so the store may end
             self.store.delete_key(self._key(self.index, number))
             if counted and self.store.add(self._key("read", number), 1) == reply["readers"]:
                 if not reply["missing"]:
@@ -204,12 +204,12 @@ class Rounds:
         return mine
 
     def withdraw(self, text: str) -> None:
-        """Takes back this rank's message in the round that is open."""
+        """Withdraws this rank's message in the current round."""
         self._withdrawn += 1
         self.store.set(self._key(self.index), json.dumps({"withdrawn": text}))
 
     def absent(self) -> list[int]:
-        """Indices of the ranks whose messages are not there."""
+        """Indices of the ranks that have not posted a message."""
         return [i for i in range(len(self.ranks)) if not self._has(self._key(i))]
 
     def _go_on(self) -> None:
@@ -219,20 +219,20 @@ class Rounds:
     # ---- a roll call --------------------------------------------------------------------------
 
     def called(self) -> bool:
-        """Whether there is a roll call in the round that is open."""
+        """Whether there is a roll call in the current round."""
         return self._has(self._key("roll"))
 
     def left_behind(self) -> bool:
-        """Whether the others went on without this rank, which then takes the next round."""
+        """Whether the current round ended without this rank; proceeds to the next one then."""
         if not self._has(self._key("reply")):
             return False
         self._passed(json.loads(self.store.get(self._key("reply"))))
         return True
 
     def call_roll(self, mark: dict[str, Any]) -> list[dict[str, Any] | None]:
-        """What every rank says of itself; None for those that do not answer. Ends the round.
+        """The mark of every rank; None for those that do not answer. Ends the round.
 
-        Its keys stay: there is one at most, since the group is not used again.
+        Its keys are not deleted: there is at most one, since the group is not used again.
         """
         number = self._next
         self.store.set(self._key("roll"), "")
@@ -243,9 +243,9 @@ class Rounds:
         marks: list[dict[str, Any] | None] = [None] * len(keys)
         for index, raw in zip(came, self._get_all([keys[i] for i in came]), strict=True):
             marks[index] = json.loads(raw)
-        self.store.delete_key(self._key(self.index))  # a message, where this rank waited with one
+        self.store.delete_key(self._key(self.index))  # if this rank had posted a message
         missing = [index for index, mark in enumerate(marks) if mark is None]
-        if missing and self.index == came[0]:  # for those who were only late
+        if missing and self.index == came[0]:  # for ranks that were only late
             text = f"the others gave up: {mark['op']}"
             rest = {"missing": missing, "again": {}, "readers": 0, "parting": False}
             answer = {"error": {"text": text}, "broken": text, **rest}
@@ -268,9 +268,9 @@ class Rounds:
         return list(self.store.multi_get(list(keys))) if keys else []
 
     def _poll(self, keys: Sequence[str], end: float, cancel: threading.Event | None) -> bool:
-        """Waits until all keys are there; False if the time passed first.
+        """Waits until all keys exist; False at the timeout or in a roll call.
 
-        Not by `Store.wait`: it holds the lock of the connection, and its timeouts are logged.
+        Not with `Store.wait`, which holds the connection's lock and logs its timeouts.
         """
         pause, last = _PAUSES
         look = time.monotonic() + LOOK
@@ -291,12 +291,12 @@ class Rounds:
 
 
 def call_of(message: dict[str, Any]) -> str:
-    """What a message calls, and with what."""
+    """The call and its arguments, as a key."""
     return json.dumps([message["op"], message["same"]], sort_keys=True)
 
 
 def _may_be_here(store: Any) -> bool:
-    """Whether the store may live in this process, and so end with it."""
+    """Whether the store may be part of this process, and so end with it."""
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -1,12 +1,12 @@
-"""Puts the full tensors together, on demand and in bounded memory.
+"""Gathers full tensors in bounded memory.
 
 ::
 
     Contents  -buckets->  buckets   boxes in the order of the tensors, at most 256 MiB
     bucket    -stream->   chunks    each owner sends its part, the leader receives
 
-A rank sends only boxes that it owns: of several replicas of a box one is the owner. The leader
-never needs more than its result plus one bucket, the others one bucket.
+A rank sends only boxes that it owns; one of several replicas of a box is the owner. The leader
+needs memory for its result and one bucket, the other ranks for one bucket.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from shardema.ranks.plan import Contents, Item, Plan, refuse_opaque
 from shardema.shards.boxes import Box, split_box, whole
 
 BUCKET_BYTES = 256 << 20
-_ALIGN = 16  # bytes; a part of a bucket starts where any dtype may start
+_ALIGN = 16  # bytes; alignment of the parts of a bucket, enough for any dtype
 
 
 @dataclass(frozen=True, slots=True)
 class TransferChunk:
-    """A box of an item that travels as one: ``owner`` is the index of the rank that sends it."""
+    """A box of an item that is sent at once: ``owner`` is the index of the rank that sends it."""
 
     item: int
     box: Box
@@ -58,18 +58,18 @@ def buckets(contents: Contents, limit: int) -> Iterator[list[TransferChunk]]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A stream that has all the memory that it needs."""
+    """A stream whose buffers are allocated."""
 
     transfer: _Transfer
     groups: list[list[TransferChunk]]
 
 
 def prepare(contents: Contents, *, limit: int, all_ranks: bool = False) -> Prepared:
-    """Makes ready to `stream`. Local: what can fail does so before anybody waits in a transfer.
+    """Allocates the buffers for `stream`. Local, so that errors come before any transfer.
 
     Args:
         limit: bytes of a bucket.
-        all_ranks: bring them to all ranks.
+        all_ranks: send the tensors to all ranks, not to the leader only.
 
     Raises:
         RankError: the process group is broken.
@@ -82,23 +82,23 @@ def prepare(contents: Contents, *, limit: int, all_ranks: bool = False) -> Prepa
 
 
 def stream(prepared: Prepared, op: str) -> Generator[tuple[TransferChunk, Tensor]]:
-    """Brings the items to the leader, bucket by bucket. Collective over the ranks.
+    """Sends the items to the leader, bucket by bucket. Collective over the ranks.
 
-    Every rank must run it to the end or close it: a consumer that stops early still takes part in
-    the transfers that the others wait in, and so does a rank that fails. Before the last bucket is
-    given out the ranks agree that all of them have come to the end.
+    Every rank must exhaust or close the generator: a consumer that stops early still takes part in
+    the remaining transfers, and so does a rank that fails. Before the last bucket is yielded the
+    ranks agree that all of them have completed the transfers.
 
     Yields:
-        A chunk and its values ``[*chunk.box.sizes]`` on the CPU, valid until the next one; only
-        on ranks that receive.
+        A chunk and its values ``[*chunk.box.sizes]`` on the CPU, valid until the next iteration;
+        only on ranks that receive.
     """
     chunks = _chunks(prepared, op)
-    next(chunks)  # closing a generator that never ran would not move what is left
+    next(chunks)  # started, since closing a generator that never ran would transfer nothing
     return chunks
 
 
 def _chunks(prepared: Prepared, op: str) -> Generator[tuple[TransferChunk, Tensor]]:
-    """What arrives, behind a first item that is none."""
+    """The generator of `stream`, after a dummy first item."""
     transfer, ranks = prepared.transfer, prepared.transfer.ranks
     failed: BaseException | None = None
 
@@ -108,7 +108,7 @@ def _chunks(prepared: Prepared, op: str) -> Generator[tuple[TransferChunk, Tenso
 
     try:
         yield TransferChunk(-1, Box((), ()), -1), torch.empty(0)
-    except BaseException as error:  # the consumer stopped: the others go on to the end
+    except BaseException as error:  # the consumer stopped; the transfers are still completed
         failed = error
     for number, bucket in enumerate(prepared.groups, 1):
         parts: list[Tensor] = []
@@ -123,7 +123,7 @@ def _chunks(prepared: Prepared, op: str) -> Generator[tuple[TransferChunk, Tenso
         if failed is None and transfer.receives:
             try:
                 for chunk, part in zip(bucket, parts, strict=True):
-                    transfer.go_on()
+                    transfer.beat()
                     yield chunk, part
             except BaseException as error:
                 failed = error
@@ -134,7 +134,7 @@ def _chunks(prepared: Prepared, op: str) -> Generator[tuple[TransferChunk, Tenso
 
 
 class Iteration:
-    """Full tensors that a caller consumes one by one; the other ranks send and go on.
+    """An open iteration over full tensors; the other ranks wait in its transfers.
 
     Attributes:
         ended_by: the call that ended it before its last tensor.
@@ -146,7 +146,7 @@ class Iteration:
         _iterations.add(self)
 
     def end(self, op: str) -> None:
-        """Receives what is still on its way."""
+        """Completes the remaining transfers."""
         _iterations.discard(self)
         self.ended_by = self.ended_by or op
         self._arriving.close()
@@ -156,13 +156,13 @@ _iterations: weakref.WeakSet[Iteration] = weakref.WeakSet()  # of all averages o
 
 
 def end_iterations(op: str) -> None:
-    """Ends all that are open: the other ranks may wait in their transfers."""
+    """Ends all open iterations: the other ranks may wait in their transfers."""
     for iteration in list(_iterations):
         iteration.end(op)
 
 
 class _Transfer:
-    """Moves buckets, one after the other, through one buffer of a bucket's size."""
+    """Transfers buckets one after the other, through one buffer per device."""
 
     def __init__(self, contents: Contents, all_ranks: bool) -> None:
         self._contents = contents
@@ -170,12 +170,12 @@ class _Transfer:
         self._all_ranks = all_ranks
         self._beat_at = time.monotonic() + self.ranks.timeout / 4
         self._buffers: dict[torch.device, Tensor] = {}
-        # where what came by a device arrives
+        # receives what was transferred on a device
         self._host = torch.tensor([], dtype=torch.uint8, device="cpu")
         self.receives = all_ranks or self.ranks.leader
 
     def reserve(self, groups: Sequence[list[TransferChunk]]) -> None:
-        """Allocates a buffer for each device, as large as its largest bucket needs."""
+        """Allocates a buffer for each device, of the size of its largest bucket."""
         sizes: dict[torch.device, int] = {}
         for bucket in groups:
             device = self._home(bucket)
@@ -184,20 +184,20 @@ class _Transfer:
             sizes[device] = max(size, sizes.get(device, 0))
         for device, size in sizes.items():
             self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
-        away = [size for device, size in sizes.items() if device.type != "cpu"]
-        if self.receives and away:
-            self._host = torch.empty(max(away), dtype=torch.uint8, device="cpu")
+        on_device = [size for device, size in sizes.items() if device.type != "cpu"]
+        if self.receives and on_device:
+            self._host = torch.empty(max(on_device), dtype=torch.uint8, device="cpu")
 
-    def go_on(self) -> None:
-        """Says that this rank goes on, where what it does between two transfers takes long."""
+    def beat(self) -> None:
+        """Signals that this rank is alive, if the time between two transfers is long."""
         if self.ranks.size > 1 and time.monotonic() > self._beat_at:
             self.ranks.beat()
             self._beat_at = time.monotonic() + self.ranks.timeout / 4
 
     def move(self, bucket: list[TransferChunk], op: str) -> list[Tensor]:
-        """The chunks of the bucket, in order, on ranks that receive; else nothing.
+        """Transfers a bucket; returns its chunks in order, on ranks that receive.
 
-        A rank that fails to fill its part sends it all the same, and raises afterwards.
+        A rank that fails to fill its part still sends it, and raises afterwards.
         """
         places, spans = self._layout(bucket)
         device = self._home(bucket)
@@ -205,7 +205,7 @@ class _Transfer:
         first = min((spans[o][0] for o in owners), default=0)
         size = sum(spans[o][1] for o in owners)
         buffer = self._buffers[device][:size]
-        # a sender's buffer holds its own span only, so it starts where that does
+        # a sender's buffer has its own span only, so offsets are relative to that
         slots = {o: buffer[spans[o][0] - first :][: spans[o][1]] for o in owners}
         failed: BaseException | None = None
         try:
@@ -225,7 +225,7 @@ class _Transfer:
         return [self._view(arrived, place, p) for p, place in zip(bucket, places, strict=True)]
 
     def _takes_part(self, owners: Sequence[int]) -> bool:
-        """Whether a bucket's exchange concerns this rank, given whose parts it has room for."""
+        """Whether this rank sends or receives in a bucket's exchange, given its `_owners`."""
         return self._all_ranks or any(owner != 0 for owner in owners)
 
     def _exchange(self, slots: Mapping[int, Tensor]) -> None:
@@ -247,7 +247,7 @@ class _Transfer:
             dist.send(slots[ranks.index], dst=ranks.ranks[0], group=group)
 
     def _layout(self, bucket: list[TransferChunk]) -> tuple[list[int], dict[int, tuple[int, int]]]:
-        """First byte of each chunk, and (first byte, bytes) of each owner: one span for each."""
+        """First byte of each chunk, and the span (first byte, bytes) of each owner."""
         sizes: dict[int, int] = {}
         within = []
         for chunk in bucket:
@@ -262,7 +262,7 @@ class _Transfer:
         return [spans[chunk.owner][0] + offset for chunk, offset in pairs], spans
 
     def _owners(self, spans: dict[int, tuple[int, int]]) -> list[int]:
-        """Owners whose span of a bucket this rank has room for: all, or itself."""
+        """Owners whose span of a bucket is in this rank's buffer: all, or itself."""
         return [owner for owner in spans if self.receives or owner == self.ranks.index]
 
     def _nbytes(self, chunk: TransferChunk) -> int:
@@ -276,7 +276,7 @@ class _Transfer:
         return raw.view(self._dtype(chunk)).view(chunk.box.sizes)
 
     def _home(self, bucket: list[TransferChunk]) -> torch.device:
-        """The device that a bucket travels on; told from the plan, so all ranks choose alike."""
+        """The device on which a bucket is transferred; from the plan, so equal on all ranks."""
         if self.ranks.size == 1:
             return torch.device("cpu")
         kinds = {self._contents.plan.items[chunk.item].device for chunk in bucket} - {"cpu"}
@@ -306,28 +306,28 @@ def assemble(
 def with_apart(
     contents: Contents, full: Iterator[tuple[Item, Tensor]], own: Mapping[str, Tensor]
 ) -> Iterator[tuple[Item, Tensor]]:
-    """``full`` with the items of `apart` at their places: copies of the model's ``own`` tensors."""
+    """``full``, with copies of the model's ``own`` tensors for the items of `apart`."""
     for item in contents.items:
         yield (item, _copied(own[item.fqn])) if item.opaque else next(full)
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """A copy in host memory; the tensor itself where its class has no such thing."""
+    """A copy in host memory; the tensor itself if its class does not support that."""
     try:
         return tensor.to("cpu", copy=True)
-    except Exception:  # of somebody else's class: NotImplementedError, KeyError, AssertionError
+    except Exception:  # third-party classes raise NotImplementedError, KeyError, AssertionError
         return tensor
 
 
 def apart(op: str, plan: Plan, size: int, all_ranks: bool) -> list[int]:
-    """The items that are handed out as they are, by the ranks that hold them whole.
+    """The opaque items, which are returned as they are by ranks that hold them whole.
 
     Args:
         size: number of ranks.
-        all_ranks: all of them hand them out, not the leader only.
+        all_ranks: all ranks return them, not the leader only.
 
     Raises:
-        ValueError: such a rank holds a part only, or nothing.
+        ValueError: a rank that returns them does not hold them whole.
     """
     opaque = [index for index, item in enumerate(plan.items) if item.opaque]
     taking = range(size) if all_ranks else range(1)
@@ -341,7 +341,7 @@ def apart(op: str, plan: Plan, size: int, all_ranks: bool) -> list[int]:
         op,
         plan,
         cut,
-        "and the ranks hold parts of it; save the averages with ema.save(folder), and take them "
-        "out of it with `shardema export --partial`",
+        "and the ranks hold parts of it; save the averages with ema.save(folder), and write them "
+        "with `shardema export --partial`",
     )
     return opaque

@@ -1,9 +1,9 @@
-"""How fast an average forgets: a schedule is a frozen value with ``retention(t0, t1)``.
+"""Decay schedules: frozen dataclasses with ``retention(t0, t1)``.
 
 ``retention(t0, t1)`` in [0, 1] is the share of the average at progress ``t0`` that is left at
 ``t1``, and it is multiplicative: ``r(a, c) == r(a, b) * r(b, c)``. So an update every k steps, a
-changed batch size, or samples as the clock are exact. The decay of an update that brings the
-clock to ``t`` is ``retention(t - dt, t)``. A schedule carries the ``unit`` of its clock.
+changed batch size, or samples as the clock are exact. The decay of an update that advances the
+clock to ``t`` is ``retention(t - dt, t)``. The attribute ``unit`` is the unit of the clock.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The contract of a schedule, and its form in a checkpoint."""
+"""The protocol of a schedule, and its form in a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 _REGISTRY: dict[str, type[Any]] = {}
-_RULES: dict[str, type[Any]] = {}  # what gives a schedule for each tensor, and is none itself
+_RULES: dict[str, type[Any]] = {}  # they choose a schedule per tensor and are none themselves
 _S = TypeVar("_S", bound=type[Any])
 
 
@@ -29,21 +29,21 @@ def register(cls: _S) -> _S:
 
 
 def register_rule(cls: _S) -> _S:
-    """Class decorator: as `register`, for what is made of schedules without being one."""
+    """Class decorator: as `register`, for a rule that chooses a schedule per tensor."""
     _RULES[cls.__name__] = cls
     return cls
 
 
 def registered() -> dict[str, type[Any]]:
-    """Every schedule that a checkpoint can name: ``{name: class}``."""
+    """Every schedule that can be restored from a checkpoint: ``{name: class}``."""
     return dict(_REGISTRY)
 
 
 def describe(schedule: Any) -> dict[str, Any]:
     """The schedule as a checkpoint stores it: ``{"name": ..., "params": {...}}``.
 
-    A schedule that is not registered is stored by its class name and samples of its values, so
-    that a load can tell whether it was given the same one again.
+    A schedule that is not registered is stored by its class name and sampled retentions, so that a
+    load can check that it is given the same one again.
     """
     cls = type(schedule)
     if cls in (_REGISTRY.get(cls.__name__), _RULES.get(cls.__name__)):
@@ -56,7 +56,7 @@ def describe(schedule: Any) -> dict[str, Any]:
 
 
 def restore(description: dict[str, Any]) -> Any:
-    """The schedule that `describe` stored; None if its code, or a part's, is needed to make it."""
+    """The schedule that `describe` stored; None if it, or a part of it, was stored as samples."""
     name = str(description.get("name"))
     cls = _REGISTRY.get(name) or _RULES.get(name)
     params = description.get("params")
@@ -69,7 +69,7 @@ def restore(description: dict[str, Any]) -> Any:
 
 
 class _NeedsCode(Exception):
-    """A part of a schedule was stored by samples of its values."""
+    """A part of a schedule was stored as samples, so its code is needed."""
 
 
 def _fields(schedule: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _fields(schedule: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A parameter in the form that JSON gives back: parts are described, tuples are lists."""
+    """A parameter as JSON can hold it: nested schedules are described, tuples become lists."""
     if isinstance(value, tuple):
         return [_plain(one) for one in value]
     return describe(value) if isinstance(value, Schedule) else value
@@ -98,7 +98,9 @@ def _restored(value: Any) -> Any:
 def check_decay(decay: float, what: str) -> None:
     """Raises ValueError unless ``decay`` is a number in [0, 1]."""
     if not isinstance(decay, int | float) or isinstance(decay, bool) or not 0 <= decay <= 1:
-        raise ValueError(f"{what}: got decay={decay!r}, expected a number in [0, 1], as 0.9999")
+        raise ValueError(
+            f"{what}: got decay={decay!r}, expected a number in [0, 1], such as 0.9999"
+        )
 
 
 def check_positive(value: float, what: str) -> None:
@@ -125,11 +127,11 @@ def whole_steps(t0: float, t1: float, name: str) -> tuple[int, int]:
     """``(t0, t1)`` as integers.
 
     Raises:
-        ValueError: a step-wise rule was asked about a part of a step.
+        ValueError: one of them is not a whole number; ``name`` is the schedule in the message.
     """
     if t0 != int(t0) or t1 != int(t1):
         raise ValueError(
-            f"{name}: got progress {t0} to {t1}, expected whole steps, since its rule is given "
-            "step by step; call update(dt=...) with whole numbers or take schedules.half_life"
+            f"{name}: got progress {t0} to {t1}, expected whole steps, since it is defined per "
+            "step; call update(dt=...) with whole numbers or use schedules.half_life"
         )
     return int(t0), int(t1)

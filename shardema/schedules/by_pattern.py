@@ -1,4 +1,4 @@
-"""Different schedules for different tensors of one average, as layer-wise decays."""
+"""Different schedules for different tensors of one average, such as layer-wise decays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shardema.schedules.base import Schedule, register_rule
 from shardema.schedules.custom import as_schedule
 from shardema.shards.patterns import Pattern, fits
 
-_REGEX = "re:"  # how a checkpoint marks a pattern that was a regular expression
+_REGEX = "re:"  # prefix of a regular expression in a checkpoint
 
 
 @register_rule
@@ -19,17 +19,17 @@ _REGEX = "re:"  # how a checkpoint marks a pattern that was a regular expression
 class by_pattern:
     """A tensor follows the schedule of the first pattern that matches its name, else ``default``.
 
-    It is given to `ShardedEMA` as an average's schedule, and is none itself: wrap the schedules
-    inside of it (``clip``, ``start``), not the whole.
+    Pass it to `ShardedEMA` in place of a schedule. It is not a `Schedule` itself: wrap the
+    schedules inside it (``clip``, ``start``), not the whole.
 
     Args:
-        rules: ``{pattern: schedule}``; a glob over fqns or a compiled regular expression, and a
-            schedule, a decay or a callable. All of one unit.
+        rules: ``{pattern: schedule}``. A pattern is a glob over fqns or a compiled regular
+            expression; a schedule may be a decay or a callable. All have the same unit.
         default: for tensors that no pattern matches.
 
     Raises:
-        ValueError: no rules, or schedules of several units.
-        TypeError: something that is no pattern or no schedule.
+        ValueError: no rules, or schedules with different units.
+        TypeError: a pattern or a schedule has another type.
 
     >>> rule = by_pattern({"*lora_*": 0.99}, default=0.9999)
     >>> rule.of(["layer.lora_A"]).retention(0, 1), rule.of(["layer.weight"]).retention(0, 1)
@@ -57,11 +57,11 @@ class by_pattern:
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:
-        """The default, and the schedule of each pattern in turn."""
+        """The default, then the schedule of each pattern."""
         return (self.default, *(schedule for _, schedule in self.rules))
 
     def index(self, names: Iterable[str]) -> int:
-        """Place in `schedules` of the one that a tensor of these names follows."""
+        """Index into `schedules` of the schedule for a tensor with these names."""
         known = list(names)
         for place, (pattern, _) in enumerate(self.rules, 1):
             if fits(pattern, known):
@@ -69,11 +69,11 @@ class by_pattern:
         return 0
 
     def of(self, names: Iterable[str]) -> Schedule:
-        """The schedule that a tensor of these names (a tied one has several) follows."""
+        """The schedule for a tensor with these names (a tied one has several)."""
         return self.schedules[self.index(names)]
 
     def store(self) -> dict[str, Any]:
-        """The fields as a checkpoint keeps them; `base.describe` describes the schedules."""
+        """The fields as a checkpoint stores them; `base.describe` describes the schedules."""
         named = tuple(
             (_REGEX + p.pattern if isinstance(p, re.Pattern) else p, rule) for p, rule in self.rules
         )
@@ -85,8 +85,8 @@ def _pattern(value: Any) -> Pattern:
         return re.compile(value.removeprefix(_REGEX))
     if isinstance(value, re.Pattern) and value.flags != re.compile("").flags:
         raise ValueError(
-            f"schedules.by_pattern: got {value!r}; write its flags into the pattern, as (?i), so "
-            "that a checkpoint keeps them"
+            f"schedules.by_pattern: got {value!r}; write its flags into the pattern, such as (?i), "
+            "so that a checkpoint stores them"
         )
     if not isinstance(value, str | re.Pattern):
         raise TypeError(

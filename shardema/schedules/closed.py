@@ -1,4 +1,4 @@
-"""How fast an average forgets, in closed form: the interval alone tells."""
+"""Schedules whose retention over any interval has a closed form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class constant:
     """``decay ** (t1 - t0)``.
 
     Args:
-        decay: share that one unit of progress leaves, in [0, 1].
+        decay: share of the average that is left after one unit of progress, in [0, 1].
         unit: unit of the clock.
 
     >>> constant(0.5).retention(0, 3)
@@ -40,10 +40,10 @@ _TEXT = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?)(ba|sp|tok|ep|dur)")
 def parse_length(
     text: str, unit: str, epoch: float | None, run: float | None, what: str
 ) -> tuple[float, str]:
-    """A text as progress and its unit.
+    """Parses a length such as ``"1000ba"``: progress, and its unit.
 
     ============  ====================================================
-    ``"1000ba"``  batches, the steps of the clock
+    ``"1000ba"``  batches, that is optimizer steps
     ``"512sp"``   samples
     ``"1e6tok"``  tokens
     ``"1ep"``     epochs, each ``epoch`` units long
@@ -51,7 +51,7 @@ def parse_length(
     ============  ====================================================
 
     Raises:
-        ValueError: no such text, a length that it needs is missing, or another clock.
+        ValueError: it cannot be parsed, ``epoch`` or ``run`` is missing, or ``unit`` is another.
 
     >>> parse_length("0.1dur", "step", None, 5000, "half_life")
     (500.0, 'step')
@@ -83,12 +83,12 @@ class half_life:
     """``0.5 ** ((t1 - t0) / length)``.
 
     Args:
-        length: progress that halves the weight of the past, in ``unit``, above 0; or a text as
-            MosaicML Composer takes it: ``"1000ba"`` (steps), ``"512sp"`` (samples), ``"1e6tok"``
+        length: progress that halves the average's retention, in ``unit``, above 0; or a string as
+            in MosaicML Composer: ``"1000ba"`` (steps), ``"512sp"`` (samples), ``"1e6tok"``
             (tokens), ``"1ep"`` (epochs) or ``"0.1dur"`` (a share of the run).
-        unit: unit of the clock; a text in ``ba``, ``sp`` or ``tok`` says it.
-        epoch: length of an epoch in ``unit``, for a text in ``ep``.
-        run: length of the run in ``unit``, for a text in ``dur``.
+        unit: unit of the clock; set by a string in ``ba``, ``sp`` or ``tok``.
+        epoch: length of an epoch in ``unit``, for a string in ``ep``.
+        run: length of the run in ``unit``, for a string in ``dur``.
 
     >>> half_life(1000).retention(0, 2000)
     0.25
@@ -116,7 +116,7 @@ class half_life:
 @register
 @dataclass(frozen=True)
 class half_life_ramp:
-    """``0.5 ** (integral of dt / h(t) from t0 to t1)`` for a half-life h(t) that moves.
+    """``0.5 ** (integral of dt / h(t) from t0 to t1)`` for a half-life h(t) that changes.
 
     With x = t / over, up to ``over`` ``h = begin + (end - begin) * x`` (linear) or
     ``h = end + (begin - end) * (1 + cos(pi * x)) / 2`` (cosine), and ``end`` after it. Both
@@ -125,7 +125,7 @@ class half_life_ramp:
     Args:
         begin: half-life at progress 0, in ``unit``, above 0.
         end: half-life from progress ``over`` on.
-        over: progress in which it moves.
+        over: length of the ramp, in ``unit``, above 0.
         shape: ``"linear"`` or ``"cosine"``.
         unit: unit of the clock.
 
@@ -149,10 +149,10 @@ class half_life_ramp:
 
     def retention(self, t0: float, t1: float) -> float:
         halvings = self._halvings(t1) - self._halvings(t0)
-        return float(0.5 ** max(0.0, halvings))  # rounding may take a tiny interval below zero
+        return float(0.5 ** max(0.0, halvings))  # rounding may make it negative
 
     def _halvings(self, t: float) -> float:
-        """How often the past was halved between 0 and t."""
+        """Number of half-lives between 0 and t."""
         x = min(1.0, t / self.over)
         after = max(0.0, t - self.over) / self.end
         if self.shape == "cosine":
@@ -174,11 +174,12 @@ class half_life_ramp:
 class ramp:
     """Step n = 1, 2, ... decays by ``min(decay, (1 + n) / (10 + n))``.
 
-    The product of (1 + n) / (10 + n) over n in (a, b] telescopes to the product of
-    ``(a + k) / (b + k)`` over k = 2 ... 10, so any interval of whole steps has a closed form.
+    The rule of TensorFlow's ExponentialMovingAverage with ``num_updates``. The product of
+    (1 + n) / (10 + n) over n in (a, b] telescopes to the product of ``(a + k) / (b + k)`` over
+    k = 2 ... 10, so any interval of whole steps has a closed form. Whole steps only.
 
     Args:
-        decay: the decay that the ramp ends in, in [0, 1].
+        decay: the decay at the end of the ramp, in [0, 1].
 
     >>> ramp(0.9999).retention(0, 1) == 2 / 11
     True
@@ -199,7 +200,7 @@ class ramp:
         return float(ramped * self.decay ** (max(b, end) - max(a, end)))
 
     def _end(self) -> float:
-        """The last step whose ramp is not above ``decay``."""
+        """The last step at which the ramp is at most ``decay``."""
         if self.decay == 1:
             return math.inf
         end = max(0, math.floor((10 * self.decay - 1) / (1 - self.decay)) + 1)

@@ -1,4 +1,4 @@
-"""Schedules that are made of others: later, slower, bounded, joined."""
+"""Schedules built from other schedules: delayed, shifted, scaled, clipped, joined."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shardema.schedules.stepwise import Stepwise
 
 @dataclass(frozen=True)
 class Nested:
-    """A schedule made of another one, in the other's unit. A decay or a callable will do too."""
+    """A schedule built from another one (or a decay, or a callable), with the same unit."""
 
     schedule: Any
 
@@ -64,13 +64,13 @@ class scaled(Nested):
 @register
 @dataclass(frozen=True)
 class start(Nested):
-    """Copies the weights up to and at progress ``at``, then ``schedule`` from its own beginning.
+    """Copies the weights up to and including progress ``at``, where ``schedule`` starts at 0.
 
     ``0`` for ``t0 < at``, else ``schedule.retention(t0 - at, t1 - at)``.
 
     Args:
         schedule: a schedule, a decay, or a callable ``(t, dt) -> decay``.
-        at: the last progress at which an update copies, 0 or more.
+        at: the last progress at which an update copies, in the schedule's unit, 0 or more.
 
     >>> rule = start(0.5, at=2)
     >>> [rule.retention(t, t + 1) for t in range(4)]
@@ -94,11 +94,11 @@ class start(Nested):
 @register
 @dataclass(frozen=True)
 class shift(Nested):
-    """``schedule.retention(t0 + by, t1 + by)``: the run was ``by`` further on when it began.
+    """``schedule.retention(t0 + by, t1 + by)``: as if training had begun ``by`` earlier.
 
     Args:
         schedule: a schedule, a decay, or a callable ``(t, dt) -> decay``.
-        by: progress that is added to the clock, 0 or more.
+        by: progress added to the clock, in the schedule's unit, 0 or more.
 
     >>> from shardema.schedules import power
     >>> shift(power(gamma=0), by=2).retention(0, 1) == 2 / 3
@@ -121,13 +121,13 @@ class debiased(Nested):
     """``r(t0, t1) * (1 - r(0, t0)) / (1 - r(0, t1))`` for the retention r of ``schedule``.
 
     An average that starts at zero and is divided by ``1 - r(0, t)`` (Kingma and Ba 2015, arXiv
-    1412.6980, section 3) follows exactly these decays, without any state:
+    1412.6980, section 3) has exactly these decays, which need no state:
     ``1 - (1 - r(t0, t1)) / (1 - r(0, t1))``, so the first update copies. For a constant decay d
     that is ``1 - (1 - d) / (1 - d ** n)`` at step n.
 
     Args:
         schedule: a schedule, a decay, or a callable ``(t, dt) -> decay``; a callable must be
-            multiplicative, since it is asked for ``r(0, t)``.
+            multiplicative, since ``r(0, t)`` is evaluated.
 
     >>> [round(debiased(0.5).retention(n - 1, n), 4) for n in (1, 2, 3)]
     [0.0, 0.3333, 0.4286]
@@ -137,7 +137,7 @@ class debiased(Nested):
         if t0 == t1:
             return 1.0
         present = 1 - self.schedule.retention(0, t1)
-        if present == 0:  # nothing was forgotten since the beginning, so there is no bias
+        if present == 0:  # the initial value has kept its whole weight: there is no bias
             return 1.0
         before = 1 - self.schedule.retention(0, t0)
         return float(min(1.0, self.schedule.retention(t0, t1) * before / present))
@@ -146,18 +146,18 @@ class debiased(Nested):
 @register
 @dataclass(frozen=True)
 class every(Nested, Stepwise):
-    """The average moves at the steps ``first``, ``first + k``, ``first + 2 k``, ... only.
+    """Changes the average at the steps ``first``, ``first + k``, ``first + 2 k``, ... only.
 
-    The decay there is that of one step, ``schedule.retention(n - 1, n)``, so a larger ``k`` makes
-    a longer average, as most libraries have it. ``compensated=True`` takes the whole interval
-    since the last move, ``schedule.retention(n - k, n)``: the average is as long as for ``k=1``.
+    The decay at such a step is that of one step, ``schedule.retention(n - 1, n)``, as in most
+    libraries, so a larger ``k`` makes a longer average. With ``compensated=True`` it is that of
+    ``k`` steps, ``schedule.retention(n - k, n)``: the average is as long as for ``k=1``.
     Whole steps only.
 
     Args:
         schedule: a schedule, a decay, or a callable ``(t, dt) -> decay``.
-        k: steps between two moves, 1 or more.
-        first: the first step that moves the average, 1 or more.
-        compensated: whether a move forgets as much as ``k`` steps.
+        k: steps from one change of the average to the next, 1 or more.
+        first: the first step that changes the average, 1 or more.
+        compensated: whether a change has the decay of all steps since the last one.
 
     >>> rule = every(0.5, 3)
     >>> [rule.retention(n - 1, n) for n in (1, 2, 3, 4)]
@@ -187,7 +187,8 @@ class every(Nested, Stepwise):
 class clip(Nested, Stepwise):
     """Step n decays by ``max(min_decay, min(max_decay, schedule.retention(n - 1, n)))``.
 
-    A step is one unit of the clock, and an interval the product of its steps. Whole steps only.
+    A step is one unit of the clock; the retention of an interval is the product over its steps.
+    Whole steps only.
 
     Args:
         schedule: a schedule, a decay, or a callable ``(t, dt) -> decay``.
@@ -219,14 +220,14 @@ class clip(Nested, Stepwise):
 @register
 @dataclass(frozen=True)
 class join:
-    """The first schedule up to ``at[0]``, the second up to ``at[1]``, ..., the last for ever.
+    """The first schedule up to ``at[0]``, the second up to ``at[1]``, ..., the last from there on.
 
-    The product of their retentions over the parts of the interval. Each counts its progress from
-    its own beginning, so one that copies first, as ``power``, copies there.
+    An interval over several of them has the product of their retentions. Each schedule starts at 0
+    where it begins, so one whose first update copies the weights, such as ``power``, copies there.
 
     Args:
-        schedules: two or more of one unit; schedules, decays or callables.
-        at: progress at which the next one takes over, increasing, one fewer than schedules.
+        schedules: two or more schedules, decays or callables with the same unit.
+        at: progress at which the next one begins, increasing, one fewer than schedules.
 
     >>> join([0.5, 0.25], at=[2]).retention(1, 3)
     0.125

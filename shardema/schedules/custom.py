@@ -1,4 +1,4 @@
-"""Any callable ``(t, dt) -> decay`` as a schedule, and whatever else a user may give for one."""
+"""Callables ``(t, dt) -> decay`` as schedules, and `as_schedule` for whatever a user passes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _SAMPLED = (1, 2, 10, 100, 1000, 100000)
 @register
 @dataclass(frozen=True)
 class custom:
-    """The decay of the update that brings the clock to ``t`` is ``fn(t, dt)``.
+    """The decay of the update that advances the clock to ``t`` is ``fn(t, dt)``.
 
-    A checkpoint stores the function's name and sampled values, never its code: give the same
+    A checkpoint stores the function's name and sampled values, never its code: pass the same
     function again at load.
 
     Args:
-        fn: ``(t, dt) -> decay`` in [0, 1].
+        fn: ``(t, dt) -> decay`` in [0, 1]; any other value raises ValueError at the update.
         unit: unit of the clock.
 
     >>> custom(lambda t, dt: 0.9).retention(3, 4)
@@ -49,7 +49,7 @@ def as_schedule(value: Any) -> Schedule:
 
     Raises:
         ValueError: a decay outside [0, 1].
-        TypeError: none of these.
+        TypeError: anything else.
     """
     if isinstance(value, bool):
         raise TypeError(f"schedule: got {value!r}, expected a decay, a schedule or a callable")

@@ -1,4 +1,4 @@
-"""Averages whose width is a share of the run so far: EDM2's power function, EDM's half-life."""
+"""Schedules whose width is proportional to progress: EDM2's power function, EDM's half-life."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def std_of_gamma(gamma: float) -> float:
 @register
 @dataclass(frozen=True)
 class power:
-    """``(t0 / t1) ** (gamma + 1)`` with gamma from the relative width ``std``, or given.
+    """``(t0 / t1) ** (gamma + 1)``, with gamma computed from ``std`` or given.
 
     The weight of progress tau in the average at t is proportional to ``tau ** gamma``; its
     standard deviation is ``std * t`` (arXiv 2312.02696, equations 1 and 2). The first update
@@ -95,13 +95,13 @@ class edm:
 
     That is ``(t0 / t1) ** (log(2) / ratio)`` while ``ratio * t`` is below ``length``, and a
     half-life of ``length`` after it; the first update copies. The code of Karras et al. 2022
-    (arXiv 2206.00364) takes the half-life at one end of each update; the integral is what that
-    tends to for small batches, and is the same for any batch size.
+    (arXiv 2206.00364) evaluates the half-life at one end of each update; the integral is the limit
+    of that for small batches, and does not depend on the batch size.
 
     Args:
         length: half-life after the ramp, in ``unit``, above 0.
-        ratio: half-life during the ramp, as a share of the progress so far, above 0; EDM trained
-            with 0.05, and EDM2's traditional average takes 0.09.
+        ratio: half-life during the ramp, as a share of the progress so far, above 0; EDM uses 0.05,
+            EDM2's traditional average 0.09.
         unit: unit of the clock.
 
     >>> edm(500_000).retention(10_000_000, 10_500_000)

@@ -1,9 +1,9 @@
-"""How much each step of a run weighs in the average at its end.
+"""The weight profile: how much each step of a run contributes to the average at its end.
 
 ::
 
-    step       0       1       2     ...    T       the update at step s keeps r(s-1, s) and takes
-    weight   r(0,T)   w_1     w_2    ...   w_T      1 - r(s-1, s), of which r(s, T) is left at T
+    step       0       1       2     ...    T       step s enters with weight 1 - r(s-1, s),
+    weight   r(0,T)   w_1     w_2    ...   w_T      of which r(s, T) is left at T
 
     long runs:  |----|--|-|| ... ||-|--|----|       an interval (a, b] of steps weighs
                 0                           T       (1 - r(a, b)) * r(b, T), which is exact
@@ -24,17 +24,17 @@ from shardema.schedules import Schedule, as_schedule, custom
 from shardema.schedules.base import check_count, check_positive
 
 _SINGLE = 2000  # runs up to this length have an interval for every step
-_EVEN, _FINE = 1000, 500  # longer ones: intervals of one length, and finer ones towards both ends
+_EVEN, _FINE = 1000, 500  # longer ones: even intervals, and finer ones towards both ends
 _Kept = Callable[[int, int], float]
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The weights in the average at step T, by intervals ``(edges[i], edges[i + 1]]`` of steps.
+    """Weight profile of the average at step T, by intervals ``(edges[i], edges[i + 1]]`` of steps.
 
     Args:
-        edges: steps from 0 to T, rising, int64 [n + 1].
-        kept: share of the average that each interval leaves, in [0, 1], float64 [n].
+        edges: steps from 0 to T, increasing, int64 [n + 1].
+        kept: retention of each interval, in [0, 1], float64 [n].
     """
 
     edges: NDArray[np.int64]
@@ -54,24 +54,24 @@ class Profile:
 
     @property
     def initial(self) -> float:
-        """Weight of the weights before the first update."""
+        """Weight of the values before the first update."""
         return float(np.prod(self.kept))
 
     @property
     def began(self) -> int:
-        """The last step that copied the weights; 0 where none did."""
+        """The last step that copied the weights; 0 if none did."""
         copies = np.flatnonzero(self.kept == 0)
         return int(self.edges[copies[-1] + 1]) if len(copies) else 0
 
     @property
     def beginning(self) -> float:
-        """Weight of what the average began with: of step `began`, or `initial`."""
+        """Weight of step `began`; `initial` if no step copied the weights."""
         copies = np.flatnonzero(self.kept == 0)
         return float(self.mass[copies[-1]]) if len(copies) else self.initial
 
     @property
     def mean_age(self) -> float:
-        """Steps between the average step and T."""
+        """T minus the weighted mean of the steps."""
         return self.steps - self._mean()
 
     @property
@@ -90,11 +90,11 @@ class Profile:
 
 
 def weight_profile(schedule: Any, steps: int, *, dt: float = 1) -> Profile:
-    """What the average of a run of ``steps`` updates is made of.
+    """The weight profile of a run of ``steps`` updates.
 
     Runs up to 2000 updates have an interval for each; longer ones about 2000 intervals, whose
-    weights are exact too, since a retention is multiplicative. Intervals end where the average
-    moves. A rule with a callable in it is asked for every update.
+    weights are exact too, since a retention is multiplicative. Each interval ends with a step that
+    changes the average. A schedule that contains a callable is evaluated at every step.
 
     Args:
         schedule: a schedule, a decay, or a callable ``(t, dt) -> decay``.
@@ -115,9 +115,9 @@ def weight_profile(schedule: Any, steps: int, *, dt: float = 1) -> Profile:
 def relative_std(schedule: Any, steps: int, *, dt: float = 1) -> float:
     """Standard deviation of the weight profile of a run, divided by the run's length.
 
-    The width by which EDM2 names an average (Karras et al. 2024, arXiv 2312.02696, section 3.1).
-    The weights before the first update count as step 0. Up to 2000 updates it is exact; in longer
-    runs the steps of an interval count as its middle, which is less than 0.1 % off.
+    EDM2's measure of an average's width (Karras et al. 2024, arXiv 2312.02696, section 3.1).
+    The values before the first update count as step 0. Exact up to 2000 updates; in longer runs
+    the steps of an interval count at its middle, with an error below 0.1 %.
 
     Args:
         schedule: a schedule, a decay, or a callable ``(t, dt) -> decay``.
@@ -139,8 +139,8 @@ def decays(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Steps [n] of a run, and the decay of the update at each of them [n].
 
-    Every update that moves the average, up to 2000; in longer runs about 2000 of them, denser
-    towards both ends.
+    Runs up to 2000 updates: every update that changes the average (decay below 1). Longer ones:
+    about 2000 of them, denser towards both ends.
 
     Args:
         schedule: a schedule, a decay, or a callable ``(t, dt) -> decay``.
@@ -160,7 +160,7 @@ def decays(
 
 
 def _intervals(schedule: Any, steps: int, dt: float) -> tuple[_Kept, NDArray[np.int64]]:
-    """What an interval of steps leaves of the average, and the intervals of a run."""
+    """The retention over whole steps, and the intervals of a run."""
     check_count(steps, "profile, steps")
     check_positive(dt, "profile, dt")
     kept = _retention(as_schedule(schedule), steps, dt)
@@ -170,20 +170,20 @@ def _intervals(schedule: Any, steps: int, dt: float) -> tuple[_Kept, NDArray[np.
     even = np.linspace(0, steps, _EVEN + 1)
     rough = np.unique(np.rint(np.concatenate([even, fine, steps - fine])).astype(np.int64))
     edges = [0]
-    for b in rough[1:].tolist():  # an interval ends with a step that moves the average
+    for b in rough[1:].tolist():  # an interval ends with a step that changes the average
         last = _first(kept, edges[-1], b, 1.0)
         if last > edges[-1]:
-            alone = kept(edges[-1], last - 1) == 1  # the weight is that of one step
+            alone = kept(edges[-1], last - 1) == 1  # only the last step changes it
             edges += [last - 1, last] if alone and last - 1 > edges[-1] else [last]
     copied = [(a, b) for a, b in itertools.pairwise(edges) if kept(a, b) == 0][-1:]
-    for a, b in copied:  # what was copied stands for all before it: an interval of its own
+    for a, b in copied:  # the last copy replaces all before it: an interval of its own
         step = _first(kept, a, b, math.ulp(0.0))
         edges += [step - 1, step]
     return kept, np.unique([*edges, steps])
 
 
 def _retention(rule: Schedule, steps: int, dt: float) -> _Kept:
-    """``retention`` of whole steps, checked."""
+    """``retention`` over whole steps, checked to be in [0, 1]."""
 
     def kept(a: int, b: int) -> float:
         share = 1.0 if a == b else rule.retention(a * dt, b * dt)
@@ -201,15 +201,15 @@ def _retention(rule: Schedule, steps: int, dt: float) -> _Kept:
 
 
 def _has_callable(rule: Any) -> bool:
-    """Whether a part of the rule is a callable: it may know the decay of whole updates only."""
+    """Whether a part of the schedule is a callable, which need not be multiplicative."""
     parts = (getattr(rule, "schedule", None), *getattr(rule, "schedules", ()))
     return isinstance(rule, custom) or any(_has_callable(p) for p in parts if p is not None)
 
 
 def _first(kept: _Kept, low: int, high: int, least: float) -> int:
-    """The first step of [low, high] of which ``high`` has kept ``least`` or more."""
+    """The first step a of [low, high] with ``kept(a, high) >= least``."""
     end = high
-    middle = high - 1  # mostly it is high itself
+    middle = high - 1  # the result is mostly high itself
     while low < high:
         low, high = (low, middle) if kept(middle, end) >= least else (middle + 1, high)
         middle = (low + high) // 2

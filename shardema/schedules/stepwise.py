@@ -1,4 +1,4 @@
-"""Rules that are given step by step: the decay of an interval is a product, kept by blocks.
+"""Schedules defined per step: the retention of an interval is a product, cached by blocks.
 
 ::
 
@@ -24,7 +24,7 @@ class Stepwise(ABC):
 
     @abstractmethod
     def decay_at(self, step: int) -> float:
-        """The decay of the update that brings the clock to ``step``, in [0, 1]."""
+        """The decay of the update that advances the clock to ``step``, in [0, 1]."""
 
     def settled(self) -> float:
         """A step after which every decay is the same; infinite if there is none."""
@@ -55,7 +55,7 @@ def _product(rule: Stepwise, a: int, b: int) -> float:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _block(rule: Stepwise, a: int, size: int) -> float:
-    """The product over (a, a + size], of which ``size``, a power of 64, is a divisor of ``a``."""
+    """The product over (a, a + size]; ``size`` is a power of 64 and divides ``a``."""
     part = size // _SPAN
     if part == 1:
         return math.prod(rule.decay_at(step) for step in range(a + 1, a + size + 1))
@@ -67,10 +67,10 @@ def _block(rule: Stepwise, a: int, size: int) -> float:
 class exponential(Stepwise):
     """Step n = 1, 2, ... decays by ``decay * (1 - exp(-n / tau))``.
 
-    The rule of ultralytics' YOLO models, which take 0.9999 and 2000. Whole steps only.
+    The rule of ultralytics' YOLO models, with 0.9999 and 2000. Whole steps only.
 
     Args:
-        decay: the decay that the ramp ends in, in [0, 1].
+        decay: the decay at the end of the ramp, in [0, 1].
         tau: steps in which the distance to ``decay`` falls by the factor e, above 0.
 
     >>> round(exponential(0.9999, tau=2000).retention(1999, 2000), 4)
@@ -136,9 +136,9 @@ class warmup(Stepwise):
     shorter ones (decay 0.999 is reached at step 10 k, 0.9999 at 215 k). Whole steps only.
 
     Args:
-        decay: the decay that the warm-up ends in, in [0, 1].
-        inv_gamma: stretches the warm-up, in steps, above 0.
-        power: bends it, above 0.
+        decay: the decay at the end of the warm-up, in [0, 1].
+        inv_gamma: length scale of the warm-up, in steps, above 0.
+        power: exponent of the warm-up, above 0.
 
     >>> round(warmup(0.9999).retention(0, 1), 4)
     0.37
@@ -160,5 +160,5 @@ class warmup(Stepwise):
     def settled(self) -> float:
         if self.decay == 1:
             return math.inf
-        log = -math.log1p(-self.decay) / self.power  # of 1 + n / inv_gamma at the end
+        log = -math.log1p(-self.decay) / self.power  # log of 1 + n / inv_gamma at the end
         return self.inv_gamma * math.expm1(log) + 2 if log < 700 else math.inf

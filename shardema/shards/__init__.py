@@ -1,1 +1,1 @@
-"""What a rank holds: boxes of full tensors, shards, and their memory. The vocabulary."""
+"""What a rank holds: boxes of full tensors, shards, and their memory layout."""

@@ -1,4 +1,4 @@
-"""Blocks of a full tensor: cut, joined, checked to cover it once."""
+"""Boxes, that is blocks of a full tensor: split, intersected, checked to cover it once."""
 
 from __future__ import annotations
 
@@ -104,10 +104,10 @@ def split_box(box: Box, max_numel: int) -> Iterator[Box]:
 
 
 def contiguous_runs(shape: Dims, box: Box) -> tuple[int, list[int]]:
-    """``box`` as stretches that are contiguous in the row-major full tensor.
+    """``box`` as runs that are contiguous in the row-major full tensor.
 
-    Returns ``(numel, starts)``: every stretch has ``numel`` elements, ``starts`` are their first
-    elements in the flat full tensor, in row-major order of the box.
+    Returns ``(numel, starts)``: every run has ``numel`` elements, ``starts`` are the indices of
+    their first elements in the flat full tensor, in row-major order of the box.
     """
     numel, inner, dim = 1, 1, len(shape)
     while dim > 0:  # grow over the trailing dims while the box fills them
@@ -126,10 +126,10 @@ def contiguous_runs(shape: Dims, box: Box) -> tuple[int, list[int]]:
     return numel, starts
 
 
-Span = tuple[int, int]  # of one dim: first and last-plus-one
+Span = tuple[int, int]  # of one dim: first index and end
 
 
-_MAX_CUT = 8  # dims that boxes are cut in, after those that they run through were joined
+_MAX_CUT = 8  # dims that boxes may be cut in: there are 2 ** dims corners
 
 
 def check_covered(fqn: str, shape: Dims, boxes: Sequence[Box]) -> None:
@@ -170,10 +170,10 @@ def _inside(box: Box, shape: Dims) -> bool:
 
 
 def _joined(shape: Dims, boxes: Sequence[Box]) -> tuple[list[int], list[list[Span]]]:
-    """The sizes of the tensor and the spans of the boxes, in as few dims as tell all.
+    """The sizes of the tensor and the spans of the boxes, in as few dims as possible.
 
-    A dim that all boxes fill tells nothing. One that each box fills, or is a single row in the dim
-    before, is joined with that: flat ranges become spans of one dim.
+    A dim that all boxes fill is omitted. A dim is joined with the previous one if each box fills it
+    or is a single row in the previous one: flat ranges become spans of one dim.
     """
     full: list[int] = []
     spans: list[list[Span]] = [[] for _ in boxes]
@@ -199,11 +199,11 @@ def _rows(span: Span) -> int:
 
 
 def _first_clash(full: Sequence[int], spans: Sequence[Sequence[Span]]) -> Dims | None:
-    """The first place that is not held exactly once; None if there is none.
+    """The first index that is not held exactly once; None if there is none.
 
-    A box is told by its corners, a plus where it begins and a minus where it ends in each dim, as
-    a stretch is by its two ends. The corners of boxes that fill the tensor once add up to those
-    of the tensor, and no others do.
+    A box is represented by its corners, with sign plus where it begins and minus where it ends in
+    each dim, as an interval by its two ends. The signed corners of boxes add up to those of the
+    tensor if and only if the boxes cover it exactly once.
     """
     corners: dict[Dims, int] = {}
     for weight, box in [(-1, [(0, size) for size in full]), *((1, span) for span in spans)]:

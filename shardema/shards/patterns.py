@@ -10,7 +10,7 @@ Pattern = str | re.Pattern[str]
 
 
 def fits(pattern: Pattern, names: Iterable[str]) -> bool:
-    """Whether ``pattern`` matches one of the names of a tensor (tied ones have several)."""
+    """Whether ``pattern`` matches one of the names of a tensor (a tied one has several)."""
     if isinstance(pattern, re.Pattern):
         return any(pattern.search(name) for name in names)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)

@@ -1,12 +1,12 @@
-"""What one rank holds of a tensor, and where it sits in the full tensor.
+"""What one rank holds of a tensor, and where that is in the full tensor.
 
-The words of the whole library:
+The terms of the whole library:
 
-* ``fqn``    clean, fully qualified name: what the unwrapped model calls the tensor
-* ``shape``  always the full shape; ``local`` is what this rank holds of it
+* ``fqn``    clean, fully qualified name: the name of the tensor in the unwrapped model
+* ``shape``  always the full shape; ``local`` is the part that this rank holds
 * ``Box``    offsets and sizes of a block inside the full tensor
 * ``Shard``  ``local`` and the boxes that its elements fill, in order
-* ``shadow`` the averaged twin of a shard: the same boxes, other storage
+* ``shadow`` the average of a shard: the same boxes, other storage
 * ``axis``   of a mesh; ``dim`` of a tensor
 
 ::
@@ -32,12 +32,12 @@ from shardema.shards.boxes import Box, Dims
 
 Role = Literal["parameter", "frozen", "buffer"]
 
-REPLACED = -1  # what `Shard.address` gives when the model holds another tensor now
+REPLACED = -1  # returned by `Shard.address` if the model holds another tensor now
 
 
 @dataclass(frozen=True, eq=False)
 class OffloadedStorage:
-    """Storage on disk that can be loaded into memory for a while.
+    """Storage on disk that can be loaded into memory temporarily.
 
     Args:
         hold: ``hold(write)`` is a context manager that loads it as a flat tensor; with
@@ -53,29 +53,30 @@ class Shard:
 
     Args:
         fqn: clean, fully qualified name.
-        local: the live storage on this rank: what the optimizer steps. With one box it has the
-            box's sizes (any dense stride) or is flat; with several boxes it is a contiguous 1-D
-            tensor that holds them one after the other, or has ``corners``. Empty if ``boxes`` is.
+        local: this rank's part of the tensor that the optimizer steps; shares its storage. With one
+            box it has the box's sizes (any dense stride) or is flat; with several boxes it is a
+            contiguous 1-D tensor of all of them in order, or has ``corners``. Empty if ``boxes``
+            is.
         shape: the full shape.
-        boxes: where the elements of ``local`` sit in the full tensor, in order.
+        boxes: where the elements of ``local`` are in the full tensor, in order.
         role: ``"parameter"`` (trainable), ``"frozen"`` or ``"buffer"``.
         aliases: further names of the same tensor (tied weights).
         order: the dims of the full tensor from slowest to fastest in a flat ``local``; row-major
             if empty. FSDP1 flattens a channels_last weight in the order of its memory.
-        address: gives the address of the live storage now, `REPLACED` if the model holds another
-            tensor under this name; tells `update` when to read the model again.
-        weights: what the forward computes with, where that is another tensor than ``local``: the
-            16-bit copy of an fp32 master, laid out alike. None where ``local`` is it.
+        address: returns the current address of the storage, `REPLACED` if the model holds another
+            tensor under this name; if it changes, `update` reads the model again.
+        weights: the tensor that the forward uses, if it is not ``local``: the 16-bit copy of an
+            fp32 master, with the same layout.
         reads_weights: the average is of ``weights``, not of ``local``.
         on_disk: the storage that holds ``local`` and the offset of its first element there, if it
             is not in memory; ``local`` itself is then a placeholder of the same size without
             values. See `materialized`.
         replicas: the groups of ranks that are declared to hold the same ``local``: DDP's group,
             the replicated axes of a mesh.
-        corners: where each box begins inside ``local``, which has the dims of the full tensor
-            then; empty where the boxes are contiguous.
-        opaque: the class of a tensor that keeps its values in a form of its own (quantised
-            weights); ``local`` is that tensor itself, of which nothing is read. Empty elsewhere.
+        corners: offset of each box in ``local``, which has the dims of the full tensor then; empty
+            if the boxes are contiguous.
+        opaque: the class of a tensor that stores its values in its own format (quantized weights);
+            ``local`` is that tensor itself and is never read. Else empty.
     """
 
     fqn: str
@@ -100,18 +101,18 @@ class Shard:
 
     @property
     def own(self) -> Tensor:
-        """The model's own tensor: what its forward computes with."""
+        """The model's own tensor, which its forward uses."""
         return self.local if self.weights is None else self.weights
 
     @property
     def source(self) -> Tensor:
-        """What is averaged."""
+        """The tensor that is averaged."""
         return self.own if self.reads_weights else self.local
 
     def local_boxes(self, local: Tensor | None = None) -> Iterator[tuple[Box, Tensor]]:
         """Each box with the view of ``local`` that fills it, ``[*box.sizes]``.
 
-        ``local`` may be any tensor laid out like this shard's (its shadow, a staging buffer).
+        ``local`` may be any tensor with this shard's layout (its shadow, a staging buffer).
         """
         local = self.local if local is None else local
         if self.corners:

@@ -33,7 +33,7 @@ def memory_order(shape: Sequence[int], stride: Sequence[int]) -> Dims:
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether two elements of ``tensor`` share memory (an expanded tensor, for one). Exact."""
+    """Whether two elements of ``tensor`` share memory, as in an expanded tensor. Exact."""
     dims = sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda dim: dim[1])
     reach = 1
     for size, stride in dims:
@@ -42,8 +42,8 @@ def overlaps(tensor: Tensor) -> bool:
         reach += stride * (size - 1)
     else:
         return False
-    # The dims reach into one another, which may still leave each element alone. Two elements whose
-    # first difference is in dim d are, moved along, one at index 0 of it and one further on.
+    # The strides interleave, but elements may still be distinct. If two elements share memory and
+    # first differ in dim d, so do their translates that begin at index 0 in the dims up to d.
     for d in range(tensor.dim()):
         rest = tensor[(0,) * d]
         if rest.shape[0] > 1 and share_memory(rest[:1], rest[1:]):
@@ -52,7 +52,7 @@ def overlaps(tensor: Tensor) -> bool:
 
 
 class _Layout:
-    """A tensor's memory as numpy takes it, which only looks at addresses."""
+    """A tensor's memory layout for numpy, which only uses the addresses."""
 
     def __init__(self, tensor: Tensor) -> None:
         size = tensor.element_size()
@@ -66,14 +66,14 @@ class _Layout:
         }
 
 
-_ALIGNED = 1 << 12  # an address that is not null
+_ALIGNED = 1 << 12  # any address that is not null
 
 
-_MOST_WORK = 1 << 20  # candidates that numpy looks at before it gives up
+_MOST_WORK = 1 << 20  # candidates that numpy tries before it gives up
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one storage have an element in common; True where that is too hard."""
+    """Whether two tensors of one storage share an element; True if that is too hard to find out."""
     try:
         first, second = np.asarray(_Layout(a)), np.asarray(_Layout(b))
         return bool(np.shares_memory(first, second, _MOST_WORK))  # type: ignore[arg-type]
@@ -89,7 +89,7 @@ def dense_like(tensor: Tensor) -> Dims:
 def aligned_parts(a: Tensor, b: Tensor, max_numel: int) -> list[tuple[Tensor, Tensor]]:
     """Two tensors of one shape as pairs of views of at most ``max_numel`` elements each.
 
-    Flat views where both are dense with equal strides, blocks of the shape elsewhere.
+    Flat views if both are dense with equal strides, else blocks of the shape.
     """
     n = a.numel()
     if n == 0:

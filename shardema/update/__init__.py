@@ -1,1 +1,1 @@
-"""The averages and what moves them."""
+"""The averages and their updates."""

@@ -1,4 +1,4 @@
-"""Updates that follow the optimizers by themselves.
+"""Automatic updates after the steps of optimizers.
 
 ::
 
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from shardema.backends.passes import in_backward
 from shardema.update.stepping import Steps, torch_optimizer
-from shardema.update.watch import Holds, Others
+from shardema.update.watch import Holds, OtherOptimizers
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +28,13 @@ _PATIENCE = 100  # updates that an attached optimizer may miss before a warning
 
 
 class Source(Protocol):
-    """What a handle follows; see `Rounds` and `Engine`."""
+    """What makes automatic updates; see `Rounds` and `Engine`."""
 
     @property
     def what(self) -> str: ...
 
     @property
-    def others(self) -> Others | None: ...
+    def others(self) -> OtherOptimizers | None: ...
 
     def close(self) -> None: ...
 
@@ -46,18 +46,18 @@ class Source(Protocol):
 class Rounds:
     """One update for each round of steps of several optimizers.
 
-    A round ends when every optimizer has really stepped once; or before, when one is about to step
-    again, at the next forward of the models, and when something reads the average: some optimizer
-    skipped its step then. In the middle of a backward an update would free what it needs, so there
-    a round that ended waits for the next of these occasions.
+    A round ends when every optimizer has made a step. It ends earlier, if some optimizer skipped
+    its step: when one is about to step again, at the next forward of the models, and when an
+    average is read. No update is made during a backward, since it would free gathered weights; the
+    update of a round that ended there follows at the next of these points.
 
     Args:
-        optimizers: torch optimizers, or wrappers of them as accelerate has.
-        models: whose forward ends a round.
-        holds: of each optimizer, whether it steps an averaged tensor; only those are followed.
+        optimizers: torch optimizers, or accelerate's wrappers of them.
+        models: a forward of one of them ends a round.
+        holds: whether each optimizer steps an averaged tensor; the others are not followed.
         update: called at the end of a round.
-        guard: called before every step, and between an update and a step; raises where a step
-            must not happen, waits while something reads the weights.
+        guard: called before every step, and between an update and a step; raises if a step is not
+            allowed, waits while an update reads the weights.
         wait: waits likewise; called before steps of optimizers that are not followed.
         leader: whether this rank logs.
 
@@ -87,25 +87,25 @@ class Rounds:
         if not followed:
             kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in given))
             raise ValueError(
-                f"attach: {kinds} holds none of the averaged parameters; give the optimizer that "
-                "steps them, made after the model was wrapped, or, where it steps copies of them, "
+                f"attach: {kinds} holds none of the averaged parameters; pass the optimizer that "
+                "steps them, created after the model was wrapped, or, if it steps copies of them, "
                 "call ema.update() after each step"
             )
         self._names = {id(o): f"{type(o).__name__} {i}" for i, o in enumerate(followed)}
         self._roots = [module for model in models for module in _called(model)]
         self._update, self._guard, self._leader = update, guard, leader
         self._stepped: set[int] = set()
-        self._due = 0  # rounds that ended in a backward
+        self._due = 0  # rounds that ended, without their update
         self._missed = dict.fromkeys(self._names, 0)  # updates since each optimizer stepped
-        self._thread = threading.get_ident()  # the one that steps; others may only look
+        self._thread = threading.get_ident()  # of the steps; calls of `close` in others do nothing
         self._steps = [Steps(optimizer, self._before, self._after) for optimizer in followed]
         self._forwards: list[Any] = []
-        self.others = Others(holds, followed, self._steps, wait)
+        self.others = OtherOptimizers(holds, followed, self._steps, wait)
         if len(followed) > 1:
             self._watch_forwards()
 
     def close(self) -> None:
-        """Makes the update of a round in which something stepped."""
+        """Ends the open round if some optimizer stepped in it, and makes due updates."""
         if in_backward() or threading.get_ident() != self._thread:
             return
         if self._stepped:
@@ -116,13 +116,13 @@ class Rounds:
             self._update()
 
     def clear(self) -> None:
-        """Forgets the steps of the open round: what they moved was replaced."""
+        """Discards the steps of the open round: the average or the weights were replaced."""
         self._stepped.clear()
         self._due = 0
         self.others.forget()
 
     def remove(self) -> None:
-        """Ends the calls."""
+        """Removes all hooks."""
         for handle in (*self._steps, *self._forwards, self.others):
             handle.remove()
 
@@ -165,18 +165,18 @@ class Rounds:
     def _watch_forwards(self) -> None:
         if not self._forwards:
             hook = _BeforeForward(self)
-            # first, so that an update comes before FSDP gathers for the forward
+            # prepended, so that an update is made before FSDP gathers for the forward
             self._forwards = [m.register_forward_pre_hook(hook, prepend=True) for m in self._roots]
 
     def before_forward(self) -> None:
         """The weights are final: no optimizer steps between here and the next backward."""
-        if not in_backward():  # else activation checkpointing computes a part again
+        if not in_backward():  # else activation checkpointing recomputes a part
             self._thread = threading.get_ident()
             self.close()
 
 
 class _BeforeForward:
-    """A hook that neither keeps the EMA alive nor travels with a copy or a pickle of the model."""
+    """A hook that does not keep the EMA alive and is inert in a copy or a pickle of the model."""
 
     def __init__(self, rounds: Rounds | None = None) -> None:
         self._rounds = (lambda: None) if rounds is None else weakref.ref(rounds)
@@ -193,10 +193,7 @@ class _BeforeForward:
 
 
 def _called(module: nn.Module) -> list[nn.Module]:
-    """The modules whose forward is called: of a list or dict of modules, which has none, its own.
-
-    A wrapper of such a container (``fully_shard``) has none either.
-    """
+    """``module``, or its children if it has no forward: a ModuleList, also after fully_shard."""
     if getattr(module.forward, "__func__", module.forward) is not nn.Module.forward:
         return [module]
     return [inner for child in module.children() for inner in _called(child)]
@@ -209,16 +206,16 @@ class Engine:
 
     def __init__(self, hook: Any) -> None:
         self._hook = hook
-        self.others: Others | None = None
+        self.others: OtherOptimizers | None = None
 
     def close(self) -> None:
-        """Nothing is open between two steps."""
+        """Does nothing: there are no open rounds."""
 
     def clear(self) -> None:
-        """As `close`."""
+        """Does nothing: there are no open rounds."""
 
     def remove(self) -> None:
-        """Ends the calls."""
+        """Removes the hook."""
         self._hook.remove()
 
 
@@ -227,7 +224,7 @@ class Attached:
 
     Args:
         source: makes the updates.
-        ended: called once, at the end.
+        ended: called once, by the first `remove`.
     """
 
     def __init__(self, source: Source, ended: Callable[[], None]) -> None:
@@ -235,9 +232,7 @@ class Attached:
         self._ended: Callable[[], None] | None = ended
 
     def remove(self) -> None:
-        """Ends the updates. The steps of a round that is open make none: read before, if they are
-        to count.
-        """
+        """Detaches. An open round is discarded; read ``ema.num_updates`` before to end it."""
         ended, self._ended = self._ended, None
         if ended is None:
             return

@@ -1,4 +1,4 @@
-"""One average of a model: how it is kept, how far it is, and what it holds."""
+"""One average of a model: its shadows, schedule, policy and clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardema.schedules import Schedule, by_pattern
 from shardema.shards.shard import Shard
 from shardema.update.shadows import Shadows
 
-_LOOKAHEAD = 1 << 20  # moves in which a schedule must have begun to forget, to be looked at
+_LOOKAHEAD = 1 << 20  # updates within which a schedule's first decay below 1 is searched
 
 
 @dataclass
@@ -21,9 +21,9 @@ class Average:
 
     Attributes:
         schedule: one for all tensors, or the schedules by pattern.
-        moved_at: progress when it last moved; before ``t`` where the policy waits between moves.
-        decays: of the last move, one for each of `schedules`; None before the first.
-        loaded: whether it is not the weights that it began with, also before its first update.
+        moved_at: progress when it last changed; before ``t`` between updates of ``update_every``.
+        decays: of the last change, one for each of `schedules`; None before the first.
+        loaded: its values were loaded, so they are not the initial weights.
     """
 
     name: str
@@ -38,23 +38,23 @@ class Average:
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:
-        """The schedules of its tensors: the one, or the default and one for each pattern."""
+        """The schedules of its tensors: one, or the default and one for each pattern."""
         rule = self.schedule
         return rule.schedules if isinstance(rule, by_pattern) else (rule,)
 
     def index(self, shard: Shard) -> int:
-        """Which of `schedules` a tensor follows."""
+        """Index into `schedules` of a tensor's schedule."""
         rule = self.schedule
         return rule.index(shard.names) if isinstance(rule, by_pattern) else 0
 
     def weights(self, dt: float) -> list[float]:
-        """The weights of the present in an update that brings the clock to ``t + dt``.
+        """``1 - decay`` of an update that advances the clock to ``t + dt``.
 
-        One for each of `schedules`; 0 where the policy waits. A move forgets what the updates
-        since the last one would have.
+        One for each of `schedules`; 0 if ``update_every`` skips this update. Otherwise the decay
+        is that of all updates since the last change.
         """
         found = []
-        if not self._moves():
+        if not self._due():
             return [0.0] * len(self.schedules)
         for schedule in self.schedules:
             retention = schedule.retention(self.moved_at, self.t + dt)
@@ -67,7 +67,7 @@ class Average:
         return found
 
     def merged_pairs(self, shards: Sequence[Shard]) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Shadows, what they average, and which of `schedules` they follow; in long stretches."""
+        """Shadows, their sources and the index of their schedule; adjacent tensors merged."""
         by_schedule: dict[int, list[Shard]] = {}
         for shard in shards:
             by_schedule.setdefault(self.index(shard), []).append(shard)
@@ -75,10 +75,10 @@ class Average:
             for shadow, source in zip(*self.shadows.merged_pairs(group), strict=True):
                 yield shadow, source, index
 
-    def moved(self, weights: Sequence[float], dt: float) -> None:
-        """Notes an update."""
+    def record_update(self, weights: Sequence[float], dt: float) -> None:
+        """Records an update: advances the clock."""
         self.t += dt
-        if self._moves():
+        if self._due():
             self.decays = tuple(1 - weight for weight in weights)
             self.moved_at = self.t
         self.num_updates += 1
@@ -90,21 +90,21 @@ class Average:
     def check_seed(
         self, op: str, given: tuple[float | None, int | None] | None
     ) -> tuple[float, int] | None:
-        """``(t, num_updates)`` of values that are put in the place of these.
+        """``(t, num_updates)`` for values that will replace those of this average.
 
         Args:
-            given: what is known of them; None, nothing, so that the clock stays as it is, and
-                None is returned.
+            given: their clock as far as it is known; None leaves the clock unchanged and returns
+                None.
 
         Raises:
-            ValueError: nothing is known, and the next move would leave nothing of them; or a
-                progress that a schedule does not take.
+            ValueError: their clock is unknown and the next update would overwrite them; or a
+                schedule does not accept the progress.
         """
         if given is not None:
             t, count = given
             t = self.t if t is None else t
             for schedule in self.schedules:
-                schedule.retention(t, t + 1)  # a rule of whole steps raises at a part of one
+                schedule.retention(t, t + 1)  # a schedule of whole steps raises for a fraction
             return t, self.num_updates if count is None else count
         erasing = self._erasing()
         if erasing is not None:
@@ -117,7 +117,7 @@ class Average:
         return None
 
     def _erasing(self) -> Schedule | None:
-        """One of `schedules` whose next move copies the weights, if each update is one unit."""
+        """One of `schedules` whose next change copies the weights, if each update has ``dt=1``."""
         every = self.policy.update_every
         for schedule in self.schedules:
             since, now = self.moved_at, self.t + every - self.num_updates % every
@@ -130,11 +130,11 @@ class Average:
                 return schedule
         return None
 
-    def _moves(self) -> bool:
-        """Whether the next update moves the average."""
+    def _due(self) -> bool:
+        """Whether the next update changes the average."""
         return (self.num_updates + 1) % self.policy.update_every == 0
 
     def restart(self, t: float = 0, num_updates: int = 0, moved_at: float | None = None) -> None:
-        """Sets the clock; the last update was another one's."""
+        """Sets the clock and forgets the last decays."""
         self.t, self.num_updates, self.decays = t, num_updates, None
         self.moved_at = t if moved_at is None else moved_at

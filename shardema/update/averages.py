@@ -18,12 +18,12 @@ from shardema.update.shadows import allocate
 
 
 class Averages(Mapping[str, Average]):
-    """Averages by name; they begin at the weights. Local.
+    """Averages by name; their initial values are the weights. Local.
 
     Args:
-        weights: what is averaged.
-        ranks: those that share the model.
-        schedules, policies: by the name of the average.
+        weights: the model's weights.
+        ranks: the ranks that share the model.
+        schedules, policies: by name of the average.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Averages(Mapping[str, Average]):
     def __len__(self) -> int:
         return len(self._by_name)
 
-    def values(self) -> ValuesView[Average]:  # each update asks for them; Mapping's is slow
+    def values(self) -> ValuesView[Average]:  # called by each update; Mapping's is slow
         return self._by_name.values()
 
     @property
@@ -58,7 +58,7 @@ class Averages(Mapping[str, Average]):
         return tuple(self._by_name)
 
     def named(self, name: str | None) -> Average:
-        """The average of this name, of one average also without it. Raises ValueError."""
+        """The average of this name; None stands for the only one. Raises ValueError."""
         if name is None and len(self) > 1:
             raise ValueError(f"name: there are several averages, give one of {list(self.names)}")
         key = self.names[0] if name is None else name
@@ -82,7 +82,7 @@ class Averages(Mapping[str, Average]):
         return max(average.num_updates for average in self.values())
 
     def clocks(self) -> dict[str, Any]:
-        """What the ranks compare of them, as JSON."""
+        """The clocks as JSON, for the ranks to compare."""
         return {
             f"clock of {a.name!r} (t, num_updates, moved_at)": [a.t, a.num_updates, a.moved_at]
             for a in self.values()
@@ -91,25 +91,25 @@ class Averages(Mapping[str, Average]):
     # ---- what the ranks hold ------------------------------------------------------------------
 
     def held(self, average: Average) -> list[Shard]:
-        """What this rank averages."""
+        """The shards that this rank averages."""
         return self.weights.local_slices(average.policy)
 
     def dtype_of(self, average: Average) -> Callable[[Item], torch.dtype]:
-        """The dtype of an item where this average stands for the model."""
+        """A function that returns the dtype of an item in the averaged model."""
         return lambda i: average.policy.dtype_for(i.dtype) if i.averaged else i.dtype
 
     @property
     def sliced(self) -> bool:
-        """Whether replicas hold slices of some average."""
+        """Whether some average has ``shard_replicas``."""
         return any(average.policy.shard_replicas for average in self.values())
 
     @property
     def written_together(self) -> bool:
-        """Whether writing the model is collective: an engine's, or slices of replicas."""
+        """Whether writing the model is collective: with an engine, or slices of replicas."""
         return self.weights.engine is not None or self.sliced
 
     @property
     def whole_everywhere(self) -> bool:
-        """Whether each rank holds all of every tensor and average: then one can save alone."""
+        """Whether each rank holds all of every tensor and average, so that one can save alone."""
         plain = self.weights.name == "plain" and self.weights.engine is None
         return plain and not self.sliced

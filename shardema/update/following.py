@@ -1,4 +1,4 @@
-"""What makes the updates by itself, while something is attached, and what came between them."""
+"""The attached optimizers or engine, and detection of weights that changed without an update."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from shardema.update.watch import Writes
 
 
 class Following:
-    """The optimizers or the engine that an EMA follows; nothing, until `attach`.
+    """The optimizers or the engine that are attached to an EMA.
 
     Attributes:
-        source: makes the updates, while attached.
+        source: makes the automatic updates; None if nothing is attached.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -31,7 +31,7 @@ class Following:
         wait: Callable[[], None],
         ranks: Ranks,
     ) -> Attached:
-        """Follows the optimizers, or the engine.
+        """Attaches the optimizers, or the engine.
 
         Args:
             update: called after a round of steps.
@@ -44,7 +44,7 @@ class Following:
         if self.source is not None:
             raise RuntimeError(
                 f"rank {ranks.rank}: attach: {self.source.what} is attached already, and "
-                "each step would count twice; end that first: handle = ema.attach(...), "
+                "each step would count twice; detach that first: handle = ema.attach(...), "
                 "handle.remove()"
             )
         engine, models = self._weights.engine, self._weights.models
@@ -62,32 +62,32 @@ class Following:
         self.source = None
 
     def refuse_by_hand(self, rank: int) -> None:
-        """Raises RuntimeError for an update by hand while something is attached."""
+        """Raises RuntimeError for a manual update while something is attached."""
         if self.source is not None:
             raise RuntimeError(
                 f"rank {rank}: update: {self.source.what} is attached and updates "
-                "this EMA after each of its steps, so this one would count twice; leave update() "
-                "out, or end that first: handle = ema.attach(...), handle.remove()"
+                "this EMA after each of its steps, so this one would count twice; omit update(), "
+                "or detach that first: handle = ema.attach(...), handle.remove()"
             )
 
     def close(self) -> None:
-        """Makes the update of the open round."""
+        """Ends the open round, which makes its update."""
         if self.source is not None:
             self.source.close()
 
     def clear(self) -> None:
-        """Forgets the open round: average and weights are others now."""
+        """Discards the open round: the average or the weights were replaced."""
         if self.source is not None:
             self.source.clear()
         self.seen()
 
     def seen(self) -> None:
-        """The average has what was written into the weights up to here."""
+        """Records that the average includes all writes to the weights so far."""
         if self.source is not None and self._weights.engine is None:
             self._writes.note(self._weights.shards)
 
     def missed(self) -> tuple[str, str] | None:
-        """Where the weights changed without an update: what is attached, and who stepped them."""
+        """If the weights changed without an update: what is attached, and what stepped them."""
         if self.source is None:
             return None
         others = self.source.others

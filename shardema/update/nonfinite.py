@@ -1,4 +1,4 @@
-"""What an update does with weights that are infinite or not a number."""
+"""Checks the weights for inf and NaN before an update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OnNonfinite = Literal["ignore", "skip", "raise"]
 
 
 class NonFinite:
-    """Looks at the weights before an update.
+    """Checks the weights for inf and NaN before an update.
 
     Args:
         policy: as ``on_nonfinite`` of `ShardedEMA`.
@@ -30,10 +30,10 @@ class NonFinite:
         self._averages = averages
 
     def found(self) -> bool:
-        """Whether some rank has a weight that is not finite. Collective, unless they are ignored.
+        """Whether some rank has a weight that is not finite. Collective, unless "ignore".
 
         Raises:
-            RuntimeError: there is one, and it is to be raised.
+            RuntimeError: there is one, and the policy is "raise".
         """
         if self.policy == "ignore":
             return False
@@ -44,32 +44,29 @@ class NonFinite:
             for shard in not_finite([s for s in group if s.source.numel()])
         ]
         found, most, least = ranks.max([float(bool(names)), updates, -updates])
-        if most != -least:  # told without another exchange; this one says by how much
+        if most != -least:  # found without an exchange; this one reports the clocks
             ranks.agree("update", same=self._averages.clocks())
         if not found:
             return False
 
-        def report(told: list[list[str]]) -> str:
-            return abbreviate(sorted({name for names in told for name in names}))
+        def report(gathered: list[list[str]]) -> str:
+            return abbreviate(sorted({name for names in gathered for name in names}))
 
-        told = ranks.agree("update (naming what is not finite)", lambda: names, report)
-        text = f"rank {ranks.rank}: {told}: not finite, so the average is not updated"
+        listed = ranks.agree("update (naming what is not finite)", lambda: names, report)
+        text = f"rank {ranks.rank}: {listed}: not finite, so the average is not updated"
         if self.policy == "raise":
-            raise RuntimeError(f"{text}; find the step that broke the weights, and go on before it")
+            raise RuntimeError(f"{text}; resume from a checkpoint before the step that caused it")
         if ranks.leader:
             log.warning(text)
         return True
 
 
 def not_finite(shards: Sequence[Shard]) -> list[Shard]:
-    """Those of the shards, none of them empty, whose source is not all finite.
-
-    Waits once for each device.
-    """
+    """The shards whose source has inf or NaN; none of ``shards`` is empty. One sync per device."""
     found = []
     for device in {shard.source.device for shard in shards}:
         here = [shard for shard in shards if shard.source.device == device]
         largest = torch._foreach_norm([shard.source for shard in here], math.inf)
-        told = torch.stack([norm.double() for norm in largest]).isfinite().tolist()
-        found += [shard for shard, finite in zip(here, told, strict=True) if not finite]
+        all_finite = torch.stack([norm.double() for norm in largest]).isfinite().tolist()
+        found += [shard for shard, finite in zip(here, all_finite, strict=True) if not finite]
     return found

@@ -1,11 +1,11 @@
-"""Warnings, each given once, by the first rank."""
+"""Warnings, each logged once, by the first rank."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
-from shardema.arguments import odd_decay
+from shardema.arguments import suspicious_decay
 from shardema.errors import abbreviate
 from shardema.update.average import Average
 from shardema.update.averages import Averages
@@ -22,44 +22,44 @@ class Notices:
         self._given: set[str] = set()
 
     def once(self, key: str, text: str, *values: Any) -> None:
-        """Warns, if there was no warning of this ``key``."""
+        """Logs a warning, unless one with this ``key`` was logged before."""
         if key not in self._given and self._averages.ranks.leader:
             self._given.add(key)
             log.warning(text, *values)
 
-    def odd_decay(self, average: Average) -> None:
-        """Warns of a decay that looks like a slip."""
+    def suspicious_decay(self, average: Average) -> None:
+        """Warns of a decay that is likely a mistake."""
         decay = average.decays[0] if average.decays else None
-        odd = odd_decay(average.schedule, decay, average.num_updates)
+        odd = suspicious_decay(average.schedule, decay, average.num_updates)
         if odd is not None:
             self.once(
                 "decay",
                 "average %r: a decay of %g %s",
                 average.name,
                 odd,
-                "never moves"
+                "never changes it"
                 if odd == 1
                 else f"keeps almost nothing of the past; was {1 - odd:g} meant?",
             )
 
     def missed(self, op: str, following: Following) -> None:
-        """Warns of a read that finds what no update has brought."""
+        """Warns, when an average is read, of weights that changed without an update."""
         found = following.missed()
         if found is not None:
             attached, other = found
             self.once(
                 "missed",
-                "%s: the weights changed without an update%s. Was the optimizer replaced that "
-                "is attached (%s), or is its step() never called? handle.remove(), and attach "
-                "the one that steps; else call ema.update() after each step. After weights "
-                "were loaded call ema.reset()",
+                "%s: the weights changed without an update%s. Was the attached optimizer (%s) "
+                "replaced, or is its step() never called? Call handle.remove() and attach the one "
+                "that steps, or call ema.update() after each step. If weights were loaded, call "
+                "ema.reset()",
                 op,
                 f": {other} stepped them" if other else "",
                 attached,
             )
 
     def never_updated(self, op: str, average: Average) -> None:
-        """Warns of a read that finds the weights that the average began with."""
+        """Warns, when an average is read, that it still equals the initial weights."""
         if not average.num_updates and not average.loaded:
             self.once(
                 "never",
@@ -69,8 +69,8 @@ class Notices:
                 average.name,
             )
 
-    def what_froze(self) -> None:
-        """Logs parameters that were frozen or unfrozen since the last look, once each time."""
+    def log_frozen(self) -> None:
+        """Warns of parameters that were frozen or unfrozen since the last call."""
         frozen, unfrozen = self._averages.weights.newly_frozen()
         for names, what in (
             (frozen, "now frozen; its average converges to the frozen value"),

@@ -1,4 +1,4 @@
-"""Averages in host memory of parameters on a device, updated behind the training step.
+"""Averages in host memory of parameters on a device, updated in the background.
 
 ::
 
@@ -10,9 +10,9 @@
                    device             '-> chunk ------'                   two buffers, a stream each
                    device                 lerp_(chunk, params)
 
-Both cut the parameters into batches that each fill one buffer, and bind the kernel to every batch
-once, so that an update has nothing left to plan or to allocate. While one buffer is averaged the
-other one is copied. On a CPU the same code runs, without streams and without pinning.
+Both split the parameters into batches that each fill one buffer, and bind the kernel to every batch
+once, so that an update plans and allocates nothing. While one buffer is averaged the other one is
+copied. On a CPU the same code runs, without streams and without pinning.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from torch import Tensor
 from shardema import kernels
 from shardema.scopes import writable
 from shardema.update.staging import (
-    Chunk,
     CopyStreams,
-    Staged,
+    DeviceBatch,
+    HostBatch,
+    buffer_bytes,
     buffer_sizes,
     chunk_bytes,
     cut_pairs,
-    half_of,
-    make_chunk,
-    make_staged,
+    make_device_batch,
+    make_host_batch,
     pack,
     zeros,
 )
@@ -57,18 +57,18 @@ class HostOffload:
     thread-safe.
 
     Args:
-        shadows: on the CPU, of any dense strides; nobody else may touch them before `flush`.
+        shadows: on the CPU, of any dense strides; must not be accessed before `flush`.
         params: of the same shapes, on any devices.
-        slots: index of each pair's weight.
+        slots: for each pair, the index of its weight.
         bind: the kernel, for tensors on the CPU.
-        staging_bytes: size of the two buffers together; they are pinned if a parameter is on a
-            GPU, and no larger than needed.
+        staging_bytes: size of both buffers together, in bytes; they are pinned if a parameter is
+            on a GPU, and no larger than needed.
 
     Raises:
         ValueError: ``staging_bytes`` is too small.
     """
 
-    name = "host_offload"  # beside the names of kernels
+    name = "host_offload"  # in `Updater.kernel_names`
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class HostOffload:
         *,
         staging_bytes: int = STAGING_BYTES,
     ) -> None:
-        limit = half_of(staging_bytes)
+        limit = buffer_bytes(staging_bytes)
         with writable():
             pieces = cut_pairs(shadows, params, slots, lambda _, p: limit // p.itemsize)
             packed = pack(pieces, lambda piece: piece.param.nbytes, limit)
@@ -88,7 +88,7 @@ class HostOffload:
             staging = [zeros(size, torch.uint8, pinned=pinned) for size in sizes]
             self._copies = {p.param.device: CopyStreams(p.param.device, streams=1) for p in pieces}
             batches = [
-                make_staged(
+                make_host_batch(
                     batch, k % 2, staging[k % 2], self._copies[batch[0][1].param.device], bind
                 )
                 for k, batch in enumerate(packed)
@@ -96,7 +96,7 @@ class HostOffload:
         self.nbytes = sum(sizes)
         self._update: _Update | None = None
         self._work = _Work(batches)
-        # the thread knows the work, never this object: else it could not be collected
+        # the thread has no reference to this object: else it could not be collected
         thread = threading.Thread(
             target=_serve, args=(self._work,), name="shardema-offload", daemon=True
         )
@@ -104,7 +104,7 @@ class HostOffload:
         thread.start()
 
     def __call__(self, weights: Sequence[float]) -> None:
-        """Starts an update and returns; waits for the update before, if that one still runs.
+        """Starts an update and returns; waits first for the previous one.
 
         Raises:
             RuntimeError: an update failed, or the object is closed.
@@ -115,14 +115,14 @@ class HostOffload:
             _raise_closed()
         for copies in self._copies.values():
             copies.begin()
-        # In this order: an interrupt in between leaves an update that `flush` puts once more.
+        # in this order: after an interrupt in between, `_wait` puts the update again
         self._update = _Update(tuple(weights))
         self._work.queue.put(self._update)
 
     def await_reads(self) -> None:
-        """Returns when the parameters may be changed.
+        """Returns when the parameters may be modified.
 
-        On a GPU the current stream waits for the last copy; the host only until that was issued.
+        On a GPU the current stream waits for the last copy; the host only until it was issued.
 
         Raises:
             RuntimeError: an update failed.
@@ -144,10 +144,10 @@ class HostOffload:
         self._check()
 
     def close(self) -> None:
-        """Ends the worker, once the update that runs is done, and frees the staging.
+        """Ends the worker after the current update, and frees the staging buffers.
 
-        Raises nothing that the worker raised. An object that is collected, or alive when the
-        interpreter exits, gives that update up.
+        Does not raise errors of the worker. If the object is collected, or alive when the
+        interpreter exits, the current update is abandoned.
         """
         if self._end.alive and self._update is not None and os.getpid() == self._work.pid:
             self._wait(self._update, self._update.done)
@@ -159,7 +159,7 @@ class HostOffload:
             return
         self._here()
         if not update.started:
-            self._work.queue.put(update)  # once more: see __call__
+            self._work.queue.put(update)  # an interrupt may have come before: see __call__
         event.wait()
 
     def _here(self) -> None:
@@ -177,16 +177,16 @@ class HostOffload:
 class DeviceOffload:
     """Updates averages in host memory on the device of the parameters.
 
-    For a host that is too slow for `HostOffload`: shadows are copied both ways, and the host
-    computes nothing. There is no worker thread. The next call of any method completes an update
-    that was interrupted (Ctrl-C). Not thread-safe.
+    For a host that is too slow for `HostOffload`: shadows are copied to the device and back, and
+    the host computes nothing. There is no worker thread. The next call of any method completes an
+    update that was interrupted (Ctrl-C). Not thread-safe.
 
     Args:
-        shadows: on the CPU, pinned where the parameters are on a GPU (see `zeros`); nobody else
-            may touch them before `flush`.
+        shadows: on the CPU, pinned if the parameters are on a GPU (see `zeros`); must not be
+            accessed before `flush`.
         params, slots: as for `HostOffload`.
         bind: the kernel, for tensors on the parameters' device.
-        staging_bytes: size of all buffers on a device together; no larger than needed.
+        staging_bytes: size of all buffers on a device together, in bytes; no larger than needed.
 
     Raises:
         ValueError: ``staging_bytes`` is too small.
@@ -203,17 +203,17 @@ class DeviceOffload:
         *,
         staging_bytes: int = STAGING_BYTES,
     ) -> None:
-        limit = half_of(staging_bytes)
+        limit = buffer_bytes(staging_bytes)
         by_device: dict[torch.device, list[int]] = {}
         for i, param in enumerate(params):
             by_device.setdefault(param.device, []).append(i)
         self._copies: list[CopyStreams] = []
-        self._batches: list[Chunk] = []
+        self._batches: list[DeviceBatch] = []
         self.nbytes = 0  # on all devices
         with writable():
             for device, mine in by_device.items():
                 copies = CopyStreams(device, streams=2)
-                # one pair a piece: nothing is saved by keeping the averages of one together
+                # each pair is cut alone: every average of a parameter is copied anyway
                 pieces = [
                     piece
                     for i in mine
@@ -223,26 +223,28 @@ class DeviceOffload:
                 ]
                 packed = pack(pieces, chunk_bytes, limit)
                 sizes = buffer_sizes(packed, chunk_bytes)
-                # on the streams that use it: what is freed too early is then used again in order
+                # allocated on the streams that use them, so that freed memory is reused in order
                 buffers = []
                 for k, size in enumerate(sizes):
                     with copies.stream(k):
                         buffers.append(torch.empty(size, dtype=torch.uint8, device=device))
                 for k, batch in enumerate(packed):
                     with copies.stream(k % 2):
-                        self._batches.append(make_chunk(batch, k % 2, buffers[k % 2], copies, bind))
+                        self._batches.append(
+                            make_device_batch(batch, k % 2, buffers[k % 2], copies, bind)
+                        )
                 self._copies.append(copies)
                 self.nbytes += sum(sizes)
         self._closed = False
         self._error: Exception | None = None
-        # what is left of the update: weights, the batch, and whether that is averaged already
+        # the rest of the update: weights, the next batch, and whether it is averaged already
         self._left: tuple[Sequence[float], int, bool] = ((), len(self._batches), False)
 
     def __call__(self, weights: Sequence[float]) -> None:
-        """Starts an update; on a GPU it returns before that is done.
+        """Starts an update; on a GPU it returns before the update is complete.
 
         Raises:
-            RuntimeError: this update or one before failed, or the object is closed.
+            RuntimeError: this update or an earlier one failed, or the object is closed.
         """
         self._go_on()
         if self._closed:
@@ -253,7 +255,7 @@ class DeviceOffload:
         self._go_on()
 
     def await_reads(self) -> None:
-        """Returns when the parameters may be changed; on a GPU the current stream waits.
+        """Returns when the parameters may be modified; on a GPU the current stream waits.
 
         Raises:
             RuntimeError: an update failed.
@@ -277,7 +279,7 @@ class DeviceOffload:
             _raise_failed(error)
 
     def close(self) -> None:
-        """Waits for the update that runs, and frees the buffers. Raises no error of an update."""
+        """Waits for the current update, and frees the buffers. Does not raise errors of updates."""
         if self._error is None and not self._closed:
             with contextlib.suppress(RuntimeError):
                 self.flush()
@@ -285,10 +287,10 @@ class DeviceOffload:
         self._batches.clear()
 
     def _go_on(self) -> None:
-        """Does what is left. What is done is noted after it, and doing it twice does no harm.
+        """Completes the update. Each step is recorded after it is done, and may run twice.
 
-        A batch that is averaged in its chunk, and not noted so, is brought in again; one that was
-        carried back, and not noted so, is carried back again.
+        A batch that was averaged, but not recorded so, is copied to the device and averaged again;
+        one that was copied back, but not recorded so, is copied back again.
         """
         if self._error is not None:
             _raise_failed(self._error)
@@ -302,7 +304,7 @@ class DeviceOffload:
                             if not averaged:
                                 batch.average(weights)
                                 self._left = (weights, k, True)
-                            batch.carry_back()
+                            batch.copy_back()
                     self._left = (weights, k + 1, False)
         except Exception as error:
             self._error = error
@@ -314,7 +316,7 @@ class DeviceOffload:
 
 @dataclass(eq=False)
 class _Update:
-    """One update on its way."""
+    """An update of the worker."""
 
     weights: tuple[float, ...]
     started: bool = False
@@ -324,10 +326,10 @@ class _Update:
 
 @dataclass(eq=False)
 class _Work:
-    """What the worker thread shares with the object that it works for."""
+    """The state that the worker thread and `HostOffload` share."""
 
-    batches: list[Staged]
-    # a SimpleQueue may be put into from a finalizer, whatever that interrupts
+    batches: list[HostBatch]
+    # the put of a SimpleQueue is reentrant, so a finalizer may call it
     queue: queue.SimpleQueue[_Update | None] = field(default_factory=queue.SimpleQueue)
     pid: int = field(default_factory=os.getpid)
     given_up: bool = False
@@ -352,13 +354,13 @@ def _serve(work: _Work) -> None:
 
 
 def _average(work: _Work, update: _Update) -> None:
-    """One update. The copies of a batch are issued before the batch ahead of it is averaged."""
+    """One update: the copies of a batch are issued before the previous batch is averaged."""
     if not work.batches or not any(update.weights):
         return
     work.batches[0].copy()
     for k, batch in enumerate(work.batches):
         if k + 1 < len(work.batches):
-            work.batches[k + 1].copy()  # into the other buffer, which batch k - 1 has left
+            work.batches[k + 1].copy()  # into the other buffer, after batch k - 1
         else:
             update.reads_issued.set()
         if work.given_up:
@@ -368,13 +370,13 @@ def _average(work: _Work, update: _Update) -> None:
 
 
 def _stop(work: _Work, thread: threading.Thread) -> None:
-    """Ends the thread, after the batch that it is at. Runs at a collection and at exit too."""
+    """Ends the thread after its current batch. Also called by the collector and at exit."""
     if os.getpid() != work.pid:
         return  # a forked child has no such thread
     work.given_up = True
     work.queue.put(None)
-    # A thread that computes while the interpreter goes may crash it; one that waits for a GPU that
-    # hangs must not hang the exit. The collector may run in the worker itself.
+    # A thread that computes during interpreter shutdown may crash it, so it is joined; a hanging
+    # GPU must not block the exit, hence the timeout. The collector may run in the worker itself.
     if thread is not threading.current_thread():
         thread.join(_PATIENCE)
 
@@ -382,10 +384,10 @@ def _stop(work: _Work, thread: threading.Thread) -> None:
 def _raise_failed(error: BaseException) -> NoReturn:
     raise RuntimeError(
         f"an update of offloaded averages failed: {type(error).__name__}: {error}; they may be "
-        "half updated: ema.reset() them to the weights, or ema.load() a checkpoint (before "
+        "partly updated: ema.reset() them to the weights, or ema.load() a checkpoint (before "
         "dcp.load call ema.reset())"
     ) from error
 
 
 def _raise_closed() -> NoReturn:
-    raise RuntimeError("an update of offloaded averages after close(); build a new object")
+    raise RuntimeError("update of offloaded averages after close(); build a new EMA")

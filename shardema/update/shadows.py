@@ -1,4 +1,4 @@
-"""The averaged twins of the shards: one flat buffer per device and dtype, a view for each shard.
+"""The averages of the shards: one flat buffer per device and dtype, a view for each shard.
 
 ::
 
@@ -26,39 +26,39 @@ _ALIGN = 64  # bytes
 
 @dataclass(frozen=True)
 class Shadows:
-    """Flat buffers and their views by fqn. The tensors change in place, the record does not.
+    """Flat buffers and their views by fqn; updates write the tensors in place.
 
     Attributes:
-        following: of each view that holds something the next one in its flat buffer.
+        next_fqn: by fqn of a non-empty view, the fqn of the next one in its flat buffer.
     """
 
     flats: tuple[Tensor, ...]
     views: Mapping[str, Tensor]
-    following: Mapping[str, str]
+    next_fqn: Mapping[str, str]
 
     def copy_from(self, shards: Sequence[Shard]) -> None:
-        """Sets every shadow to its shard's present value."""
+        """Sets every shadow to its shard's current value."""
         for group in materialized(shards):
             for shard in group:
                 self.views[shard.fqn].copy_(shard.source)
 
     def copy_all(self, other: Shadows) -> None:
-        """Sets every shadow to that of ``other``, which is of the same shards."""
+        """Sets every shadow to that of ``other``, which must have the same shards."""
         for fqn, mine in self.views.items():  # the flats may be in another order
             mine.copy_(other.views[fqn])
 
     def merged_pairs(self, shards: Sequence[Shard]) -> tuple[list[Tensor], list[Tensor]]:
-        """Shadows and sources of ``shards``, as few tensors as their memory allows.
+        """Shadows and sources of ``shards``, where adjacent tensors are merged to a flat one.
 
-        Neighbours in memory become one flat tensor: a whole flat partition is one.
+        A whole flat partition becomes one pair.
         """
         pairs: list[tuple[Tensor, Tensor]] = []
         end: str | None = None  # the last shadow of the last pair
         for shard in sorted((s for s in shards if s.source.numel()), key=_place):
             shadow, source = self.views[shard.fqn], shard.source
-            # nothing is stored between the two: padding is written too
-            next_door = end is not None and self.following.get(end) == shard.fqn
-            joined = _joined(*pairs[-1], shadow, source) if next_door else None
+            # only adjacent shadows: the padding between them is written, too
+            adjacent = end is not None and self.next_fqn.get(end) == shard.fqn
+            joined = _joined(*pairs[-1], shadow, source) if adjacent else None
             if joined is None:
                 pairs.append((shadow, source))
             else:
@@ -68,14 +68,16 @@ class Shadows:
 
 
 def allocate(shards: Sequence[Shard], policy: ShadowPolicy, *, pin: bool = True) -> Shadows:
-    """Zeroed shadows of ``shards``, on the devices of what they average or in host memory.
+    """Zeroed shadows of ``shards``, on the devices of their sources or in host memory.
 
-    Adjacent tensors stay adjacent, small gaps included. With ``pin``
-    host memory is pinned where the weights are on a GPU.
+    Adjacent tensors stay adjacent, small gaps included.
+
+    Args:
+        pin: pin host memory that is copied to a GPU (``compute="device"``).
     """
     ends: dict[_Key, int] = {}
     last: dict[_Key, Shard] = {}
-    following: dict[str, str] = {}
+    next_fqn: dict[str, str] = {}
     starts: dict[str, tuple[_Key, int]] = {}
     for shard in sorted(shards, key=_place):
         source = shard.source
@@ -90,11 +92,11 @@ def allocate(shards: Sequence[Shard], policy: ShadowPolicy, *, pin: bool = True)
         starts[shard.fqn] = (key, start)
         ends[key] = start + source.numel()
         if key in last:
-            following[last[key].fqn] = shard.fqn
+            next_fqn[last[key].fqn] = shard.fqn
         last[key] = shard
-    # what the host averages by itself does not travel, and torch pins powers of two
-    travels = pin and policy.compute == "device"
-    pinned = travels and any(s.source.device.type == "cuda" for s in shards)
+    # with compute="host" shadows are not copied, and torch rounds pinned memory to powers of two
+    copied = pin and policy.compute == "device"
+    pinned = copied and any(s.source.device.type == "cuda" for s in shards)
     flats = {
         key: torch.zeros(n, dtype=key[1], device=key[0], pin_memory=pinned)
         for key, n in ends.items()
@@ -104,7 +106,7 @@ def allocate(shards: Sequence[Shard], policy: ShadowPolicy, *, pin: bool = True)
         key, start = starts[shard.fqn]
         strides = dense_like(shard.source)
         views[shard.fqn] = flats[key].as_strided(shard.source.shape, strides, start)
-    return Shadows(tuple(flats.values()), views, following)
+    return Shadows(tuple(flats.values()), views, next_fqn)
 
 
 _Key = tuple[torch.device, torch.dtype]
@@ -123,7 +125,7 @@ def _place(shard: Shard) -> tuple[int, int]:
 
 
 def _gap(before: Shard, shard: Shard) -> int | None:
-    """Elements of padding between two sources, None where they are no neighbours."""
+    """Elements of padding between two sources; None if they are not adjacent."""
     (storage, start), (other, place) = _place(before), _place(shard)
     size = before.source.element_size()
     gap = place - start - before.source.numel() * size
@@ -134,10 +136,10 @@ def _gap(before: Shard, shard: Shard) -> int | None:
 def _joined(
     shadow: Tensor, source: Tensor, next_shadow: Tensor, next_source: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """The two pairs as one, with the padding between them; None where that is not possible.
+    """The two pairs as one, with the padding between them; None if that is not possible.
 
-    The padding is averaged too, and never read. In the model other tensors may be stored there,
-    which are read to no effect; between two shadows there is nothing else.
+    The padding is averaged too, and its average never used. In the model other tensors may be
+    stored there, which are only read; between two shadows there is nothing else.
     """
     here, there = source.untyped_storage(), next_source.untyped_storage()
     if (here.data_ptr(), here.nbytes()) != (there.data_ptr(), there.nbytes()):

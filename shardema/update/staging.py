@@ -1,11 +1,11 @@
-"""The buffers that weights or averages travel through: streams, and batches that each fill one.
+"""Staging buffers for copies between host and device: streams, and batches that fill a buffer.
 
 ::
 
-    pairs  -cut_pairs->  pieces     stretches of a parameter and of its averages
+    pairs  -cut_pairs->  pieces     parts of a parameter and of its averages
     pieces -pack->       batches    each fills one of two buffers
-    batch  -make_staged->           parameters copied to the host, averaged there
-           -make_chunk->            averages copied to the device, averaged there, and back
+    batch  -make_host_batch->           parameters copied to the host, averaged there
+           -make_device_batch->            averages copied to the device, averaged there, and back
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _ALIGN = 64  # bytes
 
 
 def zeros(numel: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    """A flat tensor in host memory; pinned, it can travel to a GPU behind the host's back.
+    """A flat tensor in host memory; pinned, it can be copied to a GPU asynchronously.
 
-    torch rounds a pinned block up to a power of two: 20 GiB take 32.
+    torch rounds pinned memory up to a power of two: 20 GiB use 32 GiB.
     """
     return torch.zeros(numel, dtype=dtype, device="cpu", pin_memory=pinned)
 
 
 class CopyStreams:
-    """The way between the host and one device: side streams that the buffers take turns on.
+    """Side streams for copies between the host and one device; buffers alternate between them.
 
-    Only a GPU has streams; elsewhere a copy is done when it returns, and there is none to wait for.
+    Only a GPU has streams; on other devices a copy is complete when it returns.
     """
 
     def __init__(self, device: torch.device, streams: int) -> None:
@@ -46,14 +46,14 @@ class CopyStreams:
                 for _ in range(streams)
             ]
             self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            # blocking: the worker sleeps, and leaves its core to the training loop
+            # blocking: a waiting worker sleeps, so that its core is free for the training loop
             self._passed = [
                 torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                 for _ in range(2)
             ]
 
     def begin(self) -> None:
-        """What the caller's stream was given so far comes before what these streams are given."""
+        """Side streams wait for the work queued on the caller's stream so far."""
         if self.streams:
             self._ready.record(torch.cuda.current_stream(self.device))
             for stream in self.streams:
@@ -69,11 +69,11 @@ class CopyStreams:
         return contextlib.nullcontext()
 
     def copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
-        """Copies on the current stream; returns before that is done where there is a stream."""
+        """Copies on the current stream; asynchronous if there are streams."""
         torch._foreach_copy_(targets, sources, non_blocking=bool(self.streams))
 
     def mark(self, buffer: int) -> None:
-        """The stream of this buffer has read the parameters when it gets here."""
+        """Records an event on this buffer's stream: its reads of the parameters precede it."""
         if self.streams:
             self._passed[buffer].record(self._stream(buffer))
 
@@ -89,7 +89,7 @@ class CopyStreams:
                 torch.cuda.current_stream(self.device).wait_event(event)
 
     def finish(self) -> None:
-        """The host waits for all that these streams were given."""
+        """The host waits for all work queued on these streams."""
         for stream in self.streams:
             stream.synchronize()
 
@@ -107,8 +107,8 @@ class ParamSlice:
 
 
 @dataclass(frozen=True, eq=False)
-class Staged:
-    """A batch of `HostOffload`: ``lerp_`` reads the staging."""
+class HostBatch:
+    """A batch of `HostOffload`: parameters are copied to ``staging``, which ``lerp_`` reads."""
 
     copies: CopyStreams
     buffer: int
@@ -123,14 +123,14 @@ class Staged:
 
 
 @dataclass(frozen=True, eq=False)
-class Chunk:
-    """A batch of `DeviceOffload`: ``lerp_`` writes the chunks."""
+class DeviceBatch:
+    """A batch of `DeviceOffload`: shadows are copied to ``chunks``, which ``lerp_`` writes."""
 
     copies: CopyStreams
     buffer: int
     chunks: list[Tensor]
     shadows: list[Tensor]
-    converted: list[Tensor]  # of the parameters that are not laid out as their shadow is
+    converted: list[Tensor]  # parameters in the dtype and strides of their chunk
     params: list[Tensor]
     slots: frozenset[int]
     lerp_: kernels.Lerp
@@ -142,15 +142,15 @@ class Chunk:
         self.lerp_(weights)
         self.copies.mark(self.buffer)
 
-    def carry_back(self) -> None:
+    def copy_back(self) -> None:
         self.copies.copy(self.shadows, self.chunks)
 
 
 _Packed = list[list[tuple[int, ParamSlice]]]  # batches of pieces, each with its start in the buffer
 
 
-def half_of(staging_bytes: int) -> int:
-    """Size of one of two buffers."""
+def buffer_bytes(staging_bytes: int) -> int:
+    """Size in bytes of each of the two buffers, aligned. Raises ValueError if it is too small."""
     if staging_bytes < 4 * _ALIGN:
         raise ValueError(f"staging_bytes: got {staging_bytes}, expected {4 * _ALIGN} or more")
     return staging_bytes // (4 * _ALIGN) * (2 * _ALIGN)
@@ -166,10 +166,10 @@ def cut_pairs(
     slots: Sequence[int],
     numel: Callable[[Tensor, Tensor], int],
 ) -> list[ParamSlice]:
-    """Parts of at most ``numel(shadow, param)`` elements, device by device, empty ones left out."""
+    """Parts of at most ``numel(shadow, param)`` elements, device by device; none is empty."""
     groups: dict[object, list[int]] = {}
     for i, (shadow, param, _) in enumerate(zip(shadows, params, slots, strict=True)):
-        # the averages of one parameter, where they are cut alike
+        # averages of one parameter with equal strides are cut in the same places
         key = (param.data_ptr(), param.shape, param.stride(), shadow.stride())
         groups.setdefault(key, []).append(i)
     pieces = []
@@ -178,13 +178,13 @@ def cut_pairs(
         size = min(numel(shadows[i], param) for i in group)
         cut = [aligned_parts(shadows[i], param, size) for i in group]
         for parts in zip(*cut, strict=True):
-            mine = [shadow for shadow, _ in parts]
-            pieces.append(ParamSlice(parts[0][1], mine, [slots[i] for i in group]))
+            cut_shadows = [shadow for shadow, _ in parts]
+            pieces.append(ParamSlice(parts[0][1], cut_shadows, [slots[i] for i in group]))
     return pieces
 
 
 def pack(pieces: Iterable[ParamSlice], nbytes: Callable[[ParamSlice], int], limit: int) -> _Packed:
-    """Batches that each fill a buffer of ``limit`` bytes and are of one device."""
+    """Batches of at most ``limit`` bytes, each of one device."""
     batches: _Packed = []
     used = limit
     for piece in pieces:
@@ -198,24 +198,24 @@ def pack(pieces: Iterable[ParamSlice], nbytes: Callable[[ParamSlice], int], limi
 
 
 def buffer_sizes(packed: _Packed, nbytes: Callable[[ParamSlice], int]) -> list[int]:
-    """How large each of the two buffers must be."""
+    """Required size in bytes of each of the two buffers."""
     ends = [batch[-1][0] + _aligned(nbytes(batch[-1][1])) for batch in packed]
     return [max(ends[k::2], default=0) for k in range(2)]
 
 
 def _view(buffer: Tensor, start: int, part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for a ``dtype`` copy of ``part`` at byte ``start``, dense and in its memory order."""
+    """A view of ``buffer`` at byte ``start`` for a dense ``dtype`` copy of ``part``."""
     flat = buffer.narrow(0, start, part.numel() * dtype.itemsize).view(dtype)
     return flat.as_strided(part.shape, dense_like(part))
 
 
-def make_staged(
+def make_host_batch(
     batch: list[tuple[int, ParamSlice]],
     k: int,
     buffer: Tensor,
     copies: CopyStreams,
     bind: kernels.Bind,
-) -> Staged:
+) -> HostBatch:
     staging = [_view(buffer, at, piece.shadows[0], piece.param.dtype) for at, piece in batch]
     read = [(s, piece) for s, (_, piece) in zip(staging, batch, strict=True)]
     lerp_ = bind(
@@ -223,41 +223,41 @@ def make_staged(
         [s for s, piece in read for _ in piece.shadows],
         [slot for _, piece in batch for slot in piece.slots],
     )
-    return Staged(copies, k, staging, [piece.param for _, piece in batch], lerp_)
+    return HostBatch(copies, k, staging, [piece.param for _, piece in batch], lerp_)
 
 
-def _alike(piece: ParamSlice) -> bool:
-    """Whether the parameter has the strides of its chunk: every kernel accepts it as it is."""
+def _same_layout(piece: ParamSlice) -> bool:
+    """Whether the parameter has the dtype and strides of its chunk, so needs no conversion."""
     shadow = piece.shadows[0]
     return shadow.dtype == piece.param.dtype and dense_like(shadow) == piece.param.stride()
 
 
 def chunk_bytes(piece: ParamSlice) -> int:
-    """Of the chunk and, after it, of the converted parameter.
+    """Bytes of the chunk and, after it, of the converted parameter, if that is needed.
 
-    Not left to the kernel: it would take scratch for each batch anew.
+    A kernel would allocate scratch for every batch to convert it.
     """
     size = _aligned(piece.shadows[0].nbytes)
-    return size if _alike(piece) else 2 * size
+    return size if _same_layout(piece) else 2 * size
 
 
-def make_chunk(
+def make_device_batch(
     batch: list[tuple[int, ParamSlice]],
     k: int,
     buffer: Tensor,
     copies: CopyStreams,
     bind: kernels.Bind,
-) -> Chunk:
+) -> DeviceBatch:
     shadows = [piece.shadows[0] for _, piece in batch]
     slots = [piece.slots[0] for _, piece in batch]
     chunks, sources, converted, params = [], [], [], []
     for at, piece in batch:
         shadow, source = piece.shadows[0], piece.param
         chunks.append(_view(buffer, at, shadow, shadow.dtype))
-        if not _alike(piece):
+        if not _same_layout(piece):
             params.append(source)
             source = _view(buffer, at + _aligned(shadow.nbytes), shadow, shadow.dtype)
             converted.append(source)
         sources.append(source)
     lerp_ = bind(chunks, sources, slots)
-    return Chunk(copies, k, chunks, shadows, converted, params, frozenset(slots), lerp_)
+    return DeviceBatch(copies, k, chunks, shadows, converted, params, frozenset(slots), lerp_)

@@ -1,4 +1,4 @@
-"""What torch tells of an optimizer's steps: which optimizers tell it, and which steps are real."""
+"""Hooks on an optimizer's steps: which optimizers run them, and which steps are not skipped."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any
 from torch.optim import Optimizer
 
 _TABLES = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-_LIGHTNINGS = {"_FabricOptimizer", "LightningOptimizer"}  # wrappers with a class of the inner's
-_LAYERS = 64  # functions around a step that are looked through
+_LIGHTNINGS = {"_FabricOptimizer", "LightningOptimizer"}  # wrappers that subclass the inner class
+_LAYERS = 64  # limit of nested functions around a step
 
 
 def torch_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer that ``optimizer`` is, or wraps as accelerate does.
+    """``optimizer``, or the torch optimizer inside accelerate's or Lightning's wrapper.
 
     Raises:
-        TypeError: no torch optimizer, or one that runs no step hooks.
+        TypeError: not a torch optimizer, or one that runs no step hooks.
     """
     kind = type(optimizer).__name__
     if type(optimizer).__module__.split(".")[0] == "deepspeed":
         raise TypeError(
-            f"attach: got DeepSpeed's {kind}, whose steps are its engine's; "
+            f"attach: got DeepSpeed's {kind}, which its engine steps; "
             "attach the engine that the EMA was built for: ema.attach(engine)"
         )
     if hasattr(optimizer, "step_was_skipped") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer  # accelerate: the inner one steps only when it really does
+        optimizer = optimizer.optimizer  # accelerate: the inner one is not called for skipped steps
     if _LIGHTNINGS & {base.__name__ for base in type(optimizer).__mro__}:
         optimizer = optimizer.optimizer  # a copy of its attributes, which steps the inner one
     if not isinstance(optimizer, Optimizer):
@@ -39,17 +39,17 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
         )
     if not _runs_hooks(optimizer):
         raise TypeError(
-            f"attach: got {type(optimizer).__name__}, whose step runs no step hooks of torch: its "
-            "class skips torch.optim.Optimizer.__init__, or its step was replaced; call "
+            f"attach: got {type(optimizer).__name__}, whose step does not run torch's step hooks: "
+            "its class skips torch.optim.Optimizer.__init__, or its step was replaced; call "
             f"ema.update() after each step{_inner(optimizer)}"
         )
     return optimizer
 
 
 def _runs_hooks(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer.step()`` comes to torch's wrapper that runs the hooks.
+    """Whether ``optimizer.step()`` calls torch's wrapper that runs the hooks.
 
-    ``step.hooked`` says nothing: functools.wraps copies it.
+    ``step.hooked`` is not reliable: functools.wraps copies it.
     """
     return all(hasattr(optimizer, table) for table in _TABLES) and any(
         getattr(function, "__code__", None) is _hooked_code()
@@ -64,7 +64,7 @@ def _hooked_code() -> CodeType:
 
 
 def _layers(function: Any) -> Iterator[Any]:
-    """A function and those that it is made of: a scheduler's or accelerate's patch, a decorator."""
+    """A function and those inside it: patches of schedulers and accelerate, decorators."""
     seen: set[int] = set()
     left = [function]
     while left and len(seen) < _LAYERS:
@@ -80,17 +80,17 @@ def _layers(function: Any) -> Iterator[Any]:
 
 
 def _inner(optimizer: Optimizer) -> str:
-    """Names an optimizer that this one wraps."""
+    """Describes an optimizer that this one wraps, for an error message."""
     for name, value in vars(optimizer).items():
         if isinstance(value, Optimizer) and _runs_hooks(value):
-            return f", or, where the weights move in the step of its .{name} only, attach that one"
+            return f", or, if only its .{name} steps the weights, attach that one"
     return ""
 
 
 def only_makes_state() -> bool:
-    """Whether torch.distributed.checkpoint steps, with a learning rate of 0.
+    """Whether torch.distributed.checkpoint calls the step, with a learning rate of 0.
 
-    ``get_state_dict`` does so where the optimizer has no state yet; the weights do not move.
+    ``get_state_dict`` does so if the optimizer has no state yet; the weights do not change.
     """
     return any(
         frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict"
@@ -105,13 +105,13 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 class Steps:
-    """Calls around every real step of an optimizer, once for each.
+    """Calls ``before`` and ``after`` once for each step of an optimizer.
 
-    A step that calls ``super().step()`` runs the hooks twice: the outermost counts, since what
-    follows the inner one belongs to the step too.
+    A step that calls ``super().step()`` runs the hooks twice: only the outermost call counts, since
+    it may change the weights after the inner one.
 
     Args:
-        optimizer: runs torch's hooks.
+        optimizer: an optimizer that runs torch's hooks.
         before: called before a step.
         after: called after a step that was not skipped.
     """
@@ -123,7 +123,7 @@ class Steps:
         after: Callable[[Optimizer], None],
     ) -> None:
         self._before, self._after = before, after
-        self._running: list[FrameType] = []  # of the steps that run now, the outermost first
+        self._running: list[FrameType] = []  # of the running steps, the outermost first
         self._handles = [
             optimizer.register_step_pre_hook(self._enter),
             optimizer.register_step_post_hook(self._leave),
@@ -135,7 +135,7 @@ class Steps:
         return bool(self._alive(sys._getframe(1)))
 
     def remove(self) -> None:
-        """Ends the calls."""
+        """Removes the hooks."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -156,8 +156,8 @@ class Steps:
             return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf.item()):
-            # A fused optimizer under GradScaler skips inside its kernel, and the hook fires all
-            # the same. This read syncs with the device; only such optimizers pay for it.
+            # A fused optimizer under GradScaler skips inside its kernel, and the hook runs anyway.
+            # This read syncs with the device; other optimizers have no `found_inf`.
             return
         self._after(optimizer)
 

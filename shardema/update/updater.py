@@ -1,4 +1,4 @@
-"""One update of all averages: those beside the weights at once, those in host memory behind it."""
+"""One update of all averages: on the weights' device, and in the background in host memory."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def _where(policy: ShadowPolicy) -> tuple[str, int]:
     return _INLINE if policy.device == "model" else (policy.compute, policy.staging_bytes)
 
 
-def slotted(
+def pairs_with_slots(
     averages: Iterable[Average], held: Callable[[Average], Sequence[Shard]]
 ) -> Iterator[tuple[Average, Tensor, Tensor, int]]:
-    """Every shadow with what it averages and its slot among the weights of all averages in turn."""
+    """Every shadow with its source, and its slot in the concatenated weights of all averages."""
     first = 0
     for average in averages:
         for shadow, source, index in average.merged_pairs(held(average)):
@@ -32,11 +32,11 @@ def slotted(
 
 
 class Updater:
-    """Moves the averages of given shards; bound once, until the tensors are others.
+    """Updates the averages of given shards; bound to the storage of these tensors.
 
     Args:
-        averages: all of an EMA's; ``weights`` has the weights of each in turn.
-        held: what this rank averages for one of them.
+        averages: all averages of an EMA; a call's ``weights`` are theirs, concatenated.
+        held: returns the shards that this rank averages, for one average.
         bind: the kernel.
     """
 
@@ -49,7 +49,7 @@ class Updater:
         pairs: dict[tuple[str, int], _Pairs] = {}
         for average in averages:
             pairs.setdefault(_where(average.policy), ([], [], []))
-        for average, shadow, source, slot in slotted(averages, held):
+        for average, shadow, source, slot in pairs_with_slots(averages, held):
             shadows, sources, slots = pairs[_where(average.policy)]
             shadows.append(shadow)
             sources.append(source)
@@ -62,20 +62,20 @@ class Updater:
 
     @property
     def kernel_names(self) -> tuple[str, ...]:
-        """The kernels that run, ``"host_offload"`` and ``"device_offload"``."""
+        """Names of the kernels that run, or ``"host_offload"`` and ``"device_offload"``."""
         inline = dict.fromkeys(name for lerp_ in self._inline for name in lerp_.kernel_names)
         return (*inline, *(behind.name for behind in self._behind))
 
     @property
     def behind(self) -> bool:
-        """Whether averages in host memory are among them."""
+        """Whether some averages are in host memory."""
         return bool(self._behind)
 
     def __call__(self, weights: Sequence[float]) -> None:
-        """Moves the averages beside the weights, and starts to move the others.
+        """Updates the averages on the weights' device, and starts the update of the others.
 
         Raises:
-            RuntimeError: an update before failed in the background.
+            RuntimeError: an earlier update failed in the background.
         """
         for behind in self._behind:
             behind(weights)
@@ -83,33 +83,33 @@ class Updater:
             lerp_(weights)
 
     def await_thread(self) -> None:
-        """Waits for the update before, where a thread makes it. Raises as `__call__`."""
+        """Waits for the previous update of worker threads. Raises as `__call__`."""
         for behind in self._behind:
             if isinstance(behind, HostOffload):
                 behind.flush()
 
     def launch(self) -> None:
-        """What a CUDA graph records: moves the averages by the weights of `refresh`.
+        """Launches the update that a CUDA graph captures, with the weights of `refresh`.
 
         Raises:
-            RuntimeError: what runs cannot be captured.
+            RuntimeError: a kernel in use cannot be captured.
         """
         if self._behind or not all(hasattr(lerp_, "launch") for lerp_ in self._inline):
             raise RuntimeError(
                 f"update under CUDA graph capture: {', '.join(self.kernel_names)} cannot be "
-                "captured; build the EMA with kernel='fused' on a GPU with triton, and averages "
-                "beside the weights"
+                "captured; build the EMA with kernel='fused' on a GPU with triton, and averages on "
+                "the weights' device"
             )
         for lerp_ in self._inline:
             lerp_.launch()  # type: ignore[attr-defined]
 
     def refresh(self, weights: Sequence[float]) -> None:
-        """Gives the replays that follow their weights."""
+        """Sets the weights of the following replays."""
         for lerp_ in self._inline:
             lerp_.refresh(weights)  # type: ignore[attr-defined]
 
     def await_reads(self) -> None:
-        """Returns when the weights may be changed. Raises as `__call__`."""
+        """Returns when the weights may be modified. Raises as `__call__`."""
         for behind in self._behind:
             behind.await_reads()
 
@@ -119,7 +119,7 @@ class Updater:
             behind.flush()
 
     def error(self) -> RuntimeError | None:
-        """What an update failed with in the background, once all are done."""
+        """Waits for all updates; returns the error of a failed one."""
         try:
             self.flush()
         except RuntimeError as error:
@@ -127,6 +127,6 @@ class Updater:
         return None
 
     def close(self) -> None:
-        """Ends what runs in the background."""
+        """Ends the background updates."""
         for behind in self._behind:
             behind.close()

@@ -1,4 +1,4 @@
-"""The state of an EMA's update: bound to the weights, counted, failed, and who waits for it."""
+"""The state of an EMA's updates: their binding to the weights, clocks, failures, and waits."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from shardema.update.averages import Averages
 from shardema.update.following import Following
 from shardema.update.nonfinite import NonFinite, OnNonfinite
 from shardema.update.notices import Notices
-from shardema.update.updater import Updater, slotted
+from shardema.update.updater import Updater, pairs_with_slots
 
 
 class Binding(enum.Enum):
-    """Whether the addresses that the kernels are bound to are still those of the weights."""
+    """Whether the kernels are bound to the current addresses of the weights."""
 
-    BOUND = enum.auto()  # they are
+    BOUND = enum.auto()  # yes
     MOVED = enum.auto()  # the weights have other storage: bind again before the next update
-    CAPTURED = enum.auto()  # a CUDA graph reads these addresses, so they cannot be bound again
+    CAPTURED = enum.auto()  # yes, and a CUDA graph has captured them: they must not be bound again
     LOST = enum.auto()  # captured, and the weights have other storage: every update raises
 
     @property
@@ -39,14 +39,14 @@ class Binding(enum.Enum):
 
 
 class Updates:
-    """Moves all averages of an EMA, and says what became of it.
+    """Updates all averages of an EMA.
 
     ::
 
-        weights moved   refresh, follow   bind anew
-        an update       advance           all averages and their clocks, or none
-        behind the step flush             until the averages may be read or written
-                        await_reads       until the weights may be written
+        weights moved   refresh, carry_over   bind again
+        an update       advance               all averages and their clocks, or none
+        background      flush                 waits until averages may be read or written
+                        await_reads           waits until weights may be written
         failed          flush raises, until `forget_errors`
 
     Args:
@@ -54,8 +54,8 @@ class Updates:
         on_nonfinite: as for `ShardedEMA`.
 
     Attributes:
-        updater: moves the averages of the tensors that it is bound to.
-        following: what makes the updates by itself.
+        updater: updates the averages of the tensors that it is bound to.
+        following: the attached optimizers or engine.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Updates:
         self._averages, self._weights = averages, averages.weights
         self._nonfinite = NonFinite(averages, on_nonfinite)
         self._notices = notices
-        self._counted = self._weights.applied()  # the engine's step that the averages have
+        self._counted = self._weights.applied()  # the engine's last step that was averaged
         self._binding = Binding.BOUND
-        self._failed: RuntimeError | None = None  # of an update in the background, or a load
+        self._failed: RuntimeError | None = None  # of a background update, or a load
         self.updater = self._bound()
 
-    # ---- moving the averages ------------------------------------------------------------------
+    # ---- updating the averages ----------------------------------------------------------------
 
     def advance(self, dt: float | Callable[[], float] | None) -> None:
         """One update; offloaded averages may still read the weights when it returns."""
@@ -92,17 +92,17 @@ class Updates:
             if self._nonfinite.found():
                 self._counted = applied
                 return
-            # a callable is asked only now: what it tells would be lost with a skipped update
+            # a callable is called only now: its progress would be lost with a skipped update
             step = increment(dt() if callable(dt) else dt, self._averages.unit)
             weights, flat = self.decide(step)
             with self._naming("update"):
                 self.updater.await_thread()  # here, where it can be interrupted
-            with uninterrupted():  # all averages move, and their clocks, or none does
+            with uninterrupted():  # all averages and clocks are updated, or none
                 with self._naming("update"):
                     self.updater(flat)
                 for group in materialized(self._weights.on_disk):
                     self.lerp_materialized(group, flat)
-                self._note(weights, step)
+                self._advance_clocks(weights, step)
                 self._counted = applied
         self.following.seen()
 
@@ -117,7 +117,7 @@ class Updates:
         self._binding = Binding.LOST if self._binding.moved else Binding.CAPTURED
 
     def before_replay(self, step: float) -> None:
-        """Moves the clocks, and gives the replay that follows its weights.
+        """Advances the clocks, and sets the weights of the next replay.
 
         Raises:
             RuntimeError: no update was captured, or the storage of the weights changed.
@@ -131,45 +131,44 @@ class Updates:
         weights, flat = self.decide(step)
         with writable():
             self.updater.refresh(flat)
-        self._note(weights, step)
+        self._advance_clocks(weights, step)
 
     def decide(self, step: float) -> tuple[list[list[float]], list[float]]:
-        """The weights of a step: of each average, and of all in turn.
+        """The weights ``1 - decay`` of a step: for each average, and concatenated.
 
-        All of them before anything is changed: a schedule may raise.
+        All are computed before anything is changed, since a schedule may raise.
         """
         weights = [average.weights(step) for average in self._averages.values()]
         return weights, [weight for those in weights for weight in those]
 
-    def _note(self, weights: Sequence[Sequence[float]], step: float) -> None:
-        """Moves the clocks."""
+    def _advance_clocks(self, weights: Sequence[Sequence[float]], step: float) -> None:
         for average, those in zip(self._averages.values(), weights, strict=True):
-            average.moved(those, step)
+            average.record_update(those, step)
             if average.num_updates in (1, 100):
-                self._notices.odd_decay(average)
+                self._notices.suspicious_decay(average)
 
     def lerp_materialized(self, shards: Sequence[Shard], weights: Sequence[float]) -> None:
-        """Moves the averages of shards that are here for the moment."""
-        pairs = list(slotted(self._averages.values(), lambda _: shards))
-        if pairs:  # else the rank holds nothing of them
+        """Updates the averages of shards that `materialized` has loaded."""
+        pairs = list(pairs_with_slots(self._averages.values(), lambda _: shards))
+        if pairs:  # else this rank's part is empty
             _, shadows, sources, slots = (list(column) for column in zip(*pairs, strict=True))
             self.bind_kernel(shadows, sources, slots)(weights)
 
     # ---- where the weights are ----------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Makes the shards the present weights: frees what is gathered, finds what was replaced."""
+        """Frees gathered weights, reads the model again if its storage changed, and binds again."""
         self.carry_over(self._weights.refresh(self._averages.ranks.rank))
 
     def carry_over(self, moved: bool) -> None:
-        """Binds the update anew where the weights moved, now or since that failed."""
+        """Binds again if the weights moved, now or before a failed attempt."""
         if moved:
             self._binding = Binding.LOST if self._binding.captured else Binding.MOVED
         if self._binding.moved:
             self.rebind()
 
     def rebind(self) -> None:
-        """Binds the update to where the tensors are now."""
+        """Binds the kernels to the current tensors."""
         if self._binding.captured:
             self._raise_moved()
         self._failed = self._failed or self.updater.error()
@@ -192,7 +191,7 @@ class Updates:
             "EMA and capture again"
         )
 
-    # ---- who waits ----------------------------------------------------------------------------
+    # ---- waiting ------------------------------------------------------------------------------
 
     def flush(self, op: str) -> None:
         """Waits until the averages are up to date. Raises RuntimeError if an update failed."""
@@ -200,13 +199,13 @@ class Updates:
             self.updater.flush()
 
     def await_reads(self) -> None:
-        """Waits until no update reads the weights any more: they may be changed."""
+        """Waits until no update reads the weights any more, so that they may be modified."""
         with self._naming("update"):
             self.updater.await_reads()
 
     @contextlib.contextmanager
     def _naming(self, op: str) -> Iterator[None]:
-        """Names the rank where an update in the background failed."""
+        """Adds the rank and ``op`` to the error of a background update."""
         try:
             if self._failed is not None:
                 raise self._failed
@@ -215,22 +214,23 @@ class Updates:
             rank = self._averages.ranks.rank
             raise RuntimeError(f"rank {rank}: {op}: {error}") from error
 
-    # ---- other averages -----------------------------------------------------------------------
+    # ---- replacing the averages ---------------------------------------------------------------
 
     def forget_errors(self) -> None:
-        """Lets an update that failed in the background, or a load, be followed by others."""
+        """Clears the failure of a background update or a load, so that updates may follow."""
         if self.updater.behind:
             self.rebind()
         self._failed = None
 
     def replace(self, op: str, work: Callable[[], None], *, counted: bool = True) -> None:
-        """Does ``work`` on the averages, which may be done twice; an interrupt comes after it.
+        """Runs ``work``, which overwrites averages; interrupts are raised after it.
 
         Args:
-            counted: the engine's last step is in what the averages are then.
+            work: must be safe to repeat.
+            counted: the new averages include the engine's last step.
 
         Raises:
-            RuntimeError: it failed half way; so does every call until an average is loaded.
+            RuntimeError: ``work`` failed; every call raises until a load or a reset succeeds.
         """
 
         def whole() -> None:
@@ -253,6 +253,6 @@ class Updates:
 
 
 def _capturing() -> bool:
-    """Whether a CUDA graph records what this thread launches."""
+    """Whether a CUDA graph is being captured on this thread's current stream."""
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return bool(started) and torch.cuda.is_current_stream_capturing()

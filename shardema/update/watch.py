@@ -1,4 +1,4 @@
-"""Optimizers that are not followed: their steps wait until the weights were read, and count."""
+"""Steps of optimizers that are not attached: they wait for updates, and are counted."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ from shardema.update.stepping import Steps, only_makes_state
 Holds = Callable[[Sequence[Optimizer]], list[bool]]
 
 _SAMPLE = 32  # tensors whose write counters are compared
-_WRITES = 4  # that a tensor may see between two updates: a load, projections after the step
+_WRITES = 4  # writes to a tensor between two updates that are normal: a load, projections
 
 
-class Others:
-    """Steps of averaged tensors by optimizers that are not followed: they wait, and are counted.
+class OtherOptimizers:
+    """Makes steps of averaged tensors by other optimizers wait for updates, and counts them.
 
-    A wrapper of a followed optimizer, and what a followed one wraps, are not among them.
+    Wrappers of an attached optimizer, and optimizers that an attached one wraps, do not count.
 
     Args:
-        holds: of each optimizer, whether it steps an averaged tensor.
-        followed: those that are followed.
-        steps: of these.
+        holds: whether each optimizer steps an averaged tensor.
+        followed: the attached optimizers.
+        steps: their step hooks.
         wait: waits until no update reads the weights any more.
+
+    Attributes:
+        count: number of such steps since the last update.
+        name: class of the last optimizer that made one.
     """
 
     def __init__(
@@ -45,21 +49,21 @@ class Others:
         self._holds, self._steps, self._followed = holds, steps, weakref.WeakSet(followed)
         self._wait = wait
         self._held: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
-        self._began: dict[int, int] = {}  # steps of the followed when one of another began
+        self._began: dict[int, int] = {}  # `_passed` when the step of another one began
         self._passed = 0
         self.count, self.name = 0, ""
         _watch(self)
 
     def passed(self) -> None:
-        """A followed one stepped: a step around it is a wrapper's."""
+        """Records a step of an attached optimizer: a step around it is that of a wrapper."""
         self._passed += 1
 
     def forget(self) -> None:
-        """An update has what they did."""
+        """Resets the count: an update includes the changes."""
         self.count = 0
 
     def remove(self) -> None:
-        """Ends the counting."""
+        """Stops counting."""
         _watching.discard(self)
 
     def enter(self, optimizer: Optimizer) -> None:
@@ -76,16 +80,16 @@ class Others:
         if optimizer not in self._held:
             try:
                 (self._held[optimizer],) = self._holds([optimizer])
-            except RuntimeError:  # the model is gathered for a backward or a block: another time
+            except RuntimeError:  # the model is gathered for a backward or a with block
                 return
         if self._held[optimizer] and not only_makes_state():
             self.count += 1
             self.name = type(optimizer).__name__
 
 
-# A hook that was taken off while torch goes through them, as the garbage collector may do, would
-# break the step: they stay for good, and look here.
-_watching: weakref.WeakSet[Others] = weakref.WeakSet()
+# Removing a hook while torch iterates over the hooks (the garbage collector may do so) would break
+# the step. So the global hooks are never removed, and look up their receivers here.
+_watching: weakref.WeakSet[OtherOptimizers] = weakref.WeakSet()
 
 
 @functools.cache
@@ -104,13 +108,13 @@ def _register() -> None:
     register_optimizer_step_post_hook(leave)
 
 
-def _watch(others: Others) -> None:
+def _watch(others: OtherOptimizers) -> None:
     _register()
     _watching.add(others)
 
 
 class Writes:
-    """Compares counters that every in-place write moves, of some tensors, evenly chosen."""
+    """Compares the version counters, which every in-place write increments, of some tensors."""
 
     def __init__(self) -> None:
         self._shards: Sequence[Shard] = ()
@@ -118,7 +122,7 @@ class Writes:
         self._versions: list[int] = []
 
     def note(self, shards: Sequence[Shard]) -> None:
-        """The average has what was written up to here."""
+        """Records the counters: the average includes all writes so far."""
         if shards is not self._shards:
             trained = [s.local for s in shards if s.role == "parameter" and s.local.numel()]
             self._shards = shards
@@ -126,7 +130,7 @@ class Writes:
         self._versions = [tensor._version for tensor in self._tensors]
 
     def many(self) -> bool:
-        """Whether most tensors were written more often since than a load or a projection does."""
+        """Whether most tensors were written more than `_WRITES` times since then."""
         pairs = zip(self._tensors, self._versions, strict=True)
         writes = sorted(tensor._version - before for tensor, before in pairs)
         return bool(writes) and writes[len(writes) // 2] > _WRITES

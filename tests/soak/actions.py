@@ -482,10 +482,11 @@ def _truths(at: Scene) -> dict[str, Any]:
 
 
 @action
-def save(at: Scene, *, frozen: bool) -> None:
+def save(at: Scene, *, frozen: bool, wait: bool = True) -> None:
+    """Without waiting, the next save or load waits for it, or who reads the folder."""
     at.close_round()
     folder = at.path("ema")
-    at.ema.save(folder, include_frozen=frozen)
+    at.pending = at.ema.save(folder, include_frozen=frozen, wait=wait)
     at.saved.append(Saved(folder, _truths(at), at.averaged_weights()))
 
 
@@ -509,13 +510,14 @@ def load(at: Scene, *, back: int, stepped: bool, check: bool) -> None:
 
 
 @action
-def managed(at: Scene, *, damaged: bool) -> None:
+def managed(at: Scene, *, damaged: bool, wait: bool) -> None:
     """Three steps of a manager that keeps two, and a resume from the newest that is whole."""
     at.close_round()
     folder = at.path("steps")
-    with CheckpointManager(at.ema, folder, keep_last=2) as manager:
+    with CheckpointManager(at.ema, folder, keep_last=2, wait=wait) as manager:
         for step in (1, 2, 3):
             manager.save(step)
+        manager.close()
         if dist.get_rank() == 0:
             kept = [name for name in sorted(os.listdir(folder)) if "step-" in name]
             assert kept == ["step-00000002", "step-00000003"], kept
@@ -532,6 +534,7 @@ def load_elsewhere(at: Scene, *, layout: str) -> None:
     """The newest checkpoint in a model that is sharded in another way."""
     if not at.saved:
         save(at, frozen=True)
+    at.finish_save()
     saved = at.saved[-1]
     other = ALL[layout]
     options = dict(at.case.model)
@@ -780,6 +783,7 @@ def grow(at: Scene, *, gathered: dict[str, Any] | None) -> None:
 def rebuild(at: Scene) -> None:
     """Another EMA in place of the first one, as a script that is run again makes it."""
     at.detach()
+    at.finish_save()
     at.ema = at.new_ema()
     at.loaded()
     full = at.weights()
@@ -919,6 +923,7 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     after = _truths(at)
     full = at.ema.full_state_dict(name, all_ranks=True) if call == "load_full" else {}
     if call == "load":
+        at.finish_save()
         after = {key: truth.copy() for key, truth in at.saved[0].truths.items()}
     if call in ("reset", "update"):
         weights = at.weights()
@@ -1017,6 +1022,7 @@ def refused(at: Scene, *, call: str) -> None:
             ema.copy_to_model(name, every=0)
     elif call == "schedule" and at.saved:
         other = at.ema.__class__(at.model, 0.123, timeout=15.0)
+        at.finish_save()
         with refuse(ValueError, "average"):
             other.load(at.saved[-1].folder)
 

@@ -222,9 +222,11 @@ KINDS: dict[str, Kind] = {
     "full_state_dict": Kind(3, _gather),
     "iter_full": Kind(1, lambda rng, case: {**_named(rng, case), "stop": rng.randrange(-1, 4)}),
     "export": Kind(1, _export),
-    "save": Kind(2, lambda rng, case: {"frozen": rng.random() < 0.3}),
+    "save": Kind(2, lambda rng, case: {"frozen": rng.random() < 0.3, "wait": rng.random() < 0.6}),
     "load": Kind(2, _older),
-    "managed": Kind(0.7, lambda rng, case: {"damaged": rng.random() < 0.5}),
+    "managed": Kind(
+        0.7, lambda rng, case: {"damaged": rng.random() < 0.5, "wait": rng.random() < 0.5}
+    ),
     "load_elsewhere": Kind(0.7, _other, layouts=tuple(n for n in ALL if n != "fsdp2-tp")),
     "load_full": Kind(3, _import),
     "dcp": Kind(1.5),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from shardema import ShardedEMA
+from shardema.files.background import PendingSave
 from shardema.kernels import KERNELS, Lerp
 from tests import engines, zoo
 from tests.layouts import Layout
@@ -94,6 +95,7 @@ class Scene:
         applied: number of the engine's last step, if it moved the weights.
         counted: the one that the average has counted last.
         emas: all that were built.
+        pending: the last save, where it may be being written.
     """
 
     case: Case
@@ -118,6 +120,7 @@ class Scene:
     applied: int | None = None
     counted: int | None = None
     emas: list[weakref.ref[ShardedEMA]] = field(default_factory=list)
+    pending: PendingSave | None = None
 
     # ---- what is true -------------------------------------------------------------------------
 
@@ -126,6 +129,12 @@ class Scene:
         full = peek.trained(self.twin)
         full |= dict(unwrapped(self.twin).named_buffers())
         return full
+
+    def finish_save(self) -> None:
+        """Waits for a save that is being written."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The parameters that are averaged, in full. Collective."""
@@ -364,6 +373,7 @@ def scene(case: Case) -> Iterator[Scene]:
         at.truths[name] = kept.Truth(settings, {fqn: start[fqn] for fqn in sorted(names)})
     try:
         yield at
+        at.finish_save()
         at.check_store()
         if case.seed % _EVERY == 0:
             at.check_growth()

@@ -1,0 +1,188 @@
+"""Saves that a thread writes while training goes on.
+
+::
+
+    call      the ranks agree, create the folder, and copy the values to host memory
+    thread    writes this rank's file, then .rank-00001.json beside it: its entry, or its error
+    leader's  writes its file, waits for the others' entries, and commits
+    result    the ranks agree on whether it was committed
+
+The threads use no collective and no message, which could mix with those of the training: they
+exchange files in the new folder, which all ranks see.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from shardema.errors import CheckpointError, RankError
+from shardema.files.folder import NewFolder
+from shardema.files.manifest import MAX_MANIFEST
+from shardema.files.safetensors import read_whole, reporting, write_file
+from shardema.ranks.agree import Ranks, patience
+from shardema.ranks.messages import mark_shared, packed, unpacked
+
+_PAUSES = (0.01, 1.0)  # seconds between two looks for the other ranks' files, at first and at most
+
+
+class PendingSave:
+    """A save that is being written; returned by ``ShardedEMA.save(folder, wait=False)``.
+
+    Attributes:
+        finished: whether all ranks have agreed that it is complete, or has failed.
+    """
+
+    def __init__(
+        self,
+        new: NewFolder,
+        ranks: Ranks,
+        write: Callable[[], Any],
+        commit: Callable[[Sequence[Any]], None],
+        nbytes: int,
+    ) -> None:
+        self.finished = False
+        self._new, self._ranks, self._nbytes = new, ranks, nbytes
+        self._work: tuple[Callable[[], Any], Callable[[Sequence[Any]], None]] | None
+        self._work = write, commit
+        self._error: BaseException | None = None
+        _unfinished.append(self)
+        # not a daemon: the interpreter waits for it
+        self._thread = threading.Thread(target=self._run, name="shardema-save")
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        state = "finished on this rank" if self.done() else "being written"
+        return f"PendingSave({self._new.folder!r}, {state})"
+
+    def done(self) -> bool:
+        """Whether this rank's thread has ended. Local.
+
+        On the first rank: whether the checkpoint is complete, or has failed.
+        """
+        return not self._thread.is_alive()
+
+    def result(self) -> None:
+        """Waits until the checkpoint is complete. Collective; may be called again.
+
+        Raises:
+            CheckpointError: a rank could not write; nothing is left behind. Raised on all ranks.
+            RankError: a rank did not write its part, or did not make this call, within the timeout.
+        """
+        # an interrupt on a rank is raised on all, and leaves the save unfinished
+        errors = self._ranks.agree(
+            "save (finishing)",
+            self._outcome,
+            lambda told: [error for error in told if error is not None],
+            nbytes=self._nbytes,
+        )
+        self.finished = True
+        if errors:
+            raise mark_shared(unpacked(errors[0], self._ranks.rank)) from self._error
+
+    def join(self) -> None:
+        """Waits for this rank's thread. Local. Raises what went wrong on this rank."""
+        self._thread.join()
+        if self in _unfinished:
+            _unfinished.remove(self)
+        if self._error is not None:
+            raise self._error
+
+    def _outcome(self) -> dict[str, Any] | None:
+        try:
+            self.join()
+        except BaseException as error:
+            if error is not self._error:
+                raise
+            return packed(error, self._ranks.rank)
+        return None
+
+    def _run(self) -> None:
+        try:
+            self._write()
+        except BaseException as error:
+            self._error = error
+            self._new.discard()
+        finally:
+            self._work = None  # and with it the copies
+            self._new.close()
+
+    def _write(self) -> None:
+        assert self._work is not None
+        write, commit = self._work
+        if self._ranks.leader:
+            commit([write(), *self._entries()])
+            return
+        try:
+            told = write()
+        except BaseException as error:
+            with contextlib.suppress(CheckpointError):  # then the first rank waits in vain
+                self._tell({"error": packed(error, self._ranks.rank)})
+            raise
+        self._tell({"told": told})
+
+    def _entry(self, index: int) -> str:
+        return os.path.join(self._new.path, f".rank-{index:05d}.json")
+
+    def _tell(self, entry: dict[str, Any]) -> None:
+        """Writes this rank's entry, whole from the moment that it is there."""
+        path = self._entry(self._ranks.index)
+        with reporting(path, "writing"):
+            write_file(f"{path}.tmp", json.dumps(entry).encode())
+            os.rename(f"{path}.tmp", path)
+
+    def _entries(self) -> list[Any]:
+        """On the first rank: what the others have told of their files. Removes the entries."""
+        found: dict[int, Any] = {}
+        missing = list(range(1, self._ranks.size))
+        end, pause = time.monotonic() + patience(self._ranks.timeout, self._nbytes), _PAUSES[0]
+        while missing:
+            for index in filter(lambda i: os.path.exists(self._entry(i)), list(missing)):
+                with reporting(self._entry(index), "reading"):
+                    entry = json.loads(read_whole(self._entry(index), MAX_MANIFEST))
+                    os.unlink(self._entry(index))
+                if "error" in entry:
+                    raise unpacked(entry["error"], self._ranks.rank)
+                found[index] = entry["told"]
+                missing.remove(index)
+            if missing:
+                if time.monotonic() > end:
+                    raise self._late(missing)
+                time.sleep(pause)
+                pause = min(2 * pause, _PAUSES[1])
+        return [found[index] for index in sorted(found)]
+
+    def _late(self, missing: list[int]) -> RankError:
+        ranks = [self._ranks.ranks[index] for index in missing]
+        return RankError(
+            f"save to {self._new.folder}: ranks {ranks} did not write their part in time; the "
+            "checkpoint was abandoned, and earlier ones are unchanged",
+            rank=ranks[0],
+            path=self._new.folder,
+        )
+
+
+_unfinished: list[PendingSave] = []
+
+
+def _at_exit() -> None:
+    """Ends the process with status 1 if a save that nobody waited for has failed."""
+    failed = [one for one in _unfinished if one._error is not None]  # the threads have ended
+    for one in failed:
+        print(f"shardema: {one._error}", file=sys.stderr)
+    if failed:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+atexit.register(_at_exit)

@@ -1,0 +1,331 @@
+"""``save(wait=False)``: what the files hold, when errors are raised, and what is left of them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from shardema import CheckpointError, CheckpointManager, RankError, ShadowPolicy, ShardedEMA
+from shardema.files.safetensors import NewFile
+from tests import world
+
+
+def averaged(policy: ShadowPolicy = ShadowPolicy()) -> tuple[nn.Module, ShardedEMA]:  # noqa: B008
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    return model, ShardedEMA(model, 0.5, shadow=policy)
+
+
+def move(model: nn.Module, ema: ShardedEMA) -> None:
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(1)
+    ema.update()
+
+
+class Gate:
+    """Holds the threads that write, until it is opened; other threads pass."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None) -> None:
+        self.arrived, self.opened = threading.Event(), threading.Event()
+        real = NewFile.write_at
+
+        def held(file: NewFile, offset: int, data: Any) -> None:
+            if threading.current_thread().name == "shardema-save":
+                self.arrived.set()
+                assert self.opened.wait(60)
+            real(file, offset, data)
+
+        if monkeypatch is None:
+            NewFile.write_at = held  # type: ignore[method-assign]
+        else:
+            monkeypatch.setattr(NewFile, "write_at", held)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    made = Gate(monkeypatch)
+    yield made
+    made.opened.set()
+
+
+@pytest.fixture
+def no_space() -> Iterator[None]:
+    """No file may be longer than 200 bytes, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("policy", [ShadowPolicy(), ShadowPolicy(device="cpu")])
+@pytest.mark.parametrize("what", ["update", "swap", "reset"])
+def test_the_files_hold_the_state_at_the_call(
+    tmp_path: Path, gate: Gate, what: str, policy: ShadowPolicy
+) -> None:
+    model, ema = averaged(policy)
+    move(model, ema)
+    ema.save(tmp_path / "waited", include_frozen=True)
+    pending = ema.save(tmp_path / "ema", include_frozen=True, wait=False)
+    assert pending is not None
+    assert gate.arrived.wait(30)
+    if what == "update":
+        move(model, ema)
+    elif what == "swap":
+        with ema.swap():
+            model(torch.ones(2, 4))
+    else:
+        ema.reset()
+    assert not pending.done()
+    assert not (tmp_path / "ema").exists()
+    gate.opened.set()
+    pending.result()
+    assert pending.done()
+    (one,) = (tmp_path / "ema").glob("*.safetensors")
+    assert one.read_bytes() == (tmp_path / "waited" / one.name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "ema").iterdir()) == [one.name, "shardema.json"]
+    again = averaged(policy)[1]
+    again.load(tmp_path / "ema")
+    assert again.num_updates == 1
+
+
+def test_the_next_save_waits_for_the_one_before(tmp_path: Path, gate: Gate) -> None:
+    model, ema = averaged()
+    move(model, ema)
+    first = ema.save(tmp_path / "1", wait=False)
+    assert first is not None
+    assert gate.arrived.wait(30)
+    threading.Timer(0.2, gate.opened.set).start()
+    second = ema.save(tmp_path / "2", wait=False)
+    assert first.done()
+    assert first.finished
+    assert (tmp_path / "1" / "shardema.json").exists()
+    assert second is not None
+    second.result()
+    second.result()
+
+
+@pytest.mark.parametrize("call", ["result", "save", "load"])
+def test_an_error_is_raised_once_and_nothing_is_left(
+    tmp_path: Path, no_space: None, call: str
+) -> None:
+    model, ema = averaged()
+    move(model, ema)
+    before = ema.full_state_dict()
+    pending = ema.save(tmp_path / "ema", wait=False)
+    assert pending is not None
+    calls = {
+        "result": pending.result,
+        "save": lambda: ema.save(tmp_path / "next"),
+        "load": lambda: ema.load(tmp_path / "nowhere"),
+    }
+    with pytest.raises(CheckpointError, match=r"File too large") as caught:
+        calls[call]()
+    assert caught.value.errno is not None
+    assert caught.value.path.startswith(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    after = ema.full_state_dict()
+    assert all(torch.equal(before[fqn], after[fqn]) for fqn in before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
+    ema.save(tmp_path / "ema")
+    averaged()[1].load(tmp_path / "ema")
+
+
+PROGRAM = """
+import resource, signal, sys, torch
+from shardema import CheckpointManager, ShardedEMA
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+if sys.argv[2] == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+ema = ShardedEMA(torch.nn.Linear(100, 100), 0.5)
+pending = ema.save(sys.argv[1] + "/ema", wait=False)
+if sys.argv[2] == "raises":
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("well", 0), ("full", 1), ("raises", 3)])
+def test_the_interpreter_ends_after_the_save(tmp_path: Path, how: str, status: int) -> None:
+    words = [sys.executable, "-c", PROGRAM, str(tmp_path), how]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == status, ended.stderr
+    if how == "full":
+        assert "\nshardema: writing " in ended.stderr
+        assert "File too large" in ended.stderr
+        assert list(tmp_path.iterdir()) == []
+    else:
+        ShardedEMA(nn.Linear(100, 100), 0.5).load(tmp_path / "ema")
+
+
+# ---- a manager ----------------------------------------------------------------------------------
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if "step-" in path.name)
+
+
+def test_a_manager_removes_steps_after_the_new_one_is_complete(tmp_path: Path, gate: Gate) -> None:
+    model, ema = averaged()
+    with CheckpointManager(ema, tmp_path, keep_last=1, wait=False) as manager:
+        gate.opened.set()
+        for step in (1, 2):
+            move(model, ema)
+            manager.step(step)
+        gate.opened.clear()
+        gate.arrived.clear()
+        move(model, ema)
+        held = threading.Timer(0.3, gate.opened.set)
+        held.start()
+        manager.step(3)
+        assert "step-00000002" in steps(tmp_path)
+    held.join()
+    assert steps(tmp_path) == ["step-00000003"]
+    with CheckpointManager(ema, tmp_path) as manager:
+        assert manager.resume() == 3
+
+
+def test_a_managers_close_raises_the_error(tmp_path: Path, no_space: None) -> None:
+    model, ema = averaged()
+    move(model, ema)
+    manager = CheckpointManager(ema, tmp_path, wait=False)
+    manager.save(1)
+    with pytest.raises(CheckpointError, match="File too large"):
+        manager.close()
+    assert steps(tmp_path) == []
+    manager.close()
+
+
+# ---- several ranks ------------------------------------------------------------------------------
+
+
+def shared() -> Path:
+    name = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(name)
+    return Path(name[0])
+
+
+def sharded(timeout: float = 60.0) -> tuple[nn.Module, ShardedEMA]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6))
+    fully_shard(model)
+    return model, ShardedEMA(model, 0.5, timeout=timeout)
+
+
+def training_goes_on() -> None:
+    gate = Gate()
+    folder = shared()
+    model, ema = sharded()
+    move(model, ema)
+    ema.save(folder / "waited")
+    pending = ema.save(folder / "ema", wait=False)
+    assert pending is not None
+    assert gate.arrived.wait(30)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):  # collectives of torch and of the EMA, while the threads are busy
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+        ema.update()
+        ema.metrics()
+        ema.full_state_dict()
+        with ema.swap():
+            model(torch.ones(2, 8))
+    assert not pending.done()
+    gate.opened.set()
+    pending.result()
+    for name in ("rank-00000-of-00002", "rank-00001-of-00002"):
+        one, other = (folder / kind / f"{name}.safetensors" for kind in ("ema", "waited"))
+        assert one.read_bytes() == other.read_bytes()
+    ema.load(folder / "ema")
+    assert ema.num_updates == 1
+
+
+def an_error_of_one_rank_is_raised_on_all() -> None:
+    folder = shared()
+    model, ema = sharded()
+    move(model, ema)
+    if dist.get_rank() == 1:
+        real = NewFile.write_at
+
+        def fails(file: NewFile, offset: int, data: Any) -> None:
+            if file.path.endswith(".safetensors"):
+                raise OSError(28, "No space left on device", file.path)
+            real(file, offset, data)
+
+        NewFile.write_at = fails  # type: ignore[method-assign]
+    pending = ema.save(folder / "ema", wait=False)
+    assert pending is not None
+    with pytest.raises(CheckpointError, match=r"rank 1: .*No space left on device") as caught:
+        pending.result()
+    assert (caught.value.rank, caught.value.errno) == (1, 28)
+    assert list(folder.iterdir()) == []
+    if dist.get_rank() == 1:
+        NewFile.write_at = real  # type: ignore[method-assign]
+    ema.save(folder / "ema", wait=False)
+    ema.load(folder / "ema")
+    assert sorted(path.name for path in (folder / "ema").iterdir())[-1] == "shardema.json"
+    assert len(list((folder / "ema").iterdir())) == 3
+
+
+def a_rank_that_does_not_write_is_named_in_time() -> None:
+    folder = shared()
+    _, ema = sharded(timeout=3.0)
+    gate = Gate()
+    if dist.get_rank() == 0:
+        gate.opened.set()
+    pending = ema.save(folder / "ema", wait=False)
+    assert pending is not None
+    start = time.monotonic()
+    if dist.get_rank() == 0:
+        with pytest.raises(RankError, match=r"ranks \[1\] did not write their part in time"):
+            pending.join()
+        assert time.monotonic() - start < 3 + 5
+        assert list(folder.iterdir()) == []
+    dist.barrier()
+    gate.opened.set()  # it finds its folder gone
+    with pytest.raises(RankError, match=r"ranks \[1\] did not write their part in time"):
+        pending.result()
+    ema.save(folder / "ema")
+
+
+def test_on_two_ranks() -> None:
+    facts = [
+        world.Fact("training", training_goes_on),
+        world.Fact("error", an_error_of_one_rank_is_raised_on_all),
+        world.Fact("late", a_rank_that_does_not_write_is_named_in_time),
+    ]
+    world.hold(facts, 2)
+
+
+def killed_while_it_writes(folder: str) -> None:
+    _, ema = sharded()
+    ema.save(f"{folder}/1")
+    gate = Gate()
+    ema.save(f"{folder}/2", wait=False)
+    assert gate.arrived.wait(30)
+    dist.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_is_killed_leaves_no_checkpoint_of_the_name(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="no word from this rank"):
+        world.run(killed_while_it_writes, 2, str(tmp_path))
+    assert (tmp_path / "1" / "shardema.json").exists()
+    assert not (tmp_path / "2").exists()
