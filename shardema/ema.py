@@ -298,7 +298,8 @@ class ShardedEMA:
 
         A round ends when each optimizer has made a step. It ends earlier when one of them is about
         to step again, at the next forward of the model, when an average is read, and at
-        ``handle.remove()``. A load or `reset` discards an open round. No update is made during a
+        ``handle.remove()``. A forward of ``torch.compile(model)`` counts if the EMA was built with
+        the compiled module. A load or `reset` discards an open round. No update is made during a
         backward: after optimizers that step inside it, the update follows at the next of these
         points.
 

@@ -278,10 +278,15 @@ def test_rounds_end_before_a_compiled_forward() -> None:
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         ema = ShardedEMA(compiled if outside else model, 0.5)
         ema.attach(first, second)
+        counts: list[int] = []
         for _ in range(3):
             model.zero_grad()
-            compiled(torch.ones(3, 2)).square().mean().backward()
+            loss = compiled(torch.ones(3, 2)).square().mean()
+            # the hooks of a module inside torch.compile do not run
+            counts.append(ema.internal.averages["ema"].num_updates)
+            loss.backward()
             first.step()
+        assert counts == ([0, 1, 2] if outside else [0, 0, 1])
         assert ema.num_updates == 3, outside
 
 

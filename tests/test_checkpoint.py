@@ -25,7 +25,7 @@ import torch
 import xxhash
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from shardema import CheckpointError, ShadowPolicy, ShardedEMA, schedules
 from shardema.files import manifest, safetensors
@@ -291,6 +291,17 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
         of("model", "weights")(lambda all: {fqn: ["F32", "0" * 15] for fqn in all}),
         r"has the fingerprint \['F32', '000000000000000'\]",
     ),
+    "a deep schedule": (
+        put(["averages", "ema", "schedule", "params", "x"], json.loads("[" * 200 + "]" * 200)),
+        "nested too deep",
+    ),
+    "a box between elements": (
+        lambda body: of("files", 0, "size")(lambda n: n - 1)(
+            of("files", 0, "head")(lambda n: n - 1)(body)
+        ),
+        "begins at byte .*, between its elements",
+    ),
+    "an object for a list": (put(["left_out"], {}), "expected a list, got {}"),
     "a list for a dict": (lambda body: [body], "list indices must be integers"),
     "a missing key": (lambda body: {k: v for k, v in body.items() if k != "files"}, "'files'"),
 }
@@ -381,6 +392,7 @@ def mutants() -> Iterator[tuple[str, ModuleType]]:
 PARSING = (
     "'expected a count",
     "'expected a string",
+    "'expected a list",
     "too large",
     "a duplicate key",
     "digits",
@@ -696,3 +708,24 @@ def test_a_killed_save_leaves_whole_checkpoints_only(tmp_path: Path, delay: floa
     for name in found:
         ema.load(tmp_path / name)
     shutil.rmtree(tmp_path)
+
+
+def names_that_look_like_boxes(folder: str) -> None:
+    torch.manual_seed(0)
+    inner = nn.Linear(3, 5, bias=False)
+    for name in ("weight#0", "weight#1"):
+        inner.register_parameter(name, nn.Parameter(torch.randn(3)))
+    model = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)
+    ema = ShardedEMA(model, {"a": 0.5, "b": 0.9})
+    held = {shard.fqn: len(shard.boxes) for shard in ema.internal.averages.weights.shards}
+    assert held["weight"] > 1
+    full = ema.full_state_dict("a", all_ranks=True)
+    ema.save(folder)
+    ema.reset()
+    ema.load(folder, model="check")
+    again = ema.full_state_dict("a", all_ranks=True)
+    assert all(torch.equal(full[fqn], again[fqn]) for fqn in full)
+
+
+def test_a_tensor_may_be_called_as_a_box_of_another_one(tmp_path: Path) -> None:
+    world.run(names_that_look_like_boxes, 2, str(tmp_path / "ema"))

@@ -218,6 +218,7 @@ def _busiest(sources: Sequence[Contents]) -> int:
 def _boxes_of(sources: Sequence[Contents], ranks: Ranks) -> list[_Box]:
     """The boxes that this rank writes."""
     found = []
+    taken: set[str] = set()
     first = 0
     several = sum(source.name is not None for source in sources) > 1
     for source in sources:
@@ -228,6 +229,9 @@ def _boxes_of(sources: Sequence[Contents], ranks: Ranks) -> list[_Box]:
             boxes = [box for (box, _), writer in pairs if writer == ranks.index]
             for k, box in enumerate(boxes):
                 key = f"{prefix}{item.fqn}" + (f"#{k}" if len(boxes) > 1 else "")
+                while key in taken:  # a parameter may be called "w#0"
+                    key += "#"
+                taken.add(key)
                 found.append(_Box(key, first + number, box, source.holdings(index, box)))
         first += len(source.chosen)
     return found

@@ -20,6 +20,7 @@ from shardema.files.safetensors import (
     WHOLE,
     Entry,
     checked_int,
+    is_file_name,
     parse_json,
     reporting,
 )
@@ -88,7 +89,7 @@ def files_of(source: str | os.PathLike[str], op: str = "load_full") -> Files:
             f"reading {index}: it is broken ({error!r:.300})", path=index
         ) from error
     for name in names:
-        if not isinstance(name, str) or os.path.basename(name) != name:
+        if not is_file_name(name):
             raise CheckpointError(
                 f"reading {index}: {name!r:.300} is not a file name in this folder", path=index
             )

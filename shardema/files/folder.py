@@ -40,7 +40,7 @@ from shardema.files.safetensors import (
     sync_tree,
     write_file,
 )
-from shardema.files.steps import lock
+from shardema.files.steps import is_folder, lock
 from shardema.ranks.agree import Ranks
 
 _REPLACED = "replaced.json"  # the old manifest, until the new one is durable
@@ -186,8 +186,9 @@ class NewFolder:
             os.unlink(kept)
         with contextlib.suppress(OSError):
             for name in os.listdir(self.folder):
-                if PLACE.fullmatch(name) and name != self.place:
-                    shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
+                path = os.path.join(self.folder, name)
+                if PLACE.fullmatch(name) and name != self.place and is_folder(path):
+                    shutil.rmtree(path, ignore_errors=True)
         for file in () if old.place else old.files:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self.folder, file.name))

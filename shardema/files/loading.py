@@ -160,8 +160,8 @@ def _check_schedule(op: str, average: Average, was: dict[str, Any], otherwise: s
     now = describe(average.schedule)
     if was != now:
         raise ValueError(
-            f"{op}: average {average.name!r} was saved with schedule {was}, this object has "
-            f"{now}; build it with the same schedule{otherwise}"
+            f"{op}: average {average.name!r} was saved with schedule {was!s:.1000}, this object "
+            f"has {now}; build it with the same schedule{otherwise}"
         )
 
 

@@ -32,6 +32,7 @@ from shardema.files.safetensors import (
     NAMES,
     STEM,
     checked_int,
+    checked_list,
     checked_shape,
     checked_text,
     parse_json,
@@ -47,6 +48,7 @@ MAX_MANIFEST = 1 << 30  # bytes
 _START = b'{"checksum":"'
 _MIDDLE = b'","body":'
 _END = b"}\n"
+_MAX_DEPTH = 100  # of objects and lists in a schedule
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 PLACE = re.compile(r"save-[0-9a-f]{16}")  # of the files of a save that replaced another one
@@ -201,9 +203,9 @@ def read(folder: str | os.PathLike[str], op: str = "load", *, files: bool = True
     if not exists(path):
         with reporting(folder, "reading"):
             raise CheckpointError(_missing(folder), path=folder)
-    data = read_whole(path, MAX_MANIFEST)
+    data = read_whole(path, MAX_MANIFEST, start=_START)
     begin, middle = len(_START), len(_START) + 32
-    body = data[middle + len(_MIDDLE) : -len(_END)]
+    body = memoryview(data)[middle + len(_MIDDLE) : -len(_END)]
     framed = (
         data.startswith(_START)
         and data[middle : middle + len(_MIDDLE)] == _MIDDLE
@@ -248,7 +250,7 @@ def _missing(folder: str) -> str:
 def _parse(body: Any, folder: str) -> Manifest:
     if body["format"] != "shardema":
         raise ValueError(f"format {reprlib.repr(body['format'])}, expected 'shardema'")
-    major, minor = (checked_int(n) for n in body["version"])
+    major, minor = (checked_int(n) for n in checked_list(body["version"]))
     if major != VERSION[0]:
         path = os.path.join(folder, NAME)
         raise CheckpointError(
@@ -262,9 +264,9 @@ def _parse(body: Any, folder: str) -> Manifest:
     if place and not PLACE.fullmatch(place):
         raise ValueError(f"place {reprlib.repr(place)}")
     averages = {checked_text(name): _average(a) for name, a in body["averages"].items()}
-    tensors = tuple(_tensor(value, averages) for value in body["tensors"])
+    tensors = tuple(_tensor(value, averages) for value in checked_list(body["tensors"]))
     _check_names(tensors, averages)
-    files = tuple(_file(value, tensors) for value in body["files"])
+    files = tuple(_file(value, tensors) for value in checked_list(body["files"]))
     if len({file.name for file in files}) != len(files):
         raise ValueError("a file is listed twice")
     boxes: list[list[Box]] = [[] for _ in tensors]
@@ -278,7 +280,7 @@ def _parse(body: Any, folder: str) -> Manifest:
         checked_int(body["world_size"]),
         averages,
         tensors,
-        tuple(checked_text(fqn) for fqn in body["left_out"]),
+        tuple(checked_text(fqn) for fqn in checked_list(body["left_out"])),
         files,
         place,
         os.path.join(folder, place) if place else folder,
@@ -297,7 +299,7 @@ def _model(value: Any, averaged: set[str]) -> dict[str, dict[str, Fingerprint]]:
 
 
 def _fingerprint(fqn: str, value: Any, averaged: set[str]) -> Fingerprint:
-    dtype, digits = (checked_text(part) for part in value)
+    dtype, digits = (checked_text(part) for part in checked_list(value))
     if fqn not in averaged or dtype not in DTYPES or not _FINGERPRINT.fullmatch(digits):
         raise ValueError(f"{reprlib.repr(fqn)} has the fingerprint {reprlib.repr(value)}")
     return Fingerprint(dtype, digits)
@@ -317,7 +319,22 @@ def _schedule(value: Any) -> dict[str, Any]:
     checked_text(value["name"])
     if type(value["params"]) is not dict:
         raise ValueError(f"params of a schedule: {reprlib.repr(value['params'])}, expected a dict")
+    _check_depth(value, _MAX_DEPTH)
     return dict(value)
+
+
+def _check_depth(value: Any, left: int) -> None:
+    """A schedule is shown and compared, which recursion does; its depth is that of its parts."""
+    if left == 0:
+        raise ValueError("a schedule that is nested too deep")
+    if isinstance(value, dict):
+        for name in value:
+            checked_text(name)
+    for part in value.values() if isinstance(value, dict) else value:
+        if isinstance(part, (dict, list)):
+            _check_depth(part, left - 1)
+        elif isinstance(part, str):
+            checked_text(part)
 
 
 def _number(value: Any) -> float:
@@ -336,7 +353,7 @@ def _tensor(value: Any, averages: dict[str, StoredAverage]) -> StoredTensor:
         raise ValueError(f"unknown role {reprlib.repr(role)}")
     if value["dtype"] not in DTYPES:
         raise ValueError(f"unknown dtype {reprlib.repr(value['dtype'])}")
-    aliases = tuple(checked_text(alias) for alias in value["aliases"])
+    aliases = tuple(checked_text(alias) for alias in checked_list(value["aliases"]))
     fqn, file_name = checked_text(value["fqn"]), checked_text(value["file_name"])
     if file_name not in (fqn, *aliases):
         raise ValueError(f"{fqn} has the file name {file_name!r}")
@@ -368,23 +385,29 @@ def _file(value: Any, tensors: tuple[StoredTensor, ...]) -> StoredFile:
     size, head = checked_int(value["size"]), checked_int(value["head"])
     start = head
     boxes = []
-    for number, offsets, sizes in value["pieces"]:
+    for number, offsets, sizes in checked_list(value["pieces"]):
         tensor = tensors[checked_int(number)]
-        box = Box(tuple(checked_int(n) for n in offsets), tuple(checked_int(n) for n in sizes))
+        box = Box(_dims(offsets), _dims(sizes))
         inside = len(box.offsets) == len(box.sizes) == len(tensor.shape) and all(
             n > 0 and o + n <= full
             for o, n, full in zip(box.offsets, box.sizes, tensor.shape, strict=True)
         )
         if not inside:
             raise ValueError(f"{box!r:.200} is not inside {tensor.fqn} of shape {tensor.shape}")
+        if start % tensor.dtype.itemsize:  # no element lies across two blocks
+            raise ValueError(f"{tensor.fqn} begins at byte {start}, between its elements")
         boxes.append(StoredBox(number, box, start))
         start += box.numel * tensor.dtype.itemsize
-    blocks = tuple(checked_text(block) for block in value["blocks"])
+    blocks = tuple(checked_text(block) for block in checked_list(value["blocks"]))
     if start != size:
         raise ValueError(f"{name}: {size} bytes, its head and boxes are {start}")
     if len(blocks) != -(-size // BLOCK):
         raise ValueError(f"{name}: {len(blocks)} checksums, expected {-(-size // BLOCK)}")
     return StoredFile(name, size, head, blocks, tuple(boxes))
+
+
+def _dims(value: Any) -> Dims:
+    return tuple(checked_int(n) for n in checked_list(value))
 
 
 def _check_home(manifest: Manifest) -> None:

@@ -226,16 +226,17 @@ def _copy_configs(folder: str, temporary: str, stems: set[str], dtype: torch.dty
         write_file(os.path.join(temporary, name), _with_dtype(data, path, dtype))
 
 
-def _with_dtype(data: bytes, path: str, dtype: torch.dtype | None) -> bytes:
+def _with_dtype(data: bytearray, path: str, dtype: torch.dtype | None) -> bytes | bytearray:
     try:
         config = json.loads(data)
+        keys = ("dtype", "torch_dtype")
+        stated = [key for key in keys if isinstance(config, dict) and key in config]
+        if dtype is None or not stated:
+            return data
+        for key in stated:
+            config[key] = str(dtype).removeprefix("torch.")
+        return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"reading {path}: invalid JSON ({error!r:.300})", path=path
         ) from error
-    stated = [key for key in ("dtype", "torch_dtype") if isinstance(config, dict) and key in config]
-    if dtype is None or not stated:
-        return data
-    for key in stated:
-        config[key] = str(dtype).removeprefix("torch.")
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

@@ -71,14 +71,14 @@ def reading(path: str, *, follow: bool = False) -> Iterator[OpenFile]:
         yield OpenFile(path, fd)
 
 
-def read_whole(path: str, limit: int, *, follow: bool = False) -> bytes:
+def read_whole(path: str, limit: int, *, follow: bool = False, start: bytes = b"") -> bytearray:
     """As `safetensors.read_whole`."""
     if not is_remote(path):
-        return safetensors.read_whole(path, limit, follow=follow)
+        return safetensors.read_whole(path, limit, follow=follow, start=start)
     size = remote.size_of(path)
     if size > limit:
         raise CheckpointError(f"reading {path}: {size} bytes, expected at most {limit}", path=path)
-    return bytes(remote.read_at(path, 0, size))
+    return remote.read_at(path, 0, size)
 
 
 def exists(path: str) -> bool:

@@ -44,7 +44,7 @@ class NewPrefix:
         self._op = op
         self._ranks = ranks
         self._folder = ""
-        self._seen: bytes | None = None  # the manifest that is there
+        self._seen: bytes | bytearray | None = None  # the manifest that is there
         self._old: Manifest | None = None
         self._left: list[str] = []  # places of other saves
         self._counts = False  # the manifest may be there
@@ -82,7 +82,7 @@ class NewPrefix:
         except CheckpointError as error:
             raise not_replaceable(self._op, self._folder, str(error), error.errno) from error
 
-    def _manifest(self) -> bytes | None:
+    def _manifest(self) -> bytes | bytearray | None:
         try:
             return read_whole(os.path.join(self._folder, NAME), MAX_MANIFEST)
         except CheckpointError as error:

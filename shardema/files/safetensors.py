@@ -47,6 +47,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 MAX_NUMBER = 1 << 53  # of a count, size or offset: exact in JSON
 _MAX_DIMS = 64
+_METADATA = "__metadata__"  # the one key of a header that is no tensor
 _MAX_DIGITS = 400  # of an integer in JSON; no float is longer
 # pathlib reduces the // of a URL to one slash; a single letter before it is a Windows drive.
 _URL = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.:_-]*://|[A-Za-z0-9][A-Za-z0-9+.:_-]+:/")
@@ -66,6 +67,8 @@ def local_path(op: str, path: str | os.PathLike[str]) -> str:
         raise TypeError(f"{op}: got {path!r}, expected a path as str or pathlib.Path")
     if not text:
         raise ValueError(f"{op}: got an empty path")
+    if not _is_name(text):
+        raise ValueError(f"{op}: got {text!r}, which no file system can hold")
     found = _FILE_URL.match(text) if _URL.match(text) else None
     if found is not None:
         if found[1] is None:
@@ -80,6 +83,19 @@ def local_path(op: str, path: str | os.PathLike[str]) -> str:
             "slashes, as a str since pathlib drops slashes"
         )
     return text
+
+
+def _is_name(text: str) -> bool:
+    """Whether the system's calls take it: they end at a null, and have no half characters."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def is_file_name(value: Any) -> bool:
+    """Whether ``value`` may be the name of a file in a folder: no way out of it, and no path."""
+    return isinstance(value, str) and os.path.basename(value) == value and _is_name(value)
 
 
 @contextlib.contextmanager
@@ -112,7 +128,7 @@ class NewFile:
             close_quietly(self._fd)
             raise
 
-    def write_at(self, offset: int, data: memoryview | bytes) -> None:
+    def write_at(self, offset: int, data: memoryview | bytearray | bytes) -> None:
         """Writes all of ``data`` at ``offset``."""
         write_all(self._fd, offset, data)
 
@@ -150,7 +166,7 @@ def _reserve(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def write_all(fd: int, offset: int, data: memoryview | bytes) -> None:
+def write_all(fd: int, offset: int, data: memoryview | bytearray | bytes) -> None:
     """Calls pwrite until all bytes are written."""
     view = memoryview(data).cast("B")
     while view:
@@ -158,7 +174,7 @@ def write_all(fd: int, offset: int, data: memoryview | bytes) -> None:
         view, offset = view[n:], offset + n
 
 
-def write_file(path: str, data: bytes) -> None:
+def write_file(path: str, data: bytes | bytearray) -> None:
     """Creates a file with these bytes and syncs it."""
     with NewFile(path, len(data)) as file:
         file.write_at(0, data)
@@ -177,16 +193,20 @@ def open_existing(path: str, *, write: bool = False, follow: bool = False) -> in
     # O_NONBLOCK: else opening a FIFO waits for a writer
     flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC
     with reporting(path, "opening"):
+        # first, since opening a device or a FIFO may do something to whoever is at its other end
+        _check_regular(os.stat(path, follow_symlinks=follow), path)
         fd = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
         try:
-            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+            _check_regular(os.fstat(fd), path)  # it may have been replaced meanwhile
         except BaseException:
             close_quietly(fd)
             raise
-    if not regular:
-        close_quietly(fd)
-        raise CheckpointError(f"opening {path}: not a regular file", path=path)
     return fd
+
+
+def _check_regular(found: os.stat_result, path: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"opening {path}: not a regular file", path=path)
 
 
 @contextlib.contextmanager
@@ -222,8 +242,8 @@ def read_at(fd: int, offset: int, size: int, path: str) -> bytearray:
     return data
 
 
-def read_whole(path: str, limit: int, *, follow: bool = False) -> bytes:
-    """The bytes of a regular file.
+def read_whole(path: str, limit: int, *, follow: bool = False, start: bytes = b"") -> bytearray:
+    """The bytes of a regular file, read only if it begins with ``start``, else no more than that.
 
     Raises:
         CheckpointError: it is not one, or it has more than ``limit`` bytes.
@@ -234,7 +254,8 @@ def read_whole(path: str, limit: int, *, follow: bool = False) -> bytes:
             raise CheckpointError(
                 f"reading {path}: {size} bytes, expected at most {limit}", path=path
             )
-        return bytes(read_at(fd, 0, size, path))
+        begins = read_at(fd, 0, min(size, len(start)), path)
+        return read_at(fd, 0, size, path) if begins == start else begins
 
 
 def sync_path(path: str) -> None:
@@ -305,9 +326,11 @@ def make_header(
     The same bytes as the safetensors package writes: widest dtype first, then by name.
 
     Raises:
-        ValueError: a dtype that the format does not have, or a header over its limit.
+        ValueError: a dtype or a name that the format does not have, or a header over its limit.
     """
     for name, dtype, _ in tensors:
+        if name == _METADATA:
+            raise ValueError(f"{name}: safetensors keeps its metadata under this name; rename it")
         if dtype not in NAMES:
             raise ValueError(
                 f"{name}: safetensors has no dtype for {dtype}; give dtype=, or leave the tensor "
@@ -315,7 +338,7 @@ def make_header(
             )
     place = {dtype: i for i, dtype in enumerate(DTYPES.values())}
     order = sorted(tensors, key=lambda t: (-place[t[1]], t[0]))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     start = 0
     for name, dtype, shape in order:
         stop = start + math.prod(shape) * dtype.itemsize
@@ -361,7 +384,7 @@ def parse_header(read: Callable[[int, int], bytearray], size: int, path: str) ->
 
 def _entries(header: Any, begin: int, size: int) -> dict[str, Entry]:
     """The entries of a header, checked: the tensors are contiguous and fill the file."""
-    _check_metadata(header.pop("__metadata__", {}))
+    _check_metadata(header.pop(_METADATA, {}))
     places = []
     for name, value in header.items():
         start, stop = (checked_int(n) for n in value["data_offsets"])
@@ -397,20 +420,23 @@ def _check_metadata(metadata: Any) -> None:
         return
     if type(metadata) is not dict or any(type(value) is not str for value in metadata.values()):
         raise ValueError("its __metadata__ does not map strings to strings")
+    for key, value in metadata.items():
+        checked_text(key)
+        checked_text(value)
 
 
 # Raised by parsing and checking untrusted data.
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
-def parse_json(data: bytes | bytearray) -> Any:
+def parse_json(data: bytes | bytearray | memoryview) -> Any:
     """Parses strict JSON: parsers differ in how they read anything else, or take minutes.
 
     Raises:
         ValueError: a duplicate key, NaN, infinity, a number over 400 digits, or invalid JSON.
     """
     return json.loads(
-        data.decode(),
+        str(data, "utf-8"),
         object_pairs_hook=_object,
         parse_int=_integer,
         parse_constant=_constant,
@@ -452,11 +478,22 @@ def checked_shape(value: Any) -> Dims:
         ValueError: a size is no count, or there are too many dimensions or elements.
     """
     numel = 1
-    for count, size in enumerate(value, start=1):
+    for count, size in enumerate(checked_list(value), start=1):
         numel *= checked_int(size)
         if count > _MAX_DIMS or numel > MAX_NUMBER:
             raise ValueError(f"shape {reprlib.repr(value)} is too large")
     return tuple(value)
+
+
+def checked_list(value: Any) -> list[Any]:
+    """``value`` if it is a list, not another thing that can be iterated.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if type(value) is not list:
+        raise ValueError(f"expected a list, got {reprlib.repr(value)}")
+    return value
 
 
 def checked_text(value: Any) -> str:

@@ -44,8 +44,8 @@ RECORD = "manager.json"
 LOCK = ".lock"
 MAX_STEP = 10**15
 _MAX_RECORD = 1 << 24  # bytes
-_STEP = re.compile(r"step-(\d{8,16})")
-_TEMPORARY = re.compile(r"\.step-\d{8,16}\.[0-9a-f]{8}\.(tmp|old)")
+_STEP = re.compile(r"step-([0-9]{8,16})")
+_TEMPORARY = re.compile(r"\.step-[0-9]{8,16}\.[0-9a-f]{8}\.(tmp|old)")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 
@@ -109,15 +109,17 @@ class Steps:
         return os.path.join(self.folder, name_of(step))
 
     def present(self) -> list[int]:
-        """All steps that have a folder, complete or not, ascending."""
+        """All steps that have a folder, ascending; whether they are complete is not looked at.
+
+        A symlink is none: it leads out of the directory.
+        """
         with reporting(self.folder, "reading"):
             try:
                 names = os.listdir(self.folder)
             except FileNotFoundError:
                 return []
-        found = (_STEP.fullmatch(name) for name in names)
-        steps = (int(match[1]) for match in found if match)
-        return sorted(step for step in steps if os.path.isdir(self.path(step)))
+        found = [int(match[1]) for match in map(_STEP.fullmatch, names) if match]
+        return sorted({step for step in found if is_folder(self.path(step))})
 
     def recorded(self) -> list[int]:
         """The steps that a manager saved here, or began to save, ascending."""
@@ -195,6 +197,11 @@ def lock(fd: int) -> bool:
     return True
 
 
+def is_folder(path: str) -> bool:
+    """Whether it is a folder itself, and no symlink to one."""
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
 def _is_locked(path: str) -> bool:
     """Whether the writer of a temporary folder is running, or may be."""
     try:
@@ -211,6 +218,8 @@ def _is_locked(path: str) -> bool:
 
 
 def _remove_tree(path: str) -> None:
+    if not is_folder(path):  # of no manager; rmtree would open it, and wait at a FIFO
+        return
     failed: list[str] = []
 
     def note(_: object, name: str, error: object) -> None:

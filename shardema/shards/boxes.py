@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -129,7 +130,7 @@ def contiguous_runs(shape: Dims, box: Box) -> tuple[int, list[int]]:
 Span = tuple[int, int]  # of one dim: first index and end
 
 
-_MAX_CUT = 8  # dims that boxes may be cut in: there are 2 ** dims corners
+_PRIME = (1 << 61) - 1
 
 
 def check_covered(fqn: str, shape: Dims, boxes: Sequence[Box]) -> None:
@@ -142,10 +143,6 @@ def check_covered(fqn: str, shape: Dims, boxes: Sequence[Box]) -> None:
             f"{tuple(shape)}; pass group= with the ranks that share the model, all of them"
         )
     full, spans = _joined(shape, boxes)
-    if len(full) > _MAX_CUT:
-        raise ValueError(
-            f"{fqn}: boxes that are cut in {len(full)} dims, expected {_MAX_CUT} or less"
-        )
     place = _first_clash(full, spans) if numel else None
     if place is None and all(_inside(box, shape) for box in boxes):
         return
@@ -204,13 +201,32 @@ def _first_clash(full: Sequence[int], spans: Sequence[Sequence[Span]]) -> Dims |
     A box is represented by its corners, with sign plus where it begins and minus where it ends in
     each dim, as an interval by its two ends. The signed corners of boxes add up to those of the
     tensor if and only if the boxes cover it exactly once.
+
+    As a product over the dims, a box is a polynomial of its two ends in each dim. Random numbers in
+    place of the ends tell whether such a sum is zero, without listing corners: a box has 2^dims.
     """
-    corners: dict[Dims, int] = {}
-    for weight, box in [(-1, [(0, size) for size in full]), *((1, span) for span in spans)]:
-        found: list[tuple[Dims, int]] = [((), weight)]
-        for start, stop in box:
-            begins = [((*corner, start), sign) for corner, sign in found]
-            found = begins + [((*corner, stop), -sign) for corner, sign in found]
-        for corner, sign in found:
-            corners[corner] = corners.get(corner, 0) + sign
-    return min((corner for corner, count in corners.items() if count), default=None)
+    number: dict[tuple[int, int], int] = {}  # by dim and end
+
+    def rest(dim: int, box: Sequence[Span]) -> int:
+        """What the box is in the dims after ``dim``."""
+        product = 1
+        for d in range(dim + 1, len(full)):
+            first, last = (number.setdefault((d, end), secrets.randbits(61)) for end in box[d])
+            product = product * (first - last) % _PRIME
+        return product
+
+    place: list[int] = []
+    terms = [(-1, [(0, size) for size in full]), *((1, list(span)) for span in spans)]
+    for dim in range(len(full)):
+        sums: dict[int, int] = {}
+        for weight, box in terms:
+            part = weight * rest(dim, box)
+            start, stop = box[dim]
+            sums[start] = sums.get(start, 0) + part
+            sums[stop] = sums.get(stop, 0) - part
+        at = min((end for end, total in sums.items() if total % _PRIME), default=None)
+        if at is None:
+            return None
+        place.append(at)
+        terms = [(w if at == box[dim][0] else -w, box) for w, box in terms if at in box[dim]]
+    return tuple(place) if sum(weight for weight, _ in terms) else None

@@ -256,7 +256,8 @@ def _run(at: Scene, model: nn.Module, args: dict[str, Any], compiled: bool = Fal
 
 @action
 def forward(at: Scene, *, training: bool, compiled: bool, **args: Any) -> None:
-    at.close_round()
+    if not compiled:  # the EMA was built with the model that is not
+        at.close_round()
     if at.case.layout in ("ddp", "ddp-slices", "ddp-device-offload-slices"):
         # a forward with gradients and no backward: DDP would wait for it at the next one
         args["under"] = "no_grad" if args["under"] == "grad" else args["under"]
