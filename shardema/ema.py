@@ -512,7 +512,7 @@ class ShardedEMA:
         appears under its name when it is complete.
 
         Args:
-            path: the folder; must not exist.
+            path: the folder, or its URL in an object store; must not exist.
             name: which average.
             dtype: as for `full_state_dict`; buffers keep their dtype.
             layout: ``"hf"``, the above. ``"diffusers"``: the same for a diffusers model, with the
@@ -522,8 +522,8 @@ class ShardedEMA:
                 the first rank needs memory for the full average.
             max_shard_size: of a file: bytes, or a size such as ``"5GB"``.
             mode: ``"direct"``: every rank writes its own shards, which needs one host and a local
-                file system. ``"stream"``: the first rank writes. ``"auto"``: ``"direct"`` where
-                that is safe.
+                file system. ``"stream"``: the first rank writes; to an object store it always
+                does, tensor by tensor. ``"auto"``: ``"direct"`` where that is safe.
             progress: show a progress bar on the first rank if it takes more than a second.
 
         Raises:
@@ -531,7 +531,7 @@ class ShardedEMA:
                 ranks; no partial files are left.
             RuntimeError: as for `full_state_dict`; a module has extra state that is not a tensor;
                 an adapter that PEFT does not store as tensors of the model.
-            ValueError, RankError: as for `full_state_dict`; a path that is not local, and
+            ValueError, RankError: as for `full_state_dict`; a URL that cannot be used, and
                 ``layout="diffusers"`` with another model or a schedule that ``EMAModel`` does not
                 have, are a ValueError.
         """
@@ -755,9 +755,10 @@ class ShardedEMA:
 
         Args:
             source: a ``.safetensors`` file, a folder in the Hugging Face layout (also a snapshot of
-                the Hub), a file of ``torch.save``, or ``{fqn: full tensor}`` on every rank. The
-                formats of other libraries are recognised by their content; `importers.read` reads
-                what needs more words. Frozen parameters and buffers in it are ignored.
+                the Hub), the URL of one, a local file of ``torch.save``, or ``{fqn: full tensor}``
+                on every rank. The formats of other libraries are recognised by their content;
+                `importers.read` reads what needs more words. Frozen parameters and buffers in it
+                are ignored.
             name: which average.
             t: progress of the loaded average, in the schedule's unit. If None: ``num_updates``
                 where the unit is ``"step"``, else ``t`` is not changed.
@@ -769,7 +770,7 @@ class ShardedEMA:
             CheckpointError: the file does not exist, is damaged, or contains objects that could
                 run code.
             ValueError: content in no known format or in several; missing or unexpected names, or
-                another shape; a path that is not local; no progress is known and the schedule's
+                another shape; a URL that cannot be used; no progress is known and the schedule's
                 next update would overwrite the loaded average completely; a progress that is
                 negative or not accepted by the schedule.
             RuntimeError: inside ``swap()``.

@@ -13,6 +13,7 @@ from shardema.errors import CheckpointError, abbreviate
 from shardema.files import manifest
 from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
+from shardema.files.safetensors import local_path
 from shardema.files.steps import MAX_STEP, Steps, surplus
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class CheckpointManager:
         self._keep_every = None if keep_every is None else _positive_int("keep_every", keep_every)
         self._include_frozen, self._wait = include_frozen, bool(wait)
         self._pending: tuple[PendingSave, int, list[int]] | None = None  # and what `_rotate` needs
-        self._steps = Steps(absolute(dir, "CheckpointManager"))
+        self._steps = Steps(absolute(local_path("CheckpointManager", dir), "CheckpointManager"))
         self._last = -1  # the step that was saved or resumed from
         self._resumed = False
         self._abandoned: list[int] = []  # steps beyond the one that was resumed from

@@ -314,7 +314,7 @@ def test_an_average_is_chosen_by_option_or_by_name(places: Path) -> None:
         ((f"{fast}:slow", ck, "--average", "slow"), "which is no checkpoint"),
         ((fast, fast, "--average", "slow"), "is a checkpoint"),
         ((ck,), "Missing argument"),
-        (("s3://x", ck), "remote storage is not supported"),
+        (("s3://x", ck), "expected a local path"),
     ):
         code, said = run("diff", *words)
         assert (code, text in said) == (2, True), said

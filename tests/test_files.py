@@ -7,6 +7,7 @@ import errno
 import functools
 import json
 import os
+import re
 import signal
 import stat
 import tempfile
@@ -66,12 +67,6 @@ def tree(root: Path) -> dict[str, bytes | str]:
 # ---- paths ------------------------------------------------------------------------------------
 
 URLS = [
-    "s3://bucket/run/ema",
-    "gs://bucket/run",
-    "hf://org/name",
-    "memory://run/ema",
-    "https://host/run",
-    "S3://bucket/run",
     "x://bucket",
     "dbfs:/mnt/run",
     "simplecache::s3://bucket/run",
@@ -97,7 +92,7 @@ def verbs(ema: ShardedEMA, source: str | Path, path: str | Path) -> dict[str, Ca
     }
 
 
-def test_a_url_of_remote_storage_is_refused_by_name(
+def test_a_url_that_nothing_opens_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -106,7 +101,7 @@ def test_a_url_of_remote_storage_is_refused_by_name(
     before = tree(tmp_path)
     for url in URLS:
         ours = str(url).startswith("file:")
-        text = "expected file:/// and an absolute path" if ours else "remote storage is not supp"
+        text = "expected file:/// and an absolute path" if ours else r"expected|no scheme 'x'"
         for name, call in verbs(ema, "source", url).items():
             with pytest.raises(ValueError, match=text) as caught:
                 call()
@@ -114,7 +109,7 @@ def test_a_url_of_remote_storage_is_refused_by_name(
         for words in (["inspect", str(url)], ["export", str(url), "out"]):
             done = CliRunner().invoke(main, words)
             assert done.exit_code == 2, url
-            assert text in " ".join(done.output.split()), url
+            assert re.search(text, " ".join(done.output.split())), url
     assert tree(tmp_path) == before
 
 
@@ -770,8 +765,8 @@ def a_path_that_is_not_shared_leaves_nothing(folder: str) -> None:
             dist.barrier()
     finally:
         os.lstat = real
-    with pytest.raises(ValueError, match=r"rank 1: save: got 's3://x': remote storage"):
-        ema.save("s3://x" if dist.get_rank() else f"{folder}/ema")
+    with pytest.raises(ValueError, match=r"rank 1: save: got 'x://x': fsspec has no scheme 'x'"):
+        ema.save("x://x" if dist.get_rank() else f"{folder}/ema")
     assert tree(Path(folder)) == {}
 
 

@@ -23,6 +23,7 @@ OPTIONAL = {
     "matplotlib": "cli/plot.py",
     "triton": "kernels/fused_gpu.py",
     "peft": "files/pretrained.py",
+    "fsspec": "files/remote.py",
 }
 
 

@@ -39,7 +39,10 @@ from shardema.files.manifest import (
     StoredFile,
     StoredTensor,
 )
-from shardema.files.safetensors import NewFile, make_header, reporting, write_file
+from shardema.files.places import any_path, new_file
+from shardema.files.prefix import NewPrefix
+from shardema.files.remote import is_remote
+from shardema.files.safetensors import make_header, reporting
 from shardema.model.own_state import MergedState
 from shardema.ranks.agree import Ranks
 from shardema.ranks.plan import Contents, Item, refuse_opaque
@@ -157,10 +160,15 @@ def save(
     Raises:
         CheckpointError: on all ranks, if any failed to write; nothing is left behind.
     """
+    if not wait and is_remote(any_path("save", folder)):
+        raise ValueError(
+            f"save: got wait=False and {os.fspath(folder)}: only a save to a local folder goes on "
+            "in the background; leave wait=True"
+        )
     tensors = _tensors(sources)
     nbytes = _busiest(sources)
 
-    def commit(new: NewFolder, told: Sequence[_Told]) -> None:
+    def commit(new: NewFolder | NewPrefix, told: Sequence[_Told]) -> None:
         manifest = Manifest(
             secrets.token_hex(16),
             ranks.size,
@@ -171,24 +179,18 @@ def save(
             new.place,
             model=pairing.merged(sources[-1].plan, [theirs for _, theirs in told]),
         )
-        with reporting(new.path, "save to"):
-            write_file(os.path.join(new.path, manifests.NAME), manifests.pack(manifest))
-        new.commit()
+        new.finish({manifests.NAME: manifests.pack(manifest)})
 
-    def write(new: NewFolder, boxes: Sequence[_Box]) -> _Told:
+    def write(new: NewFolder | NewPrefix, boxes: Sequence[_Box]) -> _Told:
         return _write_rank(new.path, boxes, ranks), list(parts)
 
     with new_folder(folder, "save", ranks, overwrite=overwrite) as new:
 
-        def write_extra() -> None:
-            with reporting(new.path, "save to"):
-                extra(new.path)
-
         def finish(told: list[_Told]) -> None:
-            write_extra()
+            new.add(extra)
             commit(new, told)
 
-        if wait:
+        if wait or isinstance(new, NewPrefix):  # the latter was refused without wait
             boxes = _boxes_of(sources, ranks)
             ranks.agree("save (writing)", lambda: write(new, boxes), finish, nbytes=nbytes)
             return None
@@ -197,7 +199,7 @@ def save(
         def stage() -> None:
             staged.extend(replace(box, values=_on_host(box)) for box in _boxes_of(sources, ranks))
 
-        ranks.agree("save (staging)", stage, lambda _: write_extra(), nbytes=nbytes)
+        ranks.agree("save (staging)", stage, lambda _: new.add(extra), nbytes=nbytes)
         return PendingSave(
             new.handed_over(),
             ranks,
@@ -251,7 +253,7 @@ def _write_rank(temporary: str, boxes: Sequence[_Box], ranks: Ranks) -> dict[str
     name = f"rank-{ranks.index:05d}-of-{ranks.size:05d}.safetensors"
     path = os.path.join(temporary, name)
     blocks: list[str] = []
-    with reporting(path, "writing"), NewFile(path, size) as file:
+    with reporting(path, "writing"), new_file(path, size) as file:
         offset = 0
         for block in _in_blocks(head, (one.values for one in boxes)):
             blocks.append(xxhash.xxh3_128_hexdigest(block))

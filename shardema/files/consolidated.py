@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 
 from shardema.errors import CheckpointError, abbreviate
+from shardema.files.places import OpenFile, any_path, exists, is_file, names_in, read_whole, reading
+from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
     ADAPTER,
     BROKEN,
@@ -20,12 +21,7 @@ from shardema.files.safetensors import (
     Entry,
     checked_int,
     is_file_name,
-    local_path,
-    opened,
     parse_json,
-    read_at,
-    read_header,
-    read_whole,
     reporting,
 )
 from shardema.ranks.plan import Plan
@@ -66,13 +62,13 @@ def files_of(source: str | os.PathLike[str], op: str = "load_full") -> Files:
 
     Raises:
         CheckpointError: there is no such file, or the index is invalid.
-        ValueError: the path is not local.
+        ValueError: the path is empty, or a URL that cannot be used.
     """
-    source = local_path(op, source)
+    source = any_path(op, source)
     with reporting(source, "reading"):
-        if not stat.S_ISDIR(os.stat(source).st_mode):
+        if is_file(source):
             return Files((source,))
-        inside = set(os.listdir(source))
+        inside = names_in(source)
     single = next((name for name in SINGLES if name in inside), None)
     if single is not None:
         return Files((os.path.join(source, single),))
@@ -107,7 +103,7 @@ def tensors_of(source: str | os.PathLike[str], op: str = "load_full") -> dict[st
 
     Raises:
         CheckpointError: there is none, or a header is broken.
-        ValueError: the path is no local one.
+        ValueError: the path is empty, or a URL that cannot be used.
     """
     found: dict[str, Place] = {}
     for path in files_of(source, op).paths:
@@ -129,8 +125,8 @@ def steps_of(source: str | os.PathLike[str]) -> int | None:
     Raises:
         CheckpointError: it is not an integer of 0 or more, or the config is invalid.
     """
-    path = os.path.join(local_path("load_full", source), "config.json")
-    if not os.path.isfile(path):
+    path = os.path.join(any_path("load_full", source), "config.json")
+    if not (exists(path) if is_remote(path) else os.path.isfile(path)):
         return None
     try:
         # not as strict as `parse_json`: transformers writes Infinity into some configs
@@ -146,29 +142,29 @@ def steps_of(source: str | os.PathLike[str]) -> int | None:
 
 def tensors_in(path: str) -> dict[str, Place]:
     """Every tensor of one safetensors file; may be a symlink."""
-    with opened(path, follow=True) as fd:
-        return {name: Place(path, entry) for name, entry in read_header(fd, path).items()}
+    with reading(path, follow=True) as file:
+        return {name: Place(path, entry) for name, entry in file.header().items()}
 
 
 def read_into(target: Tensor, place: Place, box: Box) -> None:
     """Reads a box of a stored tensor into ``target [*box.sizes]``, and few other bytes."""
-    with opened(place.path, follow=True) as fd:
-        _read(fd, place, box, target)
+    with reading(place.path, follow=True) as file:
+        _read(file, place, box, target)
 
 
-def _read(fd: int, place: Place, box: Box, target: Tensor) -> None:
+def _read(file: OpenFile, place: Place, box: Box, target: Tensor) -> None:
     entry = place.entry
     itemsize = entry.dtype.itemsize
     numel, starts = contiguous_runs(entry.shape, box)
     span = starts[-1] + numel - starts[0]
     if span * itemsize <= _CHUNK:
         # one read of the contiguous runs and the bytes between them (columns of a matrix)
-        data = read_at(fd, entry.start + starts[0] * itemsize, span * itemsize, place.path)
+        data = file.read_at(entry.start + starts[0] * itemsize, span * itemsize)
         strides = torch.empty(entry.shape, device="meta").stride()
         target.copy_(torch.frombuffer(data, dtype=entry.dtype).as_strided(box.sizes, strides))
         return
     for part in split_box(box, -(-box.numel // 2)):
-        _read(fd, place, part, part.relative_to(box.offsets).view(target))
+        _read(file, place, part, part.relative_to(box.offsets).view(target))
 
 
 def match(

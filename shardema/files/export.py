@@ -25,6 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shardema.files.folder import new_folder
+from shardema.files.places import any_path
+from shardema.files.prefix import new_prefix
+from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
     WHOLE,
     Entry,
@@ -35,11 +38,11 @@ from shardema.files.safetensors import (
     open_existing,
     reporting,
     write_all,
-    write_file,
 )
+from shardema.files.uploads import Uploads
 from shardema.ranks.agree import Ranks
-from shardema.ranks.plan import Contents, refuse_opaque
-from shardema.ranks.transfer import BUCKET_BYTES, Prepared, prepare, stream
+from shardema.ranks.plan import Contents, Item, refuse_opaque
+from shardema.ranks.transfer import BUCKET_BYTES, Prepared, assemble, prepare, stream
 from shardema.shards.boxes import Box, Dims, contiguous_runs, split_box
 from shardema.shards.strides import raw_bytes
 
@@ -187,7 +190,7 @@ def export(
         extra: called on the leader with the temporary folder, to write further files.
 
     Raises:
-        ValueError: ``mode="direct"`` on several hosts or a file system that is not local.
+        ValueError: ``mode="direct"`` on several hosts, a file system that is not local or a URL.
         CheckpointError: on all ranks, if any failed to write; nothing is left behind.
     """
     ranks, contents = contents.ranks, _exported(contents)
@@ -195,6 +198,14 @@ def export(
     targets, indices = plan_targets(tensors, max_shard_size)
     total = sum(entry.nbytes for target in targets for entry in target.entries.values())
     bar = _bar(total, visible=progress and ranks.leader)
+    if is_remote(any_path("export", folder)):
+        if mode == "direct":
+            raise ValueError(
+                f"export: got mode='direct' and {os.fspath(folder)}: ranks may write side by side "
+                "only on a local file system: leave mode='auto'"
+            )
+        _upload(folder, contents, targets, indices, bar, extra)
+        return
     with (
         new_folder(folder, "export", ranks) as new,
         Writer(new.path, targets, bar.update) as writer,
@@ -212,14 +223,53 @@ def export(
             writer.sync()
 
         def finish(_: list[None]) -> None:
-            with reporting(new.path, "export to"):
-                for name, index in indices.items():
-                    write_file(os.path.join(new.path, name), index)
-                extra(new.path)
-            new.commit()
+            new.add(extra)
+            new.finish(indices)
 
         # fsync on one rank flushes what every rank wrote to the file
         ranks.agree("export (finishing)", sync, finish, nbytes=total)
+
+
+def _upload(
+    folder: str | os.PathLike[str],
+    contents: Contents,
+    targets: Sequence[Target],
+    indices: Mapping[str, bytes],
+    bar: tqdm[Any],
+    extra: Callable[[str], None],
+) -> None:
+    """Writes the files into a store: configs first, then data, the indices last. Collective."""
+    ranks, items = contents.ranks, contents.plan.items
+    places = {
+        (t.stem, name): (n, e.start) for n, t in enumerate(targets) for name, e in t.entries.items()
+    }
+    contents = contents.only(
+        sorted(contents.chosen, key=lambda i: places[items[i].stem, items[i].file_name])
+    )
+    prepared: list[Prepared] = []
+    with new_prefix(folder, "export", ranks) as new, Uploads(bar.update) as uploads:
+
+        def make_room() -> None:
+            if ranks.leader:
+                new.names += [target.name for target in targets]
+                new.add(extra)
+            prepared.append(prepare(contents, limit=BUCKET_BYTES))
+
+        def sync() -> None:
+            if failed is not None:
+                raise failed
+            uploads.sync()
+
+        def write(item: Item, values: Tensor) -> None:
+            target = targets[places[item.stem, item.file_name][0]]
+            path = os.path.join(new.path, target.name)
+            entry = target.entries[item.file_name]
+            uploads.write(path, target.size, target.head, entry, values)
+
+        ranks.agree("export (reserving)", make_room)
+        with bar:
+            failed = _write_assembled(contents, prepared[0], write)
+        ranks.agree("export (finishing)", sync, lambda _: new.finish(indices))
 
 
 def _exported(contents: Contents) -> Contents:
@@ -383,6 +433,23 @@ def _write_own(contents: Contents, writer: Writer) -> None:
                     writer.write(item.stem, item.file_name, box, contents.holdings(index, box))
 
     contents.ranks.agree("export (writing)", write, nbytes=max(contents.loads()))
+
+
+def _write_assembled(
+    contents: Contents, prepared: Prepared, write: Callable[[Item, Tensor], None]
+) -> Exception | None:
+    """`_write_streamed` of full tensors, one by one."""
+    failed: Exception | None = None
+    arriving = stream(prepared, "export")
+    for item, values in assemble(contents, arriving) if contents.ranks.leader else ():
+        if failed is None:
+            try:
+                write(item, values)
+            except Exception as error:
+                failed = error
+    for _ in arriving:  # the last bucket has ended for all, or nothing arrives here
+        pass
+    return failed
 
 
 def _write_streamed(contents: Contents, prepared: Prepared, writer: Writer) -> Exception | None:

@@ -1,4 +1,4 @@
-"""Creates or replaces a folder atomically.
+"""Creates or replaces a local folder atomically.
 
 ::
 
@@ -17,14 +17,22 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from shardema.errors import CheckpointError
 from shardema.files import manifest as manifests
 from shardema.files.manifest import MAX_MANIFEST, NAME, PLACE, Manifest
+from shardema.files.places import any_path
+from shardema.files.prefix import (
+    NewPrefix,
+    exists_already,
+    new_prefix,
+    not_replaceable,
+    other_path,
+)
+from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
     close_quietly,
-    local_path,
     make_folders,
     read_whole,
     reporting,
@@ -67,16 +75,13 @@ class NewFolder:
             self.folder = absolute(folder, op)
             with reporting(self.folder, f"{op} to"):
                 if _exists(self.folder) and not overwrite:
-                    raise CheckpointError(_exists_already(op, self.folder), path=self.folder)
+                    raise exists_already(op, self.folder)
             return self.folder
 
         def choose(proposals: list[str]) -> list[str]:
             for rank, proposal in zip(ranks.ranks, proposals, strict=True):
                 if proposal != self.folder:
-                    raise ValueError(
-                        f"{op}: rank {rank} got {proposal}, rank {ranks.ranks[0]} got "
-                        f"{self.folder}; give the same path on every rank"
-                    )
+                    raise other_path(op, rank, proposal, ranks.ranks[0], self.folder)
             with reporting(self.folder, f"{op} to"):
                 self._make()
             return [self.path, self.place]
@@ -111,12 +116,20 @@ class NewFolder:
         self._lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         lock(self._lock)
 
-    def commit(self) -> None:
-        """Renames what was written into place, durably. On the leader only.
+    def add(self, extra: Callable[[str], None]) -> None:
+        """Calls ``extra`` with a local folder, to write further files. On the leader only."""
+        with reporting(self.path, f"{self._op} to"):
+            extra(self.path)
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        """Writes the last files and renames all into place, durably. On the leader only.
 
         Raises:
             CheckpointError: a system call failed; the previous state is unchanged.
         """
+        with reporting(self.path, f"{self._op} to"):
+            for name, data in files.items():
+                write_file(os.path.join(self.path, name), data)
         with reporting(self.folder, f"{self._op} to"):
             sync_tree(self.path)  # config.save_pretrained does not sync
             if self.place:
@@ -206,8 +219,8 @@ class NewFolder:
 @contextlib.contextmanager
 def new_folder(
     folder: str | os.PathLike[str], op: str, ranks: Ranks, *, overwrite: bool = False
-) -> Iterator[NewFolder]:
-    """Yields a folder to write to and to commit; removes it after an error. Collective.
+) -> Iterator[NewFolder | NewPrefix]:
+    """Yields a folder to write to and to finish; removes it after an error. Collective.
 
     Args:
         folder: must not exist, unless ``overwrite``; its parent is created.
@@ -215,8 +228,12 @@ def new_folder(
 
     Raises:
         CheckpointError: ``folder`` exists, cannot be created, or is not visible on some rank.
-        ValueError: the ranks got different folders, or one that is not local.
+        ValueError: the ranks got different folders, or a URL that cannot be used.
     """
+    if is_remote(any_path(op, folder)):
+        with new_prefix(folder, op, ranks, overwrite=overwrite) as prefix:
+            yield prefix
+        return
     new = NewFolder(op, ranks)
     try:
         new.begin(folder, overwrite)
@@ -230,8 +247,13 @@ def new_folder(
 
 
 def absolute(folder: str | os.PathLike[str], op: str) -> str:
-    """``folder`` as an absolute path; symlinks are resolved only if it ends in "", "." or ".."."""
-    path = local_path(op, folder)
+    """``folder`` as an absolute path; symlinks are resolved only if it ends in "", "." or "..".
+
+    A URL stays what it is.
+    """
+    path = any_path(op, folder)
+    if is_remote(path):
+        return path
     with reporting(path, f"{op} to"):
         path = os.path.join(os.getcwd(), path).rstrip("/") or "/"
         return os.path.realpath(path) if os.path.basename(path) in ("", ".", "..") else path
@@ -246,14 +268,6 @@ def _exists(path: str) -> bool:
     return True
 
 
-def _exists_already(op: str, folder: str) -> str:
-    replace = ", replace a checkpoint by save(..., overwrite=True)" if op == "save" else ""
-    return (
-        f"{op} to {folder}: it already exists, and {op} does not write into an existing path: give "
-        f"a new one, such as one with the step in its name{replace}, or remove it first"
-    )
-
-
 def _replaceable(folder: str, op: str) -> Manifest:
     """The manifest in ``folder``. Raises CheckpointError unless it is a complete checkpoint."""
     reason = "not a folder"
@@ -264,9 +278,4 @@ def _replaceable(folder: str, op: str) -> Manifest:
             reason, number = str(error), error.errno
     else:
         number = None
-    raise CheckpointError(
-        f"{op} to {folder}: overwrite=True replaces only a complete checkpoint of ema.save, and "
-        f"this is not one ({reason}); give a new path, or remove it first",
-        path=folder,
-        errno=number,
-    )
+    raise not_replaceable(op, folder, reason, number)

@@ -88,9 +88,9 @@ def write_file(
 
         def write() -> None:
             if ranks.leader:
-                path = os.path.join(new.path, FILES[layout])
-                _save(_state(layout, full, num_updates), path)
-                new.commit()
+                state = _state(layout, full, num_updates)
+                new.add(lambda place: _save(state, os.path.join(place, FILES[layout])))
+                new.finish({})
 
         ranks.agree("export (writing)", write, nbytes=nbytes)
 

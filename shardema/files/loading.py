@@ -9,7 +9,7 @@ from typing import Any
 
 from shardema.arguments import progress
 from shardema.errors import CheckpointError, abbreviate
-from shardema.files import checkpoint, manifest, pairing, sources
+from shardema.files import checkpoint, manifest, pairing, remote, sources
 from shardema.files.dcp import BoxedTensor
 from shardema.files.manifest import Manifest, ReadRequest
 from shardema.files.sources import Imported
@@ -85,7 +85,8 @@ def read_checkpoint(
             )
         return max(nbytes for _, nbytes in found)
 
-    nbytes = averages.ranks.agree("load (looking)", look, same)
+    with remote.patience(averages.ranks.timeout):
+        nbytes = averages.ranks.agree("load (looking)", look, same)
     if check_model:
         shards = averages.weights.averaged_shards
         pairing.check(str(folder), found[0][0], plan, shards, averages.ranks)
@@ -96,7 +97,8 @@ def read_checkpoint(
         for average in averages.values():
             staged[average.name] = _read_average(stored, average, averages, requests)
 
-    averages.ranks.agree("load (reading)", read, nbytes=nbytes)
+    with remote.patience(averages.ranks.timeout):
+        averages.ranks.agree("load (reading)", read, nbytes=nbytes)
     return list(staged.values())
 
 
@@ -192,7 +194,8 @@ def read_full(
     names = sources.match(label, source, plan, beside, chunked)
     held = averages.held(average)
     staging = allocate(held, average.policy, pin=False)
-    sources.read_shards(source, names, held, staging.views)
+    with remote.patience(averages.ranks.timeout):
+        sources.read_shards(source, names, held, staging.views)
     return StagedAverage(average, staging, restart and (*restart, None), loaded=True)
 
 

@@ -7,6 +7,7 @@ folder can write the manifest too.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -21,6 +22,9 @@ import torch
 import xxhash
 
 from shardema.errors import CheckpointError, abbreviate
+from shardema.files import remote
+from shardema.files.places import any_path, exists, names_in, read_whole, reading
+from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
     BROKEN,
     DTYPES,
@@ -31,11 +35,7 @@ from shardema.files.safetensors import (
     checked_list,
     checked_shape,
     checked_text,
-    local_path,
-    opened,
     parse_json,
-    read_at,
-    read_whole,
     reporting,
 )
 from shardema.shards.boxes import Box, Dims, check_covered, flat_boxes
@@ -196,15 +196,13 @@ def read(folder: str | os.PathLike[str], op: str = "load", *, files: bool = True
     Raises:
         CheckpointError: no checkpoint, a damaged manifest, an unsupported version, or files that
             are missing or of another size.
-        ValueError: the path is not local; the message begins with ``op``.
+        ValueError: the path is empty, or a URL that cannot be used; the message begins with ``op``.
     """
-    folder = local_path(op, folder)
+    folder = any_path(op, folder)
     path = os.path.join(folder, NAME)
-    with reporting(folder, "reading"):
-        try:
-            os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointError(_missing(folder), path=folder) from None
+    if not exists(path):
+        with reporting(folder, "reading"):
+            raise CheckpointError(_missing(folder), path=folder)
     data = read_whole(path, MAX_MANIFEST, start=_START)
     begin, middle = len(_START), len(_START) + 32
     body = memoryview(data)[middle + len(_MIDDLE) : -len(_END)]
@@ -226,6 +224,9 @@ def read(folder: str | os.PathLike[str], op: str = "load", *, files: bool = True
             f"reading {path}: {error!r:.300} in the manifest; it was not written by ema.save",
             path=path,
         ) from error
+    if is_remote(manifest.home):
+        _check_objects(manifest)
+        return manifest
     if manifest.place:
         _check_home(manifest)
     for file in manifest.files if files else ():
@@ -235,10 +236,13 @@ def read(folder: str | os.PathLike[str], op: str = "load", *, files: bool = True
 
 def _missing(folder: str) -> str:
     try:
-        inside = sorted(os.listdir(folder))
+        inside = sorted(names_in(folder))
     except (FileNotFoundError, NotADirectoryError):
+        inside = None
+    if inside is None or (is_remote(folder) and not inside):
         return f"reading {folder}: no such folder; give the folder that ema.save wrote"
     text = f"reading {folder}: no {NAME} in it, so this is not a finished checkpoint of ema.save"
+    # not asked of a store, name by name
     nested = [name for name in inside if os.path.exists(os.path.join(folder, name, NAME))]
     return f"{text}; did you mean {os.path.join(folder, nested[-1])}?" if nested else text
 
@@ -435,6 +439,24 @@ def check_file(manifest: Manifest, file: StoredFile) -> None:
         )
 
 
+def _check_objects(manifest: Manifest) -> None:
+    found = remote.entries(manifest.home)
+    for file in manifest.files:
+        path = os.path.join(manifest.home, file.name)
+        if file.name not in found:
+            raise CheckpointError(
+                f"reading {path}: {os.strerror(errno.ENOENT)}; the checkpoint is incomplete",
+                path=path,
+                errno=errno.ENOENT,
+            )
+        if found[file.name] != file.size:
+            raise CheckpointError(
+                f"reading {path}: {found[file.name]} bytes, expected {file.size}; the checkpoint "
+                "is damaged",
+                path=path,
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
     """What to read of one file: ``(first byte, end, box)``, in the file's order."""
@@ -503,12 +525,12 @@ def _read_file(
     path: str, request: ReadRequest, manifest: Manifest
 ) -> Iterator[tuple[int, Box, torch.Tensor]]:
     file, needed = request.file, request.needed
-    with opened(path) as fd:
+    with reading(path) as opened:
         next_needed = 0
         for block in request.blocks:
             begin = block * BLOCK
             end = min(begin + BLOCK, file.size)
-            data = read_at(fd, begin, end - begin, path)
+            data = opened.read_at(begin, end - begin)
             if xxhash.xxh3_128_hexdigest(data) != file.blocks[block]:
                 raise CheckpointError(
                     f"reading {path}: checksum mismatch in bytes {begin} to {end} "

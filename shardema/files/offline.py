@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from shardema import schedules
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import layouts
 from shardema.files import manifest as manifests
-from shardema.files.export import Writer, parse_size, plan_targets, reserve
+from shardema.files.export import Target, Writer, parse_size, plan_targets, reserve
 from shardema.files.folder import new_folder
 from shardema.files.manifest import Manifest, StoredTensor
-from shardema.files.safetensors import WHOLE, read_whole, reporting, write_file
+from shardema.files.places import any_path, exists, read_whole
+from shardema.files.prefix import new_prefix
+from shardema.files.remote import is_remote
+from shardema.files.safetensors import WHOLE, write_file
+from shardema.files.uploads import Uploads
 from shardema.ranks.agree import Ranks
 from shardema.shards.boxes import whole
 
 _CONFIGS = ("config.json", "generation_config.json")
 _ADAPTER = "adapter_config.json"
 _MAX_CONFIG = 10_000_000  # bytes
+_GROUP = 256 << 20  # bytes of tensors that are read at a time for a store
 
 
 def export_checkpoint(
@@ -81,6 +88,15 @@ def export_checkpoint(
     averaged = (stored.tensors[n] for n in numbers if stored.tensors[n].average == name)
     written = next((out_dtype(t) for t in averaged), None)
     targets, indices = plan_targets(tensors, limit)
+
+    def configs(place: str) -> None:
+        _copy_configs(stored.home, place, {target.stem for target in targets}, written)
+        if fields:
+            layouts.add_fields(place, fields)
+
+    if is_remote(any_path("export", out)):
+        _upload(stored, numbers, targets, out, alone, indices, configs, done)
+        return stored
     with (
         new_folder(out, "export", alone) as new,
         Writer(new.path, targets, done) as writer,
@@ -90,14 +106,56 @@ def export_checkpoint(
             tensor = stored.tensors[number]
             writer.write(tensor.stem, tensor.file_name, box, values)
         writer.sync()
-        with reporting(new.path, "export to"):
-            for file_name, index in indices.items():
-                write_file(os.path.join(new.path, file_name), index)
-            _copy_configs(stored.home, new.path, {target.stem for target in targets}, written)
-            if fields:
-                layouts.add_fields(new.path, fields)
-        new.commit()
+        new.add(configs)
+        new.finish(indices)
     return stored
+
+
+def _upload(
+    stored: Manifest,
+    numbers: Sequence[int],
+    targets: Sequence[Target],
+    out: str | os.PathLike[str],
+    alone: Ranks,
+    indices: Mapping[str, bytes],
+    configs: Callable[[str], None],
+    done: Callable[[int], object],
+) -> None:
+    """Writes the files into a store, where each is written in its order: tensors are read in it."""
+    by_name = {(stored.tensors[n].stem, stored.tensors[n].file_name): n for n in numbers}
+    with new_prefix(out, "export", alone) as new, Uploads(done) as uploads:
+        new.names += [target.name for target in targets]
+        new.add(configs)
+        for target in targets:
+            path = os.path.join(new.path, target.name)
+            names = sorted(target.entries, key=lambda name: target.entries[name].start)
+            order = [by_name[target.stem, name] for name in names]
+            for number, values in _full(stored, order):
+                entry = target.entries[stored.tensors[number].file_name]
+                uploads.write(path, target.size, target.head, entry, values)
+        uploads.sync()
+        new.finish(indices)
+
+
+def _full(stored: Manifest, order: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Full tensors in this order, read a group at a time."""
+    groups: list[list[int]] = [[]]
+    used = 0
+    for number in order:
+        tensor = stored.tensors[number]
+        nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
+        if groups[-1] and used + nbytes > _GROUP:
+            groups.append([])
+            used = 0
+        groups[-1].append(number)
+        used += nbytes
+    for group in groups:
+        tensors = ((n, stored.tensors[n]) for n in group)
+        full = {n: torch.empty(t.shape, dtype=t.dtype, device="cpu") for n, t in tensors}
+        wanted = {n: list(whole(stored.tensors[n].shape)) for n in group}
+        for number, box, values in manifests.parts(stored, manifests.read_requests(stored, wanted)):
+            box.view(full[number]).copy_(values)
+        yield from full.items()
 
 
 def _full_tensors(
@@ -162,7 +220,7 @@ def _copy_configs(folder: str, temporary: str, stems: set[str], dtype: torch.dty
     adapters = [os.path.dirname(stem) for stem in stems if stem not in WHOLE]
     for name in [os.path.join(place, _ADAPTER) for place in adapters] or _CONFIGS:
         path = os.path.join(folder, name)
-        if not os.path.lexists(path) or os.path.islink(os.path.dirname(path)):
+        if not exists(path) or os.path.islink(os.path.dirname(path)):
             continue
         data = read_whole(path, _MAX_CONFIG)
         write_file(os.path.join(temporary, name), _with_dtype(data, path, dtype))

@@ -24,10 +24,11 @@ from typing import Any
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import consolidated, manifest
 from shardema.files.consolidated import INDICES, SINGLES, Place
+from shardema.files.places import any_path, is_file, names_in
+from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
     MAX_HEADER,
     NAMES,
-    local_path,
     opened,
     read_at,
     read_whole,
@@ -99,11 +100,11 @@ def recognize(path: str | os.PathLike[str]) -> Recognized:
 
     Raises:
         CheckpointError: nothing that is known here, or a header of it is broken.
-        ValueError: the path is no local one.
+        ValueError: the path is empty, or a URL that cannot be used.
     """
-    path = local_path("inspect", path)
-    kinds = kinds_of(path)
-    inside = {} if set(kinds) & {CHECKPOINT, MANAGER} else dict(nested(path))
+    path = any_path("inspect", path)
+    kinds = _kinds_of_url(path) if is_remote(path) else kinds_of(path)
+    inside = {} if is_remote(path) or set(kinds) & {CHECKPOINT, MANAGER} else dict(nested(path))
     if not kinds and inside:
         listed = abbreviate([f"{name} ({kind})" for name, kind in inside.items()])
         raise CheckpointError(
@@ -115,6 +116,18 @@ def recognize(path: str | os.PathLike[str]) -> Recognized:
         manifest.read(path, "inspect")  # which says that it is none
     found = _DESCRIBED[kinds[0]](path)
     return replace(found, facts={**found.facts, "also": kinds[1:], "inside": inside})
+
+
+def _kinds_of_url(url: str) -> list[str]:
+    """`kinds_of` in a store: checkpoints and safetensors, which are all that is read from one."""
+    inside = names_in(url)
+    if not inside:
+        return [SAFETENSORS] if is_file(url) else []
+    found = {
+        CHECKPOINT: manifest.NAME in inside,
+        HF: not inside.isdisjoint((*SINGLES, *INDICES)),
+    }
+    return [kind for kind, there in found.items() if there]
 
 
 def nested(path: str) -> Iterator[tuple[str, str]]:

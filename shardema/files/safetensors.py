@@ -16,7 +16,7 @@ import re
 import reprlib
 import stat
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,8 @@ def local_path(op: str, path: str | os.PathLike[str]) -> str:
         return os.fsdecode(urllib.parse.unquote_to_bytes(text[found.end() :]))
     if _URL.match(text):
         raise ValueError(
-            f"{op}: got {text!r}: remote storage is not supported yet; give a local path, and copy "
-            "the folder from there or to there"
+            f"{op}: got {text!r}, expected a local path, or where URLs are possible one with two "
+            "slashes, as a str since pathlib drops slashes"
         )
     return text
 
@@ -366,11 +366,16 @@ def read_header(fd: int, path: str) -> dict[str, Entry]:
         CheckpointError: it is not a complete, valid safetensors file.
     """
     size = os.fstat(fd).st_size
-    length = int.from_bytes(read_at(fd, 0, 8, path), "little") if size >= 8 else MAX_NUMBER
+    return parse_header(lambda offset, nbytes: read_at(fd, offset, nbytes, path), size, path)
+
+
+def parse_header(read: Callable[[int, int], bytearray], size: int, path: str) -> dict[str, Entry]:
+    """The same, of a file of ``size`` bytes that ``read(offset, nbytes)`` reads."""
+    length = int.from_bytes(read(0, 8), "little") if size >= 8 else MAX_NUMBER
     if length > min(MAX_HEADER, size - 8):
         raise CheckpointError(f"reading {path}: not a safetensors file", path=path)
     try:
-        return _entries(parse_json(read_at(fd, 8, length, path)), 8 + length, size)
+        return _entries(parse_json(read(8, length)), 8 + length, size)
     except BROKEN as error:
         raise CheckpointError(
             f"reading {path}: its safetensors header is broken ({error!r:.300})", path=path

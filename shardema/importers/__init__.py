@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shardema.files.remote import is_remote
 from shardema.files.sources import Imported
 from shardema.importers import folders, states, torchfile
 from shardema.importers.states import STATES
@@ -36,8 +37,8 @@ def read(
 
     Args:
         source: a file of ``torch.save``, a ``.safetensors`` file, a folder in the Hugging Face
-            layout or of torch.distributed.checkpoint; or what ``state_dict()`` of the library's
-            object returned.
+            layout (also the URL of these two) or of torch.distributed.checkpoint; or what
+            ``state_dict()`` of the library's object returned.
         format: one of `FORMATS`; ``"auto"`` finds it by the content.
         key: the part that holds the average: a key, several joined by dots, or what its names
             begin with. ``"state_dict.model_ema"`` is the LitEma in a Stable Diffusion checkpoint.
@@ -62,7 +63,7 @@ def read(
     if inside is not None:
         if folders.METADATA in inside:
             return folders.read_dcp(path, format, key, prefix, names, trust=trust)
-    elif torchfile.is_one(path):
+    elif not is_remote(path) and torchfile.is_one(path):
         state = torchfile.load(path)
         return states.read(f"load_full from {path}", path, state, format, key, prefix, names)
     return folders.read_safetensors(path, format, key, prefix, names)

@@ -14,7 +14,7 @@ from shardema.files import consolidated, layouts, sources
 from shardema.files.consolidated import Place
 from shardema.files.export import Writer, parse_size, plan_targets, reserve
 from shardema.files.folder import new_folder
-from shardema.files.safetensors import MODEL, reporting, write_file
+from shardema.files.safetensors import MODEL, local_path
 from shardema.files.sources import Chunks, Imported
 from shardema.ranks.agree import Ranks
 from shardema.shards.boxes import Box, Dims, split_box, whole
@@ -65,16 +65,14 @@ def write(
         for name, shape in shapes.items()
     ]
     targets, indices = plan_targets(facts, limit)
+    out = local_path("convert", out)
     with new_folder(out, "convert", alone) as new, Writer(new.path, targets, done) as writer:
         reserve(new.path, targets)
         for name, shape in shapes.items():
             for box, values in _parts(imported.tensors[name], shape):
                 writer.write(MODEL, name, box, values)
         writer.sync()
-        with reporting(new.path, "convert to"):
-            for file_name, index in indices.items():
-                write_file(os.path.join(new.path, file_name), index)
-        new.commit()
+        new.finish(indices)
 
 
 def _dtype(value: Any) -> torch.dtype:

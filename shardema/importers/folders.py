@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import consolidated
-from shardema.files.safetensors import local_path, reporting
+from shardema.files.places import any_path, is_file, names_in
+from shardema.files.safetensors import reporting
 from shardema.files.sources import Chunks, Imported, load_chunks
 from shardema.importers import states, torchfile
 
@@ -31,12 +31,11 @@ def looked_into(source: str | os.PathLike[str]) -> tuple[str, set[str] | None]:
 
     Raises:
         CheckpointError: it is not there or cannot be read.
-        ValueError: it is no local path.
+        ValueError: it is empty, or a URL that cannot be used.
     """
-    path = local_path("load_full", source)
+    path = any_path("load_full", source)
     with reporting(path, "reading"):
-        folder = stat.S_ISDIR(os.stat(path).st_mode)
-        return path, set(os.listdir(path)) if folder else None
+        return path, None if is_file(path) else names_in(path)
 
 
 def read_safetensors(
