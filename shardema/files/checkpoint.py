@@ -112,17 +112,8 @@ def save_averages(
     left_out += sorted(merged_state.holders)
     sources = [*(one.only(averaged) for one in averages), own.only(rest)]
     parts = pairing.local_parts(own.plan, weights, own.ranks)
-    return save(
-        folder,
-        sources,
-        progress,
-        left_out,
-        parts,
-        own.ranks,
-        extra=extra,
-        overwrite=overwrite,
-        wait=wait,
-    )
+    saving = _Saving(sources, progress, left_out, parts, own.ranks)
+    return save(folder, saving, extra=extra, overwrite=overwrite, wait=wait)
 
 
 def progress_of(average: Average) -> StoredAverage:
@@ -136,23 +127,62 @@ def progress_of(average: Average) -> StoredAverage:
     )
 
 
+@dataclass(frozen=True)
+class _Saving:
+    """What a save writes.
+
+    Attributes:
+        sources: the averages, and last the model's own tensors.
+        averages: progress, by name of the average.
+        left_out: names that an export of the full model has and that are not written.
+        parts: this rank's fingerprints of the model.
+        ranks: the ranks that write.
+    """
+
+    sources: Sequence[Contents]
+    averages: Mapping[str, StoredAverage]
+    left_out: Sequence[str]
+    parts: Sequence[pairing.Part]
+    ranks: Ranks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written by the rank that writes most."""
+        loads = (source.loads() for source in self.sources)
+        return max(map(sum, zip(*loads, strict=True)))
+
+    def write(self, path: str, boxes: Sequence[_Box]) -> _Told:
+        """Writes this rank's file to the folder ``path``."""
+        return _write_rank(path, boxes, self.ranks), list(self.parts)
+
+    def commit(self, new: NewFolder | NewPrefix, told: Sequence[_Told]) -> None:
+        """Completes the checkpoint. On the leader, which was told what every rank wrote."""
+        tensors = _tensors(self.sources)
+        manifest = Manifest(
+            secrets.token_hex(16),
+            self.ranks.size,
+            dict(self.averages),
+            tensors,
+            tuple(self.left_out),
+            tuple(_stored_file(entry, tensors) for entry, _ in told if entry is not None),
+            new.place,
+            model=pairing.merged(self.sources[-1].plan, [theirs for _, theirs in told]),
+        )
+        new.finish({manifests.NAME: manifests.pack(manifest)})
+
+
 def save(
     folder: str | os.PathLike[str],
-    sources: Sequence[Contents],
-    averages: Mapping[str, StoredAverage],
-    left_out: Sequence[str],
-    parts: Sequence[pairing.Part],
-    ranks: Ranks,
+    saving: _Saving,
     *,
     extra: Callable[[str], None],
     overwrite: bool,
     wait: bool,
 ) -> PendingSave | None:
-    """Writes a checkpoint. Collective over ``ranks``.
+    """Writes a checkpoint. Collective.
 
     Args:
         folder: must not exist, unless ``overwrite``; its parent is created.
-        parts: this rank's fingerprints of the model.
         extra: called on the leader with the temporary folder, to write further files.
         overwrite: replace a complete checkpoint at ``folder``.
         wait: whether it is written on return; else values are copied, and a thread writes them.
@@ -165,54 +195,40 @@ def save(
             f"save: got wait=False and {os.fspath(folder)}: only a save to a local folder goes on "
             "in the background; leave wait=True"
         )
-    tensors = _tensors(sources)
-    nbytes = _busiest(sources)
-
-    def commit(new: NewFolder | NewPrefix, told: Sequence[_Told]) -> None:
-        manifest = Manifest(
-            secrets.token_hex(16),
-            ranks.size,
-            dict(averages),
-            tensors,
-            tuple(left_out),
-            tuple(_stored_file(entry, tensors) for entry, _ in told if entry is not None),
-            new.place,
-            model=pairing.merged(sources[-1].plan, [theirs for _, theirs in told]),
-        )
-        new.finish({manifests.NAME: manifests.pack(manifest)})
-
-    def write(new: NewFolder | NewPrefix, boxes: Sequence[_Box]) -> _Told:
-        return _write_rank(new.path, boxes, ranks), list(parts)
-
+    ranks, nbytes = saving.ranks, saving.nbytes
     with new_folder(folder, "save", ranks, overwrite=overwrite) as new:
 
         def finish(told: list[_Told]) -> None:
             new.add(extra)
-            commit(new, told)
+            saving.commit(new, told)
 
+        boxes = _boxes_of(saving.sources, ranks)
         if wait or isinstance(new, NewPrefix):  # the latter was refused without wait
-            boxes = _boxes_of(sources, ranks)
-            ranks.agree("save (writing)", lambda: write(new, boxes), finish, nbytes=nbytes)
+            ranks.agree(
+                "save (writing)", lambda: saving.write(new.path, boxes), finish, nbytes=nbytes
+            )
             return None
-        staged: list[_Box] = []
-
-        def stage() -> None:
-            staged.extend(replace(box, values=_on_host(box)) for box in _boxes_of(sources, ranks))
-
-        ranks.agree("save (staging)", stage, lambda _: new.add(extra), nbytes=nbytes)
-        return PendingSave(
-            new.handed_over(),
-            ranks,
-            lambda: write(new, staged),
-            lambda told: commit(new, told),
-            nbytes,
-        )
+        return _in_background(new, saving, boxes, extra)
 
 
-def _busiest(sources: Sequence[Contents]) -> int:
-    """Bytes written by the rank that writes most."""
-    loads = (source.loads() for source in sources)
-    return max(map(sum, zip(*loads, strict=True)))
+def _in_background(
+    new: NewFolder, saving: _Saving, boxes: Sequence[_Box], extra: Callable[[str], None]
+) -> PendingSave:
+    """Copies the values to host memory; a thread writes the copies. Collective."""
+    staged: list[_Box] = []
+
+    def stage() -> None:
+        staged.extend(replace(box, values=_on_host(box)) for box in boxes)
+
+    nbytes = saving.nbytes
+    saving.ranks.agree("save (staging)", stage, lambda _: new.add(extra), nbytes=nbytes)
+    return PendingSave(
+        new.handed_over(),
+        saving.ranks,
+        lambda: saving.write(new.path, staged),
+        lambda told: saving.commit(new, told),
+        nbytes,
+    )
 
 
 def _boxes_of(sources: Sequence[Contents], ranks: Ranks) -> list[_Box]:
