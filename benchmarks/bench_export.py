@@ -346,4 +346,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # after DCP's writers the end of the interpreter aborts in one run of twenty: "terminate called
+    # without an active exception"; everything has been said and written by then
+    os._exit(code)
