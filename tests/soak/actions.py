@@ -1074,6 +1074,7 @@ def late(at: Scene, *, name: str) -> None:
 def missing(at: Scene) -> None:
     """A rank does not come: the others are told, and the next call of all works."""
     at.close_round()
+    _ = at.ema.num_updates  # ends an open round, also on the rank that does not come
     ranks = at.ema.internal.averages.ranks
     known, ranks.timeout = ranks.timeout, 1.0
     try:
