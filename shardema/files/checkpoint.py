@@ -195,7 +195,7 @@ def save(
             f"save: got wait=False and {os.fspath(folder)}: only a save to a local folder goes on "
             "in the background; leave wait=True"
         )
-    ranks, nbytes = saving.ranks, saving.nbytes
+    ranks = saving.ranks
     with new_folder(folder, "save", ranks, overwrite=overwrite) as new:
 
         def finish(told: list[_Told]) -> None:
@@ -205,7 +205,10 @@ def save(
         boxes = _boxes_of(saving.sources, ranks)
         if wait or isinstance(new, NewPrefix):  # the latter was refused without wait
             ranks.agree(
-                "save (writing)", lambda: saving.write(new.path, boxes), finish, nbytes=nbytes
+                "save (writing)",
+                lambda: saving.write(new.path, boxes),
+                finish,
+                nbytes=saving.nbytes,
             )
             return None
         return _in_background(new, saving, boxes, extra)
