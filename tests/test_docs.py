@@ -117,3 +117,10 @@ def test_every_message_in_errors_is_one_of_the_code() -> None:
         parts = map(re.escape, message.split("..."))
         pattern = re.compile(".*".join(parts), re.DOTALL)
         assert any(pattern.search(text) for text in known), f"no code says {message!r}"
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    contents = (ROOT / "docs/index.md").read_text().split("```{toctree}")[1].split("```")[0]
+    listed = [line for line in contents.split() if not line.startswith(":")]
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert sorted(listed) == sorted(pages)
