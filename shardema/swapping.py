@@ -148,6 +148,7 @@ class Swaps:
         notices.never_updated("swap", average)
         self._updates.refresh()
         self._updates.flush("swap")
+        self._averages.lending.detach()
         exchange = Exchange(self._averages.held(average), average.shadows.views)
         return average, self._weights.averaged_shards, exchange, self._all_gather_slices(average)
 
