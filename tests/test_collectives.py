@@ -206,7 +206,7 @@ def live(rank: int, case: Case, folder: str, port: int, words: Any) -> None:
 def verdict(case: Case) -> str:
     """What is wrong with a case; nothing if all is right."""
     context = world.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(world.PRELOAD)
+    context.set_forkserver_preload(world.preloaded())
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
         words = context.SimpleQueue()

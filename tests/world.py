@@ -11,6 +11,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
 
 PRELOAD = [
     "torch",
+    "torch._dynamo",  # torch itself imports it, at the first step or the first hook of FSDP2
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.tensor.parallel",
     "shardema",
+    "pytest",
 ]
+TRAINERS = ["accelerate", "lightning", "transformers.trainer"]  # seconds each, on every rank
 TIMEOUT = 20  # seconds of the process group: a desynchronised fact fails, it does not hang
 
 
@@ -103,6 +107,11 @@ def _main(rank: int, size: int, folder: str, facts: Sequence[Fact], told: Any, d
 # ---- the test's process -----------------------------------------------------------------------
 
 
+def preloaded(*more: str) -> list[str]:
+    """What the server of the ranks imports: also the trainers that a collected test file has."""
+    return [*PRELOAD, *(name for name in TRAINERS if name in sys.modules), *more]
+
+
 def until_one_fails(
     facts: Sequence[Fact],
     ranks: int,
@@ -122,7 +131,7 @@ def until_one_fails(
         heard: told the name of each fact that the first rank is done with.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, *preload])
+    context.set_forkserver_preload(preloaded(*preload))
     said: dict[str, dict[int, str]] = {fact.name: {} for fact in facts}
     assert len(said) == len(facts), "two facts of one name"
     slow: list[tuple[float, str]] = []

@@ -116,7 +116,7 @@ class Crew:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*world.PRELOAD, *TRAINERS, *LATER])
+        context.set_forkserver_preload(world.preloaded(*TRAINERS, *LATER))
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(self.size):
             here, there = context.Pipe()
