@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -107,9 +108,17 @@ def _main(rank: int, size: int, folder: str, facts: Sequence[Fact], told: Any, d
 # ---- the test's process -----------------------------------------------------------------------
 
 
-def preloaded(*more: str) -> list[str]:
-    """What the server of the ranks imports: also the trainers that a collected test file has."""
-    return [*PRELOAD, *(name for name in TRAINERS if name in sys.modules), *more]
+def server(*more: str) -> ForkServerContext:
+    """Starts processes that find torch imported.
+
+    Args:
+        more: what else they find, if none was started before; always the trainers that the test
+            files have imported.
+    """
+    context = multiprocessing.get_context("forkserver")
+    trainers = [name for name in TRAINERS if name in sys.modules]
+    context.set_forkserver_preload([*PRELOAD, *trainers, *more])
+    return context
 
 
 def until_one_fails(
@@ -130,8 +139,7 @@ def until_one_fails(
         preload: modules that are imported once for all worlds, if this one is the first.
         heard: told the name of each fact that the first rank is done with.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(preloaded(*preload))
+    context = server(*preload)
     said: dict[str, dict[int, str]] = {fact.name: {} for fact in facts}
     assert len(said) == len(facts), "two facts of one name"
     slow: list[tuple[float, str]] = []
