@@ -41,8 +41,8 @@ def read_profile(
         profile.retained([profile.start])  # applies every schedule once
     except _NONSENSE as error:
         raise CheckpointError(
-            f"reading {os.fspath(folder)}: {error!r:.300} in the history of {average!r}; it was not "
-            "written by ema.save",
+            f"reading {os.fspath(folder)}: {error!r:.300} in the history of {average!r}; it was "
+            "not written by ema.save",
             path=os.fspath(folder),
         ) from error
     return profile
