@@ -203,7 +203,8 @@ def read_full(
         sources.read_shards(source, names, held, staging.views)
     begin = average.moved_at if restart is None else restart[0]
     history = History(begin, imported=True)
-    return StagedAverage(average, staging, restart and (*restart, None), history, loaded=True)
+    seed = restart and (*restart, None)
+    return StagedAverage(average, staging, seed, history, loaded=True)
 
 
 # ---- a state dict -----------------------------------------------------------------------------
