@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from shardema.profiles import Profile
 
+_SEEN = 5e-5  # mass from which it is said
+
 
 def unit_of(profile: Profile) -> str:
     """The unit of the average's clock; "unit" if its schedule needs code."""
@@ -18,9 +20,9 @@ def describe(profile: Profile) -> str:
     if half is not None:
         parts.append(f"half of the mass in the last {_number(profile.t - half)} {unit}s")
     parts.append(f"as wide as a mean of {_number(profile.effective_updates)} updates")
-    if profile.unknown > 0:
+    if profile.unknown >= _SEEN:
         parts.append(f"{100 * profile.unknown:.3g} % imported at {_number(profile.start)}")
-    elif profile.initial > 0:
+    elif profile.unknown == 0 and profile.initial >= _SEEN:
         parts.append(f"{100 * profile.initial:.3g} % initial weights")
     return ", ".join(parts)
 
