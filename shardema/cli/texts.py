@@ -8,9 +8,12 @@ _SEEN = 5e-5  # mass from which it is said
 
 
 def unit_of(profile: Profile) -> str:
-    """The unit of the average's clock; "unit" if its schedule needs code."""
-    schedule = profile.segments[-1].schedule if profile.segments else None
-    return "unit" if schedule is None else str(schedule.unit)
+    """The unit of the average's clock; "unit" if it is not known."""
+    if not profile.segments:
+        return "unit"
+    last = profile.segments[-1]
+    unit = getattr(last.schedule, "unit", last.description["params"].get("unit"))
+    return unit if isinstance(unit, str) else "unit"
 
 
 def describe(profile: Profile) -> str:
