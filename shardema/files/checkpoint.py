@@ -143,13 +143,14 @@ def save_averages(
 
 
 def progress_of(average: Average) -> StoredAverage:
-    """Schedule, clock and dtype of an average, as the manifest stores them."""
+    """Schedule, clock, dtype and history of an average, as the manifest stores them."""
     return StoredAverage(
         describe(average.schedule),
         average.t,
         average.num_updates,
         str(average.policy.dtype).removeprefix("torch."),
         average.moved_at,
+        average.ledger.history(),
     )
 
 

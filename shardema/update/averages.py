@@ -81,6 +81,13 @@ class Averages(Mapping[str, Average]):
             raise ValueError(f"name: got {name!r}, expected one of {list(self.names)}")
         return self[key]
 
+    def tensor_names(self, fqn: str) -> tuple[str, ...]:
+        """All names of an averaged tensor. Raises ValueError if this rank has none of this name."""
+        for shard in self.weights.averaged_shards:
+            if fqn in shard.names:
+                return shard.names
+        raise ValueError(f"fqn: got {fqn!r}, expected the name of an averaged tensor on this rank")
+
     def readable(self, name: str | Mixture | None) -> Readable:
         """The average or mixture of this name. Raises ValueError."""
         if not isinstance(name, Mixture):
