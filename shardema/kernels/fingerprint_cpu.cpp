@@ -11,7 +11,32 @@
 
 namespace {
 
-const int64_t kBlock = 4096;  // the table takes 32 KiB: it stays in a first-level cache
+const int64_t kBlock = 4096;  // elements that have one table of factors, of 32 KiB
+const int64_t kRows = 4;      // blocks at a time: a factor is loaded once for all of them
+
+inline uint64_t widened(int64_t value) { return uint64_t(value); }
+
+template <class T>
+uint64_t part(const T* __restrict__ values, int64_t n, const uint64_t* __restrict__ factors) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += widened(values[i]) * factors[i];
+  return sum;
+}
+
+// kRows whole blocks
+template <class T>
+uint64_t rows(const T* __restrict__ values, const uint64_t* __restrict__ table,
+              const uint64_t* blocks) {
+  uint64_t a = 0, b = 0, c = 0, d = 0;
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const uint64_t factor = table[i];
+    a += widened(values[i]) * factor;
+    b += widened(values[i + kBlock]) * factor;
+    c += widened(values[i + 2 * kBlock]) * factor;
+    d += widened(values[i + 3 * kBlock]) * factor;
+  }
+  return a * blocks[0] + b * blocks[1] + c * blocks[2] + d * blocks[3];
+}
 
 template <class T>
 uint64_t stretch(const T* values, int64_t n, int64_t first, const uint64_t* table,
@@ -19,11 +44,14 @@ uint64_t stretch(const T* values, int64_t n, int64_t first, const uint64_t* tabl
   uint64_t total = 0;
   while (n > 0) {
     const int64_t offset = first % kBlock;
-    const int64_t here = n < kBlock - offset ? n : kBlock - offset;
-    const uint64_t* __restrict__ factors = table + offset;
-    uint64_t sum = 0;
-    for (int64_t i = 0; i < here; ++i) sum += uint64_t(int64_t(values[i])) * factors[i];
-    total += sum * blocks[first / kBlock];
+    const uint64_t* block = blocks + first / kBlock;
+    int64_t here = kRows * kBlock;
+    if (offset == 0 && n >= here) {
+      total += rows(values, table, block);
+    } else {
+      here = n < kBlock - offset ? n : kBlock - offset;
+      total += part(values, here, table + offset) * *block;
+    }
     values += here, first += here, n -= here;
   }
   return total;
