@@ -171,15 +171,24 @@ class Steps:
 
     def sweep(self) -> None:
         """Removes the temporary folders of killed writers; those of running ones are locked."""
-        try:
-            names = os.listdir(self.folder)
-        except OSError as error:
-            log.warning("%s: cannot be cleaned up: %s", self.folder, error.strerror)
-            return
-        for name in filter(_TEMPORARY.fullmatch, names):
-            path = os.path.join(self.folder, name)
-            if name.endswith(".old") or not _is_locked(path):
-                _remove_tree(path)
+        sweep(self.folder, _TEMPORARY)
+
+
+def sweep(folder: str, temporary: re.Pattern[str]) -> None:
+    """Removes the temporary folders in ``folder`` whose writers were killed.
+
+    Args:
+        temporary: matches their names; those on ".old" are being removed, and have no writer.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        log.warning("%s: cannot be cleaned up: %s", folder, error.strerror)
+        return
+    for name in filter(temporary.fullmatch, names):
+        path = os.path.join(folder, name)
+        if name.endswith(".old") or not _is_locked(path):
+            _remove_tree(path)
 
 
 def lock(fd: int) -> bool:
