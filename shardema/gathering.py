@@ -19,6 +19,27 @@ def full_tensors(
     calls: Calls, op: str, name: str | None, dtype: Any, *, all_ranks: bool
 ) -> Iterator[tuple[str, Any]]:
     """See `ShardedEMA.iter_full`. Collective, from the first ``next`` on."""
+    _, tensors = begin_full(
+        calls, op, name, dtype, all_ranks=all_ranks, given=lambda: {"all_ranks": bool(all_ranks)}
+    )
+    yield from tensors
+
+
+def begin_full(
+    calls: Calls,
+    op: str,
+    name: str | None,
+    dtype: Any,
+    *,
+    all_ranks: bool,
+    given: Callable[[], dict[str, Any]],
+    files: bool = False,
+) -> tuple[Average, Iterator[tuple[str, Any]]]:
+    """The average, and its full tensors by name; those are collective too. Collective.
+
+    Args:
+        given, files: as of a `Call`.
+    """
     made: list[tuple[Contents, Contents, Prepared]] = []
 
     def prepare(average: Average) -> None:
@@ -30,18 +51,24 @@ def full_tensors(
         ready = transfer.prepare(gathered, limit=transfer.BUCKET_BYTES, all_ranks=all_ranks)
         made[:] = [(contents, gathered, ready)]
 
-    calls.begin(
+    average = calls.begin(
         Call(
             op,
             name,
             dtype=dtype,
-            given=lambda: {"all_ranks": bool(all_ranks)},
+            given=given,
+            files=files,
             compared=lambda average: [average],
             prepare=prepare,
         )
     )
+    return average, _stream(calls, op, *made.pop(), all_ranks)
+
+
+def _stream(
+    calls: Calls, op: str, contents: Contents, gathered: Contents, ready: Prepared, all_ranks: bool
+) -> Iterator[tuple[str, Any]]:
     merged_state, values = calls.merged_state, calls.own.values
-    contents, gathered, ready = made.pop()
     with writable():
         arriving = transfer.stream(ready, op)
         if not (all_ranks or calls.ranks.leader):

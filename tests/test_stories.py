@@ -129,7 +129,7 @@ def killed_once(words: list[str], happened: Callable[[], bool], delay: float = 0
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    end = time.monotonic() + 120
+    end = time.monotonic() + 400
     while not (seen := happened()) and time.monotonic() < end and process.poll() is None:
         time.sleep(0.002)
     time.sleep(delay)
