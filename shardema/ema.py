@@ -34,7 +34,7 @@ from shardema.files import checkpoint, dcp, layouts, loading, pretrained
 from shardema.files import export as exporter
 from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
-from shardema.gathering import begin_full, full_tensors
+from shardema.gathering import export_file, full_tensors
 from shardema.importers import Imported
 from shardema.model import selection
 from shardema.model.selection import Buffers, Select
@@ -542,12 +542,7 @@ class ShardedEMA:
             return layouts.arguments(path, layout, max_shard_size, mode)
 
         if layout in (*layouts.FILES,):
-            average, full = begin_full(
-                calls, "export", name, dtype, all_ranks=False, given=given, files=True
-            )
-            with writable(), calls.ranks.together("export"):
-                nbytes = sum(calls.contents(average, dtype).loads())
-                layouts.write_file(path, layout, full, average.num_updates, calls.ranks, nbytes)
+            export_file(calls, path, layout, name, dtype, given)
             return
         average = calls.begin(
             Call(

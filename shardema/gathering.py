@@ -1,13 +1,15 @@
-"""Gathers the full tensors of an average, one by one, for `iter_full` and `full_state_dict`."""
+"""Gathers the full tensors of an average, one by one, or into one file."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from shardema.calls import Call, Calls
+from shardema.files import layouts
 from shardema.ranks import transfer
 from shardema.ranks.plan import Contents, Item
 from shardema.ranks.transfer import Iteration, Prepared
@@ -23,6 +25,23 @@ def full_tensors(
         calls, op, name, dtype, all_ranks=all_ranks, given=lambda: {"all_ranks": bool(all_ranks)}
     )
     yield from tensors
+
+
+def export_file(
+    calls: Calls,
+    path: str | os.PathLike[str],
+    layout: str,
+    name: str | None,
+    dtype: Any,
+    given: Callable[[], dict[str, Any]],
+) -> None:
+    """`ShardedEMA.export` in a layout of one file, which the first rank writes. Collective."""
+    average, full = begin_full(
+        calls, "export", name, dtype, all_ranks=False, given=given, files=True
+    )
+    with writable(), calls.ranks.together("export"):
+        nbytes = sum(calls.contents(average, dtype).loads())
+        layouts.write_file(path, layout, full, average.num_updates, calls.ranks, nbytes)
 
 
 def begin_full(

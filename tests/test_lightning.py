@@ -731,7 +731,7 @@ def test_the_newest_checkpoint_whose_average_is_whole_is_found(
     (token,) = folders(at[3])
     Path(f"{at[3]}.ema", token).rename(Path(f"{at[3]}.ema", f".{token}.01234567.tmp"))
     (stored,) = Path(f"{at[2]}.ema").glob("*/*.safetensors")
-    stored.write_bytes(stored.read_bytes()[:-1] + b"?")
+    stored.write_bytes(stored.read_bytes()[:-1] + bytes([stored.read_bytes()[-1] ^ 1]))
     at[1].unlink()
     at[1].mkdir()  # sharded, and not complete
     for number, path in enumerate(at):
