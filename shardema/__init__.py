@@ -9,10 +9,12 @@ from shardema.errors import CheckpointError, RankError, SwapError
 from shardema.files.background import PendingSave
 from shardema.manager import CheckpointManager
 from shardema.policy import ShadowPolicy
+from shardema.update.mixture import Mixture
 
 __all__ = [
     "CheckpointError",
     "CheckpointManager",
+    "Mixture",
     "PendingSave",
     "RankError",
     "ShadowPolicy",

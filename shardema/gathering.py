@@ -14,11 +14,12 @@ from shardema.ranks import transfer
 from shardema.ranks.plan import Contents, Item
 from shardema.ranks.transfer import Iteration, Prepared
 from shardema.scopes import writable
-from shardema.update.average import Average
+from shardema.update.averages import Readable
+from shardema.update.mixture import Mixture
 
 
 def full_tensors(
-    calls: Calls, op: str, name: str | None, dtype: Any, *, all_ranks: bool
+    calls: Calls, op: str, name: str | Mixture | None, dtype: Any, *, all_ranks: bool
 ) -> Iterator[tuple[str, Any]]:
     """See `ShardedEMA.iter_full`. Collective, from the first ``next`` on."""
     _, tensors = begin_full(
@@ -31,7 +32,7 @@ def export_file(
     calls: Calls,
     path: str | os.PathLike[str],
     layout: str,
-    name: str | None,
+    name: str | Mixture | None,
     dtype: Any,
     given: Callable[[], dict[str, Any]],
 ) -> None:
@@ -47,13 +48,13 @@ def export_file(
 def begin_full(
     calls: Calls,
     op: str,
-    name: str | None,
+    name: str | Mixture | None,
     dtype: Any,
     *,
     all_ranks: bool,
     given: Callable[[], dict[str, Any]],
     files: bool = False,
-) -> tuple[Average, Iterator[tuple[str, Any]]]:
+) -> tuple[Readable, Iterator[tuple[str, Any]]]:
     """The average, and its full tensors by name; those are collective too. Collective.
 
     Args:
@@ -61,7 +62,7 @@ def begin_full(
     """
     made: list[tuple[Contents, Contents, Prepared]] = []
 
-    def prepare(average: Average) -> None:
+    def prepare(average: Readable) -> None:
         calls.merged_state.check_values(op, calls.ranks.size if all_ranks else 1)
         contents = calls.contents(average, dtype)
         contents = contents.only(calls.merged_state.chosen(contents.plan))
@@ -77,7 +78,7 @@ def begin_full(
             dtype=dtype,
             given=given,
             files=files,
-            compared=lambda average: [average],
+            compared=lambda average: average.components,
             prepare=prepare,
         )
     )
