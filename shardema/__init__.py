@@ -7,8 +7,10 @@ from shardema.batchnorm import update_bn
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError, SwapError
 from shardema.files.background import PendingSave
+from shardema.files.profiles import read_profile
 from shardema.manager import CheckpointManager
 from shardema.policy import ShadowPolicy
+from shardema.profiles import Profile
 from shardema.update.mixture import Mixture
 
 __all__ = [
@@ -16,12 +18,14 @@ __all__ = [
     "CheckpointManager",
     "Mixture",
     "PendingSave",
+    "Profile",
     "RankError",
     "ShadowPolicy",
     "ShardedEMA",
     "SwapError",
     "importers",
     "presets",
+    "read_profile",
     "schedules",
     "update_bn",
 ]

@@ -40,6 +40,7 @@ from shardema.model import selection
 from shardema.model.selection import Buffers, Select
 from shardema.model.weights import Weights
 from shardema.policy import ShadowPolicy
+from shardema.profiles import Profile
 from shardema.ranks.agree import Ranks
 from shardema.schedules import Schedule, by_pattern
 from shardema.scopes import writable
@@ -478,6 +479,26 @@ class ShardedEMA:
 
             self._updates.replace("reset", restart, counted=False)
 
+    def profile(self, name: str | None = None, *, fqn: str | None = None) -> Profile:
+        """How much the weights of each past step contribute to the average. Local.
+
+        Exact through every schedule, interval, load and reset of the run so far. The weights that
+        the average began with are `Profile.initial`; what was loaded without its history, by
+        `load_full` or from a checkpoint before format 1.3, is `Profile.unknown`.
+
+        Args:
+            name: which average.
+            fqn: of an averaged tensor, where `schedules.by_pattern` gives tensors different
+                schedules; None is the default schedule's.
+
+        Raises:
+            ValueError: no average of this name; no averaged tensor of this name on this rank.
+        """
+        self._calls.close_round()
+        average = self._averages.named(name)
+        names = () if fqn is None else self._averages.tensor_names(fqn)
+        return Profile(average.ledger.history(), average.t, names)
+
     # ---- gathering ----------------------------------------------------------------------------
 
     def full_state_dict(
@@ -659,14 +680,15 @@ class ShardedEMA:
         included, for an offline export.
 
         Args:
-            folder: the new folder; must not exist.
+            folder: the new folder, or its URL in an object store; must not exist.
             include_frozen: also write the parameters that are not averaged; an offline export
                 needs them, `load` does not.
             overwrite: the folder may exist if it is a complete checkpoint of `save`. It is
                 replaced atomically once the new one is complete. Other folders are not replaced.
-            wait: if False, return once the averages are copied to host memory, of their size; a
-                thread writes them while training goes on. One such save at a time: the next `save`
-                and `load` wait for it. The files hold the averages as they were at the call.
+            wait: if False, a thread writes the files while training goes on. They hold the averages
+                as they were at the call: copied to host memory, of their size, in the call, or
+                where they are there already, by what changes them first. One such save at a time:
+                the next `save` and `load` wait for it.
 
         Returns:
             None; with ``wait=False`` a `PendingSave`, whose ``result()`` waits. An error of the
@@ -676,7 +698,7 @@ class ShardedEMA:
         Raises:
             CheckpointError: the folder exists, or a write failed (a full disk). Raised on all
                 ranks; no partial files are left, and an existing checkpoint is unchanged.
-            ValueError: the path is not local, or differs between ranks.
+            ValueError: a URL that cannot be used, or the path differs between ranks.
             RuntimeError: inside ``swap()``; replicas differ between ranks; with
                 ``include_frozen``, a module has extra state that is not a tensor.
         """
@@ -712,7 +734,7 @@ class ShardedEMA:
                 include_frozen=include_frozen,
                 overwrite=overwrite,
                 extra=lambda place: pretrained.write_config(module, place, None),
-                wait=wait,
+                shared=None if wait else averages,
             )
         return calls.pending
 
@@ -743,8 +765,8 @@ class ShardedEMA:
             CheckpointError: no checkpoint, a damaged one, or with ``model="check"`` one that was
                 saved with other weights. Raised on all ranks.
             ValueError: a checkpoint of another model, other averages or other schedules; ``add``
-                names an average that the checkpoint has, or ``drop`` one that it has not; a path
-                that is not local.
+                names an average that the checkpoint has, or ``drop`` one that it has not; a URL
+                that cannot be used.
             RuntimeError: inside ``swap()``.
 
         After an error the averages are unchanged.
@@ -878,6 +900,7 @@ class ShardedEMA:
         with writable():
             self._updates.refresh()
             self._updates.flush("state_dict")
+            averages.hand_out()
             return dcp.state_of(averages, dcp.saved_elsewhere(calls.plan, calls.ranks.index))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
