@@ -467,7 +467,7 @@ def on_two_ranks() -> None:
         if first:
             os.unlink(f"{name[0]}/step-00000006/shardema.json")
         dist.barrier()
-        with pytest.raises(CheckpointError, match="none of the steps 6 can be loaded"):
+        with pytest.raises(CheckpointError, match="step 6 cannot be loaded"):
             manager.resume()
         again = ema.full_state_dict(all_ranks=True)
         assert all(torch.equal(saved[k], again[k]) for k in saved)
