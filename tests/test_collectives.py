@@ -30,6 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA
+from shardema.exchange import Exchange
 from shardema.model import replicas
 from shardema.ranks import agree, plan, rounds, transfer
 from shardema.ranks.agree import Ranks
@@ -371,6 +372,25 @@ def memory_runs_out_before_a_transfer() -> None:
             works(ema)
 
 
+def a_write_fails_on_one_rank() -> None:
+    """It gathers with the others all the same, and then all are told; nothing is left written."""
+
+    def full(self: Exchange) -> None:
+        raise torch.OutOfMemoryError("no room to write")
+
+    for poor in (0, last_rank()):
+        ema = sliced(timeout=15.0)
+        before = [p.clone() for p in ema.internal.averages.weights.models[0].parameters()]
+        here = dist.get_rank() == poor
+        with mock.patch.object(Exchange, "swap_in", full) if here else nothing():
+            kind, rank, text = told(lambda: swapped(ema, ""))  # noqa: B023
+        assert (kind, rank) == ("RankError", poor), (kind, text)
+        assert "OutOfMemoryError: no room to write" in text
+        after = ema.internal.averages.weights.models[0].parameters()
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        works(ema)
+
+
 def nothing() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
@@ -671,6 +691,7 @@ def a_slow_consumer_is_waited_for() -> None:
 
 FACTS = [
     memory_runs_out_before_a_transfer,
+    a_write_fails_on_one_rank,
     a_rank_fails_in_the_middle_of_a_transfer,
     the_leader_has_no_room_for_the_result,
     ranks_that_missed_a_call_are_in_step_again,
@@ -799,6 +820,7 @@ def test_a_rank_that_withdrew_and_is_then_asked_to_come_again_gets_its_reply() -
     assert reply["reply"] == at_last["reply"] == "yes"
     assert told_late is not None
     assert told_late["late"] == [2]
+    assert store.num_keys() == 0  # nor is the last reader's word that it has read left
 
 
 # ---- on an accelerator, of which this counts what is asked --------------------------------------
