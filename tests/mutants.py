@@ -345,6 +345,7 @@ GATHERING = (
     files("reshard"),
     files("gathered"),
     files("collectives"),
+    (*files("collectives"), "--full", "-k", "slow_consumer or leader_that_beats"),
 )
 # what a `ShadowPolicy` may ask for
 POLICIES = files("offload_in_training", "slices", "policy")
@@ -367,7 +368,7 @@ STORIES = {
         8, (files("checkpoint"), files("files"), files("reshard")), "manifest.py"
     ),
     "files/background.py": Story(3, (files("background"),)),
-    "files/pairing.py": Story(2, (files("manager"), files("checkpoint", "zero_checkpoints"))),
+    "files/pairing.py": Story(2, (files("manager"), files("golden", "zero_checkpoints"))),
     "files/prefix.py": Story(3, (files("remote"),)),
     "manager.py": Story(3, (files("manager", "background"),)),
     "ranks/rounds.py": Story(3, (files("collectives"), files("interrupts"))),
