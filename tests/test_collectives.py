@@ -750,10 +750,11 @@ def one_is_in_a_message_and_one_in_a_transfer(where: int, patient: str) -> None:
 
     Args:
         where: the rank in the message.
-        patient: who waits for longer than torch does, and hears of it from the other one.
+        patient: who has a long timeout, in a transfer longer than torch's, and hears of the other.
     """
     here = dist.get_rank() == where
-    ema = checked(timeout=200.0 if here == (patient == "message") else 2.0)
+    long = {"message": 20.0, "transfer": 200.0}[patient]
+    ema = checked(timeout=long if here == (patient == "message") else 2.0)
     ema.metrics()
     kind, _, text = told(ema.metrics if here else ema.update)
     assert kind == "RankError", text
