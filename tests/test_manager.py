@@ -311,6 +311,15 @@ def test_two_managers_of_one_directory_are_refused(tmp_path: Path) -> None:
     second.close()
 
 
+def test_a_run_that_raises_unlocks_its_directory(tmp_path: Path) -> None:
+    manager = CheckpointManager(averaged()[1], tmp_path)  # known to the end, so it is not collected
+    manager.save(1)
+    with pytest.raises(KeyError), manager:
+        raise KeyError
+    with CheckpointManager(averaged()[1], tmp_path) as second:
+        assert second.resume() == 1
+
+
 WRITER = """
 import os, signal, sys, torch
 from torch import nn
