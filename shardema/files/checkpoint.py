@@ -58,12 +58,17 @@ _Told = tuple[dict[str, Any] | None, list[pairing.Part]]  # entry of a file, fin
 
 @dataclass(frozen=True)
 class _Box:
-    """A box that this rank writes: its key in the file, the number of its tensor, its values."""
+    """A box that this rank writes: its key in the file, the number of its tensor, its values.
+
+    Attributes:
+        dtype: that they are written in.
+    """
 
     key: str
     number: int
     box: Box
     values: Tensor
+    dtype: torch.dtype
 
 
 def save_averages(
@@ -78,17 +83,19 @@ def save_averages(
     overwrite: bool,
     extra: Callable[[str], None],
     wait: bool,
+    follows: str = "",
 ) -> PendingSave | None:
-    """Writes all averages, the model's buffers and, optionally, frozen parameters. Collective.
+    """Writes averages, the model's buffers and, optionally, frozen parameters. Collective.
 
     Args:
-        averages: every average of the model.
+        averages: those to write, each in the dtype of its contents.
         own: the model's own tensors.
         progress: by name of the average.
         merged_state: how the model's own code changes its state dict.
         weights: this rank's shards of the averaged tensors, whose fingerprints are stored.
         include_frozen: also the parameters that are not averaged.
         overwrite, extra, wait: as for `save`.
+        follows: id of the save before in a chain of snapshots, on the leader; else empty.
     """
     if include_frozen:
         merged_state.check_tensors(
@@ -112,17 +119,21 @@ def save_averages(
     left_out += sorted(merged_state.holders)
     sources = [*(one.only(averaged) for one in averages), own.only(rest)]
     parts = pairing.local_parts(own.plan, weights, own.ranks)
-    saving = _Saving(sources, progress, left_out, parts, own.ranks)
+    saving = _Saving(sources, progress, left_out, parts, own.ranks, follows)
     return save(folder, saving, extra=extra, overwrite=overwrite, wait=wait)
 
 
-def progress_of(average: Average) -> StoredAverage:
-    """Schedule, clock and dtype of an average, as the manifest stores them."""
+def progress_of(average: Average, dtype: torch.dtype | None = None) -> StoredAverage:
+    """Schedule, clock and dtype of an average, as the manifest stores them.
+
+    Args:
+        dtype: that it is written in; None for its own.
+    """
     return StoredAverage(
         describe(average.schedule),
         average.t,
         average.num_updates,
-        str(average.policy.dtype).removeprefix("torch."),
+        str(dtype or average.policy.dtype).removeprefix("torch."),
         average.moved_at,
     )
 
@@ -137,6 +148,7 @@ class _Saving:
         left_out: names that an export of the full model has and that are not written.
         parts: this rank's fingerprints of the model.
         ranks: the ranks that write.
+        follows: id of the save before in a chain.
     """
 
     sources: Sequence[Contents]
@@ -144,6 +156,7 @@ class _Saving:
     left_out: Sequence[str]
     parts: Sequence[pairing.Part]
     ranks: Ranks
+    follows: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -167,6 +180,7 @@ class _Saving:
             tuple(_stored_file(entry, tensors) for entry, _ in told if entry is not None),
             new.place,
             model=pairing.merged(self.sources[-1].plan, [theirs for _, theirs in told]),
+            follows=self.follows,
         )
         new.finish({manifests.NAME: manifests.pack(manifest)})
 
@@ -251,22 +265,22 @@ def _boxes_of(sources: Sequence[Contents], ranks: Ranks) -> list[_Box]:
                 while key in taken:  # a parameter may be called "w#0"
                     key += "#"
                 taken.add(key)
-                found.append(_Box(key, first + number, box, source.holdings(index, box)))
+                values = source.holdings(index, box)
+                found.append(_Box(key, first + number, box, values, source.dtype(item)))
         first += len(source.chosen)
     return found
 
 
 def _on_host(box: _Box) -> Tensor:
     """A copy of the values in host memory, which no update changes."""
-    values = box.values
-    return torch.empty(box.box.sizes, dtype=values.dtype, device="cpu").copy_(values)
+    return torch.empty(box.box.sizes, dtype=box.dtype, device="cpu").copy_(box.values)
 
 
 def _write_rank(temporary: str, boxes: Sequence[_Box], ranks: Ranks) -> dict[str, Any] | None:
     """Writes this rank's file and returns its entry for the manifest; None if it owns nothing."""
     if not boxes:
         return None
-    head, entries = make_header([(one.key, one.values.dtype, one.box.sizes) for one in boxes])
+    head, entries = make_header([(one.key, one.dtype, one.box.sizes) for one in boxes])
     boxes = sorted(boxes, key=lambda one: entries[one.key].start)
     size = len(head) + sum(entries[one.key].nbytes for one in boxes)
     name = f"rank-{ranks.index:05d}-of-{ranks.size:05d}.safetensors"
@@ -274,7 +288,7 @@ def _write_rank(temporary: str, boxes: Sequence[_Box], ranks: Ranks) -> dict[str
     blocks: list[str] = []
     with reporting(path, "writing"), new_file(path, size) as file:
         offset = 0
-        for block in _in_blocks(head, (one.values for one in boxes)):
+        for block in _in_blocks(head, boxes):
             blocks.append(xxhash.xxh3_128_hexdigest(block))
             file.write_at(offset, block)
             offset += len(block)
@@ -283,11 +297,11 @@ def _write_rank(temporary: str, boxes: Sequence[_Box], ranks: Ranks) -> dict[str
     return {"name": name, "size": size, "head": len(head), "blocks": blocks, "pieces": pieces}
 
 
-def _in_blocks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
+def _in_blocks(head: bytes, boxes: Sequence[_Box]) -> Iterator[memoryview]:
     """The bytes of a file in blocks of `BLOCK`, the last one shorter."""
     block = bytearray(BLOCK)
     view, used = memoryview(block), 0
-    for chunk in _chunks(head, tensors):
+    for chunk in _chunks(head, boxes):
         while chunk:
             n = min(len(chunk), BLOCK - used)
             view[used : used + n] = chunk[:n]
@@ -299,12 +313,13 @@ def _in_blocks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
         yield view[:used]
 
 
-def _chunks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
+def _chunks(head: bytes, boxes: Sequence[_Box]) -> Iterator[memoryview]:
     yield memoryview(head)
-    for tensor in tensors:
-        limit = max(1, _CHUNK // tensor.dtype.itemsize)
-        for part in split_box(Box((0,) * tensor.dim(), tuple(tensor.shape)), limit):
-            yield raw_bytes(part.view(tensor).cpu())
+    for one in boxes:
+        limit = max(1, _CHUNK // one.dtype.itemsize)
+        for part in split_box(one.box, limit):
+            values = part.relative_to(one.box.offsets).view(one.values)
+            yield raw_bytes(values.to(device="cpu", dtype=one.dtype))
 
 
 def _tensors(sources: Sequence[Contents]) -> tuple[StoredTensor, ...]:

@@ -42,7 +42,7 @@ from shardema.shards.boxes import Box, Dims, check_covered, flat_boxes
 from shardema.shards.shard import Role
 
 NAME = "shardema.json"
-VERSION = (1, 2)  # docs/format.md says what each one added
+VERSION = (1, 3)  # docs/format.md says what each one added
 BLOCK = 4 << 20  # bytes that one checksum covers
 MAX_MANIFEST = 1 << 30  # bytes
 _START = b'{"checksum":"'
@@ -122,6 +122,7 @@ class Manifest:
             forward uses) and ``"masters"`` (an engine's in fp32) and by fqn; empty before 1.2.
         place: name of the subfolder with the files, "" if they are beside the manifest.
         home: path of the folder with the files; set by `read`.
+        follows: ``save_id`` of the snapshot before this one; empty for others.
     """
 
     save_id: str
@@ -133,6 +134,7 @@ class Manifest:
     place: str = ""
     home: str = ""
     model: dict[str, dict[str, Fingerprint]] = field(default_factory=dict)
+    follows: str = ""
 
 
 def pack(manifest: Manifest) -> bytes:
@@ -167,6 +169,7 @@ def pack(manifest: Manifest) -> bytes:
             for t in manifest.tensors
         ],
         "left_out": manifest.left_out,
+        **({"follows": manifest.follows} if manifest.follows else {}),
         "place": manifest.place,
         "model": {
             kind: {fqn: [one.dtype, one.digits] for fqn, one in values.items()}
@@ -285,6 +288,7 @@ def _parse(body: Any, folder: str) -> Manifest:
         place,
         os.path.join(folder, place) if place else folder,
         _model(body.get("model", {}), {tensor.fqn for tensor in tensors if tensor.average}),
+        checked_text(body.get("follows", "")),
     )
 
 
