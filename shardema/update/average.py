@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from shardema.policy import ShadowPolicy
+from shardema.ranks.plan import Holdings, Plan
 from shardema.schedules import Schedule, by_pattern
+from shardema.shards.boxes import Box
 from shardema.shards.shard import Shard
 from shardema.update.shadows import Shadows
 
@@ -35,6 +37,19 @@ class Average:
     moved_at: float = 0
     decays: tuple[float, ...] | None = None
     loaded: bool = False
+
+    @property
+    def components(self) -> list[Average | None]:
+        """What it is read from: itself; see `MixedAverage`."""
+        return [self]
+
+    def fill(self, out: Tensor, shard: Shard) -> None:
+        """Writes the average of one shard to ``out``, of the same sizes and strides."""
+        out.copy_(self.shadows.views[shard.fqn])
+
+    def holdings(self, plan: Plan, shards: Sequence[Shard]) -> Callable[[int, Box], Tensor]:
+        """This rank's values of a box: averages, and the model's own tensors."""
+        return Holdings(plan, shards, self.shadows.views)
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:
