@@ -14,7 +14,7 @@ the order of the sources, so the result does not depend on the parts, nor on who
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,15 @@ def shape_of(value: Value) -> Dims:
     return value.entry.shape if isinstance(value, Place) else tuple(value.shape)
 
 
+def nbytes_of(values: Iterable[Value]) -> int:
+    """Bytes that are read for these tensors."""
+    total = 0
+    for value in values:
+        for source in [s for _, s in value.sources] if isinstance(value, Blend) else [value]:
+            total += math.prod(shape_of(source)) * dtype_of(source).itemsize
+    return total
+
+
 # ---- parts of a result --------------------------------------------------------------------------
 
 
@@ -98,11 +107,12 @@ def parts_of(values: Mapping[str, Value]) -> list[dict[str, list[Box]]]:
             numbers.setdefault(id(last.manifest), (last.manifest, {}))[1][last.number] = name
         else:
             apart.append(name)
-    found = []
+    found: list[dict[str, list[Box]]] = []
     for stored, names in numbers.values():
         for file in stored.files:
             found += _parts_of_file(stored, file, names)
-    return found + _parts_by_size({name: values[name] for name in apart})
+    found += _parts_by_size({name: values[name] for name in apart})
+    return found
 
 
 def _parts_of_file(

@@ -33,6 +33,7 @@ _INSERTED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _BUCKET = 1 << 24  # elements of a rank's part of a blend that are computed at a time
 _WRAPPED = "module."  # what DDP and timm put before all names
 
+
 @dataclass(frozen=True)
 class Imported:
     """An average that another program has kept; `ShardedEMA.load_full` loads it.
@@ -55,6 +56,12 @@ class Imported:
     num_updates: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     path: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read for all of it."""
+        kinds = Tensor | Place | Chunks | Stored | Blend  # extra state may be anything
+        return blending.nbytes_of(v for v in self.tensors.values() if isinstance(v, kinds))
 
     def shapes(self, label: str) -> dict[str, Dims]:
         """The shape of each tensor; without extra state, and what else is not a tensor.

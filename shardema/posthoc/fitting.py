@@ -133,7 +133,7 @@ def _solve(matrix: Vector, wanted: Vector, ridge: float) -> Vector:
     if count == 1:
         return mean
     basis = np.linalg.qr(np.ones((count, 1)), mode="complete")[0][:, 1:]
-    reduced = np.linalg.qr(np.column_stack([matrix, wanted]), mode="r")
+    reduced = np.array(np.linalg.qr(np.column_stack([matrix, wanted]), mode="r"))
     small, right = reduced[:, :-1], reduced[:, -1]
     weight = np.sqrt(ridge) * np.linalg.norm(wanted)
     system = np.vstack([small @ basis, weight * basis])

@@ -66,7 +66,12 @@ def merge_weights(count: int, curve: Curve) -> NDArray[np.float64]:
         raise ValueError(f"merge: got {count} checkpoints, expected one or more")
     decay = curve_of(curve)
     left = np.array([float(decay(i / count)) for i in range(count + 1)])
-    return left[:-1] - left[1:]
+    return _falls(left)
+
+
+def _falls(left: NDArray[np.float64]) -> NDArray[np.float64]:
+    falls: NDArray[np.float64] = left[:-1] - left[1:]
+    return falls
 
 
 @dataclass(frozen=True)
@@ -136,10 +141,10 @@ class Wanted:
             decay = curve_of(self.target.curve)
             places = np.clip((edges - self.begin) / self.target.length, 0, 1)
             left = np.array([float(decay(float(x))) for x in places])
-            return left[:-1] - left[1:]
+            return _falls(left)
         if isinstance(self.target, Schedule):
             kept = [self.target.retention(float(edge), self.at) for edge in edges]
-            return np.diff(np.array(kept))
+            return -_falls(np.array(kept))
         return _of_density(self.target, edges)
 
     @property
@@ -150,14 +155,18 @@ class Wanted:
         return 0.0
 
 
-def _of_density(weight: Callable[[float], float], edges: NDArray[np.float64]) -> Any:
+def _of_density(
+    weight: Callable[[float], float], edges: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """The cells by the weight at their middle, scaled to sum to 1."""
     middles = (edges[:-1] + edges[1:]) / 2
-    found = np.array([float(weight(float(t))) for t in middles]) * np.diff(edges)
-    total = found.sum()
+    heights = np.array([float(weight(float(t))) for t in middles])
+    found: NDArray[np.float64] = heights * np.diff(edges)
+    total = float(found.sum())
     if not np.isfinite(found).all() or not total > 0:
         raise ValueError(
             f"target: got a callable whose weights sum to {total:.3g} from t={edges[0]:g} to "
             f"{edges[-1]:g}, expected finite weights with a sum above 0"
         )
-    return found / total
+    found /= total
+    return found

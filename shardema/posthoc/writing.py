@@ -101,11 +101,5 @@ def write(
             new.finish(indices)
 
         ranks.agree(f"{op} (reserving)", make_room)
-        nbytes = sum(_nbytes(value) for value in values.values())
+        nbytes = blending.nbytes_of(values.values())
         ranks.agree(f"{op} (writing)", work, finish, nbytes=nbytes)
-
-
-def _nbytes(value: Value) -> int:
-    """Bytes that are read for a tensor."""
-    sources = [s for _, s in value.sources] if isinstance(value, Blend) else [value]
-    return sum(torch.Size(shape_of(s)).numel() * dtype_of(s).itemsize for s in sources)

@@ -75,8 +75,10 @@ class Averages(Mapping[str, Average]):
             raise ValueError(f"name: got {name!r}, expected one of {list(self.names)}")
         return self[key]
 
-    def readable(self, name: str | Mixture | None) -> Readable:
-        """The average or mixture of this name. Raises ValueError."""
+    def readable(self, name: str | Mixture | Average | None) -> Readable:
+        """The average or mixture of this name, or an average itself. Raises ValueError."""
+        if isinstance(name, Average):
+            return name
         if not isinstance(name, Mixture):
             return self.named(name)
         coefficients = check_coefficients(name.coefficients, self.names, check_sum=False)
