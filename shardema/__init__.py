@@ -7,19 +7,23 @@ from shardema.batchnorm import update_bn
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError, SwapError
 from shardema.files.background import PendingSave
+from shardema.files.profiles import read_profile
 from shardema.manager import CheckpointManager
 from shardema.policy import ShadowPolicy
+from shardema.profiles import Profile
 
 __all__ = [
     "CheckpointError",
     "CheckpointManager",
     "PendingSave",
+    "Profile",
     "RankError",
     "ShadowPolicy",
     "ShardedEMA",
     "SwapError",
     "importers",
     "presets",
+    "read_profile",
     "schedules",
     "update_bn",
 ]

@@ -39,6 +39,7 @@ from shardema.model import selection
 from shardema.model.selection import Buffers, Select
 from shardema.model.weights import Weights
 from shardema.policy import ShadowPolicy
+from shardema.profiles import Profile
 from shardema.ranks.agree import Ranks
 from shardema.schedules import Schedule, by_pattern
 from shardema.scopes import writable
@@ -482,6 +483,26 @@ class ShardedEMA:
                     average.restart()
 
             self._updates.replace("reset", restart, counted=False)
+
+    def profile(self, name: str | None = None, *, fqn: str | None = None) -> Profile:
+        """How much the weights of each past step contribute to the average. Local.
+
+        Exact through every schedule, interval, load and reset of the run so far. The weights that
+        the average began with are `Profile.initial`; what was loaded without its history, by
+        `load_full` or from a checkpoint before format 1.3, is `Profile.unknown`.
+
+        Args:
+            name: which average.
+            fqn: of an averaged tensor, where `schedules.by_pattern` gives tensors different
+                schedules; None is the default schedule's.
+
+        Raises:
+            ValueError: no average of this name; no averaged tensor of this name on this rank.
+        """
+        self._calls.close_round()
+        average = self._averages.named(name)
+        names = () if fqn is None else self._averages.tensor_names(fqn)
+        return Profile(average.ledger.history(), average.t, names)
 
     # ---- gathering ----------------------------------------------------------------------------
 

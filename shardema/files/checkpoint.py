@@ -124,7 +124,7 @@ def save_averages(
 
 
 def progress_of(average: Average, dtype: torch.dtype | None = None) -> StoredAverage:
-    """Schedule, clock and dtype of an average, as the manifest stores them.
+    """Schedule, clock, dtype and history of an average, as the manifest stores them.
 
     Args:
         dtype: that it is written in; None for its own.
@@ -135,6 +135,7 @@ def progress_of(average: Average, dtype: torch.dtype | None = None) -> StoredAve
         average.num_updates,
         str(dtype or average.policy.dtype).removeprefix("torch."),
         average.moved_at,
+        average.ledger.history(),
     )
 
 

@@ -13,7 +13,6 @@ import os
 import re
 import reprlib
 import stat
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 import xxhash
 
 from shardema.errors import CheckpointError, abbreviate
-from shardema.files import remote
+from shardema.files import histories, remote
 from shardema.files.places import any_path, exists, names_in, read_whole, reading
 from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
@@ -38,6 +37,7 @@ from shardema.files.safetensors import (
     parse_json,
     reporting,
 )
+from shardema.profiles import History, Profile
 from shardema.shards.boxes import Box, Dims, check_covered, flat_boxes
 from shardema.shards.shard import Role
 
@@ -48,7 +48,6 @@ MAX_MANIFEST = 1 << 30  # bytes
 _START = b'{"checksum":"'
 _MIDDLE = b'","body":'
 _END = b"}\n"
-_MAX_DEPTH = 100  # of objects and lists in a schedule
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 PLACE = re.compile(r"save-[0-9a-f]{16}")  # of the files of a save that replaced another one
@@ -96,13 +95,18 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredAverage:
-    """Progress and schedule of one average."""
+    """Progress, schedule and history of one average."""
 
     schedule: dict[str, Any]
     t: float
     num_updates: int
     dtype: str
-    moved_at: float = 0  # progress when it last moved, at most ``t``
+    moved_at: float  # progress when it last moved, at most ``t``
+    history: History  # its last update point is ``moved_at``
+
+    def profile(self, names: tuple[str, ...] = ()) -> Profile:
+        """The weight of each past step in it; of the tensor with these names."""
+        return Profile(self.history, self.t, names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,7 @@ def pack(manifest: Manifest) -> bytes:
                 "num_updates": a.num_updates,
                 "dtype": a.dtype,
                 "moved_at": a.moved_at,
+                "history": histories.pack(a.history),
             }
             for name, a in manifest.averages.items()
         },
@@ -310,42 +315,17 @@ def _fingerprint(fqn: str, value: Any, averaged: set[str]) -> Fingerprint:
 
 
 def _average(value: Any) -> StoredAverage:
-    t = _number(value["t"])
-    moved_at = _number(value.get("moved_at", t))
+    t = histories.checked_number(value["t"])
+    moved_at = histories.checked_number(value.get("moved_at", t))
     if moved_at > t:
         raise ValueError(f"moved_at {moved_at}, expected at most t, {t}")
     count = checked_int(value["num_updates"])
     dtype = checked_text(value["dtype"])
-    return StoredAverage(_schedule(value["schedule"]), t, count, dtype, moved_at)
-
-
-def _schedule(value: Any) -> dict[str, Any]:
-    checked_text(value["name"])
-    if type(value["params"]) is not dict:
-        raise ValueError(f"params of a schedule: {reprlib.repr(value['params'])}, expected a dict")
-    _check_depth(value, _MAX_DEPTH)
-    return dict(value)
-
-
-def _check_depth(value: Any, left: int) -> None:
-    """A schedule is shown and compared, which recursion does; its depth is that of its parts."""
-    if left == 0:
-        raise ValueError("a schedule that is nested too deep")
-    if isinstance(value, dict):
-        for name in value:
-            checked_text(name)
-    for part in value.values() if isinstance(value, dict) else value:
-        if isinstance(part, (dict, list)):
-            _check_depth(part, left - 1)
-        elif isinstance(part, str):
-            checked_text(part)
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
-        raise ValueError(f"expected a number, got {reprlib.repr(value)}")
-    number: float = value
-    return number
+    schedule = histories.checked_schedule(value["schedule"])
+    history = History(moved_at, imported=True)  # not known before version 1.3
+    if "history" in value:
+        history = histories.parse(value["history"], moved_at)
+    return StoredAverage(schedule, t, count, dtype, moved_at, history)
 
 
 def _tensor(value: Any, averages: dict[str, StoredAverage]) -> StoredTensor:

@@ -17,10 +17,11 @@ from typing import Any
 
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import manifest as manifests
-from shardema.files.manifest import Manifest, StoredAverage
+from shardema.files.manifest import Manifest
+from shardema.files.profiles import profile_in
 from shardema.files.safetensors import local_path
 from shardema.files.steps import Steps, name_of
-from shardema.profiles import History, Profile, Run, Segment
+from shardema.profiles import Profile
 from shardema.schedules import restore
 
 
@@ -72,28 +73,22 @@ def read(folder: str | os.PathLike[str]) -> list[Snapshot]:
     stored = {step: manifests.read(steps.path(step), "posthoc.open") for step in present}
     _check_chain(steps, stored)
     found = [
-        Snapshot(step, name, one, profile_of(kept, f"{steps.path(step)}: average {name!r}"))
+        Snapshot(step, name, one, _profile_of(one, steps.path(step), name))
         for step, one in stored.items()
-        for name, kept in one.averages.items()
+        for name in one.averages
     ]
     _check_clocks(steps, stored)
     _check_times(steps.folder, found)
     return found
 
 
-def profile_of(kept: StoredAverage, what: str) -> Profile:
-    """The profile of an average of a checkpoint.
-
-    Raises:
-        ValueError: its tensors have different schedules, or its history was not stored.
-    """
-    if kept.schedule["name"] == "by_pattern":
+def _profile_of(stored: Manifest, path: str, name: str) -> Profile:
+    if stored.averages[name].schedule["name"] == "by_pattern":
         raise ValueError(
-            f"{what} has several schedules (by_pattern), so no one profile; reconstruct from "
-            "averages with one schedule"
+            f"{path}: average {name!r} has several schedules (by_pattern), so no one profile; "
+            "give Snapshots the names of averages with one schedule"
         )
-    run = Run(kept.moved_at, kept.num_updates)
-    return Profile(History(0, False, (Segment(kept.schedule, 0, (run,)),)), kept.t)
+    return profile_in(stored, path, name)
 
 
 def unit_of(snapshots: Sequence[Snapshot]) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from shardema.profiles.history import History, Run, Segment
 from shardema.schedules import Schedule, by_pattern, describe
 from shardema.schedules.custom import needs_code
 
-MAX_RUNS = 512  # of a segment; more are joined in pairs
+MAX_RUNS = 512  # of a segment; more are joined to runs of more updates
 MAX_SEGMENTS = 100  # the older ones are forgotten: what they left is then unknown
 _SAME = 1e-9  # relative difference of two distances that count as the same
 
@@ -30,6 +28,7 @@ class Ledger:
         "_decays",
         "_distance",
         "_end",
+        "_least",
         "_needs_code",
         "_past",
         "_rule",
@@ -42,6 +41,7 @@ class Ledger:
         self._past = history
         self._end = self._begin = history.end
         self._closed: list[Run] = []
+        self._least = 1  # updates that a closed run has at least, but for the last
         if history.segments and history.segments[-1].description == describe(rule):
             *before, last = history.segments
             self._past = History(history.begin, history.imported, tuple(before))
@@ -78,21 +78,25 @@ class Ledger:
         return [Run(self._end, self._count, True, kept)]
 
     def _close(self) -> None:
-        """Closes the open run; joins neighbours if there are too many."""
-        self._closed += self._open()
-        if len(self._closed) > MAX_RUNS:
-            self._closed = _in_pairs(self._begin, self._closed)
+        """Closes the open run; joins neighbours if there are too many runs."""
+        for run in self._open():
+            _append(self._closed, run, self._begin, self._least)
+        while len(self._closed) > MAX_RUNS:
+            self._least *= 2
+            runs, self._closed = self._closed, []
+            for run in runs:
+                _append(self._closed, run, self._begin, self._least)
 
 
-def _in_pairs(begin: float, runs: Sequence[Run]) -> list[Run]:
-    joined: list[Run] = []
-    for first, second in zip(runs[::2], runs[1::2], strict=False):
-        joined.append(_joined(begin, first, second))
-        begin = second.end
-    return joined + list(runs[len(joined) * 2 :])
+def _append(runs: list[Run], run: Run, begin: float, least: int) -> None:
+    """Appends a run, or joins it with the last one if that has fewer than ``least`` updates."""
+    if not runs or runs[-1].count >= least:
+        runs.append(run)
+        return
+    runs[-1] = _join(runs[-2].end if len(runs) > 1 else begin, runs[-1], run)
 
 
-def _joined(begin: float, first: Run, second: Run) -> Run:
+def _join(begin: float, first: Run, second: Run) -> Run:
     distances = [(first.end - begin) / first.count, (second.end - first.end) / second.count]
     same = abs(distances[1] - distances[0]) <= _SAME * distances[0]
     kept = None

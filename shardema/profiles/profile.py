@@ -155,7 +155,9 @@ class Profile:
                 if rule is not None:
                     found.append(_Stretch(begin, run, left, rule, segment.end))
                     continue
-                kept = 1.0 if run.kept is None else run.kept[index]
+                if run.kept is None or index >= len(run.kept):
+                    raise ValueError(f"profile: got no retentions of {segment.description!s:.300}")
+                kept = run.kept[index]
                 found.append(_Stretch(begin, run, left, kept))
                 left *= kept
             if rule is not None:

@@ -93,6 +93,13 @@ class Averages(Mapping[str, Average]):
             )
         return MixedAverage(str(name), averages[0].policy, tuple(parts), self.t, self.num_updates)
 
+    def tensor_names(self, fqn: str) -> tuple[str, ...]:
+        """All names of an averaged tensor. Raises ValueError if this rank has none of this name."""
+        for shard in self.weights.averaged_shards:
+            if fqn in shard.names:
+                return shard.names
+        raise ValueError(f"fqn: got {fqn!r}, expected the name of an averaged tensor on this rank")
+
     # ---- clocks -------------------------------------------------------------------------------
 
     @property

@@ -135,8 +135,8 @@ PATCHES = {
             "import_clock",
             "files/loading.py",
             "read_full",
-            "return StagedAverage(average, staging, restart and (*restart, None), loaded=True)",
-            "return StagedAverage(average, staging, None, loaded=True)",
+            "return StagedAverage(average, staging, restart and (*restart, None), history, loaded=True)",
+            "return StagedAverage(average, staging, None, history, loaded=True)",
             "the progress that an import was given is not taken",
         ),
         Patch(
