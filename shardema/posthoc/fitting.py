@@ -32,7 +32,7 @@ _NEGLIGIBLE = 1e-9  # of the largest coefficient
 # long averages, which cancel, lose more than one digit.
 MAX_AMPLIFICATION = 8.0
 MAX_RESIDUAL = 0.1
-_RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4)
+_RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,13 @@ def fit(masses: Vector, target: Vector, edges: Vector, *, limited: bool) -> Fit:
     widths = np.concatenate([np.full(len(target) - len(steps), steps.min()), steps])
     root = np.sqrt(widths)[:, None]
     matrix, wanted = masses / root, target / root[:, 0]
-    found = _solve(matrix, wanted, 0.0)
-    ridge = 0.0
-    for ridge in _RIDGES if limited and np.abs(found).sum() > MAX_AMPLIFICATION else ():
-        found = _solve(matrix, wanted, ridge)
-        if np.abs(found).sum() <= MAX_AMPLIFICATION:
-            break
+    found, ridge = _solve(matrix, wanted, 0.0), 0.0
+    if limited and np.abs(found).sum() > MAX_AMPLIFICATION:
+        for weight in _RIDGES:
+            other = _solve(matrix, wanted, weight)
+            if np.abs(other).sum() <= MAX_AMPLIFICATION:
+                found, ridge = other, weight
+                break
     small = np.abs(found) <= _NEGLIGIBLE * np.abs(found).max()
     if small.any():
         kept = np.flatnonzero(~small)
