@@ -12,10 +12,12 @@ from shardema.manager import CheckpointManager
 from shardema.policy import ShadowPolicy
 from shardema.profiles import Profile
 from shardema.snapshots import Snapshots
+from shardema.update.mixture import Mixture
 
 __all__ = [
     "CheckpointError",
     "CheckpointManager",
+    "Mixture",
     "PendingSave",
     "Profile",
     "RankError",
