@@ -39,6 +39,7 @@ from shardema.model import selection
 from shardema.model.selection import Buffers, Select
 from shardema.model.weights import Weights
 from shardema.policy import ShadowPolicy
+from shardema.posthoc import Reconstruction
 from shardema.profiles import Profile
 from shardema.ranks.agree import Ranks
 from shardema.schedules import Schedule, by_pattern
@@ -564,7 +565,7 @@ class ShardedEMA:
     def export(
         self,
         path: str | os.PathLike[str],
-        name: str | Mixture | None = None,
+        name: str | Mixture | Reconstruction | None = None,
         *,
         dtype: torch.dtype | Literal["model"] | None = None,
         layout: layouts.Layout = "hf",
@@ -583,7 +584,8 @@ class ShardedEMA:
 
         Args:
             path: the folder, or its URL in an object store; must not exist.
-            name: which average, or a mixture of `mix`.
+            name: which average, or a mixture of `mix`; or a `posthoc.Reconstruction`, as by its own
+                ``export``, with ``layout="hf"``.
             dtype: as for `full_state_dict`; buffers keep their dtype.
             layout: ``"hf"``, the above. ``"diffusers"``: the same for a diffusers model, with the
                 fields that ``EMAModel.from_pretrained`` reads to continue the average. ``"timm"``:
@@ -605,7 +607,16 @@ class ShardedEMA:
                 ``layout="diffusers"`` with another model or a schedule that ``EMAModel`` does not
                 have, are a ValueError.
         """
-
+        if isinstance(name, Reconstruction):
+            given = layouts.arguments(path, layout, max_shard_size, mode)
+            if (layout, mode) != ("hf", "auto") or dtype == "model":
+                raise ValueError(
+                    f"export of a reconstruction: got layout={layout!r}, mode={mode!r} and "
+                    f"dtype={dtype!r}, expected 'hf', 'auto' and a dtype or None"
+                )
+            ranks, size = self._averages.ranks, given["max_shard_size"]
+            name.export(path, dtype=dtype, max_shard_size=size, ranks=ranks)
+            return
         calls = self._calls
         average = calls.begin(
             Call(

@@ -212,6 +212,7 @@ def a_run_with_snapshots(folder: str) -> None:
     run = posthoc.open(f"{folder}/1")
     found = run.target(power(0.07), at=150)
     found.export(f"{folder}/from-4")
+    ema.export(f"{folder}/by-ema", found)
     if dist.get_rank() < 2:
         found.export(f"{folder}/from-2", ranks=Ranks((0, 1)))
     dist.barrier()
@@ -288,8 +289,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_ranks(run_folder: Path, tmp_pa
     found = posthoc.open(run_folder / "1").target(power(0.07), at=150)
     found.export(tmp_path / "alone")
     alone = (tmp_path / "alone" / "model.safetensors").read_bytes()
-    for ranks in (2, 4):
-        assert (run_folder / f"from-{ranks}" / "model.safetensors").read_bytes() == alone
+    for written in ("from-2", "from-4", "by-ema"):
+        assert (run_folder / written / "model.safetensors").read_bytes() == alone
     # buffers are those of the snapshot at that time
     stored = load_file(tmp_path / "alone" / "model.safetensors")
     assert stored["2.num_batches_tracked"].item() == 150
