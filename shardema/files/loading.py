@@ -199,7 +199,8 @@ def read_full(
     staging = _read_values(label, source, average.policy, averages, plan, beside)
     begin = average.moved_at if restart is None else restart[0]
     history = History(begin, imported=True)
-    return StagedAverage(average, staging, restart and (*restart, None), history, loaded=True)
+    seed = restart and (*restart, None)
+    return StagedAverage(average, staging, seed, history, loaded=True)
 
 
 def read_beside(

@@ -36,11 +36,15 @@ class Run:
     def point(self, begin: float, time: float) -> tuple[int, float]:
         """Number of the last point at or before ``time``, and this point; number 0 is ``begin``."""
         distance = (self.end - begin) / self.count
-        number = int((time - begin) / distance + _ROUNDING)
-        if number >= self.count:
-            return self.count, self.end
-        point = begin + number * distance
-        return number, point if self.even else float(int(point + _ROUNDING))
+        number = min(self.count, int((time - begin) / distance + _ROUNDING))
+        return number, self.at(begin, number)
+
+    def at(self, begin: float, number: int) -> float:
+        """Point ``number``; of uneven whole points a whole one."""
+        point = begin + number * ((self.end - begin) / self.count)
+        if number == self.count:
+            return self.end
+        return point if self.even else float(int(point + _ROUNDING))
 
 
 @dataclass(frozen=True)

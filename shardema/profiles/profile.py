@@ -123,6 +123,50 @@ class Profile:
             self._check_known(f"the time before {self.start}")
         return np.array([self._retained(float(time)) for time in times], dtype=np.float64)
 
+    # ---- its shape ----------------------------------------------------------------------------
+
+    def points(self, most: int = 2000) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """`start` and update points [n], and the number of updates up to each of them [n].
+
+        All of them if there are at most ``most``; else about so many, finer towards the end.
+        """
+        counts = np.cumsum([0, *(stretch.run.count for stretch in self._stretches)])
+        total = int(counts[-1])
+        numbers = np.arange(total + 1)
+        if total > most:
+            even, fine = np.linspace(0, total, most // 2), np.geomspace(1, total, most // 2)
+            numbers = np.unique(np.rint(np.concatenate([even, total - fine])).astype(np.int64))
+        found = []
+        for number in numbers.tolist():
+            index = int(np.searchsorted(counts, number, "left")) - 1
+            stretch = self._stretches[index] if number else None
+            place = number - int(counts[index])
+            found.append(stretch.run.at(stretch.begin, place) if stretch else self.start)
+        return np.array(found, dtype=np.float64), numbers
+
+    def since(self, share: float = 0.5) -> float | None:
+        """The latest time since which at least ``share`` of the mass is; None if less is known."""
+        low, high = self.start, self.history.end
+        if not 0 < share <= 1 - self._oldest:
+            return None
+        for _ in range(100):  # of float64
+            middle = (low + high) / 2
+            enough = 1 - self._retained(middle) >= share
+            low, high = (middle, high) if enough else (low, middle)
+        return low
+
+    @property
+    def effective_updates(self) -> float:
+        """Number of updates that an equal mean has whose masses have the same sum of squares.
+
+        Of the known updates, up to 2000 exactly; 0 if there are none. A mean of so many independent
+        weights has the same variance. For a constant decay d it is ``(1 + d) / (1 - d)``.
+        """
+        edges, numbers = self.points()
+        mass = self.mass(edges)
+        squares = float((mass**2 / np.diff(numbers)).sum())
+        return float(mass.sum()) ** 2 / squares if squares else 0.0
+
     # ---- from the runs ------------------------------------------------------------------------
 
     def _check_known(self, what: str) -> None:
