@@ -155,7 +155,7 @@ def test_a_long_run_has_few_cells_finer_before_each_snapshot() -> None:
 # ---- a run on four ranks ------------------------------------------------------------------------
 
 STDS = (0.04, 0.07, 0.15, 0.25)
-TIMES = (50, 80, 100)
+TIMES = (120, 160, 200)
 EVERY = (1, 10)
 
 
@@ -183,7 +183,7 @@ def kept_averages() -> tuple[dict[str, Any], dict[str, ShadowPolicy]]:
         names |= {f"std{std}-{every}": power(std) for std in STDS}
         rules |= names
         policies |= dict.fromkeys(names, ShadowPolicy(update_every=every))
-    rules["blocks"], policies["blocks"] = block_mean(25), ShadowPolicy()
+    rules["blocks"], policies["blocks"] = block_mean(50), ShadowPolicy()
     return rules, policies
 
 
@@ -196,7 +196,7 @@ def a_run_with_snapshots(folder: str) -> None:
     rules, policies = kept_averages()
     ema = ShardedEMA(model, rules, shadow=policies)
     names = ["a1", "b1", "a10", "b10", "blocks"]
-    with Snapshots(ema, f"{folder}/run", names=names, every=10) as snapshots:
+    with Snapshots(ema, f"{folder}/run", names=names, every=20) as snapshots:
         for step, trained in enumerate(training(TIMES[-1]), 1):
             with torch.no_grad():
                 for name, param in model.named_parameters():
@@ -206,10 +206,10 @@ def a_run_with_snapshots(folder: str) -> None:
             for name, buffer in trained.named_buffers():
                 model.get_buffer(name).copy_(buffer)
             ema.update()
-            assert snapshots.step(step) == (step % 10 == 0 or step % 25 == 0)
+            assert snapshots.step(step) == (step % 20 == 0 or step % 50 == 0)
             if step in TIMES:
                 ema.save(f"{folder}/direct-{step}")
-    found = posthoc.open(f"{folder}/run").target(power(0.07), at=80, names=["a1", "b1"])
+    found = posthoc.open(f"{folder}/run").target(power(0.07), at=160, names=["a1", "b1"])
     ema.export(f"{folder}/by-4", found)
     if dist.get_rank() < 2:
         found.export(f"{folder}/by-2", ranks=Ranks((0, 1)))
@@ -223,7 +223,7 @@ def a_run_with_snapshots(folder: str) -> None:
         assert torch.equal(model.get_parameter(name).full_tensor(), held), name
     after = ema.full_state_dict("a1", all_ranks=True)
     assert all(torch.equal(after[name], before[name]) for name in before)
-    ema.load_full(found, "a1", t=80)
+    ema.load_full(found, "a1", t=160)
     loaded = ema.full_state_dict("a1", all_ranks=True)
     assert all(torch.equal(loaded[name], values[name]) for name in inside)
 
@@ -271,29 +271,29 @@ def test_a_reconstruction_is_the_average_kept_directly(
             reach = seen[:at].amax(0) - seen[:at].amin(0)
             rounding = 4e-7 * found.fit.amplification
             assert (off <= found.residual * reach + rounding).all(), (every, std, name)
-            assert (off <= 0.03 * reach + rounding).all(), (every, std, name)
+            assert (off <= 0.06 * reach + rounding).all(), (every, std, name)
 
 
 def test_a_window_is_the_mean_of_its_steps(run_folder: Path, weights: dict[str, Tensor]) -> None:
-    found = posthoc.open(run_folder / "run").target(posthoc.window(50), names=["blocks"])
+    found = posthoc.open(run_folder / "run").target(posthoc.window(100), names=["blocks"])
     assert list(found.coefficients.values()) == pytest.approx([0.5, 0.5], abs=1e-12)
     got = filled(found)
     for name, seen in weights.items():
-        truth = seen[-50:].mean(0)
+        truth = seen[-100:].mean(0)
         assert ((got[name] - truth).abs() <= 1e-6 * seen.abs().amax()).all(), name
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_ranks(run_folder: Path, tmp_path: Path) -> None:
     run = posthoc.open(run_folder / "run")
-    for at in (70, 80):
+    for at in (140, 160):
         run.target(power(0.07), at=at, names=["a1", "b1"]).export(tmp_path / str(at))
-    alone = (tmp_path / "80" / "model.safetensors").read_bytes()
-    assert (tmp_path / "70" / "model.safetensors").read_bytes() != alone
+    alone = (tmp_path / "160" / "model.safetensors").read_bytes()
+    assert (tmp_path / "140" / "model.safetensors").read_bytes() != alone
     for written in ("by-2", "by-4"):
         assert (run_folder / written / "model.safetensors").read_bytes() == alone
     # buffers are those of the snapshot at that time
-    stored = load_file(tmp_path / "80" / "model.safetensors")
-    assert stored["2.num_batches_tracked"].item() == 80
+    stored = load_file(tmp_path / "160" / "model.safetensors")
+    assert stored["2.num_batches_tracked"].item() == 160
 
 
 # ---- one process ------------------------------------------------------------------------------
