@@ -257,6 +257,8 @@ class Calls:
         self.notices.log_frozen()
         if call.fills != "all":
             self.updates.flush(call.op)
+        if call.fills != "none":  # here, where an error is raised on all ranks
+            self.averages.lending.detach()
         if not call.planned:
             return self._prepared(call)
         known, self.own = self.own.facts(), self._read_own()

@@ -694,14 +694,15 @@ class ShardedEMA:
         included, for an offline export.
 
         Args:
-            folder: the new folder; must not exist.
+            folder: the new folder, or its URL in an object store; must not exist.
             include_frozen: also write the parameters that are not averaged; an offline export
                 needs them, `load` does not.
             overwrite: the folder may exist if it is a complete checkpoint of `save`. It is
                 replaced atomically once the new one is complete. Other folders are not replaced.
-            wait: if False, return once the averages are copied to host memory, of their size; a
-                thread writes them while training goes on. One such save at a time: the next `save`
-                and `load` wait for it. The files hold the averages as they were at the call.
+            wait: if False, a thread writes the files while training goes on. They hold the averages
+                as they were at the call: copied to host memory, of their size, in the call, or
+                where they are there already, by what changes them first. One such save at a time:
+                the next `save` and `load` wait for it.
 
         Returns:
             None; with ``wait=False`` a `PendingSave`, whose ``result()`` waits. An error of the
@@ -711,7 +712,7 @@ class ShardedEMA:
         Raises:
             CheckpointError: the folder exists, or a write failed (a full disk). Raised on all
                 ranks; no partial files are left, and an existing checkpoint is unchanged.
-            ValueError: the path is not local, or differs between ranks.
+            ValueError: a URL that cannot be used, or the path differs between ranks.
             RuntimeError: inside ``swap()``; replicas differ between ranks; with
                 ``include_frozen``, a module has extra state that is not a tensor.
         """
@@ -751,8 +752,8 @@ class ShardedEMA:
             CheckpointError: no checkpoint, a damaged one, or with ``model="check"`` one that was
                 saved with other weights. Raised on all ranks.
             ValueError: a checkpoint of another model, other averages or other schedules; ``add``
-                names an average that the checkpoint has, or ``drop`` one that it has not; a path
-                that is not local.
+                names an average that the checkpoint has, or ``drop`` one that it has not; a URL
+                that cannot be used.
             RuntimeError: inside ``swap()``.
 
         After an error the averages are unchanged.
@@ -886,6 +887,7 @@ class ShardedEMA:
         with writable():
             self._updates.refresh()
             self._updates.flush("state_dict")
+            averages.hand_out()
             return dcp.state_of(averages, dcp.saved_elsewhere(calls.plan, calls.ranks.index))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

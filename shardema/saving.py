@@ -65,7 +65,7 @@ def save(
             include_frozen=include_frozen,
             overwrite=overwrite,
             extra=lambda place: pretrained.write_config(module, place, None),
-            wait=wait,
+            shared=None if wait else averages,
             follows=follows() if calls.ranks.leader else "",
         )
     return calls.pending

@@ -171,6 +171,7 @@ class Swaps:
         notices.never_updated("swap", average.components)
         self._updates.refresh()
         self._updates.flush("swap")
+        self._averages.lending.detach()
         held = self._averages.held(average)
         if isinstance(average, MixedAverage):
             exchange = Exchange(held, {}, average.fill)

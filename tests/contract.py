@@ -542,6 +542,30 @@ def several_averages_equal_each_kept_alone(layout: Layout) -> None:
         together.full_state_dict()
 
 
+def power_averages_are_the_merges_of_a_window(layout: Layout) -> None:
+    """Of every step since the second, with the published weights of two learning-rate decays."""
+    decays = {"linear": (0.0, lambda x: 1 - x), "minus_sqrt": (-0.5, lambda x: 1 - x**0.5)}
+    rules = {n: schedules.start(schedules.power(gamma=g), at=2) for n, (g, _) in decays.items()}
+    model = layout.build()
+    ema = layout.keep(model, rules)
+    like = parameters_of(zoo.make(**dict.fromkeys(layout.options, True)))
+    steps = [zoo.script(like, step) for step in range(STEPS)]
+    for values in steps:
+        write(model, values)
+        ema.update()
+    for name, (_, decay) in decays.items():
+        s = [decay((step - 2) / (STEPS - 2)) for step in range(2, STEPS + 1)]
+        weights = [a - b for a, b in itertools.pairwise(s)]
+        profile = ema.profile(name)
+        assert profile.mass(range(2, STEPS + 1)) == pytest.approx(weights, abs=1e-12)
+        assert profile.mass([0, 2]).item() == profile.initial == 0
+        full = ema.full_state_dict(name, all_ranks=True)
+        for fqn in ema.internal.averages.weights.averaged:
+            pairs = zip(weights, steps[2:], strict=True)
+            merged = sum(weight * values[fqn].double().cpu() for weight, values in pairs)
+            oracle.assert_close(full[fqn], merged, STEPS)
+
+
 def mixtures_are_read_like_averages(layout: Layout) -> None:
     rules = {"ema": 0.75, "start": schedules.constant(1.0)}
     model = layout.build()
@@ -593,30 +617,6 @@ def mixtures_are_read_like_averages(layout: Layout) -> None:
     assert_same(ema.full_state_dict(ema.mix({"raw": 1.0}), all_ranks=True), {**expected, **values})
     ema.copy_to_model(mixture)
     assert_same(ema.full_state_dict(ema.mix({"raw": 1.0}), all_ranks=True), expected)
-
-
-def power_averages_are_the_merges_of_a_window(layout: Layout) -> None:
-    """Of every step since the second, with the published weights of two learning-rate decays."""
-    decays = {"linear": (0.0, lambda x: 1 - x), "minus_sqrt": (-0.5, lambda x: 1 - x**0.5)}
-    rules = {n: schedules.start(schedules.power(gamma=g), at=2) for n, (g, _) in decays.items()}
-    model = layout.build()
-    ema = layout.keep(model, rules)
-    like = parameters_of(zoo.make(**dict.fromkeys(layout.options, True)))
-    steps = [zoo.script(like, step) for step in range(STEPS)]
-    for values in steps:
-        write(model, values)
-        ema.update()
-    for name, (_, decay) in decays.items():
-        s = [decay((step - 2) / (STEPS - 2)) for step in range(2, STEPS + 1)]
-        weights = [a - b for a, b in itertools.pairwise(s)]
-        profile = ema.profile(name)
-        assert profile.mass(range(2, STEPS + 1)) == pytest.approx(weights, abs=1e-12)
-        assert profile.mass([0, 2]).item() == profile.initial == 0
-        full = ema.full_state_dict(name, all_ranks=True)
-        for fqn in ema.internal.averages.weights.averaged:
-            pairs = zip(weights, steps[2:], strict=True)
-            merged = sum(weight * values[fqn].double().cpu() for weight, values in pairs)
-            oracle.assert_close(full[fqn], merged, STEPS)
 
 
 def a_saved_average_loads(layout: Layout) -> None:
@@ -756,8 +756,8 @@ FACTS = [
     copy_to_model_reset_and_load_full,
     averaged_buffers_follow_the_average,
     several_averages_equal_each_kept_alone,
-    mixtures_are_read_like_averages,
     power_averages_are_the_merges_of_a_window,
+    mixtures_are_read_like_averages,
     a_saved_average_loads,
     an_export_is_what_safetensors_would_write,
     dcp_saves_and_loads_it,

@@ -470,6 +470,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "torch_ema, count": ({"shadow_params": [], "num_updates": -3, "decay": 0.9}, "num_updates"),
     "ema_pytorch, count": ({"initted": torch.tensor(True), "step": "a"}, "step: expected"),
     "ema_pytorch, fresh": ({"initted": torch.tensor(False), "step": 3}, "step is 3 before the f"),
+    "ema_pytorch, many": ({"initted": torch.ones(2), "step": 3}, "expected a number, got a tensor"),
+    "ema_pytorch, meta": (
+        {"initted": torch.ones((), device="meta"), "step": 3},
+        "expected a number, got a tensor",
+    ),
+    "lit_ema, endless": ({"decay": 10**400, "num_updates": 7, "w": torch.ones(1)}, "too large"),
+    "lit_ema, many": (
+        {"decay": torch.ones(2), "num_updates": 7, "w": torch.ones(1)},
+        "expected a number, got a tensor",
+    ),
     "lit_ema, count": ({"decay": torch.ones(1), "num_updates": -7, "w": torch.ones(1)}, "num_upd"),
     "lit_ema, decay": ({"decay": "x", "num_updates": 7, "w": torch.ones(1)}, "broken lit_ema"),
     "lightning, count": ({"current_model_state": {}, "state_dict": {}}, "broken lightning state"),

@@ -137,6 +137,24 @@ def test_cells_are_those_between_any_edges() -> None:
         Profile.of(0.5, [1, 2, 2])
 
 
+def test_the_shape_of_a_profile() -> None:
+    for steps in (1000, 10_000):  # each point, and about 2000 of them
+        profile = Profile.of(0.99, range(1, steps + 1))
+        assert profile.since(0.5) == steps - 69  # 0.99 ** 69 is just below a half
+        assert profile.effective_updates == pytest.approx(199, rel=2e-3)
+        points, numbers = profile.points()
+        assert points.tolist() == numbers.tolist()
+        assert len(points) <= 2001
+        assert (points[0], points[-1]) == (0, steps)
+        assert profile.mass(points).sum() == pytest.approx(1 - profile.initial, abs=1e-12)
+    mean = Profile.of(schedules.power(gamma=0), range(10, 1001, 10))
+    assert mean.effective_updates == pytest.approx(100)
+    assert mean.since(0.25) == 750
+    young = Profile.of(0.99, [1])
+    assert (young.since(0.5), young.since(0.01)) == (None, 0)
+    assert Profile(History(7, imported=True), 9).effective_updates == 0
+
+
 # ---- what can happen to an average --------------------------------------------------------------
 
 

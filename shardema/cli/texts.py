@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from shardema.profiles import Profile
 
+_SEEN = 5e-5  # mass from which it is said
+
 
 def unit_of(profile: Profile) -> str:
-    """The unit of the average's clock; "unit" if its schedule needs code."""
-    schedule = profile.segments[-1].schedule if profile.segments else None
-    return "unit" if schedule is None else str(schedule.unit)
+    """The unit of the average's clock; "unit" if it is not known."""
+    if not profile.segments:
+        return "unit"
+    last = profile.segments[-1]
+    unit = getattr(last.schedule, "unit", last.description["params"].get("unit"))
+    return unit if isinstance(unit, str) else "unit"
 
 
 def describe(profile: Profile) -> str:
@@ -18,9 +23,9 @@ def describe(profile: Profile) -> str:
     if half is not None:
         parts.append(f"half of the mass in the last {_number(profile.t - half)} {unit}s")
     parts.append(f"as wide as a mean of {_number(profile.effective_updates)} updates")
-    if profile.unknown > 0:
+    if profile.unknown >= _SEEN:
         parts.append(f"{100 * profile.unknown:.3g} % imported at {_number(profile.start)}")
-    elif profile.initial > 0:
+    elif profile.unknown == 0 and profile.initial >= _SEEN:
         parts.append(f"{100 * profile.initial:.3g} % initial weights")
     return ", ".join(parts)
 

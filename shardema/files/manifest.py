@@ -233,7 +233,8 @@ def read(folder: str | os.PathLike[str], op: str = "load", *, files: bool = True
             path=path,
         ) from error
     if is_remote(manifest.home):
-        _check_objects(manifest)
+        if files:
+            _check_objects(manifest)
         return manifest
     if manifest.place:
         _check_home(manifest)
@@ -406,6 +407,9 @@ def _check_home(manifest: Manifest) -> None:
 def check_file(manifest: Manifest, file: StoredFile) -> None:
     """Raises CheckpointError unless a file of the checkpoint is a regular one of its size."""
     path = os.path.join(manifest.home, file.name)
+    if is_remote(path):
+        _check_object(path, file, remote.entries(manifest.home))
+        return
     with reporting(path, "reading"):
         try:
             found = os.lstat(path)
@@ -426,19 +430,22 @@ def check_file(manifest: Manifest, file: StoredFile) -> None:
 def _check_objects(manifest: Manifest) -> None:
     found = remote.entries(manifest.home)
     for file in manifest.files:
-        path = os.path.join(manifest.home, file.name)
-        if file.name not in found:
-            raise CheckpointError(
-                f"reading {path}: {os.strerror(errno.ENOENT)}; the checkpoint is incomplete",
-                path=path,
-                errno=errno.ENOENT,
-            )
-        if found[file.name] != file.size:
-            raise CheckpointError(
-                f"reading {path}: {found[file.name]} bytes, expected {file.size}; the checkpoint "
-                "is damaged",
-                path=path,
-            )
+        _check_object(os.path.join(manifest.home, file.name), file, found)
+
+
+def _check_object(path: str, file: StoredFile, found: dict[str, int | None]) -> None:
+    if file.name not in found:
+        raise CheckpointError(
+            f"reading {path}: {os.strerror(errno.ENOENT)}; the checkpoint is incomplete",
+            path=path,
+            errno=errno.ENOENT,
+        )
+    if found[file.name] != file.size:
+        raise CheckpointError(
+            f"reading {path}: {found[file.name]} bytes, expected {file.size}; the checkpoint "
+            "is damaged",
+            path=path,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,8 @@ from shardema.files.safetensors import (
     read_whole,
     reporting,
 )
-from shardema.files.steps import RECORD, Steps, name_of
+from shardema.files.steps import RECORD, STEP, Steps, name_of
+from shardema.files.stored_steps import steps_in
 
 CHECKPOINT, MANAGER, DCP, DEEPSPEED = "checkpoint", "manager", "dcp", "deepspeed"
 HF, SAFETENSORS, PICKLE = "hf", "safetensors", "pickle"
@@ -44,7 +45,8 @@ _LATEST = "latest"
 _TAG = re.compile(r"[^/\x00-\x1f]{1,200}")
 _MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
 _OPTIM_STATES = re.compile(r"(\w+_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
-_STEP_PROGRESS = re.compile(rb"([\w.]{1,200}\.)?progress\.[\w.-]{1,200}\.num_updates")
+_PROGRESS, _COUNT = b"progress.", b".num_updates"  # in a key, around the average's name
+_LONGEST = 200  # bytes of a name in such a key
 _HEAD = 1 << 20  # bytes of a pickle that are looked at
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # the number that torch.save began with
@@ -76,6 +78,8 @@ def kinds_of(path: str) -> list[str]:
     Raises:
         CheckpointError: it cannot be read.
     """
+    if is_remote(path):
+        return _kinds_of_url(path)
     with reporting(path, "reading"):
         try:
             is_folder = stat.S_ISDIR(os.stat(path).st_mode)
@@ -103,7 +107,7 @@ def recognize(path: str | os.PathLike[str]) -> Recognized:
         ValueError: the path is empty, or a URL that cannot be used.
     """
     path = any_path("inspect", path)
-    kinds = _kinds_of_url(path) if is_remote(path) else kinds_of(path)
+    kinds = kinds_of(path)
     inside = {} if is_remote(path) or set(kinds) & {CHECKPOINT, MANAGER} else dict(nested(path))
     if not kinds and inside:
         listed = abbreviate([f"{name} ({kind})" for name, kind in inside.items()])
@@ -119,12 +123,14 @@ def recognize(path: str | os.PathLike[str]) -> Recognized:
 
 
 def _kinds_of_url(url: str) -> list[str]:
-    """`kinds_of` in a store: checkpoints and safetensors, which are all that is read from one."""
+    """`kinds_of` in a store: what is read from one."""
     inside = names_in(url)
     if not inside:
         return [SAFETENSORS] if is_file(url) else []
     found = {
         CHECKPOINT: manifest.NAME in inside,
+        MANAGER: RECORD in inside
+        or (any(map(STEP.fullmatch, inside)) and bool(steps_in("inspect", url).present())),
         HF: not inside.isdisjoint((*SINGLES, *INDICES)),
     }
     return [kind for kind, there in found.items() if there]
@@ -170,7 +176,7 @@ def _checkpoint(path: str) -> Recognized:
 
 
 def _manager(path: str) -> Recognized:
-    steps = Steps(path)
+    steps = steps_in("inspect", path)
     made = set(steps.recorded())
     facts = [_step(steps.path(step), step, step in made) for step in steps.present()]
     whole = sum(fact["complete"] for fact in facts)
@@ -245,25 +251,38 @@ def _dcp(path: str) -> Recognized:
         head = bytes(read_at(fd, 0, min(size, 16 * _HEAD), path))
     with reporting(path, "reading"):
         files = [name for name in os.listdir(path) if name.endswith(".distcp")]
-    # keys are plain text in the pickle, which is not unpickled
-    match = _STEP_PROGRESS.search(head)
+    key = _key_of_averages(head)
     facts: dict[str, Any] = {
         "files": len(files),
         "bytes": _size_of(path),
-        "holds_averages": match is not None,
+        "holds_averages": key is not None,
     }
     what = f"a checkpoint of torch.distributed.checkpoint (DCP) in {len(files)} file(s)"
-    if match is None:
+    if key is None:
         advice = (
             "read it into the model by dcp.load, then make the ShardedEMA; no average of shardema "
             "is in it"
         )
     else:
-        key = (match[1] or b"").decode().removesuffix(".") or "ema"
         facts["key"] = key
         what += f", with averages of shardema as {key!r}"
         advice = f"dcp.load({{{key!r}: ema}}, checkpoint_id=folder) reads them"
     return Recognized(path, DCP, what, f"{advice}. DCP unpickles: load only what you trust", facts)
+
+
+def _key_of_averages(head: bytes) -> str | None:
+    """The key in ``KEY.progress.NAME.num_updates``; keys are plain text in the metadata's pickle.
+
+    In time that grows with the length alone, whatever the bytes are.
+    """
+    at = -1
+    while (at := head.find(_COUNT, at + 1)) >= 0:
+        start = head.rfind(_PROGRESS, max(0, at - _LONGEST), at)
+        name = head[start + len(_PROGRESS) : at]
+        if start >= 0 and re.fullmatch(rb"[\w.-]+", name):
+            before = re.search(rb"([\w.]*)\.\Z", head[max(0, start - _LONGEST) : start])
+            return before[1].decode() if before and before[1] else "ema"
+    return None
 
 
 def _deepspeed(path: str) -> Recognized:

@@ -10,7 +10,8 @@
         .step-00003000.*.tmp   being written; locked as long as its writer runs
 
 The kernel releases a lock when its process ends, however it ends, so nothing here depends on
-clocks, process ids or host names. Everything in this file is local: the leader calls it.
+clocks, process ids or host names. Everything in this file is local: the leader calls it. A
+directory in a store is another one, see stored_steps.py.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable
+from typing import Any
 
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files.safetensors import (
@@ -43,9 +45,10 @@ log = logging.getLogger(__name__)
 RECORD = "manager.json"
 LOCK = ".lock"
 MAX_STEP = 10**15
-_MAX_RECORD = 1 << 24  # bytes
-_STEP = re.compile(r"step-([0-9]{8,16})")
+MAX_RECORD = 1 << 24  # bytes
+STEP = re.compile(r"step-([0-9]{8,16})")
 _TEMPORARY = re.compile(r"\.step-[0-9]{8,16}\.[0-9a-f]{8}\.(tmp|old)")
+_TEMPORARY_RECORD = re.compile(r"manager\.json\.[0-9a-f]{8}\.tmp")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 
@@ -72,8 +75,11 @@ class Steps:
         self.folder = folder
         self._lock = -1
 
-    def open(self) -> None:
+    def open(self, *, take_over: bool = True) -> None:
         """Creates the directory if needed, and locks it.
+
+        Args:
+            take_over: see `StoredSteps.open`; here the lock says whether another manager runs.
 
         Raises:
             CheckpointError: another manager writes to it, or it cannot be written.
@@ -91,11 +97,7 @@ class Steps:
             raise
         if not free:
             close_quietly(fd)
-            raise CheckpointError(
-                f"opening {self.folder}: another CheckpointManager writes to it; give each run a "
-                "directory of its own, or close() the other manager first",
-                path=self.folder,
-            )
+            raise opened_elsewhere(self.folder)
         self._lock = fd
 
     def close(self) -> None:
@@ -103,6 +105,10 @@ class Steps:
         if self._lock >= 0:
             close_quietly(self._lock)
             self._lock = -1
+
+    def abandon(self) -> None:
+        """`close`, without waiting for anything: after an error, or from a finalizer."""
+        self.close()
 
     def path(self, step: int) -> str:
         """Path of the checkpoint of a step."""
@@ -118,7 +124,7 @@ class Steps:
                 names = os.listdir(self.folder)
             except FileNotFoundError:
                 return []
-        found = [int(match[1]) for match in map(_STEP.fullmatch, names) if match]
+        found = [int(match[1]) for match in map(STEP.fullmatch, names) if match]
         return sorted({step for step in found if is_folder(self.path(step))})
 
     def recorded(self) -> list[int]:
@@ -127,14 +133,9 @@ class Steps:
         if not os.path.lexists(path):
             return []
         try:
-            steps = parse_json(read_whole(path, _MAX_RECORD))["steps"]
-            return sorted({checked_int(step) for step in steps})
+            return steps_of(parse_json(read_whole(path, MAX_RECORD)))
         except BROKEN as error:
-            raise CheckpointError(
-                f"reading {path}: {error!r:.300}: the file is damaged; remove it: the manager then "
-                "keeps every step that is there now",
-                path=path,
-            ) from error
+            raise damaged_record(path, error) from error
 
     def record(self, steps: Iterable[int]) -> None:
         """Replaces the record, atomically and durably."""
@@ -170,7 +171,7 @@ class Steps:
         return gone
 
     def sweep(self) -> None:
-        """Removes the temporary folders of killed writers; those of running ones are locked."""
+        """Removes what killed writers left; the temporary folders of running ones are locked."""
         try:
             names = os.listdir(self.folder)
         except OSError as error:
@@ -180,6 +181,32 @@ class Steps:
             path = os.path.join(self.folder, name)
             if name.endswith(".old") or not _is_locked(path):
                 _remove_tree(path)
+        for name in filter(_TEMPORARY_RECORD.fullmatch, names):  # only who has the lock writes it
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.folder, name))
+
+
+def steps_of(record: Any) -> list[int]:
+    """The steps that a record lists, ascending. Raises one of `BROKEN` if it does not."""
+    return sorted({checked_int(step) for step in record["steps"]})
+
+
+def damaged_record(path: str, error: Exception) -> CheckpointError:
+    """A record that cannot be read."""
+    return CheckpointError(
+        f"reading {path}: {error!r:.300}: the file is damaged; remove it: the manager then "
+        "keeps every step that is there now",
+        path=path,
+    )
+
+
+def opened_elsewhere(folder: str, who: str = "") -> CheckpointError:
+    """A directory that another manager has open."""
+    return CheckpointError(
+        f"opening {folder}: another CheckpointManager writes to it{who}; give each run a "
+        "directory of its own, or close() the other manager first",
+        path=folder,
+    )
 
 
 def lock(fd: int) -> bool:

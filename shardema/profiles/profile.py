@@ -130,30 +130,26 @@ class Profile:
 
         All of them if there are at most ``most``; else about so many, finer towards the end.
         """
-        counts = np.cumsum([0, *(stretch.run.count for stretch in self._stretches)])
-        total = int(counts[-1])
+        total = int(self._counts[-1])
         numbers = np.arange(total + 1)
         if total > most:
             even, fine = np.linspace(0, total, most // 2), np.geomspace(1, total, most // 2)
             numbers = np.unique(np.rint(np.concatenate([even, total - fine])).astype(np.int64))
-        found = []
-        for number in numbers.tolist():
-            index = int(np.searchsorted(counts, number, "left")) - 1
-            stretch = self._stretches[index] if number else None
-            place = number - int(counts[index])
-            found.append(stretch.run.at(stretch.begin, place) if stretch else self.start)
-        return np.array(found, dtype=np.float64), numbers
+        return np.array([self._point(n) for n in numbers.tolist()], dtype=np.float64), numbers
 
     def since(self, share: float = 0.5) -> float | None:
-        """The latest time since which at least ``share`` of the mass is; None if less is known."""
-        low, high = self.start, self.history.end
+        """The latest update point after which at least ``share`` of the mass is.
+
+        None if less than that is known.
+        """
+        low, high = 0, int(self._counts[-1]) + 1  # numbers of points: enough after low, not high
         if not 0 < share <= 1 - self._oldest:
             return None
-        for _ in range(100):  # of float64
-            middle = (low + high) / 2
-            enough = 1 - self._retained(middle) >= share
+        while high - low > 1:
+            middle = (low + high) // 2
+            enough = 1 - self._retained(self._point(middle)) >= share
             low, high = (middle, high) if enough else (low, middle)
-        return low
+        return self._point(low)
 
     @property
     def effective_updates(self) -> float:
@@ -186,6 +182,19 @@ class Profile:
         if number == len(stretches):
             return 1.0
         return stretches[number].retained(max(time, self.start))
+
+    @functools.cached_property
+    def _counts(self) -> NDArray[np.int64]:
+        """Number of updates up to the end of each run, from 0 on."""
+        return np.cumsum([0, *(stretch.run.count for stretch in self._stretches)])
+
+    def _point(self, number: int) -> float:
+        """Update point number 1, 2, ... of all runs; number 0 is `start`."""
+        if number == 0:
+            return self.start
+        index = int(np.searchsorted(self._counts, number)) - 1
+        stretch = self._stretches[index]
+        return stretch.run.at(stretch.begin, number - int(self._counts[index]))
 
     @functools.cached_property
     def _stretches(self) -> list[_Stretch]:

@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardema.schedules import Schedule, as_schedule
-from shardema.schedules.base import check_count, check_positive
-from shardema.schedules.custom import needs_code
+from shardema.schedules.base import Schedule, check_count, check_positive
+from shardema.schedules.custom import as_schedule, needs_code
 
 _SINGLE = 2000  # runs up to this length have an interval for every step
 _EVEN, _FINE = 1000, 500  # longer ones: even intervals, and finer ones towards both ends

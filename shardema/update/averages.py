@@ -15,6 +15,7 @@ from shardema.ranks.plan import Item
 from shardema.schedules import Schedule, by_pattern
 from shardema.shards.shard import Shard
 from shardema.update.average import Average
+from shardema.update.copy_on_write import Lending
 from shardema.update.mixture import RAW, MixedAverage, Mixture, check_coefficients
 from shardema.update.shadows import allocate
 
@@ -28,6 +29,9 @@ class Averages(Mapping[str, Average]):
         weights: the model's weights.
         ranks: the ranks that share the model.
         schedules, policies: by name of the average.
+
+    Attributes:
+        lending: what a save that is being written reads of them.
     """
 
     def __init__(
@@ -38,6 +42,8 @@ class Averages(Mapping[str, Average]):
         policies: Mapping[str, ShadowPolicy],
     ) -> None:
         self.weights, self.ranks = weights, ranks
+        self.lending = Lending()
+        self._handed_out = False
         self._by_name: dict[str, Average] = {}
         for name, rule in schedules.items():
             held = weights.local_slices(policies[name])
@@ -75,6 +81,13 @@ class Averages(Mapping[str, Average]):
             raise ValueError(f"name: got {name!r}, expected one of {list(self.names)}")
         return self[key]
 
+    def tensor_names(self, fqn: str) -> tuple[str, ...]:
+        """All names of an averaged tensor. Raises ValueError if this rank has none of this name."""
+        for shard in self.weights.averaged_shards:
+            if fqn in shard.names:
+                return shard.names
+        raise ValueError(f"fqn: got {fqn!r}, expected the name of an averaged tensor on this rank")
+
     def readable(self, name: str | Mixture | Average | None) -> Readable:
         """The average or mixture of this name, or an average itself. Raises ValueError."""
         if isinstance(name, Average):
@@ -93,12 +106,17 @@ class Averages(Mapping[str, Average]):
             )
         return MixedAverage(str(name), averages[0].policy, tuple(parts), self.t, self.num_updates)
 
-    def tensor_names(self, fqn: str) -> tuple[str, ...]:
-        """All names of an averaged tensor. Raises ValueError if this rank has none of this name."""
-        for shard in self.weights.averaged_shards:
-            if fqn in shard.names:
-                return shard.names
-        raise ValueError(f"fqn: got {fqn!r}, expected the name of an averaged tensor on this rank")
+    # ---- before they change -------------------------------------------------------------------
+
+    def shares(self, average: Average) -> bool:
+        """Whether `lending` may be of an average: all that changes it is known."""
+        on_host = all(flat.device.type == "cpu" for flat in average.shadows.flats)
+        return on_host and not self._handed_out
+
+    def hand_out(self) -> None:
+        """The caller of `state_dict` may change the averages at any time from now on."""
+        self.lending.detach()
+        self._handed_out = True
 
     # ---- clocks -------------------------------------------------------------------------------
 
