@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -70,7 +71,7 @@ class CheckpointManager:
         self._keep_last = None if keep_last is None else _positive_int("keep_last", keep_last)
         self._keep_every = None if keep_every is None else _positive_int("keep_every", keep_every)
         self._include_frozen, self._wait = include_frozen, bool(wait)
-        self._pending: tuple[PendingSave, int, list[int]] | None = None  # and what `_rotate` needs
+        self._pending: _Pending | None = None
         self._steps = Steps(absolute(local_path("CheckpointManager", dir), "CheckpointManager"))
         self._last = -1  # the step that was saved or resumed from
         self._resumed = False
@@ -125,27 +126,29 @@ class CheckpointManager:
         pending = self._ema.save(
             path, include_frozen=self._include_frozen, overwrite=replace, wait=self._wait
         )
-        self._last, abandoned, self._abandoned = step, self._abandoned, []
+        before, abandoned = self._last, self._abandoned
+        self._last, self._abandoned = step, []
         if pending is not None:
-            self._pending = pending, step, abandoned
+            self._pending = _Pending(pending, step, before, abandoned)
         elif self._ranks.leader:
             self._rotate(step, abandoned)
 
     def _finish(self) -> None:
         """Waits for the save that is being written. Collective if there is one."""
-        if self._pending is None:
+        saving = self._pending
+        if saving is None:
             return
-        pending, step, abandoned = self._pending
         try:
-            if not pending.finished:
-                pending.result()
+            if not saving.save.finished:
+                saving.save.result()
         except BaseException:
-            if pending.finished:
-                self._abandoned, self._pending = abandoned, None
+            if saving.save.finished:  # it has failed, and may be made again
+                self._last, self._abandoned = saving.before, saving.abandoned
+                self._pending = None
             raise
         self._pending = None
         if self._ranks.leader:
-            self._rotate(step, abandoned)
+            self._rotate(saving.step, saving.abandoned)
 
     def resume(
         self, step: int | None = None, *, model: Literal["check"] | None = "check"
@@ -302,6 +305,16 @@ class CheckpointManager:
                     step,
                     error,
                 )
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A save that is being written: its step, the one before it, and those not continued from."""
+
+    save: PendingSave
+    step: int
+    before: int
+    abandoned: list[int]
 
 
 def _positive_int(name: str, value: Any) -> int:

@@ -24,6 +24,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable
 
 from shardema.errors import CheckpointError, abbreviate
@@ -31,6 +32,7 @@ from shardema.files.safetensors import (
     BROKEN,
     checked_int,
     close_quietly,
+    make_folders,
     parse_json,
     read_whole,
     reporting,
@@ -80,15 +82,18 @@ class Steps:
         """
         if self._lock >= 0:
             return
-        path = os.path.join(self.folder, LOCK)
         with reporting(self.folder, "opening"):
-            os.makedirs(self.folder, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            free = lock(fd)
-        except BaseException:
-            close_quietly(fd)
-            raise
+            self._make()
+            fd = os.open(
+                os.path.join(self.folder, LOCK),
+                os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+                0o666,
+            )
+            try:
+                free = lock(fd)
+            except BaseException:
+                close_quietly(fd)
+                raise
         if not free:
             close_quietly(fd)
             raise CheckpointError(
@@ -97,6 +102,17 @@ class Steps:
                 path=self.folder,
             )
         self._lock = fd
+
+    def _make(self) -> None:
+        """Creates the directory durably, or not at all."""
+        made: list[str] = []
+        try:
+            make_folders(self.folder, made)
+        except BaseException:
+            for path in reversed(made):
+                with contextlib.suppress(OSError):
+                    os.rmdir(path)
+            raise
 
     def close(self) -> None:
         """Unlocks the directory."""
@@ -118,17 +134,25 @@ class Steps:
                 names = os.listdir(self.folder)
             except FileNotFoundError:
                 return []
-        found = [int(match[1]) for match in map(_STEP.fullmatch, names) if match]
-        return sorted({step for step in found if is_folder(self.path(step))})
+            found = [int(match[1]) for match in map(_STEP.fullmatch, names) if match]
+            return sorted({step for step in found if self._has_folder(step)})
+
+    def _has_folder(self, step: int) -> bool:
+        try:  # `is_folder` would take a disk that fails for a step that is not there
+            return stat.S_ISDIR(os.lstat(self.path(step)).st_mode)
+        except FileNotFoundError:  # removed since it was listed
+            return False
 
     def recorded(self) -> list[int]:
         """The steps that a manager saved here, or began to save, ascending."""
         path = os.path.join(self.folder, RECORD)
-        if not os.path.lexists(path):
-            return []
         try:
             steps = parse_json(read_whole(path, _MAX_RECORD))["steps"]
             return sorted({checked_int(step) for step in steps})
+        except CheckpointError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return []
         except BROKEN as error:
             raise CheckpointError(
                 f"reading {path}: {error!r:.300}: the file is damaged; remove it: the manager then "
