@@ -66,6 +66,7 @@ class NewFolder:
         self._made: list[str] = []  # parent folders that were created
         self._lock = -1  # on the temporary folder: a manager removes those that are not locked
         self._moving = False  # the manifest of a replacement may have been renamed
+        self._undone = False  # a rename was undone, and the disk may have either of the two
 
     def begin(self, folder: str | os.PathLike[str], overwrite: bool) -> None:
         """Creates the folder to write to. Collective."""
@@ -178,6 +179,7 @@ class NewFolder:
                     path=self.folder,
                     errno=error.errno,
                 ) from error
+            self._undone = not _synced(parent)
             raise
 
     def _clear(self, old: Manifest, kept: str) -> None:
@@ -209,7 +211,8 @@ class NewFolder:
         if not self._ranks.leader:
             return
         moved = self._moving and not os.path.lexists(os.path.join(self.path, NAME))
-        if self.path and not moved:
+        # else a power failure could bring the new name back, without its files
+        if self.path and not moved and not self._undone:
             shutil.rmtree(self.path, ignore_errors=True)
         for path in reversed(self._made):
             with contextlib.suppress(OSError):
@@ -264,6 +267,14 @@ def _exists(path: str) -> bool:
     try:
         os.lstat(path)
     except FileNotFoundError:
+        return False
+    return True
+
+
+def _synced(path: str) -> bool:
+    try:
+        sync_path(path)
+    except OSError:
         return False
     return True
 

@@ -179,7 +179,7 @@ class Steps:
 
         Each folder is renamed first, so no reader finds half a checkpoint.
         """
-        gone = []
+        gone = {}
         for step in steps:
             hidden = os.path.join(self.folder, f".{name_of(step)}.{secrets.token_hex(4)}.old")
             try:
@@ -189,9 +189,9 @@ class Steps:
             except OSError as error:
                 log.warning("%s: cannot be removed: %s", self.path(step), error.strerror)
                 continue
-            gone.append(step)
-            _remove_tree(hidden)
-        return gone
+            gone[step] = hidden
+        self._remove_hidden(list(gone.values()))
+        return list(gone)
 
     def sweep(self) -> None:
         """Removes the temporary folders of killed writers; those of running ones are locked."""
@@ -200,10 +200,20 @@ class Steps:
         except OSError as error:
             log.warning("%s: cannot be cleaned up: %s", self.folder, error.strerror)
             return
-        for name in filter(_TEMPORARY.fullmatch, names):
-            path = os.path.join(self.folder, name)
-            if name.endswith(".old") or not _is_locked(path):
-                _remove_tree(path)
+        paths = [os.path.join(self.folder, name) for name in filter(_TEMPORARY.fullmatch, names)]
+        self._remove_hidden([p for p in paths if p.endswith(".old") or not _is_locked(p)])
+
+    def _remove_hidden(self, paths: list[str]) -> None:
+        """Removes folders whose names have changed, once a power failure cannot undo that."""
+        if not paths:
+            return
+        try:
+            sync_path(self.folder)
+        except OSError as error:
+            log.warning("%s: cannot be cleaned up: %s", self.folder, error.strerror)
+            return
+        for path in paths:
+            _remove_tree(path)
 
 
 def lock(fd: int) -> bool:

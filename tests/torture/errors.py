@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import errno
 import logging
-import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from shardema import CheckpointError
 from tests import faulty
 from tests.torture.operations import OPERATIONS, Operation, Scene, folders
-from tests.torture.state import Wrong, open_files
+from tests.torture.state import Wrong, on_disk, open_files
 from tests.torture.tally import Row, Trials
 
 NUMBERS = ("EIO", "ENOSPC", "EDQUOT", "EACCES", "EROFS", "EMFILE", "ESTALE", "EINTR")
@@ -56,7 +57,7 @@ def trial(
             wrong.append("P5: the failed call has changed the run")
         if _COMPLETE not in str(told):
             scene.promises.fail()
-    wrong += scene.promises.broken(root)
+    wrong += scene.promises.broken(on_disk(root))
     return wrong + again(operation, scene), call
 
 
@@ -92,7 +93,7 @@ def again(operation: Operation, scene: Scene) -> list[str]:
         close(scene)
     except Exception as error:
         return [f"P5: the next call raised {error!r}"]
-    return scene.promises.broken(scene.root)
+    return scene.promises.broken(on_disk(scene.root))
 
 
 def sweep(
@@ -137,7 +138,7 @@ def short_calls(names: Sequence[str], where: Path) -> Iterator[Row]:
             scene = operation.enter(fresh())
             with faulty.intercepted(short):
                 operation.act(scene)
-            wrong = _gives(operation, scene) + scene.promises.broken(scene.root)
+            wrong = _gives(operation, scene) + scene.promises.broken(on_disk(scene.root))
             close(scene)
             trials.add(wrong, "all of them")
         yield trials.row(points=1)
@@ -145,9 +146,6 @@ def short_calls(names: Sequence[str], where: Path) -> Iterator[Row]:
 
 def audited(operation: Operation, root: Path) -> tuple[dict[str, int], dict[str, int]]:
     """Files and folders that the interpreter says were used by the library, and that we saw."""
-    import collections
-    import sys
-
     seen: collections.Counter[str] = collections.Counter()
     events = {
         "open": "open",
@@ -174,6 +172,3 @@ def audited(operation: Operation, root: Path) -> tuple[dict[str, int], dict[str,
     told = collections.Counter(call.split()[0] for call in made)
     close(scene)
     return dict(seen), {name: n for name, n in told.items() if name in set(events.values())}
-
-
-_ = os

@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shardema import CheckpointError, ShardedEMA
 from shardema.files import manifest
-from shardema.files.safetensors import write_all
-from tests import faulty
+from shardema.files.safetensors import reporting, write_all
 
 
 class Config:
@@ -63,7 +64,8 @@ class Run:
         """Trains up to a step."""
         with torch.no_grad():
             for fqn, param in self.model.named_parameters():
-                param.copy_(weights(step, fqn, param.shape))
+                full = weights(step, fqn, param.shape)
+                param.copy_(_part(full, param) if isinstance(param, DTensor) else full)
         self.ema.update(dt=step - self.ema.t)
 
     def held(self) -> dict[str, bytes]:
@@ -71,7 +73,10 @@ class Run:
         tensors = {f"model {fqn}": param for fqn, param in self.model.named_parameters()}
         for name, average in self.ema.internal.averages.items():
             tensors |= {f"{name} {fqn}": view for fqn, view in average.shadows.views.items()}
-        held = {key: value.detach().numpy().tobytes() for key, value in tensors.items()}
+        held = {}
+        for key, value in tensors.items():
+            local = value.to_local() if isinstance(value, DTensor) else value
+            held[key] = local.detach().numpy().tobytes()
         return held | {"clock": repr((self.ema.t, self.ema.num_updates)).encode()}
 
     def averaged_step(self, *, clock: bool = True) -> int:
@@ -87,14 +92,20 @@ class Run:
         return step
 
 
+def _part(full: torch.Tensor, param: DTensor) -> DTensor:
+    return distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
+
+
 class Wrong(Exception):
     """Something that must never be."""
 
 
-def run(step: int = 0) -> Run:
-    """A run in this process alone."""
+def run(step: int = 0, *, sharded: bool = False, timeout: float = 60.0) -> Run:
+    """A run in this process alone, or of all ranks."""
     model = Net()
-    made = Run(model, ShardedEMA(model, 0.0, kernel="reference"))
+    if sharded:
+        fully_shard(model)
+    made = Run(model, ShardedEMA(model, 0.0, kernel="reference", timeout=timeout))
     if step:
         made.go_to(step)
     return made
@@ -107,25 +118,41 @@ def reader() -> Run:
 
 
 def loaded_step(folder: str | os.PathLike[str], *, exported: bool = False) -> int | None:
-    """The step that a checkpoint or an export is of; None if it cannot be loaded.
+    """The step that a checkpoint or an export is of; None if there is none.
 
     Raises:
-        Wrong: what was loaded was never saved.
+        Wrong: what was loaded was never saved, or the folder is there and cannot be loaded.
     """
-    mine = reader()
     try:
-        if exported:
-            mine.ema.load_full(folder, t=0)
-            home = os.fspath(folder)
-        else:
-            mine.ema.load(folder)
-            home = manifest.read(folder).home
-        config = Path(home, "config.json").read_text()
-    except (CheckpointError, FileNotFoundError):
+        return read_step(folder, exported=exported)
+    except CheckpointError as error:
+        if os.path.lexists(folder):
+            raise Wrong(f"P2: it is there, and half of it: {error}") from error
         return None
+
+
+def read_step(folder: str | os.PathLike[str], *, exported: bool = False) -> int:
+    """The same where it may come or go meanwhile. Raises CheckpointError if it cannot be loaded."""
+    mine = reader()
+    if exported:
+        mine.ema.load_full(folder, t=0)
+        home = os.fspath(folder)
+    else:
+        mine.ema.load(folder)
+        home = manifest.read(folder).home
+    with reporting(folder, "reading"):
+        config = Path(home, "config.json").read_text(errors="replace")
     if config != Config().text:
         raise Wrong(f"P1: the config is not what was saved: {config!r}")
     return mine.averaged_step(clock=not exported)
+
+
+Look = Callable[[str, bool], "int | None"]
+
+
+def on_disk(root: Path) -> Look:
+    """`loaded_step` of paths in a folder."""
+    return lambda path, exported: loaded_step(root / path, exported=exported)
 
 
 # ---- promises ---------------------------------------------------------------------------------
@@ -148,7 +175,7 @@ class Promises:
     """
 
     places: dict[str, Place] = field(default_factory=dict)
-    kept: dict[str, int] = field(default_factory=dict)  # acknowledged, by path
+    kept: dict[str, set[int]] = field(default_factory=dict)  # by path: one of these is there
     _begun: tuple[str, int, tuple[str, ...]] | None = None
 
     def begin(
@@ -165,37 +192,56 @@ class Promises:
         path, step, removes = self._begun
         for other in removes:
             self.kept.pop(other, None)
-        self.kept[path] = step
+        self.kept[path] = {step}
         self._begun = None
 
-    def fail(self) -> None:
-        """It has raised, and counts for nothing: what was before must be there."""
+    def fail(self, *, unsynced: bool = False) -> None:
+        """It has raised, and counts for nothing: what was before must be there.
+
+        Args:
+            unsynced: the disk did not say so; after a loss of power the new one may be there.
+        """
+        assert self._begun is not None
+        path, step, _ = self._begun
+        if unsynced and path in self.kept:
+            self.kept[path].add(step)
         self._begun = None
 
-    def broken(self, root: Path) -> list[str]:
-        """What is not as promised in the folder."""
+    def settle(self, look: Look) -> None:
+        """Nobody knows how it ended: from now on what is found there counts."""
+        if self._begun is None:
+            return
+        path, step, _ = self._begun
+        if look(path, self.places[path].exported) == step:
+            self.acknowledge()
+        else:
+            self.fail()
+
+    def broken(self, look: Look) -> list[str]:
+        """What is not as promised where ``look(path, exported)`` finds a step, or None."""
         wrong = []
         found: dict[str, int | None] = {}
         for path, place in self.places.items():
             try:
-                found[path] = loaded_step(root / path, exported=place.exported)
+                found[path] = look(path, place.exported)
             except Wrong as error:
                 wrong.append(f"{path}: {error}")
                 found[path] = None
                 continue
             if found[path] is not None and found[path] not in place.steps:
                 wrong.append(f"P1: {path} is of step {found[path]}, which was never saved there")
-        for path, step in self.kept.items():
-            if not any(found.get(other) == of for other, of in self._alternatives(path, step)):
-                wrong.append(f"P2: {path} of step {step} cannot be loaded: {found[path]}")
+        for path, steps in self.kept.items():
+            if not any(found.get(other) in of for other, of in self._alternatives(path)):
+                wrong.append(f"P2: {path} of step {sorted(steps)} cannot be loaded: {found[path]}")
         return wrong
 
-    def _alternatives(self, path: str, step: int) -> list[tuple[str, int]]:
+    def _alternatives(self, path: str) -> list[tuple[str, set[int]]]:
+        found = [(path, self.kept[path])]
         if self._begun is not None:
-            new, its_step, removes = self._begun
+            new, step, removes = self._begun
             if path == new or path in removes:
-                return [(path, step), (new, its_step)]
-        return [(path, step)]
+                found.append((new, {step}))
+        return found
 
 
 def open_files() -> set[str]:
@@ -205,10 +251,3 @@ def open_files() -> set[str]:
         with contextlib.suppress(OSError):
             found.add(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
     return {name for name in found if "/fd" not in name}
-
-
-def count(work: faulty.Callable[[], object]) -> list[str]:
-    """The calls to the system that a piece of work makes."""
-    with faulty.at_call(-1) as made:
-        work()
-    return made
