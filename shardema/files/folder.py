@@ -40,7 +40,7 @@ from shardema.files.safetensors import (
     sync_tree,
     write_file,
 )
-from shardema.files.steps import is_folder, lock
+from shardema.files.steps import is_folder, is_locked, lock
 from shardema.ranks.agree import Ranks
 
 _REPLACED = "replaced.json"  # the old manifest, until the new one is durable
@@ -186,11 +186,15 @@ class NewFolder:
         """Removes the files of the replaced checkpoint, and those of killed saves."""
         with contextlib.suppress(OSError):
             os.unlink(kept)
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self.folder):
-                path = os.path.join(self.folder, name)
-                if PLACE.fullmatch(name) and name != self.place and is_folder(path):
-                    shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError, CheckpointError):
+            names = {name for name in os.listdir(self.folder) if PLACE.fullmatch(name)}
+            paths = {name: os.path.join(self.folder, name) for name in names - {self.place}}
+            left = [n for n, path in paths.items() if n == old.place or not is_locked(path)]
+            # another save may have replaced this one since; while it did that, it was locked
+            current = manifests.read(self.folder, self._op, files=False).place
+            for name in left:
+                if name != current and is_folder(paths[name]):
+                    shutil.rmtree(paths[name], ignore_errors=True)
         for file in () if old.place else old.files:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self.folder, file.name))

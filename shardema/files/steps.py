@@ -201,7 +201,7 @@ class Steps:
             log.warning("%s: cannot be cleaned up: %s", self.folder, error.strerror)
             return
         paths = [os.path.join(self.folder, name) for name in filter(_TEMPORARY.fullmatch, names)]
-        self._remove_hidden([p for p in paths if p.endswith(".old") or not _is_locked(p)])
+        self._remove_hidden([p for p in paths if p.endswith(".old") or not is_locked(p)])
 
     def _remove_hidden(self, paths: list[str]) -> None:
         """Removes folders whose names have changed, once a power failure cannot undo that."""
@@ -236,7 +236,7 @@ def is_folder(path: str) -> bool:
     return os.path.isdir(path) and not os.path.islink(path)
 
 
-def _is_locked(path: str) -> bool:
+def is_locked(path: str) -> bool:
     """Whether the writer of a temporary folder is running, or may be."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY)

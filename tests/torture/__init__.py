@@ -3,7 +3,7 @@
 ::
 
     operation   save, replace, both in the background, rotate, resume, load, export, offline
-    injury      an error, a kill, a loss of power, a rank that is gone, a second writer, a flipped bit
+    injury      an error, a kill, a loss of power, a rank that is gone, a second writer, rot
     verdict     the five properties, looked up on the disk and in memory after every trial
     row         injury, operation, points at which it was injured, trials, how many were bad
 

@@ -250,17 +250,17 @@ def _killed_writer(root: Path, promises: Promises, seconds: float) -> int:
         os._exit(1)
     os.close(words)
     with os.fdopen(told) as pipe:
-        _take(pipe.readline(), promises)
+        take(pipe.readline(), promises)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         lines = pipe.readlines()
     for line in lines:
-        _take(line, promises)
+        take(line, promises)
     return lines.count("acknowledged\n")
 
 
-def _take(line: str, promises: Promises) -> None:
+def take(line: str, promises: Promises) -> None:
     """What a writer said."""
     if not line:
         raise Wrong("P5: a writer could not begin")

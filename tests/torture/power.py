@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import itertools
+import logging
 import os
 import pickle
 import random
@@ -36,7 +37,7 @@ from tests.torture.tally import Row, Trials
 _SEQUELS = 300  # states of a scenario in which the next save is made
 
 
-# ---- what is recorded -----------------------------------------------------------------------------
+# ---- what is recorded ---------------------------------------------------------------------------
 
 
 class Marked:
@@ -156,6 +157,7 @@ def on_two_hosts(root: Path, marked: Marked) -> None:
 
 
 def _a_host(root: str, logs: str) -> None:
+    logging.disable(logging.WARNING)
     rank = dist.get_rank()
     log = Log(rank)
     marked = Marked(log)
@@ -200,7 +202,7 @@ def recorded(scenario: Scenario, root: Path) -> list[Event]:
     return log.events
 
 
-# ---- what is found --------------------------------------------------------------------------------
+# ---- what is found ------------------------------------------------------------------------------
 
 
 def promised(events: Sequence[Event]) -> Promises:
@@ -223,7 +225,7 @@ class States:
 
     def __init__(self, where: Path) -> None:
         self._where = where
-        self._known: dict[bytes, int | None | str] = {}
+        self._known: dict[bytes, int | str | None] = {}
         self.seen: set[bytes] = set()
 
     def look(self, tree: Tree) -> Look:

@@ -45,9 +45,7 @@ class Log:
         self._host = host
 
     def add(self, kind: str, path: str, **fields: Any) -> None:
-        self.events.append(
-            Event(kind, path, host=self._host, time=time.monotonic_ns(), **fields)
-        )
+        self.events.append(Event(kind, path, host=self._host, time=time.monotonic_ns(), **fields))
 
     def mark(self, *words: str) -> None:
         """A moment in the life of a save."""

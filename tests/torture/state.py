@@ -80,8 +80,8 @@ class Run:
         return held | {"clock": repr((self.ema.t, self.ema.num_updates)).encode()}
 
     def averaged_step(self, *, clock: bool = True) -> int:
-        """The step that values and, if told so, clock are of. Raises `Wrong` if they are of none."""
-        full = self.ema.full_state_dict()
+        """The step that values, and the clock, are of. Raises `Wrong` if they are of none."""
+        full = self.ema.full_state_dict(all_ranks=True)
         first = float(full["first.bias"][0])
         step = int(first // 1024) if abs(first) < 2**24 else -1
         for fqn, value in full.items():
