@@ -27,7 +27,9 @@ from shardema import CheckpointError, ShardedEMA
 from shardema.cli.main import main
 from shardema.files import export, manifest
 from shardema.files import safetensors as headers
+from shardema.files.folder import NewFolder, new_folder
 from shardema.files.offline import export_checkpoint
+from shardema.ranks.agree import Ranks
 from tests import contract, faulty, world
 from tests.layouts import LAYOUTS
 
@@ -239,6 +241,27 @@ def test_nothing_but_a_whole_checkpoint_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"replace a checkpoint by save\(..., overwrite=True"):
         make(2.0).save(tmp_path / "good")
     assert tree(tmp_path) == before
+
+
+def test_a_save_leaves_the_files_of_one_that_runs_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(1.0).save(tmp_path / "ema")
+    real = NewFolder._clear
+
+    def late(self: NewFolder, *args: Any) -> None:
+        monkeypatch.undo()
+        make(3.0).save(tmp_path / "ema", overwrite=True)  # all of it, after the first one's rename
+        with new_folder(tmp_path / "ema", "save", Ranks((0,)), overwrite=True) as beside:
+            real(self, *args)
+            assert os.path.isdir(beside.path)  # it is being written
+            beside.discard()
+
+    monkeypatch.setattr(NewFolder, "_clear", late)
+    make(2.0).save(tmp_path / "ema", overwrite=True)
+    other = make()
+    other.load(tmp_path / "ema")
+    assert held(other) == held(make(3.0))
 
 
 # ---- errors and kills at any call ---------------------------------------------------------------

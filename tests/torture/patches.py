@@ -126,8 +126,8 @@ PATCHES = {
             "before the manifest",
             "power",
             "files/folder.py",
-            "        sync_path(self.folder)  # the files must be durable before the manifest refers "
-            "to them\n",
+            "        sync_path(self.folder)  # the files must be durable before the manifest "
+            "refers to them\n",
             "",
             "the manifest of a replacement may be there without its files",
         ),
@@ -179,8 +179,8 @@ PATCHES = {
             "manifest before data",
             "power",
             "files/folder.py",
-            "        sync_path(self.folder)  # the files must be durable before the manifest refers "
-            "to them\n",
+            "        sync_path(self.folder)  # the files must be durable before the manifest "
+            "refers to them\n",
             "        os.rename(hidden, shown)\n        os.rename(shown, hidden)\n",
             "the manifest shows itself before its files are durable",
         ),
@@ -206,12 +206,12 @@ PATCHES = {
             "written in place",
             "kills",
             "files/folder.py",
-            "            os.rename(self.path, self.folder)\n",
-            "            os.mkdir(self.folder)\n"
-            "            for name in os.listdir(self.path):\n"
-            "                os.rename(os.path.join(self.path, name), "
-            "os.path.join(self.folder, name))\n"
-            "            os.rmdir(self.path)\n",
+            "        os.rename(self.path, self.folder)\n        self._settle",
+            "        os.mkdir(self.folder)\n"
+            "        for name in os.listdir(self.path):\n"
+            "            os.rename(f'{self.path}/{name}', f'{self.folder}/{name}')\n"
+            "        os.rmdir(self.path)\n"
+            "        self._settle",
             "a folder is filled under its final name",
         ),
         # ---- checksums

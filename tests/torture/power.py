@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import logging
 import os
 import pickle
@@ -34,7 +33,7 @@ from tests.torture.recorder import Event, Log
 from tests.torture.state import Look, Promises, Wrong, loaded_step, run
 from tests.torture.tally import Row, Trials
 
-_SEQUELS = 300  # states of a scenario in which the next save is made
+_SEQUELS = 150  # states of a scenario in which the next save is made
 
 
 # ---- what is recorded ---------------------------------------------------------------------------
@@ -223,8 +222,10 @@ def promised(events: Sequence[Event]) -> Promises:
 class States:
     """Looks at states; what was found in a folder is remembered by what is in it."""
 
-    def __init__(self, where: Path) -> None:
-        self._where = where
+    def __init__(self, where: Path, draw: random.Random, most: int) -> None:
+        self.draw = draw
+        self.sequels = 0
+        self._where, self._most = where, most
         self._known: dict[bytes, int | str | None] = {}
         self.seen: set[bytes] = set()
 
@@ -261,12 +262,13 @@ class States:
         yield root
         shutil.rmtree(root)
 
-    def is_new(self, tree: Tree) -> bool:
-        """Whether no such state was seen before."""
+    def is_to_be_saved_on(self, tree: Tree, progress: float) -> bool:
+        """Whether it is a new state, and one of those in which the next save is made."""
         key = _digest(tree)
-        known = key in self.seen
+        due = key not in self.seen and self.sequels < self._most * progress
         self.seen.add(key)
-        return not known
+        self.sequels += due
+        return due
 
 
 def _digest(tree: Tree) -> bytes:
@@ -311,8 +313,10 @@ def _next_of_a_manager(root: Path, folder: str, promises: Promises) -> list[str]
         return [] if left == [name_of(int(mine.ema.t))] else [f"P5: {left} is left"]
 
 
-def sweep(names: Sequence[str], where: Path, count: int, seed: int = 0) -> Iterator[Row]:
-    """``count`` states in all, as many of each scenario."""
+def sweep(
+    names: Sequence[str], where: Path, count: int, *, sequels: int = _SEQUELS, seed: int = 0
+) -> Iterator[Row]:
+    """``count`` states in all, as many of each scenario; ``sequels`` of these are saved on."""
     share = -(-count // len(names))
     for name in names:
         trials = Trials("power loss", name)
@@ -320,9 +324,9 @@ def sweep(names: Sequence[str], where: Path, count: int, seed: int = 0) -> Itera
             root = Path(folder, "root")
             root.mkdir()
             events = recorded(SCENARIOS[name], root)
-            states = States(Path(folder))
-            sequels = _lose_power(SCENARIOS[name], root, events, states, trials, share, seed)
-        note = f"{len(states.seen):,} distinct states, {sequels} of them saved on"
+            found = States(Path(folder), random.Random(seed), sequels)
+            _lose_power(SCENARIOS[name], root, events, found, trials, share)
+        note = f"{len(found.seen):,} distinct states, {found.sequels} of them saved on"
         yield trials.row(points=len(events) + 1, note=note)
 
 
@@ -333,23 +337,17 @@ def _lose_power(
     states: States,
     trials: Trials,
     count: int,
-    seed: int,
-) -> int:
-    """Cuts the log at every event, and draws as many states at each; how many were saved on."""
-    draw = random.Random(seed)
-    sequels = 0
-    for cut in range(len(events) + 1):
+) -> None:
+    """Cuts the log at every event, and draws as many states at each."""
+    cuts = len(events) + 1
+    for cut in range(cuts):
         disk = Disk(str(root))
         disk.replay(events[:cut])
         promises = promised(events[:cut])
-        share = (cut + 1) * count // (len(events) + 1) - cut * count // (len(events) + 1)
-        for number in itertools.islice(itertools.count(), share):
-            tree = disk.lost_power(draw)
+        for number in range((cut + 1) * count // cuts - cut * count // cuts):
+            tree = disk.lost_power(states.draw)
             wrong = promises.broken(states.look(tree))
-            due = sequels < _SEQUELS * (cut + 1) / (len(events) + 1)
-            if states.is_new(tree) and due and not wrong:
-                sequels += 1
+            if not wrong and states.is_to_be_saved_on(tree, (cut + 1) / cuts):
                 with states.laid_out(tree) as laid:
                     wrong = sequel(scenario, laid, promises)
             trials.add(wrong, f"state {number} after event {cut} of {len(events)}")
-    return sequels
