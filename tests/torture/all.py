@@ -32,7 +32,7 @@ class Size:
         every: one of so many calls of an operation.
         moments: kills at any moment.
         states: after a loss of power.
-        sizes, points: numbers of ranks; calls of a rank at which something happens to it.
+        sizes, points: numbers of ranks; calls of a rank at which it raises, one less at which it ends.
         rounds: of two writers.
         pages: sizes of a full disk.
         damaged: files.

@@ -226,14 +226,18 @@ def clean_calls(size: int) -> dict[tuple[str, int], int]:
 
 
 def chosen(size: int, points: int) -> list[Trial]:
-    """Every call and kind, first and last rank, at so many points spread over its calls."""
+    """Every call and kind, first and last rank, at so many points spread over its calls.
+
+    One point less where a rank ends.
+    """
     calls = clean_calls(size)
     return [
-        Trial(call, size, kind, victim, int((n + 0.5) * calls[call, victim] / points))
+        Trial(call, size, kind, victim, int((n + 0.5) * calls[call, victim] / count))
         for call in CALLS
-        for kind in (*ENDING, *STAYING)
+        for kinds, count in ((ENDING, max(1, points - 1)), (STAYING, points))
+        for kind in kinds
         for victim in (0, size - 1)
-        for n in range(points)
+        for n in range(count)
     ]
 
 
