@@ -32,7 +32,8 @@ class Size:
         every: one of so many calls of an operation.
         moments: kills at any moment.
         states: after a loss of power.
-        sizes, points: numbers of ranks; calls of a rank at which it raises, one less at which it ends.
+        sizes: numbers of ranks.
+        points: calls of a rank at which it raises; one less at which it ends.
         rounds: of two writers.
         pages: sizes of a full disk.
         damaged: files.
@@ -74,7 +75,7 @@ def _ranks(size: Size, where: Path) -> Iterator[Row]:
 def _writers(size: Size, where: Path) -> Iterator[Row]:
     yield writers.two_managers(where, size.rounds)
     yield writers.two_saves(where, size.rounds)
-    yield from writers.full_disks(size.pages)
+    yield writers.full_disk(size.pages)
     yield from writers.terminated(where, size.every)
 
 

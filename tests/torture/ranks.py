@@ -1,4 +1,4 @@
-"""One of several ranks is killed, freezes, fails or is terminated, at any call that it makes.
+"""One of several ranks is killed, freezes, fails, is terminated or has no room, at any call.
 
 A rank that ends takes its world with it, so it has one of its own; one that raises does not, and
 the next trial runs in the same world.
@@ -6,9 +6,11 @@ the next trial runs in the same world.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import resource
 import signal
 import tempfile
 import time
@@ -30,9 +32,10 @@ from tests.torture.tally import Row, Trials
 
 TIMEOUT = 6.0  # seconds of the EMA: long enough that waiting twice would be seen
 MORE = 5.0  # seconds beyond it in which every live rank must have raised
-HANG = 120.0  # seconds of a trial
+HANG = 300.0  # seconds of a trial
 OLD = "old"
 ENDING, STAYING = ("killed", "frozen"), ("raising", "terminated")
+LIMITS = (0, 100, 1000)  # bytes that a file of a rank may have, as if its disk were full
 AT_ONCE = 6  # worlds that mostly wait
 SIZES = (2, 4)
 
@@ -52,7 +55,10 @@ CALLS: dict[str, Callable[[Run, str, bool], None]] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """What happens to whom, at which of the calls to the system that it makes; none if below 0."""
+    """What happens to whom, at which of the calls to the system that it makes; none if below 0.
+
+    For a rank that is ``limited``, ``at`` is the limit.
+    """
 
     call: str
     size: int
@@ -77,6 +83,20 @@ def fault(kind: str) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
+@contextlib.contextmanager
+def file_limit(limit: int) -> Iterator[None]:
+    """No file may be longer inside; none is limited below 0."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if limit >= 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 # ---- a rank -----------------------------------------------------------------------------------
 
 
@@ -93,7 +113,7 @@ class Said:
     seconds: float = 0.0
     changed: bool = False
     calls: int = 0
-    then: str = ""  # what the next call raised
+    then: str = ""  # what the next call raised; none is made where a rank has ended
 
 
 def live(rank: int, trials: Sequence[Trial], folder: str, port: int, words: Any) -> None:
@@ -113,20 +133,20 @@ def live(rank: int, trials: Sequence[Trial], folder: str, port: int, words: Any)
         dist.barrier()
         said = _take_part(mine, trial, f"{folder}/{number}")
         said.rank, said.number = rank, number
-        if trial.kind in STAYING:
+        if trial.kind not in ENDING:
             said.then = _then(mine, trial, f"{folder}/{number}")
         words.put(said)
-        if trial.kind in ENDING:
-            return
         mine.go_to(int(mine.ema.t) + 2)
 
 
 def _take_part(mine: Run, trial: Trial, path: str) -> Said:
     before = mine.held()
-    at = trial.at if dist.get_rank() == trial.victim else -1
+    hit = dist.get_rank() == trial.victim
+    limited = hit and trial.kind == "limited"
+    at = trial.at if hit and not limited else -1
     said = Said(0, 0, "")
     start = time.monotonic()
-    with faulty.at_call(at, fault(trial.kind)) as made:
+    with file_limit(trial.at if limited else -1), faulty.at_call(at, fault(trial.kind)) as made:
         try:
             CALLS[trial.call](mine, path, False)
         except BaseException as error:
@@ -197,7 +217,7 @@ def wrong_with(trial: Trial, said: Sequence[Said], folder: str, number: int) -> 
     promises.begin(OLD, 1)
     promises.acknowledge()
     if trial.call != "load":
-        promises.begin(f"{number}", 2 * (number + 1) if trial.kind in STAYING else 2)
+        promises.begin(f"{number}", 2 * (number + 1))
         if any(not one.error for one in said):
             promises.acknowledge()
     return wrong + promises.broken(on_disk(Path(folder)))
@@ -207,7 +227,8 @@ def _is_documented(trial: Trial, one: Said) -> bool:
     if trial.kind == "terminated" and one.rank == trial.victim and one.error == "SystemExit":
         return True
     known = (RankError.__name__, CheckpointError.__name__)
-    right = trial.kind != "raising" or one.errno == errno.EIO
+    number = {"raising": errno.EIO, "limited": errno.EFBIG}.get(trial.kind)
+    right = number is None or one.errno == number
     return one.error in known and one.named == trial.victim and right
 
 
@@ -231,7 +252,13 @@ def chosen(size: int, points: int) -> list[Trial]:
     One point less where a rank ends.
     """
     calls = clean_calls(size)
-    return [
+    limited = [
+        Trial(call, size, "limited", victim, limit)
+        for call in ("save", "async save")
+        for victim in (0, size - 1)
+        for limit in LIMITS
+    ]
+    return limited + [
         Trial(call, size, kind, victim, int((n + 0.5) * calls[call, victim] / count))
         for call in CALLS
         for kinds, count in ((ENDING, max(1, points - 1)), (STAYING, points))
@@ -245,13 +272,13 @@ def sweep(sizes: Sequence[int], points: int) -> Iterator[Row]:
     """All of `chosen`, for each number of ranks; a row for each call."""
     trials = [trial for size in sizes for trial in chosen(size, points)]
     groups = [[trial] for trial in trials if trial.kind in ENDING]
-    for size in sizes:
-        groups.append([t for t in trials if t.size == size and t.kind in STAYING])
+    for size in sizes:  # in one world, one after the other
+        groups.append([t for t in trials if t.size == size and t.kind not in ENDING])
     groups.sort(key=len, reverse=True)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = [one for done in pool.map(_World, groups) for one in done.judged()]
     for call in CALLS:
-        tally = Trials("a rank killed, frozen, raising, terminated", call)
+        tally = Trials("a rank killed, frozen, raising, terminated, limited", call)
         for trial, wrong in found:
             if trial.call == call:
                 tally.add(wrong, f"{trial}")
