@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,41 +31,49 @@ class Size:
         numbers: the errnos.
         every: one of so many calls of an operation.
         moments: kills at any moment.
-        states: after a loss of power.
+        states, sequels: after a loss of power; of each scenario, those that are saved on.
         sizes: numbers of ranks.
         points: calls of a rank at which it raises; one less at which it ends.
         rounds: of two writers.
         pages: sizes of a full disk.
         damaged: files.
+        only: these operations, where there are several; all if empty.
     """
 
     numbers: tuple[str, ...] = errors.NUMBERS
     every: int = 1
     moments: int = 1000
     states: int = 50_000
+    sequels: int = 150
     sizes: tuple[int, ...] = ranks.SIZES
     points: int = 4
     rounds: int = 200
     pages: int = 12
     damaged: int = 4000
+    only: tuple[str, ...] = ()
+
+    def of(self, names: Iterable[str]) -> list[str]:
+        """Those of the operations that are tried."""
+        return [name for name in names if not self.only or name in self.only]
 
 
 FULL = Size()
-SHORT = Size(("EIO", "EINTR"), 5, 10, 1200, (2,), 1, 10, 4, 100)
+SHORT = Size(("EIO", "EINTR"), 5, 10, 1200, 12, (2,), 1, 10, 4, 100)
 
 
 def _errors(size: Size, where: Path) -> Iterator[Row]:
-    yield from errors.short_calls(list(OPERATIONS), where)
-    yield from errors.sweep(list(OPERATIONS), where, size.numbers, size.every)
+    yield from errors.short_calls(size.of(OPERATIONS), where)
+    yield from errors.sweep(size.of(OPERATIONS), where, size.numbers, size.every)
 
 
 def _kills(size: Size, where: Path) -> Iterator[Row]:
-    yield from kills.every_call(WRITING, where, size.every)
-    yield from kills.any_moment(where, size.moments)
+    yield from kills.every_call(size.of(WRITING), where, size.every)
+    if not size.only:
+        yield from kills.any_moment(where, size.moments)
 
 
 def _power(size: Size, where: Path) -> Iterator[Row]:
-    yield from power.sweep(list(power.SCENARIOS), where, size.states)
+    yield from power.sweep(size.of(power.SCENARIOS), where, size.states, sequels=size.sequels)
 
 
 def _ranks(size: Size, where: Path) -> Iterator[Row]:
@@ -131,6 +139,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "kinds", nargs="*", metavar="KIND", type=_kind, help=f"of {', '.join(KINDS)}; else all"
     )
+    made.add_argument("--only", nargs="*", default=(), metavar="OPERATION")
     made.add_argument("--short", action="store_true", help="a minute of each")
     made.add_argument("--json", action="store_true", help="print the rows as JSON, a line of each")
     return made
@@ -138,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
 
 def tally(args: argparse.Namespace) -> tuple[list[Row], int]:
     """Tries and prints what was asked for: the rows, and 1 if anything was bad."""
-    size = SHORT if args.short else FULL
+    size = dataclasses.replace(SHORT if args.short else FULL, only=tuple(args.only))
     say = (lambda text: None) if args.json else functools.partial(print, flush=True)
     found = rows(args.kinds or list(KINDS), size, say)
     if args.json:

@@ -32,6 +32,7 @@ class Patch:
     Attributes:
         kind: of the injury that must see it.
         fault: what is wrong then.
+        operation: in which it must be seen, if there are several.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Patch:
     before: str
     after: str
     fault: str
+    operation: str = ""
 
     @contextlib.contextmanager
     def applied(self, root: Path) -> Iterator[None]:
@@ -73,6 +75,7 @@ PATCHES = {
             "        file.sync()\n    pieces",
             "    pieces",
             "a rank does not sync its file; another host cannot do it for it",
+            "two hosts",
         ),
         Patch(
             "small file",
@@ -81,6 +84,7 @@ PATCHES = {
             "        file.write_at(0, data)\n        file.sync()\n",
             "        file.write_at(0, data)\n",
             "the record of a manager is not synced before it is renamed",
+            "rotate",
         ),
         Patch(
             "file of others",
@@ -89,6 +93,7 @@ PATCHES = {
             "            sync_path(inside)\n    sync_path(path)",
             "            pass\n    sync_path(path)",
             "what a library wrote into the folder is not synced",
+            "save",
         ),
         Patch(
             "names in a folder",
@@ -97,6 +102,7 @@ PATCHES = {
             "            sync_path(inside)\n    sync_path(path)",
             "            sync_path(inside)",
             "the folder is not synced before it is renamed",
+            "save",
         ),
         Patch(
             "parents",
@@ -105,6 +111,7 @@ PATCHES = {
             "    made.append(path)\n    sync_path(os.path.dirname(path))\n",
             "    made.append(path)\n",
             "a folder that was created is not synced in its own",
+            "save",
         ),
         Patch(
             "directory of a manager",
@@ -113,6 +120,7 @@ PATCHES = {
             "            make_folders(self.folder, made)",
             "            os.makedirs(self.folder, exist_ok=True)",
             "a manager's directory is not synced in its own",
+            "rotate",
         ),
         Patch(
             "after the rename",
@@ -121,6 +129,7 @@ PATCHES = {
             "            sync_path(parent)\n        except OSError as error:",
             "            pass\n        except OSError as error:",
             "a save returns before its rename is durable",
+            "save",
         ),
         Patch(
             "before the manifest",
@@ -130,6 +139,7 @@ PATCHES = {
             "refers to them\n",
             "",
             "the manifest of a replacement may be there without its files",
+            "replace",
         ),
         Patch(
             "record",
@@ -138,6 +148,7 @@ PATCHES = {
             "                raise\n            sync_path(self.folder)\n",
             "                raise\n",
             "a step may be there that the record does not know",
+            "rotate",
         ),
         Patch(
             "before removal",
@@ -148,6 +159,7 @@ PATCHES = {
             "            pass\n        except OSError as error:\n"
             '            log.warning("%s: cannot be cleaned up',
             "a removed step may be back under its name, without its files",
+            "rotate",
         ),
         Patch(
             "undone",
@@ -156,6 +168,7 @@ PATCHES = {
             "            self._undone = not _synced(parent)\n",
             "",
             "a rename that was undone may be back, and its files are gone",
+            "undone save",
         ),
         # ---- order
         Patch(
@@ -174,6 +187,7 @@ PATCHES = {
             "                self._rename()\n"
             "                sync_tree(self.folder)\n",
             "a folder is renamed before it is synced",
+            "save",
         ),
         Patch(
             "manifest before data",
@@ -183,6 +197,7 @@ PATCHES = {
             "refers to them\n",
             "        os.rename(hidden, shown)\n        os.rename(shown, hidden)\n",
             "the manifest shows itself before its files are durable",
+            "replace",
         ),
         Patch(
             "clean before settled",
@@ -191,6 +206,7 @@ PATCHES = {
             "        self._settle(self.folder, undo)\n        self._clear(old, kept)\n",
             "        self._clear(old, kept)\n        self._settle(self.folder, undo)\n",
             "old files are removed before the new manifest is durable",
+            "replace",
         ),
         Patch(
             "rotate before save",
@@ -201,6 +217,7 @@ PATCHES = {
             "            self._steps.remove(self._steps.present()[:-1])\n"
             "        pending = self._ema.save(\n",
             "old steps are removed before the new one is there",
+            "rotate",
         ),
         Patch(
             "written in place",
@@ -213,6 +230,7 @@ PATCHES = {
             "        os.rmdir(self.path)\n"
             "        self._settle",
             "a folder is filled under its final name",
+            "save",
         ),
         # ---- checksums
         Patch(
@@ -239,6 +257,7 @@ PATCHES = {
             "            try:\n                undo()\n            except OSError:",
             "            try:\n                pass\n            except OSError:",
             "a save raises, and what it replaces is replaced all the same",
+            "save",
         ),
         Patch(
             "staging",
@@ -292,9 +311,10 @@ REDUNDANT = {
 }
 
 
-def short_tally(bench: Bench, kind: str) -> list[dict[str, Any]]:
+def short_tally(bench: Bench, kind: str, operation: str = "") -> list[dict[str, Any]]:
     """The rows of the copy of the tree."""
-    code, said = bench.run(["tests.torture", "--short", "--json", kind], SECONDS)
+    words = ["tests.torture", "--short", "--json", kind]
+    code, said = bench.run([*words, *(["--only", operation] if operation else [])], SECONDS)
     rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     if code not in (0, 1):
         rows.append({"injury": kind, "operation": "", "bad": 1, "first": f"it ended with {code}"})
@@ -304,7 +324,7 @@ def short_tally(bench: Bench, kind: str) -> list[dict[str, Any]]:
 def killers(bench: Bench, patch: Patch) -> list[dict[str, Any]]:
     """The rows that a patch makes bad."""
     with patch.applied(bench.folder):
-        return [row for row in short_tally(bench, patch.kind) if row["bad"]]
+        return [row for row in short_tally(bench, patch.kind, patch.operation) if row["bad"]]
 
 
 def main(words: Sequence[str] | None = None) -> int:

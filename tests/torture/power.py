@@ -33,9 +33,6 @@ from tests.torture.recorder import Event, Log
 from tests.torture.state import Look, Promises, Wrong, loaded_step, run
 from tests.torture.tally import Row, Trials
 
-_SEQUELS = 150  # states of a scenario in which the next save is made
-
-
 # ---- what is recorded ---------------------------------------------------------------------------
 
 
@@ -314,7 +311,7 @@ def _next_of_a_manager(root: Path, folder: str, promises: Promises) -> list[str]
 
 
 def sweep(
-    names: Sequence[str], where: Path, count: int, *, sequels: int = _SEQUELS, seed: int = 0
+    names: Sequence[str], where: Path, count: int, *, sequels: int, seed: int = 0
 ) -> Iterator[Row]:
     """``count`` states in all, as many of each scenario; ``sequels`` of these are saved on."""
     share = -(-count // len(names))
