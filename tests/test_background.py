@@ -298,6 +298,10 @@ def a_rank_that_does_not_write_is_named_in_time() -> None:
             pending.join()
         assert time.monotonic() - start < 3 + 5
         assert list(folder.iterdir()) == []
+        # it is not waited for once more
+        with pytest.raises(RankError, match=r"ranks \[1\] did not call .* within 2 s") as caught:
+            pending.result()
+        assert caught.value.rank == 1
     dist.barrier()
     gate.opened.set()  # it finds its folder gone
     with pytest.raises(RankError, match=r"ranks \[1\] did not write their part in time"):

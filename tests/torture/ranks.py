@@ -121,7 +121,7 @@ def live(rank: int, trials: Sequence[Trial], folder: str, port: int, words: Any)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch's remarks about peers that are gone
+    # os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch's remarks about peers that are gone
     size = trials[0].size
     patience = timedelta(seconds=1800)
     store = dist.TCPStore("127.0.0.1", port, timeout=patience)
