@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness import Table
-from rows import HERE, append
+from rows import HERE, append, commit
 from tests.torture import all as torture
 from tests.torture.tally import Row
 
@@ -33,6 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = torture.parser()
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV of rows")
     args = parser.parse_args(words)
+    commit()  # what is tried, whatever is edited meanwhile
     found, code = torture.tally(args)
     record(found, args.results)
     return code

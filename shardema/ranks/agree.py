@@ -421,6 +421,7 @@ class Ranks:
                 failed = {"error": packed(error, self.rank)}
                 with contextlib.suppress(_StoreGone):
                     self._ask(rounds, lambda: rounds.answer(failed, messages))
+                mark_shared(error)  # the others have it: `together` must not tell it once more
             raise
         self._ask(rounds, lambda: rounds.answer(answer, messages))
         return answer

@@ -121,7 +121,7 @@ def live(rank: int, trials: Sequence[Trial], folder: str, port: int, words: Any)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    # os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch's remarks about peers that are gone
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch's remarks about peers that are gone
     size = trials[0].size
     patience = timedelta(seconds=1800)
     store = dist.TCPStore("127.0.0.1", port, timeout=patience)
@@ -136,7 +136,7 @@ def live(rank: int, trials: Sequence[Trial], folder: str, port: int, words: Any)
         if trial.kind not in ENDING:
             said.then = _then(mine, trial, f"{folder}/{number}")
         words.put(said)
-        mine.go_to(int(mine.ema.t) + 2)
+        mine.go_to(2 * (number + 2))
 
 
 def _take_part(mine: Run, trial: Trial, path: str) -> Said:
