@@ -196,15 +196,13 @@ class Promises:
         self._begun = None
 
     def fail(self, *, unsynced: bool = False) -> None:
-        """It has raised, and counts for nothing: what was before must be there.
+        """It, or a load, has raised, and counts for nothing: what was before must be there.
 
         Args:
             unsynced: the disk did not say so; after a loss of power the new one may be there.
         """
-        assert self._begun is not None
-        path, step, _ = self._begun
-        if unsynced and path in self.kept:
-            self.kept[path].add(step)
+        if self._begun is not None and unsynced and self._begun[0] in self.kept:
+            self.kept[self._begun[0]].add(self._begun[1])
         self._begun = None
 
     def settle(self, look: Look) -> None:
