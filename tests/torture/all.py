@@ -58,7 +58,7 @@ class Size:
 
 
 FULL = Size()
-SHORT = Size(("EIO", "EINTR"), 5, 10, 1200, 12, (2,), 1, 10, 4, 100)
+SHORT = Size(("EIO", "EINTR"), 5, 10, 1200, 12, (2,), 1, 10, 4, 400)
 
 
 def _errors(size: Size, where: Path) -> Iterator[Row]:
@@ -77,7 +77,7 @@ def _power(size: Size, where: Path) -> Iterator[Row]:
 
 
 def _ranks(size: Size, where: Path) -> Iterator[Row]:
-    yield from ranks.sweep(size.sizes, size.points)
+    yield from ranks.sweep(size.of(ranks.CALLS), size.sizes, size.points)
 
 
 def _writers(size: Size, where: Path) -> Iterator[Row]:

@@ -142,15 +142,6 @@ PATCHES = {
             "replace",
         ),
         Patch(
-            "record",
-            "power",
-            "files/steps.py",
-            "                raise\n            sync_path(self.folder)\n",
-            "                raise\n",
-            "a step may be there that the record does not know",
-            "rotate",
-        ),
-        Patch(
             "before removal",
             "power",
             "files/steps.py",
@@ -261,11 +252,12 @@ PATCHES = {
         ),
         Patch(
             "staging",
-            "damage",
+            "ranks",
             "files/loading.py",
             "    staging = allocate(held, average.policy, pin=False)\n    if average.name not in",
             "    staging = average.shadows\n    if average.name not in",
             "a load writes into the average before all is verified",
+            "load",
         ),
         Patch(
             "lock of a manager",
@@ -299,6 +291,7 @@ PATCHES = {
             '                if "error" in entry:\n',
             "                if False:\n",
             "the error of a thread of another rank is taken for its part",
+            "async save",
         ),
     )
 }
@@ -306,6 +299,7 @@ PATCHES = {
 # Syncs that make nothing durable that another one does not, and why they are there.
 REDUNDANT = {
     "files/folder.py: `_make` syncs the parent": "fails before the first byte, not after the last",
+    "files/steps.py: `record` syncs the directory": "`_make` does, before a step is in it",
     "files/folder.py: `_replace` syncs its subfolder": "for the old manifest, in case of an undo",
     "files/export.py: `Writer.sync`": "each rank hears of its own errors; `sync_tree` follows",
 }

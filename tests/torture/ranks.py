@@ -246,21 +246,22 @@ def clean_calls(size: int) -> dict[tuple[str, int], int]:
     return found
 
 
-def chosen(size: int, points: int) -> list[Trial]:
-    """Every call and kind, first and last rank, at so many points spread over its calls.
+def chosen(calls: Sequence[str], size: int, points: int) -> list[Trial]:
+    """Every one of the calls and every kind, first and last rank, at so many points spread over its calls.
 
     One point less where a rank ends.
     """
-    calls = clean_calls(size)
+    made = clean_calls(size)
     limited = [
         Trial(call, size, "limited", victim, limit)
-        for call in ("save", "async save")
+        for call in calls
+        if call != "load"
         for victim in (0, size - 1)
         for limit in LIMITS
     ]
     return limited + [
-        Trial(call, size, kind, victim, int((n + 0.5) * calls[call, victim] / count))
-        for call in CALLS
+        Trial(call, size, kind, victim, int((n + 0.5) * made[call, victim] / count))
+        for call in calls
         for kinds, count in ((ENDING, max(1, points - 1)), (STAYING, points))
         for kind in kinds
         for victim in (0, size - 1)
@@ -268,16 +269,16 @@ def chosen(size: int, points: int) -> list[Trial]:
     ]
 
 
-def sweep(sizes: Sequence[int], points: int) -> Iterator[Row]:
+def sweep(calls: Sequence[str], sizes: Sequence[int], points: int) -> Iterator[Row]:
     """All of `chosen`, for each number of ranks; a row for each call."""
-    trials = [trial for size in sizes for trial in chosen(size, points)]
+    trials = [trial for size in sizes for trial in chosen(calls, size, points)]
     groups = [[trial] for trial in trials if trial.kind in ENDING]
     for size in sizes:  # in one world, one after the other
         groups.append([t for t in trials if t.size == size and t.kind not in ENDING])
     groups.sort(key=len, reverse=True)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = [one for done in pool.map(_World, groups) for one in done.judged()]
-    for call in CALLS:
+    for call in calls:
         tally = Trials("a rank killed, frozen, raising, terminated, limited", call)
         for trial, wrong in found:
             if trial.call == call:
