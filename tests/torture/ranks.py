@@ -247,7 +247,7 @@ def clean_calls(size: int) -> dict[tuple[str, int], int]:
 
 
 def chosen(calls: Sequence[str], size: int, points: int) -> list[Trial]:
-    """Every one of the calls and every kind, first and last rank, at so many points spread over its calls.
+    """Each call and kind, first and last rank, at so many points spread over what that calls.
 
     One point less where a rank ends.
     """
