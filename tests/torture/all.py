@@ -52,6 +52,11 @@ class Size:
     damaged: int = 4000
     only: tuple[str, ...] = ()
 
+    @property
+    def step(self) -> int:
+        """One of so many calls; every one where few operations are tried."""
+        return 1 if self.only else self.every
+
     def of(self, names: Iterable[str]) -> list[str]:
         """Those of the operations that are tried."""
         return [name for name in names if not self.only or name in self.only]
@@ -63,11 +68,11 @@ SHORT = Size(("EIO", "EINTR"), 5, 10, 1200, 12, (2,), 1, 10, 4, 400)
 
 def _errors(size: Size, where: Path) -> Iterator[Row]:
     yield from errors.short_calls(size.of(OPERATIONS), where)
-    yield from errors.sweep(size.of(OPERATIONS), where, size.numbers, size.every)
+    yield from errors.sweep(size.of(OPERATIONS), where, size.numbers, size.step)
 
 
 def _kills(size: Size, where: Path) -> Iterator[Row]:
-    yield from kills.every_call(size.of(WRITING), where, size.every)
+    yield from kills.every_call(size.of(WRITING), where, size.step)
     if not size.only:
         yield from kills.any_moment(where, size.moments)
 

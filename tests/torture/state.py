@@ -201,8 +201,12 @@ class Promises:
         Args:
             unsynced: the disk did not say so; after a loss of power the new one may be there.
         """
-        if self._begun is not None and unsynced and self._begun[0] in self.kept:
-            self.kept[self._begun[0]].add(self._begun[1])
+        if self._begun is not None:
+            path, step, _ = self._begun
+            if not unsynced:
+                self.places[path].steps.discard(step)
+            elif path in self.kept:
+                self.kept[path].add(step)
         self._begun = None
 
     def settle(self, look: Look) -> None:
