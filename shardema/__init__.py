@@ -7,19 +7,25 @@ from shardema.batchnorm import update_bn
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError, SwapError
 from shardema.files.background import PendingSave
+from shardema.files.profiles import read_profile
 from shardema.manager import CheckpointManager
 from shardema.policy import ShadowPolicy
+from shardema.profiles import Profile
+from shardema.update.mixture import Mixture
 
 __all__ = [
     "CheckpointError",
     "CheckpointManager",
+    "Mixture",
     "PendingSave",
+    "Profile",
     "RankError",
     "ShadowPolicy",
     "ShardedEMA",
     "SwapError",
     "importers",
     "presets",
+    "read_profile",
     "schedules",
     "update_bn",
 ]

@@ -31,7 +31,8 @@ from shardema.schedules import describe
 from shardema.scopes import writable
 from shardema.shards.shard import Shard
 from shardema.update.average import Average
-from shardema.update.averages import Averages
+from shardema.update.averages import Averages, Readable
+from shardema.update.mixture import Mixture
 from shardema.update.notices import Notices
 from shardema.update.updates import Updates
 
@@ -48,7 +49,7 @@ class Call:
 
     Attributes:
         op: the method's name.
-        name: which average; None for the only one.
+        name: which average or mixture; None for the only average.
         every: the call concerns all averages; ``name`` is not used.
         dtype: that averages are gathered in; None keeps their own.
         given: returns the arguments that must be equal on all ranks, or raises.
@@ -57,13 +58,13 @@ class Call:
         fills: which averages the call overwrites: none, one, or all.
         files: whether the call needs the tensors' names in files.
         warns: whether to warn of missed updates.
-        compared: returns the averages whose replicas must be equal.
+        compared: returns the averages whose replicas must be equal; None for the weights.
         prepare: runs on each rank before any rank proceeds, so that an error raises on all; may
             run twice.
     """
 
     op: str
-    name: str | None = None
+    name: str | Mixture | None = None
     every: bool = False
     dtype: Any = None
     given: Callable[[], dict[str, Any]] = dict
@@ -72,8 +73,8 @@ class Call:
     fills: Literal["none", "one", "all"] = "none"
     files: bool = False
     warns: bool = True
-    compared: Callable[[Average], Sequence[Average]] = lambda _: ()
-    prepare: Callable[[Average], None] | None = None
+    compared: Callable[[Readable], Sequence[Average | None]] = lambda _: ()
+    prepare: Callable[[Readable], None] | None = None
 
 
 @dataclass
@@ -173,14 +174,14 @@ class Calls:
 
     # ---- the start of a collective call -------------------------------------------------------
 
-    def begin(self, call: Call) -> Average:
+    def begin(self, call: Call) -> Readable:
         """Starts a call: all ranks agree on it, and the averages can be read or written after it.
 
         Collective. On return all ranks made the same call with equal clocks, have a current plan,
         and hold equal replicas.
 
         Returns:
-            The average that the call concerns, the first one if it concerns all.
+            The average or mixture that the call concerns, the first average if it concerns all.
         """
         if self.ranks.size > 1:
             with writable():
@@ -219,8 +220,10 @@ class Calls:
             found = self.ranks.agree(op, arrive_ready, _differing_sets, same=same)
         return found
 
-    def _average_of(self, call: Call) -> Average:
-        return self.averages.named(self.averages.names[0] if call.every else call.name)
+    def _average_of(self, call: Call) -> Readable:
+        if call.fills != "none":
+            return self.averages.named(self.averages.names[0] if call.every else call.name)
+        return self.averages.readable(self.averages.names[0] if call.every else call.name)
 
     def _arrive(self, call: Call, same: dict[str, Any]) -> None:
         """Checks that the call is allowed and closes open rounds, on this rank.
@@ -237,7 +240,7 @@ class Calls:
         if call.fills == "none" and call.warns:
             self.notices.missed(call.op, self.updates.following)
             if call.files:
-                self.notices.never_updated(call.op, average)
+                self.notices.never_updated(call.op, average.components)
         same.update(name=average.name, dtype=str(call.dtype), **call.given())
         if call.clocks:
             same.update(self.averages.clocks())
@@ -253,6 +256,8 @@ class Calls:
         self.notices.log_frozen()
         if call.fills != "all":
             self.updates.flush(call.op)
+        if call.fills != "none":  # here, where an error is raised on all ranks
+            self.averages.lending.detach()
         if not call.planned:
             return self._prepared(call)
         known, self.own = self.own.facts(), self._read_own()
@@ -277,8 +282,8 @@ class Calls:
     def write_model(
         self,
         op: str,
-        name: str | None,
-        work: Callable[[Average], _T],
+        name: str | Mixture | None,
+        work: Callable[[Readable], _T],
         given: Callable[[], dict[str, Any]] = dict,
     ) -> _T:
         """Runs ``work(average)``; if the call is collective, on all ranks or on none.
@@ -289,13 +294,13 @@ class Calls:
         if not self.averages.written_together:
             self.check_allowed(op)
             self.close_round()
-            average = self.averages.named(name)
+            average = self.averages.readable(name)
             given()
             with writable():
                 return work(average)
         done: list[_T] = []
 
-        def prepare(average: Average) -> None:
+        def prepare(average: Readable) -> None:
             done[:] = [work(average)]
 
         self.begin(
@@ -305,7 +310,7 @@ class Calls:
                 given=given,
                 planned=self.averages.sliced,
                 warns=False,  # `work` does
-                compared=lambda average: [average] if average.policy.shard_replicas else [],
+                compared=lambda a: a.components if a.policy.shard_replicas else [],
                 prepare=prepare,
             )
         )
@@ -333,11 +338,11 @@ class Calls:
         """The plan of whole shards."""
         return self._plans.get(False, Plan((), ()))
 
-    def plan_of(self, average: Average) -> Plan:
+    def plan_of(self, average: Readable) -> Plan:
         """The plan of an average: of whole shards, or of the replicas' slices."""
         return self._plans.get(average.policy.shard_replicas, Plan((), ()))
 
-    def contents(self, average: Average, dtype: Any = None) -> Contents:
+    def contents(self, average: Readable, dtype: Any = None) -> Contents:
         """The averaged model, to be gathered or written.
 
         Args:
@@ -346,7 +351,7 @@ class Calls:
         """
         plan = self.plan_of(average)
         shards = [*self.weights.all_shards(average.policy), *self._added]
-        holdings = Holdings(plan, shards, average.shadows.views)
+        holdings = average.holdings(plan, shards)
         every, out_dtype = range(len(plan.items)), self._out_dtype(average, dtype)
         return Contents(plan, every, holdings, out_dtype, self.ranks, average.name)
 
@@ -357,7 +362,7 @@ class Calls:
         every = range(len(stored.items))
         return Contents(stored, every, holdings, lambda item: item.dtype, self.ranks)
 
-    def _out_dtype(self, average: Average, dtype: Any) -> Callable[[Item], torch.dtype]:
+    def _out_dtype(self, average: Readable, dtype: Any) -> Callable[[Item], torch.dtype]:
         own = self.averages.dtype_of(average)
 
         def out_dtype(item: Item) -> torch.dtype:
@@ -369,11 +374,16 @@ class Calls:
 
         return out_dtype
 
-    def _compared(self, average: Average) -> Holdings:
-        """What replicas must hold equal: the average, or the weights if it is kept in slices."""
-        averaged = self.weights.averaged_shards if average.policy.shard_replicas else []
-        sources = {shard.fqn: shard.source for shard in averaged}
-        return Holdings(self.plan, self.weights.shards, sources or average.shadows.views)
+    def _compared(self, average: Average | None) -> Holdings:
+        """What replicas must hold equal: the average, or the weights if it is kept in slices.
+
+        Args:
+            average: None stands for the weights.
+        """
+        if average is None or average.policy.shard_replicas:
+            values = {shard.fqn: shard.source for shard in self.weights.averaged_shards}
+            return Holdings(self.plan, self.weights.shards, values)
+        return Holdings(self.plan, self.weights.shards, average.shadows.views)
 
     def _make_plans(self, call: Call) -> None:
         """Exchanges which rank holds which shards. Collective; in the first call that needs it."""

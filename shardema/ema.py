@@ -40,12 +40,14 @@ from shardema.model import selection
 from shardema.model.selection import Buffers, Select
 from shardema.model.weights import Weights
 from shardema.policy import ShadowPolicy
+from shardema.profiles import Profile
 from shardema.ranks.agree import Ranks
 from shardema.schedules import Schedule, by_pattern
 from shardema.scopes import writable
 from shardema.shards.patterns import Pattern
 from shardema.swapping import Swaps
 from shardema.update.averages import Averages
+from shardema.update.mixture import Mixture, check_coefficients
 from shardema.update.notices import Notices
 from shardema.update.updates import Updates
 
@@ -341,7 +343,7 @@ class ShardedEMA:
 
     # ---- evaluating ---------------------------------------------------------------------------
 
-    def swap(self, name: str | None = None) -> contextlib.AbstractContextManager[None]:
+    def swap(self, name: str | Mixture | None = None) -> contextlib.AbstractContextManager[None]:
         """Context manager: the model computes with the average inside the block.
 
         When the block ends, weights and average are restored bitwise.
@@ -379,23 +381,63 @@ class ShardedEMA:
                 ``swap()``.
             ValueError: there are several averages: use ``with ema.swap(name): model(x)``.
         """
+        return self._forward_with(None, *inputs, **kwargs)
+
+    def _forward_with(self, name: str | Mixture | None, *inputs: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             rank = self._averages.ranks.rank
             raise RuntimeError(
                 f"rank {rank}: ema(...) with gradients enabled: a backward would mix the "
                 "average and the weights; call it under torch.no_grad()"
             )
-        with self.swap():
+        with self.swap(name):
             return self._averages.weights.models[0](*inputs, **kwargs)
 
-    def copy_to_model(self, name: str | None = None, *, every: int | None = None) -> None:
+    def mix(self, coefficients: Mapping[str, float], *, check_sum: bool = True) -> Mixture:
+        """Names a linear combination of averages and weights. Local.
+
+        ``sum_i c_i average_i + c_raw weights``: nothing is computed before it is read. `swap`,
+        `full_state_dict`, `iter_full`, `export`, `copy_to_model` and `metrics` accept the result in
+        place of a name, and ``ema.mix(...)(x)`` runs the model with it. Each value is computed in
+        float64 and rounded once to the dtype of the first average's shadow. A swap copies the
+        weights of this rank first, which needs their size in memory; with a DeepSpeed engine the
+        masters are that copy.
+
+        For the weights that a run began with, keep an average that no update changes:
+        ``{"ema": 0.999, "start": schedules.constant(1.0)}``.
+
+        Args:
+            coefficients: by name of the average; ``"raw"`` is the model's weights.
+            check_sum: raise unless they sum to 1.
+
+        Raises:
+            ValueError: an unknown name, a coefficient that is not finite, a sum other than 1;
+                averages of which only some have ``shard_replicas``.
+            TypeError: no mapping, or an empty one.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> _ = torch.nn.init.zeros_(model.weight)
+            >>> ema = ShardedEMA(model, 0.5)
+            >>> _ = torch.nn.init.constant_(model.weight, 4.0)
+            >>> ema.update()
+            >>> ema.full_state_dict(ema.mix({"ema": 1.5, "raw": -0.5}))["weight"].item()
+            1.0
+        """
+        found = check_coefficients(coefficients, self.names, check_sum=check_sum)
+        mixture = Mixture(found, self._forward_with)
+        self._averages.readable(mixture)
+        return mixture
+
+    def copy_to_model(self, name: str | Mixture | None = None, *, every: int | None = None) -> None:
         """Copies the average into the model's weights.
 
         The average and the optimizer's state are unchanged. Local; collective if any average has
         ``shard_replicas``, and with a DeepSpeed engine, whose masters are written too.
 
         Args:
-            name: which average.
+            name: which average, or a mixture of `mix`.
             every: copy only if ``num_updates`` is a multiple of it, else do nothing. Called after
                 each update, training then continues from the average at intervals (Switch EMA,
                 Li et al. 2024, arXiv 2402.09240, which copies once per epoch).
@@ -437,11 +479,31 @@ class ShardedEMA:
 
             self._updates.replace("reset", restart, counted=False)
 
+    def profile(self, name: str | None = None, *, fqn: str | None = None) -> Profile:
+        """How much the weights of each past step contribute to the average. Local.
+
+        Exact through every schedule, interval, load and reset of the run so far. The weights that
+        the average began with are `Profile.initial`; what was loaded without its history, by
+        `load_full` or from a checkpoint before format 1.3, is `Profile.unknown`.
+
+        Args:
+            name: which average.
+            fqn: of an averaged tensor, where `schedules.by_pattern` gives tensors different
+                schedules; None is the default schedule's.
+
+        Raises:
+            ValueError: no average of this name; no averaged tensor of this name on this rank.
+        """
+        self._calls.close_round()
+        average = self._averages.named(name)
+        names = () if fqn is None else self._averages.tensor_names(fqn)
+        return Profile(average.ledger.history(), average.t, names)
+
     # ---- gathering ----------------------------------------------------------------------------
 
     def full_state_dict(
         self,
-        name: str | None = None,
+        name: str | Mixture | None = None,
         *,
         dtype: torch.dtype | Literal["model"] | None = None,
         all_ranks: bool = False,
@@ -454,7 +516,7 @@ class ShardedEMA:
         bucket of 256 MiB, the other ranks for one bucket.
 
         Args:
-            name: which average.
+            name: which average, or a mixture of `mix`.
             dtype: of averages and frozen parameters; None keeps the dtypes of the shadow and of the
                 parameter, ``"model"`` uses the parameter's dtype for both.
             all_ranks: return the result on every rank.
@@ -475,7 +537,10 @@ class ShardedEMA:
         return dict(full_tensors(self._calls, "full_state_dict", name, dtype, all_ranks=all_ranks))
 
     def iter_full(
-        self, name: str | None = None, *, dtype: torch.dtype | Literal["model"] | None = None
+        self,
+        name: str | Mixture | None = None,
+        *,
+        dtype: torch.dtype | Literal["model"] | None = None,
     ) -> Iterator[tuple[str, Any]]:
         """Like `full_state_dict`, one ``(fqn, tensor)`` at a time. Collective: loop on every rank.
 
@@ -494,7 +559,7 @@ class ShardedEMA:
     def export(
         self,
         path: str | os.PathLike[str],
-        name: str | None = None,
+        name: str | Mixture | None = None,
         *,
         dtype: torch.dtype | Literal["model"] | None = None,
         layout: layouts.Layout = "hf",
@@ -513,7 +578,7 @@ class ShardedEMA:
 
         Args:
             path: the folder, or its URL in an object store; must not exist.
-            name: which average.
+            name: which average, or a mixture of `mix`.
             dtype: as for `full_state_dict`; buffers keep their dtype.
             layout: ``"hf"``, the above. ``"diffusers"``: the same for a diffusers model, with the
                 fields that ``EMAModel.from_pretrained`` reads to continue the average. ``"timm"``:
@@ -544,7 +609,7 @@ class ShardedEMA:
                 dtype=dtype,
                 given=lambda: layouts.arguments(path, layout, max_shard_size, mode),
                 files=True,
-                compared=lambda average: [average],
+                compared=lambda average: average.components,
             )
         )
         with writable(), calls.ranks.together("export"):
@@ -567,7 +632,7 @@ class ShardedEMA:
                 extra=lambda at: layouts.write_config(module, at, exported_dtype, fields),
             )
 
-    def metrics(self, name: str | None = None) -> dict[str, float]:
+    def metrics(self, name: str | Mixture | None = None) -> dict[str, float]:
         """Distance of the average from the weights, decay and progress. Collective, one exchange.
 
         For a logger: ``writer.add_scalar(f"ema/{key}", value)`` for each entry.
@@ -613,14 +678,15 @@ class ShardedEMA:
         included, for an offline export.
 
         Args:
-            folder: the new folder; must not exist.
+            folder: the new folder, or its URL in an object store; must not exist.
             include_frozen: also write the parameters that are not averaged; an offline export
                 needs them, `load` does not.
             overwrite: the folder may exist if it is a complete checkpoint of `save`. It is
                 replaced atomically once the new one is complete. Other folders are not replaced.
-            wait: if False, return once the averages are copied to host memory, of their size; a
-                thread writes them while training goes on. One such save at a time: the next `save`
-                and `load` wait for it. The files hold the averages as they were at the call.
+            wait: if False, a thread writes the files while training goes on. They hold the averages
+                as they were at the call: copied to host memory, of their size, in the call, or
+                where they are there already, by what changes them first. One such save at a time:
+                the next `save` and `load` wait for it.
 
         Returns:
             None; with ``wait=False`` a `PendingSave`, whose ``result()`` waits. An error of the
@@ -630,7 +696,7 @@ class ShardedEMA:
         Raises:
             CheckpointError: the folder exists, or a write failed (a full disk). Raised on all
                 ranks; no partial files are left, and an existing checkpoint is unchanged.
-            ValueError: the path is not local, or differs between ranks.
+            ValueError: a URL that cannot be used, or the path differs between ranks.
             RuntimeError: inside ``swap()``; replicas differ between ranks; with
                 ``include_frozen``, a module has extra state that is not a tensor.
         """
@@ -666,7 +732,7 @@ class ShardedEMA:
                 include_frozen=include_frozen,
                 overwrite=overwrite,
                 extra=lambda place: pretrained.write_config(module, place, None),
-                wait=wait,
+                shared=None if wait else averages,
             )
         return calls.pending
 
@@ -697,8 +763,8 @@ class ShardedEMA:
             CheckpointError: no checkpoint, a damaged one, or with ``model="check"`` one that was
                 saved with other weights. Raised on all ranks.
             ValueError: a checkpoint of another model, other averages or other schedules; ``add``
-                names an average that the checkpoint has, or ``drop`` one that it has not; a path
-                that is not local.
+                names an average that the checkpoint has, or ``drop`` one that it has not; a URL
+                that cannot be used.
             RuntimeError: inside ``swap()``.
 
         After an error the averages are unchanged.
@@ -759,7 +825,7 @@ class ShardedEMA:
                 on every rank. The formats of other libraries are recognised by their content;
                 `importers.read` reads what needs more words. Frozen parameters and buffers in it
                 are ignored.
-            name: which average.
+            name: which average, or a mixture of `mix`.
             t: progress of the loaded average, in the schedule's unit. If None: ``num_updates``
                 where the unit is ``"step"``, else ``t`` is not changed.
             num_updates: number of updates of the loaded average. If None: ``t`` where the unit is
@@ -778,7 +844,7 @@ class ShardedEMA:
         After an error the average and its clock are unchanged.
         """
         calls, averages = self._calls, self._averages
-        average = calls.begin(
+        calls.begin(
             Call(
                 "load_full",
                 name,
@@ -788,6 +854,7 @@ class ShardedEMA:
                 files=True,
             )
         )
+        average = averages.named(name)
         staged: list[loading.StagedAverage] = []
         same: dict[str, Any] = {}  # ranks may see files of different steps under one path
 
@@ -831,6 +898,7 @@ class ShardedEMA:
         with writable():
             self._updates.refresh()
             self._updates.flush("state_dict")
+            averages.hand_out()
             return dcp.state_of(averages, dcp.saved_elsewhere(calls.plan, calls.ranks.index))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

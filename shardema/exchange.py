@@ -12,13 +12,15 @@ Other dtype (a bf16 parameter, an fp32 shadow): the parameter is copied first, s
 cannot be restored from a rounded copy. An averaged buffer is copied too: a forward may write
 buffers (DDP broadcasts them), and that must not change the average.
 
+A mixture of averages is computed, so there is nothing to exchange with: the parameters are copied.
+
 Weights that are a copy of a master: they are overwritten with the shadow, and later restored from
 the master. Nothing is copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,22 +38,28 @@ class Exchange:
 
     Args:
         shards: this rank's averaged shards.
-        shadows: their averages by fqn.
+        shadows: their averages by fqn; parameters that have none here are copied.
+        fill: ``fill(out, shard)`` writes the average of a shard to ``out``.
     """
 
-    def __init__(self, shards: Sequence[Shard], shadows: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        shadows: Mapping[str, Tensor],
+        fill: Callable[[Tensor, Shard], None],
+    ) -> None:
         self._trades: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, shadow, scratch
-        self._aside: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, shadow, copy
+        self._aside: list[tuple[Shard, Tensor]] = []  # parameter, copy
         self._copies = [shard for shard in shards if shard.weights is not None]
-        self._shadows = shadows
+        self._fill = fill
         scratches: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         largest = max((shard.local.numel() for shard in shards), default=0)
         for shard in shards:
-            param, shadow = shard.local, shadows[shard.fqn]
+            param, shadow = shard.local, shadows.get(shard.fqn)
             if shard.weights is not None:
                 continue
-            if param.dtype != shadow.dtype or shard.role == "buffer":
-                self._aside.append((param, shadow, param.clone()))
+            if shadow is None or param.dtype != shadow.dtype or shard.role == "buffer":
+                self._aside.append((shard, param.clone()))
                 continue
             key = (param.device, param.dtype)
             chunk = min(CHUNK_NUMEL.get(param.device.type, CHUNK_NUMEL_GPU), largest)
@@ -64,12 +72,17 @@ class Exchange:
         # this direction (+1: swap in, -1: swap out) is at `phase`, see the module docstring
         self._state = (0, 0, 1)
 
+    @property
+    def copied(self) -> bool:
+        """Whether no average is in the model's tensors: parameters were copied, not exchanged."""
+        return not self._trades
+
     def swap_in(self) -> None:
         """Writes the averages into the model."""
         for shard in self._copies:
-            shard.own.copy_(self._shadows[shard.fqn])
-        for param, shadow, _ in self._aside:
-            param.copy_(shadow)
+            self._fill(shard.own, shard)
+        for shard, _ in self._aside:
+            self._fill(shard.local, shard)
         while self._state[0] < len(self._trades):
             self._trade()
 
@@ -81,8 +94,8 @@ class Exchange:
         for group in materialized(self._copies):
             for shard in group:
                 shard.own.copy_(shard.local)
-        for param, _, copy in self._aside:
-            param.copy_(copy)
+        for shard, copy in self._aside:
+            shard.local.copy_(copy)
         if self._state[1]:
             self._trade()  # complete the interrupted trade, in either direction
         self._state = (self._state[0], 0, -1)

@@ -12,16 +12,17 @@ from shardema.ranks import transfer
 from shardema.ranks.plan import Contents, Item
 from shardema.ranks.transfer import Iteration, Prepared
 from shardema.scopes import writable
-from shardema.update.average import Average
+from shardema.update.averages import Readable
+from shardema.update.mixture import Mixture
 
 
 def full_tensors(
-    calls: Calls, op: str, name: str | None, dtype: Any, *, all_ranks: bool
+    calls: Calls, op: str, name: str | Mixture | None, dtype: Any, *, all_ranks: bool
 ) -> Iterator[tuple[str, Any]]:
     """See `ShardedEMA.iter_full`. Collective, from the first ``next`` on."""
     made: list[tuple[Contents, Contents, Prepared]] = []
 
-    def prepare(average: Average) -> None:
+    def prepare(average: Readable) -> None:
         calls.merged_state.check_values(op, calls.ranks.size if all_ranks else 1)
         contents = calls.contents(average, dtype)
         contents = contents.only(calls.merged_state.chosen(contents.plan))
@@ -36,7 +37,7 @@ def full_tensors(
             name,
             dtype=dtype,
             given=lambda: {"all_ranks": bool(all_ranks)},
-            compared=lambda average: [average],
+            compared=lambda average: average.components,
             prepare=prepare,
         )
     )

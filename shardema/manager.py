@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, abbreviate
-from shardema.files import manifest
+from shardema.files import manifest, remote, verify
 from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
-from shardema.files.safetensors import local_path
-from shardema.files.steps import MAX_STEP, Steps, surplus
+from shardema.files.places import any_path
+from shardema.files.steps import MAX_STEP, surplus
+from shardema.files.stored_steps import steps_in
 
 log = logging.getLogger(__name__)
 
@@ -33,23 +35,26 @@ class CheckpointManager:
                 manager.step(step)
 
     Each step has a folder ``step-00001000`` in ``dir``, a checkpoint of `ShardedEMA.save`. The
-    first rank locks ``dir`` while the manager is open. All methods are collective; `close` is if a
-    save is being written.
+    first rank locks ``dir`` while the manager is open; in an object store, where there are no
+    locks, a manager of another host that opens it later takes it over, and this one raises. All
+    methods are collective; `close` is if a save is being written.
 
     Args:
         ema: the EMA to save and load.
-        dir: the directory, created on first use. Only one run may write to it at a time.
+        dir: the directory, or its URL in an object store, created on first use. Only one run may
+            write to it at a time.
         every: `step` saves at multiples of it.
         keep_last: how many of the newest steps are kept; None keeps all.
         keep_every: steps that are multiples of it are never removed.
         include_frozen: as for `ShardedEMA.save`.
-        wait: if False, a save returns once the averages are copied to host memory, and a thread
-            writes them; see `ShardedEMA.save`. The next save, `resume` and `close` wait for it and
+        wait: if False, a thread writes the averages as they are at the call while training goes on;
+            see `ShardedEMA.save`. The next save, `resume`, `latest` and `close` wait for it and
             raise its error; steps are removed only after it.
 
     Raises:
-        ValueError, TypeError: a number that is not an integer of 1 or more, a path that is not
-            local, or ``ema`` is not a `ShardedEMA`.
+        ValueError, TypeError: a number that is not an integer of 1 or more, a URL that cannot be
+            used, or ``ema`` is not a `ShardedEMA`. A package that the URL needs and that is missing
+            is a ValueError of the calls, on all ranks.
     """
 
     def __init__(
@@ -72,7 +77,8 @@ class CheckpointManager:
         self._keep_every = None if keep_every is None else _positive_int("keep_every", keep_every)
         self._include_frozen, self._wait = include_frozen, bool(wait)
         self._pending: _Pending | None = None
-        self._steps = Steps(absolute(local_path("CheckpointManager", dir), "CheckpointManager"))
+        op = "CheckpointManager"
+        self._steps = steps_in(op, absolute(dir, op, package=False))
         self._last = -1  # the step that was saved or resumed from
         self._resumed = False
         self._abandoned: list[int] = []  # steps beyond the one that was resumed from
@@ -115,14 +121,8 @@ class CheckpointManager:
         _checked_step("save", step)
         self._finish()
         path = self._steps.path(step)
-
-        def prepare(_: list[Any]) -> bool:
-            self._steps.open()
-            self._steps.sweep()
-            return self._prepare(step)
-
-        same = {"step": step, "dir": self._steps.folder, **self._policy()}
-        replace = self._ranks.agree("CheckpointManager.save", None, prepare, same=same)
+        same = {"step": step, **self._policy()}
+        replace = self._open("save", lambda: self._prepare(step), same)
         pending = self._ema.save(
             path, include_frozen=self._include_frozen, overwrite=replace, wait=self._wait
         )
@@ -177,36 +177,87 @@ class CheckpointManager:
 
         self._finish()
 
-        def look(_: list[Any]) -> list[list[int]]:
+        present, made = self._open("resume", self._look, {"step": step, "model": model})
+        wanted = present if step is None else [step]
+
+        def load(candidate: int) -> None:
+            self._ema.load(self._steps.path(candidate), model=model)
+
+        newest = self._newest("resume from", wanted, load)
+        self._resumed = True
+        if newest is not None:
+            self._last = newest
+            self._abandoned = [s for s in made if s > newest]
+        return newest
+
+    def latest(self) -> int | None:
+        """The newest step that is undamaged, to its last byte; nothing is loaded. Collective.
+
+        For a trainer that asks which of its own checkpoints to load before `resume`. The ranks
+        share the reading. A step that is damaged or incomplete is skipped, with a warning.
+
+        Returns:
+            The step, on all ranks; None if ``dir`` has none.
+
+        Raises:
+            CheckpointError: there are steps and none is undamaged; another manager uses ``dir``.
+        """
+        self._finish()
+        present, _ = self._open("latest", self._look, {})
+        return self._newest("latest step of", present, self._verify)
+
+    def _look(self) -> list[list[int]]:
+        return [self._steps.present(), self._steps.recorded()]
+
+    def _open(self, op: str, then: Callable[[], Any], same: dict[str, Any]) -> Any:
+        """Opens ``dir`` on the leader and returns what ``then`` does there. Collective."""
+        op, folder = f"CheckpointManager.{op}", self._steps.folder
+
+        def reply(_: list[Any]) -> Any:
             self._steps.open()
             self._steps.sweep()
-            return [self._steps.present(), self._steps.recorded()]
+            return then()
 
-        same = {"step": step, "dir": self._steps.folder, "model": model}
-        present, made = self._ranks.agree("CheckpointManager.resume", None, look, same=same)
-        wanted = present if step is None else [step]
+        with remote.patience(self._ranks.timeout):
+            return self._ranks.agree(
+                op, lambda: any_path(op, folder), reply, same={"dir": folder, **same}
+            )
+
+    def _newest(self, op: str, steps: list[int], use: Callable[[int], None]) -> int | None:
+        """The newest of the steps that ``use`` does not raise a CheckpointError for."""
         skipped: list[tuple[int, CheckpointError]] = []
-        for candidate in reversed(wanted):
+        for step in reversed(steps):
             try:
-                self._ema.load(self._steps.path(candidate), model=model)
+                use(step)
             except CheckpointError as error:  # the same on all ranks
-                skipped.append((candidate, error))
+                skipped.append((step, error))
                 continue
-            self._warn_skipped(skipped, candidate)
-            self._last, self._resumed = candidate, True
-            self._abandoned = [s for s in made if s > candidate]
-            return int(candidate)
+            self._warn_skipped(op, skipped, step)
+            return step
         if not skipped:
-            self._resumed = True
             return None
         first, reason = skipped[0]
         raise CheckpointError(
-            f"resume from {self._steps.folder}: none of the steps "
+            f"{op} {self._steps.folder}: none of the steps "
             f"{abbreviate([str(s) for s, _ in skipped])} can be loaded; step {first}: {reason}",
             rank=reason.rank,
             path=self._steps.folder,
             errno=reason.errno,
         ) from reason
+
+    def _verify(self, step: int) -> None:
+        """Raises CheckpointError unless a step is undamaged; each rank reads some of its files."""
+        path, ranks = self._steps.path(step), self._ranks
+
+        def read() -> None:
+            stored = manifest.read(path, "latest")
+            for file in stored.files[ranks.index :: ranks.size]:
+                for damage in verify.damages(stored, file):
+                    raise CheckpointError(f"reading {damage.path}: {damage.reason}", path=path)
+
+        with remote.patience(ranks.timeout):
+            nbytes = ranks.agree("latest (looking)", None, lambda _: verify.size_of(path))
+            ranks.agree("latest (reading)", read, nbytes=nbytes)
 
     def close(self) -> None:
         """Waits for a save that is being written, and unlocks ``dir``. Collective if there is one.
@@ -233,11 +284,11 @@ class CheckpointManager:
         if kind is None:
             self.close()
         else:  # the other ranks may not come; the thread goes on, and the interpreter waits for it
-            self._steps.close()
+            self._steps.abandon()
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # its constructor raised
-            self._steps.close()
+            self._steps.abandon()
 
     # ---- on the leader ------------------------------------------------------------------------
 
@@ -283,23 +334,24 @@ class CheckpointManager:
     def _rotate(self, newest: int, abandoned: list[int]) -> None:
         """Removes the steps that are not kept, unless the newest one is incomplete."""
         try:
-            present = self._steps.present()  # a save that failed was recorded too
-            made = [s for s in self._steps.recorded() if s in present]
-            current = [s for s in made if s == newest or s not in abandoned]
-            kept = set(current) - set(surplus(current, self._keep_last, self._keep_every))
-            unwanted = [s for s in made if s not in kept]
-            if unwanted and self._is_complete(newest):
-                gone = self._steps.remove(unwanted)
-                self._steps.record(set(made) - set(gone))
+            with remote.patience(self._ranks.timeout):
+                present = self._steps.present()  # a save that failed was recorded too
+                made = [s for s in self._steps.recorded() if s in present]
+                current = [s for s in made if s == newest or s not in abandoned]
+                kept = set(current) - set(surplus(current, self._keep_last, self._keep_every))
+                unwanted = [s for s in made if s not in kept]
+                if unwanted and self._is_complete(newest):
+                    gone = self._steps.remove(unwanted)
+                    self._steps.record(set(made) - set(gone))
         except (OSError, CheckpointError) as error:  # the step is saved
             log.warning("%s: not cleaned up: %s", self._steps.folder, error)
 
-    def _warn_skipped(self, skipped: list[tuple[int, CheckpointError]], step: int) -> None:
+    def _warn_skipped(self, op: str, skipped: list[tuple[int, CheckpointError]], step: int) -> None:
         if self._ranks.leader:
             for other, error in skipped:
                 log.warning(
-                    "resume from %s: step %d was skipped, step %d is the newest that can be "
-                    "loaded: %s",
+                    "%s %s: step %d was skipped, step %d is the newest that can be loaded: %s",
+                    op,
                     self._steps.folder,
                     other,
                     step,

@@ -25,14 +25,15 @@ from shardema.shards.boxes import Box, split_box
 from shardema.shards.patterns import text_of
 from shardema.shards.shard import Shard, materialized
 from shardema.update.average import Average
-from shardema.update.averages import Averages
+from shardema.update.averages import Averages, Readable
+from shardema.update.mixture import MixedAverage
 
 _CHUNK_NUMEL = 1 << 20  # elements of scratch
 Row = list[float]  # squared distance, squared weights, unmoved, non-finite and all elements
 
 
 def measure(
-    plan: Plan, average: Average, averages: Averages, kernels: tuple[str, ...]
+    plan: Plan, average: Readable, averages: Averages, kernels: tuple[str, ...]
 ) -> dict[str, float]:
     """See `ShardedEMA.metrics`. Collective: one exchange.
 
@@ -40,15 +41,11 @@ def measure(
         plan: which rank holds which boxes of the average.
         kernels: names of the kernels that run on this rank.
     """
-    decays = average.decays or average.next_decays()
-    weights = {
-        shard.fqn: 1 - decays[average.index(shard)] for shard in averages.weights.averaged_shards
-    }
+    weights = _next_weights(average, averages.weights.averaged_shards)
 
     def local() -> tuple[dict[str, Any], tuple[str, ...]]:
-        held, views = averages.held(average), average.shadows.views
         with writable():
-            rows = sums(plan, averages.ranks.index, held, views, weights)
+            rows = sums(plan, averages.ranks.index, averages.held(average), average, weights)
         return dict(rows), kernels
 
     def joined(gathered: list[tuple[dict[str, Any], tuple[str, ...]]]) -> dict[str, float]:
@@ -57,21 +54,37 @@ def measure(
         return {**total([rows for rows, _ in gathered]), **used}
 
     totals: dict[str, float] = averages.ranks.agree("metrics", local, joined)
+    progress = {"t": average.t, "num_updates": average.num_updates}
+    if isinstance(average, MixedAverage):  # it has no update that could leave anything unmoved
+        return {**{key: value for key, value in totals.items() if key != "unmoved"}, **progress}
+    return {**_decays(average), **totals, **progress}
+
+
+def _next_weights(average: Readable, shards: Sequence[Shard]) -> dict[str, float]:
+    """``1 - decay`` of the last update by fqn, of the next step before the first one."""
+    if isinstance(average, MixedAverage):
+        return {shard.fqn: 0.0 for shard in shards}
+    decays = average.decays or average.next_decays()
+    return {shard.fqn: 1 - decays[average.index(shard)] for shard in shards}
+
+
+def _decays(average: Average) -> dict[str, float]:
+    """The decay of the last update, of the next step before the first one; for each pattern."""
+    decays = average.decays or average.next_decays()
     horizon = 1 / (1 - decays[0]) if decays[0] < 1 else math.inf
     rules = average.schedule.rules if isinstance(average.schedule, by_pattern) else ()
     patterns = {
         f"decay/{text_of(pattern)}": decay
         for (pattern, _), decay in zip(rules, decays[1:], strict=True)
     }
-    progress = {"t": average.t, "num_updates": average.num_updates}
-    return {"decay": decays[0], "horizon": horizon, **patterns, **totals, **progress}
+    return {"decay": decays[0], "horizon": horizon, **patterns}
 
 
 def sums(
     plan: Plan,
     index: int,
     shards: Sequence[Shard],
-    shadows: Mapping[str, Tensor],
+    average: Readable,
     weights: Mapping[str, float],
 ) -> dict[str, Row]:
     """Sums over the boxes that this rank counts, by top-level module. Local, with a device sync.
@@ -80,12 +93,12 @@ def sums(
         plan: which rank holds which boxes.
         index: index of this rank in the plan.
         shards: this rank's averaged shards.
-        shadows: their averages by fqn.
+        average: what is compared with them.
         weights: ``1 - decay`` by fqn.
     """
     rows: dict[str, list[Tensor]] = {}
     for group in materialized(shards):
-        averages = Holdings(plan, group, shadows)
+        averages = average.holdings(plan, group)
         sources = Holdings(plan, group, {shard.fqn: shard.source for shard in group})
         here = {shard.fqn for shard in group}
         for number, item in enumerate(plan.items):

@@ -12,7 +12,9 @@ of a library that do not affect values (devices, foreach) are not accepted.
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -339,3 +341,128 @@ def ultralytics(
     rule: Schedule = schedules.exponential(decay, tau)
     rule = schedules.shift(rule, updates) if updates else rule
     return ShardedEMA(model, rule, **_kept(options, True))
+
+
+def torchtitan(
+    model: Any,
+    *,
+    decays: Iterable[float] = (),
+    half_life_fractions: Iterable[float] = (),
+    start_step: int = 0,
+    step_bias: int = 0,
+    update_every_n_steps: int = 1,
+    buffer_patterns: Iterable[str] = (),
+    **options: Any,
+) -> ShardedEMA:
+    """torchtitan's ``EMA``: an average for each decay and fraction, under the library's names.
+
+    It updates at the calls ``start_step + k``, ``start_step + 2 * k``, ... with
+    ``k = update_every_n_steps``. Update n of ``"decay_0p999"`` decays by 0.999, that of
+    ``"half_life_0p05"`` by ``2 ** (-1 / (0.05 * (n + step_bias)))``.
+
+    Raises:
+        ValueError: no average, or one twice.
+    """
+    k = update_every_n_steps
+    check_count(k, "presets.torchtitan, update_every_n_steps")
+    rules: list[tuple[str, Schedule]] = [
+        (_titan_name("decay", decay), schedules.constant(decay)) for decay in decays
+    ]
+    for fraction in half_life_fractions:
+        # at call n of every k the library counts n / k
+        rule: Schedule = schedules.scaled(schedules.share(fraction), k)
+        rule = schedules.shift(rule, step_bias * k) if step_bias else rule
+        rules.append((_titan_name("half_life", fraction), rule))
+    names = [name for name, _ in rules]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"presets.torchtitan: got the averages {names}, expected at least one, each once: "
+            "decays=[0.999] or half_life_fractions=[0.05]"
+        )
+    made = {name: _after(start_step, _at_calls(rule, k, k)) for name, rule in rules}
+    if buffer_patterns := list(buffer_patterns):
+        options = {"buffers": {re.compile(one): "average" for one in buffer_patterns}, **options}
+    return ShardedEMA(model, made, **options)
+
+
+def _titan_name(kind: str, value: float) -> str:
+    """torchtitan's key of an average: ``decay_0p999``."""
+    written = repr(float(value)).replace("+", "").replace(".", "p").replace("-", "m")
+    return f"{kind}_{written}"
+
+
+def _after(step: int, schedule: Schedule) -> Schedule:
+    """``schedule`` from its beginning at ``step``; before it the initial weights are kept."""
+    return schedules.join([1.0, schedule], at=[step]) if step else schedule
+
+
+def trl_bema(
+    model: Any,
+    *,
+    update_freq: int = 400,
+    ema_power: float = 0.5,
+    lag: int = 10,
+    update_after: int = 0,
+    multiplier: float = 1.0,
+    min_ema_multiplier: float = 0.0,
+    **options: Any,
+) -> ShardedEMA:
+    """The average in TRL's ``BEMACallback``, without its bias term, one update per step.
+
+    Step ``update_after`` copies. The steps ``update_after + update_freq * m`` decay by
+    ``1 - max(min_ema_multiplier, (lag + multiplier * step) ** -ema_power)``. TRL's result is this
+    average plus ``(lag + multiplier * step) ** -bias_power`` times the way from the weights at
+    ``update_after`` to the current ones, which is no average.
+    """
+    check_count(update_freq, "presets.trl_bema, update_freq")
+    rule: Schedule = schedules.bema(ema_power, lag, multiplier, min_ema_multiplier)
+    if not update_after:
+        return ShardedEMA(model, _at_calls(rule, update_freq, update_freq), **options)
+    check_count(update_after, "presets.trl_bema, update_after")
+    copy = schedules.every(0.0, update_after, first=update_after)
+    rule = _at_calls(schedules.shift(rule, update_after), update_freq, update_freq)
+    return ShardedEMA(model, schedules.join([copy, rule], at=[update_after]), **options)
+
+
+def olmo_merge(
+    model: Any,
+    *,
+    merge_step: int | Iterable[int] = (),
+    merge_interval: int | None = None,
+    merge_last_n_steps: int = 100,
+    **options: Any,
+) -> ShardedEMA:
+    """OLMo-core's ``ModelMergeCallback``: at a merge step, the mean of the last n steps.
+
+    Call it at every step. Between a merge step and the next window the mean stays as it is.
+
+    Args:
+        merge_step: the merge steps.
+        merge_interval: merge at its multiples; in place of ``merge_step``.
+        merge_last_n_steps: n.
+
+    Raises:
+        ValueError: both or none of ``merge_step`` and ``merge_interval``; windows that overlap,
+            which need an average each.
+    """
+    n = merge_last_n_steps
+    check_count(n, "presets.olmo_merge, merge_last_n_steps")
+    steps = [merge_step] if isinstance(merge_step, int) else sorted(merge_step)
+    if bool(steps) == (merge_interval is not None):
+        raise ValueError(
+            f"presets.olmo_merge: got merge_step={merge_step!r} and "
+            f"merge_interval={merge_interval!r}, expected one of them"
+        )
+    for step in [*steps, *([] if merge_interval is None else [merge_interval])]:
+        check_count(step, "presets.olmo_merge, merge step")
+    gaps = [b - a for a, b in itertools.pairwise(steps)]
+    if n > min([*gaps, math.inf if merge_interval is None else merge_interval]):
+        raise ValueError(
+            f"presets.olmo_merge: got merge_last_n_steps={n} and merges at "
+            f"{steps or merge_interval}, whose windows overlap; build one EMA for each"
+        )
+    if merge_interval is not None:
+        return ShardedEMA(model, schedules.block_mean(merge_interval, last=n), **options)
+    first = schedules.block_mean(steps[0], last=min(n, steps[0]))
+    means = [first, *(schedules.block_mean(gap, last=n) for gap in gaps)]
+    return ShardedEMA(model, schedules.join([*means, 1.0], at=steps), **options)

@@ -28,7 +28,8 @@ from shardema.exchange import Exchange
 from shardema.model.replicas import AllGatherSlices
 from shardema.scopes import to_the_end, uninterrupted, writable
 from shardema.shards.shard import Shard, materialized
-from shardema.update.average import Average
+from shardema.update.averages import Readable
+from shardema.update.mixture import MixedAverage, Mixture
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Swaps:
         self._averages, self._weights = calls.averages, calls.weights
         self._updates = calls.updates
 
-    def block(self, name: str | None) -> Block:
+    def block(self, name: str | Mixture | None) -> Block:
         """See `ShardedEMA.swap`."""
         dropped = functools.partial(
             self._calls.notices.once,
@@ -100,7 +101,7 @@ class Swaps:
         return Block(functools.partial(self._swapped, name), dropped)
 
     @contextlib.contextmanager
-    def _swapped(self, name: str | None) -> Iterator[None]:
+    def _swapped(self, name: str | Mixture | None) -> Iterator[None]:
         average, shards, exchange, gather = self._calls.write_model("swap", name, self._ready)
         put_back = functools.partial(self._put_back, exchange, shards, gather)
         state = self._calls.swap
@@ -131,28 +132,38 @@ class Swaps:
             if interrupt is not None:
                 raise interrupt
         if written:
-            self._refuse_writes(written)
+            self._refuse_writes(written, exchange)
 
-    def _refuse_writes(self, written: Sequence[str]) -> None:
-        raise RuntimeError(
-            f"rank {self._averages.ranks.rank}: {abbreviate(written)}: written inside swap(), so "
+    def _refuse_writes(self, written: Sequence[str], exchange: Exchange) -> None:
+        lost = (
             "the write went into the average and the weights are as before the swap; write "
             "weights outside of it, and call ema.reset() or ema.load() to repair the average"
         )
+        if exchange.copied:
+            lost = "the write is lost and the weights are as before; write weights outside of it"
+        raise RuntimeError(
+            f"rank {self._averages.ranks.rank}: {abbreviate(written)}: written inside swap(), so "
+            f"{lost}"
+        )
 
     def _ready(
-        self, average: Average
-    ) -> tuple[Average, list[Shard], Exchange, AllGatherSlices | None]:
+        self, average: Readable
+    ) -> tuple[Readable, list[Shard], Exchange, AllGatherSlices | None]:
         notices = self._calls.notices
         notices.missed("swap", self._updates.following)
-        notices.never_updated("swap", average)
+        notices.never_updated("swap", average.components)
         self._updates.refresh()
         self._updates.flush("swap")
-        exchange = Exchange(self._averages.held(average), average.shadows.views)
+        self._averages.lending.detach()
+        held = self._averages.held(average)
+        if isinstance(average, MixedAverage):
+            exchange = Exchange(held, {}, average.fill)
+        else:
+            exchange = Exchange(held, average.shadows.views, average.fill)
         return average, self._weights.averaged_shards, exchange, self._all_gather_slices(average)
 
     def _all_gather_slices(
-        self, average: Average, *, masters: bool = False
+        self, average: Readable, *, masters: bool = False
     ) -> AllGatherSlices | None:
         """Gathers an average that is kept in slices on all replicas; None for other averages."""
         if not average.policy.shard_replicas:
@@ -192,14 +203,20 @@ class Swaps:
         for cause in filter(None, end.failed):
             raise cause
 
-    def copy(self, name: str | None, every: int | None) -> None:
+    def copy(self, name: str | Mixture | None, every: int | None) -> None:
         """See `ShardedEMA.copy_to_model`."""
         good = every is None or (
             isinstance(every, int) and not isinstance(every, bool) and every >= 1
         )
-        if every is not None and good and name in (None, *self._averages.names):
+        if (
+            every is not None
+            and good
+            and (isinstance(name, Mixture) or name in (None, *self._averages.names))
+        ):
             self._calls.close_round()
-            updates = self._averages[self._averages.names[0] if name is None else name].num_updates
+            updates = self._averages.readable(
+                self._averages.names[0] if name is None else name
+            ).num_updates
             if updates == 0 or updates % every:
                 return
 
@@ -208,7 +225,7 @@ class Swaps:
                 raise ValueError(f"copy_to_model: got every={every!r}, expected a whole number > 0")
             return {"every": every}
 
-        def ready(average: Average) -> tuple[Average, AllGatherSlices | None]:
+        def ready(average: Readable) -> tuple[Readable, AllGatherSlices | None]:
             self._calls.notices.missed("copy_to_model", self._updates.following)
             self._updates.refresh()
             self._updates.flush("copy_to_model")
@@ -216,14 +233,14 @@ class Swaps:
 
         self._write(*self._calls.write_model("copy_to_model", name, ready, given))
 
-    def _write(self, average: Average, gather: AllGatherSlices | None) -> None:
+    def _write(self, average: Readable, gather: AllGatherSlices | None) -> None:
         """Writes the average over the weights, and over the masters."""
 
         def write() -> None:
             self._weights.await_copies()
             for group in materialized(self._averages.held(average), write=True):
                 for shard in group:
-                    shard.local.copy_(average.shadows.views[shard.fqn])
+                    average.fill(shard.local, shard)
                     if shard.weights is not None:
                         shard.weights.copy_(shard.local)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -87,6 +88,14 @@ def assert_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
     assert got.keys() == expected.keys(), got.keys() ^ expected.keys()
     for fqn, value in expected.items():
         assert torch.equal(got[fqn].cpu(), value.cpu()), fqn
+
+
+def assert_forward(layout: Layout, got: Tensor, alone: Tensor) -> None:
+    if layout.exact:
+        assert torch.equal(got, alone)
+    else:  # tensor parallel adds up in another order: some roundings of the output
+        error = (got - alone).norm() / alone.norm()
+        assert error <= 8 * torch.finfo(alone.dtype).eps, error
 
 
 # ---- facts ------------------------------------------------------------------------------------
@@ -206,11 +215,7 @@ def swap_is_seen_and_undone_exactly(layout: Layout, **options: bool) -> None:
         again = forward(model)
     after = forward(model)
     alone = forward(plain)
-    if layout.exact:
-        assert torch.equal(inside, alone)
-    else:  # tensor parallel adds up in another order: some roundings of the output
-        error = (inside - alone).norm() / alone.norm()
-        assert error <= 8 * torch.finfo(alone.dtype).eps, error
+    assert_forward(layout, inside, alone)
     assert torch.equal(inside, again)
     assert not torch.allclose(inside, before)
     assert torch.equal(after, before)
@@ -537,6 +542,83 @@ def several_averages_equal_each_kept_alone(layout: Layout) -> None:
         together.full_state_dict()
 
 
+def power_averages_are_the_merges_of_a_window(layout: Layout) -> None:
+    """Of every step since the second, with the published weights of two learning-rate decays."""
+    decays = {"linear": (0.0, lambda x: 1 - x), "minus_sqrt": (-0.5, lambda x: 1 - x**0.5)}
+    rules = {n: schedules.start(schedules.power(gamma=g), at=2) for n, (g, _) in decays.items()}
+    model = layout.build()
+    ema = layout.keep(model, rules)
+    like = parameters_of(zoo.make(**dict.fromkeys(layout.options, True)))
+    steps = [zoo.script(like, step) for step in range(STEPS)]
+    for values in steps:
+        write(model, values)
+        ema.update()
+    for name, (_, decay) in decays.items():
+        s = [decay((step - 2) / (STEPS - 2)) for step in range(2, STEPS + 1)]
+        weights = [a - b for a, b in itertools.pairwise(s)]
+        profile = ema.profile(name)
+        assert profile.mass(range(2, STEPS + 1)) == pytest.approx(weights, abs=1e-12)
+        assert profile.mass([0, 2]).item() == profile.initial == 0
+        full = ema.full_state_dict(name, all_ranks=True)
+        for fqn in ema.internal.averages.weights.averaged:
+            pairs = zip(weights, steps[2:], strict=True)
+            merged = sum(weight * values[fqn].double().cpu() for weight, values in pairs)
+            oracle.assert_close(full[fqn], merged, STEPS)
+
+
+def mixtures_are_read_like_averages(layout: Layout) -> None:
+    rules = {"ema": 0.75, "start": schedules.constant(1.0)}
+    model = layout.build()
+    ema = layout.keep(model, rules, shadow=dict.fromkeys(rules, layout.policy))
+    like = parameters_of(zoo.make(**dict.fromkeys(layout.options, True)))
+    values: dict[str, Tensor] = {}
+    for step in range(3):
+        values = zoo.script(like, step)
+        write(model, values)
+        ema.update()
+    coefficients = {"raw": 0.3, "ema": 1.3, "start": -0.6}
+    mixture = ema.mix(coefficients)
+    averaged = ema.internal.averages.weights.averaged
+    full = {name: ema.full_state_dict(name, all_ranks=True) for name in rules}
+    parts = {"raw": values, **full}
+    expected = dict(full["ema"])
+    for fqn in averaged:
+        terms = [parts[name][fqn].cpu().double() * c for name, c in coefficients.items()]
+        expected[fqn] = (terms[0] + terms[1] + terms[2]).float()
+        assert not torch.equal(expected[fqn], full["ema"][fqn])
+    tied = {"head.weight": "embed.weight"}
+    expected.update({name: expected[fqn] for name, fqn in tied.items()})
+    values.update({name: values[fqn] for name, fqn in tied.items()})
+    got = ema.full_state_dict(mixture, all_ranks=True)
+    assert_same(got, expected)
+    assert_same(same_everywhere(dict(ema.iter_full(mixture))), expected)
+    apart = sum((expected[k] - values[k].cpu()).double().square().sum() for k in averaged)
+    size = sum(values[k].cpu().double().square().sum() for k in averaged)
+    assert ema.metrics(mixture)["distance"] == pytest.approx(
+        float((apart / size) ** 0.5), rel=1e-12
+    )
+    with shared_folder() as folder:
+        ema.export(f"{folder}/mixed", mixture)
+        written = safetensors.torch.load_file(f"{folder}/mixed/model.safetensors")
+        assert all(torch.equal(written[fqn], expected[fqn]) for fqn in averaged & written.keys())
+        assert averaged & written.keys()
+    model.eval()
+    before = forward(model)
+    plain = zoo.make(**dict.fromkeys(layout.options, True)).eval()
+    plain.load_state_dict(expected)
+    with ema.swap(mixture):
+        inside = forward(model)
+    assert torch.equal(forward(model), before)
+    with torch.no_grad():
+        assert torch.equal(mixture(zoo.tokens()).cpu(), inside)
+    assert_forward(layout, inside, forward(plain))
+    for name, kept in full.items():
+        assert_same(ema.full_state_dict(name, all_ranks=True), kept)
+    assert_same(ema.full_state_dict(ema.mix({"raw": 1.0}), all_ranks=True), {**expected, **values})
+    ema.copy_to_model(mixture)
+    assert_same(ema.full_state_dict(ema.mix({"raw": 1.0}), all_ranks=True), expected)
+
+
 def a_saved_average_loads(layout: Layout) -> None:
     model, ema, values = trained(layout)
     full = ema.full_state_dict(all_ranks=True)
@@ -674,6 +756,8 @@ FACTS = [
     copy_to_model_reset_and_load_full,
     averaged_buffers_follow_the_average,
     several_averages_equal_each_kept_alone,
+    power_averages_are_the_merges_of_a_window,
+    mixtures_are_read_like_averages,
     a_saved_average_loads,
     an_export_is_what_safetensors_would_write,
     dcp_saves_and_loads_it,

@@ -39,7 +39,8 @@ class Layout:
         exact: the forward gives the same bits as the unsharded one (tensor parallel does not).
         policy: how the averages are kept.
         kernel: by which kernel.
-        full: only with ``--full``: another layout shows nearly the same.
+        full: those of the worlds that run only with ``--full``: other layouts on as many ranks, and
+            this one on another number, show nearly the same.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Layout:
     exact: bool = True
     policy: ShadowPolicy = BESIDE
     kernel: str = "auto"  # foreach, for what is as small as the zoo
-    full: bool = False
+    full: tuple[int, ...] = ()
 
     def build(self, **options: bool) -> nn.Module:
         """The wrapped zoo model."""
@@ -133,7 +134,7 @@ LAYOUTS = {
     layout.name: layout
     for layout in (
         Layout("plain", "plain", (1,), lambda m: m, ("channels_last", "scalar")),
-        Layout("ddp", "plain", (2, 3), ddp, ("channels_last", "scalar")),
+        Layout("ddp", "plain", (2, 3), ddp, ("channels_last", "scalar"), full=(2,)),
         Layout(
             "fsdp1",
             "fsdp1",
@@ -147,12 +148,14 @@ LAYOUTS = {
             (2, 3),
             _fsdp1(sharding_strategy=_STRATEGY.FULL_SHARD, use_orig_params=False),
             ("channels_last",),
+            full=(2,),
         ),
         Layout(
             "fsdp1-grad-op",
             "fsdp1",
             (2, 3),
             _fsdp1(sharding_strategy=_STRATEGY.SHARD_GRAD_OP, use_orig_params=True),
+            full=(3,),
         ),
         Layout(
             "fsdp1-no-shard",
@@ -167,7 +170,7 @@ LAYOUTS = {
             _fsdp1(sharding_strategy=_STRATEGY.HYBRID_SHARD, use_orig_params=True),
         ),
         Layout("fsdp2", "fsdp2", (2, 3), _fsdp2(), kernel="fused"),
-        Layout("fsdp2-keep", "fsdp2", (2, 3), _fsdp2(keep=True)),
+        Layout("fsdp2-keep", "fsdp2", (2, 3), _fsdp2(keep=True), full=(3,)),
         Layout("hsdp", "fsdp2", (4,), hsdp),
         Layout("fsdp2-tp", "fsdp2", (4,), fsdp2_tp, exact=False),
         Layout("ddp-slices", "plain", (3,), ddp, ("channels_last", "scalar"), policy=SLICES),
@@ -177,7 +180,7 @@ LAYOUTS = {
             (4,),
             _fsdp1(sharding_strategy=_STRATEGY.HYBRID_SHARD, use_orig_params=True),
             policy=SLICES,
-            full=True,
+            full=(4,),
         ),
         Layout("hsdp-slices", "fsdp2", (4,), hsdp, policy=SLICES, kernel="fused"),
         Layout("fsdp2-offload", "fsdp2", (2,), _fsdp2(), policy=OFFLOAD, kernel="fused"),

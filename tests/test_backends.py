@@ -13,7 +13,7 @@ from tests.layouts import LAYOUTS
 
 PAIRS = [
     pytest.param(
-        *(ranks, layout.name, fact.__name__), marks=[pytest.mark.full] if layout.full else []
+        *(ranks, layout.name, fact.__name__), marks=[pytest.mark.full] * (ranks in layout.full)
     )
     for ranks in (1, 2, 3, 4)
     for layout in LAYOUTS.values()

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from shardema import CheckpointError, CheckpointManager, RankError, ShadowPolicy, ShardedEMA
 from shardema.files.folder import NewFolder
 from shardema.files.safetensors import NewFile
+from shardema.update.copy_on_write import CopyOnWrite
 from tests import world
 
 
@@ -40,22 +41,22 @@ def move(model: nn.Module, ema: ShardedEMA) -> None:
 
 
 class Gate:
-    """Holds the threads that write, until it is opened; other threads pass."""
+    """Holds the threads that write, before they read a value, until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None) -> None:
         self.arrived, self.opened = threading.Event(), threading.Event()
-        real = NewFile.write_at
+        real = NewFile.__init__
 
-        def held(file: NewFile, offset: int, data: Any) -> None:
+        def held(file: NewFile, path: str, size: int) -> None:
             if threading.current_thread().name == "shardema-save":
                 self.arrived.set()
                 assert self.opened.wait(60)
-            real(file, offset, data)
+            real(file, path, size)
 
         if monkeypatch is None:
-            NewFile.write_at = held  # type: ignore[method-assign]
+            NewFile.__init__ = held  # type: ignore[method-assign]
         else:
-            monkeypatch.setattr(NewFile, "write_at", held)
+            monkeypatch.setattr(NewFile, "__init__", held)
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def no_space() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("policy", [ShadowPolicy(), ShadowPolicy(device="cpu")])
-@pytest.mark.parametrize("what", ["update", "swap", "reset"])
+@pytest.mark.parametrize("what", ["update", "swap", "reset", "load_full", "state_dict"])
 def test_the_files_hold_the_state_at_the_call(
     tmp_path: Path, gate: Gate, what: str, policy: ShadowPolicy
 ) -> None:
@@ -92,10 +93,20 @@ def test_the_files_hold_the_state_at_the_call(
     elif what == "swap":
         with ema.swap():
             model(torch.ones(2, 4))
-    else:
+            assert not (tmp_path / "ema").exists()
+            gate.opened.set()
+            pending.join()  # it reads while the model holds the average
+    elif what == "reset":
         ema.reset()
-    assert not pending.done()
-    assert not (tmp_path / "ema").exists()
+    elif what == "load_full":
+        ema.load_full({fqn: tensor + 1 for fqn, tensor in ema.full_state_dict().items()}, t=7)
+    else:
+        ema.state_dict()
+        with torch.no_grad():
+            ema.internal.averages["ema"].shadows.flats[0].add_(1)  # as dcp.load does with it
+    if what != "swap":
+        assert not pending.done()
+        assert not (tmp_path / "ema").exists()
     gate.opened.set()
     pending.result()
     assert pending.done()
@@ -105,6 +116,51 @@ def test_the_files_hold_the_state_at_the_call(
     again = averaged(policy)[1]
     again.load(tmp_path / "ema")
     assert again.num_updates == 1
+
+
+@pytest.mark.parametrize("handed_out", [False, True])
+def test_an_average_in_host_memory_is_copied_only_before_it_changes(
+    tmp_path: Path, gate: Gate, handed_out: bool
+) -> None:
+    _, ema = averaged()
+    if handed_out:
+        ema.state_dict()  # who holds it may change the averages at any time
+    pending = ema.save(tmp_path / "ema", wait=False)
+    assert pending is not None
+    assert gate.arrived.wait(30)
+    (flat,) = ema.internal.averages["ema"].shadows.flats
+    before = flat.clone()
+    with torch.no_grad():
+        flat.fill_(7.0)  # unseen, as no call of the library does it
+    gate.opened.set()
+    pending.result()
+    with torch.no_grad():
+        flat.copy_(before)
+    ema.load(tmp_path / "ema")
+    assert torch.equal(flat, before) == handed_out
+
+
+def test_tensors_are_read_as_they_were_wherever_a_change_comes() -> None:
+    shapes = [(5, 3), (), (2, 2, 2)]
+    for stop in range(10):
+        tensors = [torch.arange(float(torch.Size(s).numel())).reshape(s) for s in shapes]
+        tensors[0] = tensors[0].t().contiguous().t()  # of other strides
+        expected = [tensor.clone() for tensor in tensors]
+        kept = CopyOnWrite(tensors, [True, False, True])
+        tensors[1].fill_(-1)  # not shared, so it was copied
+        read: list[list[torch.Tensor]] = [[], [], []]
+        count = 0
+        for number in range(3):
+            for part in kept.parts(number, 3):
+                if count == stop:
+                    kept.detach()
+                    for tensor in tensors:
+                        tensor.fill_(-1)
+                read[number].append(part.reshape(-1))
+                count += 1
+        for parts, tensor in zip(read, expected, strict=True):
+            assert torch.equal(torch.cat(parts), tensor.reshape(-1)), stop
+    assert count == 5 + 1 + 4
 
 
 def test_the_next_save_waits_for_the_one_before(tmp_path: Path, gate: Gate) -> None:

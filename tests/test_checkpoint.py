@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import errno
 import inspect
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 
@@ -681,33 +684,26 @@ def test_ranks_fail_and_read_together(tmp_path: Path) -> None:
     world.hold(facts, 2)
 
 
-SAVER = """
-import sys, torch
-from shardema import ShardedEMA
-net = torch.nn.Linear(1000, 1000)
-ema = ShardedEMA(net, 0.5)
-print("ready", flush=True)
-number = 0
-while True:
-    ema.save(f"{sys.argv[1]}/ema-{number}")
-    print(number, flush=True)
-    number += 1
-"""
+def saves_for_ever(folder: str, told: Connection) -> None:
+    ema = ShardedEMA(nn.Linear(1000, 1000), 0.5)
+    for number in itertools.count():
+        ema.save(f"{folder}/ema-{number}")
+        told.send(number)
 
 
 @pytest.mark.parametrize("delay", [0.001, 0.004, 0.009, 0.02, 0.05])
 def test_a_killed_save_leaves_whole_checkpoints_only(tmp_path: Path, delay: float) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    lines = iter(process.stdout.readline, "")
-    assert next(lines) == "ready\n"
-    done = int(next(lines))
+    hears, told = multiprocessing.Pipe(duplex=False)
+    process = world.server().Process(target=saves_for_ever, args=(str(tmp_path), told), daemon=True)
+    process.start()
+    told.close()
+    done = hears.recv()
     time.sleep(delay)  # somewhere in a later save
     process.kill()
-    process.wait()
-    done = max([done, *(int(line) for line in lines)])
+    process.join()
+    with contextlib.suppress(EOFError):
+        while True:
+            done = hears.recv()
     ema = ShardedEMA(nn.Linear(1000, 1000), 0.5)
     found = sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("."))
     assert {f"ema-{n}" for n in range(done + 1)} <= set(found)

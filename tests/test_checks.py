@@ -58,14 +58,15 @@ def test_verify_names_each_damaged_stretch_and_goes_on(tmp_path: Path) -> None:
     size = file.stat().st_size
     flip_at(file, 20, size - 1)  # in the safetensors header, and in the last value
     code, text = run("verify", tmp_path / "bad", tmp_path / "none", tmp_path / "good")
-    assert code == 1
+    assert code == 2
     first, second, third, fourth = text.splitlines()
     assert first.startswith(f"{tmp_path / 'bad'}: DAMAGED: {file}: checksum mismatch in bytes 0 to")
     assert f"{BLOCK * 2} to {size} (n1.weight" in second
-    assert "no such folder" in third
+    assert third == f"{tmp_path / 'none'}: no such folder or file"
     assert fourth.startswith(f"{tmp_path / 'good'}: ok, 2 tensor(s) in 1 file(s)")
     code, (bad, none, good) = read_json("verify", *(tmp_path / n for n in ("bad", "none", "good")))
-    assert (code, bad["ok"], none["ok"], good["ok"]) == (1, False, False, True)
+    assert (code, bad["ok"], none["ok"], good["ok"]) == (2, False, False, True)
+    assert (none["absent"], none["damages"]) == (True, [])
     assert [(d["start"], d["stop"]) for d in bad["damages"]] == [(0, BLOCK), (2 * BLOCK, size)]
     assert set(bad["damages"][0]["tensors"]) <= {"n0.weight", "n1.weight", "n0.bias", "n1.bias"}
     assert good["checksums"]
@@ -181,7 +182,7 @@ def test_verify_does_not_call_verified_what_it_cannot(tmp_path: Path) -> None:
     assert code == 1
     assert "a pickle of torch.save: it has no checksums that are known here" in text
     assert run("verify")[0] == 2
-    assert run("verify", "s3://bucket/ema")[0] == 2
+    assert run("verify", "nowhere://bucket/ema")[0] == 2
 
 
 def test_verify_against_a_model_finds_a_torn_pair(tmp_path: Path) -> None:

@@ -205,8 +205,7 @@ def live(rank: int, case: Case, folder: str, port: int, words: Any) -> None:
 
 def verdict(case: Case) -> str:
     """What is wrong with a case; nothing if all is right."""
-    context = world.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(world.PRELOAD)
+    context = world.server()
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
         words = context.SimpleQueue()
@@ -757,7 +756,7 @@ def leaves_at_once(rank: int, folder: str, words: Any) -> None:
 
 
 def test_the_leader_leaves_when_its_reply_is_read(tmp_path: Path) -> None:
-    context = world.multiprocessing.get_context("forkserver")
+    context = world.server()
     words = context.SimpleQueue()
     processes = [
         context.Process(target=leaves_at_once, args=(rank, str(tmp_path), words), daemon=True)

@@ -320,6 +320,28 @@ def test_a_damaged_record_is_told(tmp_path: Path) -> None:
     assert len(names(tmp_path)) == 3
 
 
+def test_the_newest_step_that_is_undamaged_is_told_without_loading_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ema = averaged()
+    with CheckpointManager(ema, tmp_path, wait=False) as manager:
+        assert manager.latest() is None
+        train(model, ema, manager, range(1, 4))
+        assert manager.latest() == 3  # once it is written
+        flip(shards(tmp_path / "step-00000003"))
+        with caplog.at_level(logging.WARNING):
+            assert manager.latest() == 2
+        assert "latest step of " in caplog.text
+        assert "step 3 was skipped, step 2 is the newest that can be loaded: " in caplog.text
+        assert ema.t == 3
+        for step in (1, 2):
+            flip(shards(tmp_path / f"step-{step:08d}"))
+        with pytest.raises(CheckpointError, match=r"none of the steps 3, 2, 1 can .* checksum mis"):
+            manager.latest()
+        manager.save(4)
+        assert manager.latest() == 4
+
+
 # ---- who writes ---------------------------------------------------------------------------------
 
 
@@ -381,6 +403,30 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
+def test_times_of_a_clock_that_went_back_do_not_matter(tmp_path: Path) -> None:
+    model, ema = averaged()
+    with CheckpointManager(ema, tmp_path) as manager:
+        train(model, ema, manager, range(1, 4))
+    (tmp_path / ".step-00000009.01234567.tmp").mkdir()
+    for days, path in enumerate(sorted(tmp_path.iterdir(), reverse=True)):
+        os.utime(path, (time.time() + 1e5 * days,) * 2)
+    with CheckpointManager(ema, tmp_path, keep_last=2) as manager:
+        assert manager.latest() == manager.resume() == 3
+        manager.save(4)
+    assert names(tmp_path) == ["step-00000003", "step-00000004"]
+    assert hidden(tmp_path) == []
+
+
+def test_a_record_that_a_killed_manager_did_not_finish_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / "manager.json.0123abcd.tmp"
+    left.write_text("{")
+    mine = tmp_path / "manager.json.mine.tmp"
+    mine.write_text("")
+    with CheckpointManager(averaged()[1], tmp_path) as manager:
+        manager.resume()
+    assert (left.exists(), mine.exists()) == (False, True)
+
+
 # ---- bad input ----------------------------------------------------------------------------------
 
 
@@ -411,9 +457,7 @@ def test_a_step_that_is_no_number_is_refused(tmp_path: Path, step: Any) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_remote_directory_and_a_model_in_place_of_an_ema_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected a local path"):
-        CheckpointManager(averaged()[1], "s3://bucket/run")
+def test_a_model_in_place_of_an_ema_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="got Linear, expected a ShardedEMA"):
         CheckpointManager(nn.Linear(2, 2), tmp_path)  # type: ignore[arg-type]
 
@@ -454,10 +498,17 @@ def on_two_ranks() -> None:
             CheckpointManager(ema, name[0]).resume()
         saved = ema.full_state_dict(all_ranks=True)
         manager.save(6)
+        assert manager.latest() == 6
         ema.reset()
         assert manager.resume() == 6
         again = ema.full_state_dict(all_ranks=True)
         assert all(torch.equal(saved[k], again[k]) for k in saved)
+        dist.barrier()
+        if first:
+            flip(Path(name[0], "step-00000006/rank-00001-of-00002.safetensors"))
+        dist.barrier()
+        with pytest.raises(CheckpointError, match=r"rank 1: reading .*rank-00001-of-00002"):
+            manager.latest()
         dist.barrier()
         if first:
             os.unlink(f"{name[0]}/step-00000006/shardema.json")

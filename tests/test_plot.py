@@ -504,15 +504,58 @@ def test_the_command_draws_a_log(tmp_path: Path) -> None:
     assert matplotlib.image.imread(out).ndim == 3
 
 
+def aged(folder: Path) -> ShardedEMA:
+    """An EMA with a past, saved to a folder."""
+    ema = ShardedEMA(nn.Linear(2, 1), {"short": 0.9, "long": schedules.power(0.1), "new": wavy})
+    for _ in range(100):
+        ema.update()
+    ema.load_full(ema.full_state_dict("short"), "short")
+    for _ in range(10):
+        ema.update()
+    ema.save(folder)
+    return ema
+
+
+def wavy(t: float, dt: float) -> float:
+    return 0.9 + 0.05 * math.sin(t)
+
+
+def test_the_averages_of_a_checkpoint_are_drawn_as_they_became(tmp_path: Path) -> None:
+    ema, out = aged(tmp_path / "ema"), tmp_path / "out.png"
+    code, said = run("plot", "profile", tmp_path / "ema", "--text")
+    assert code == 0
+    short, long, new = said.splitlines()
+    assert short == (
+        "short at 110 steps: half of the mass in the last 7 steps, as wide as a mean of 9.2 "
+        "updates, 34.9 % imported at 100"
+    )
+    assert long.startswith("long at 110 steps: half of the mass in the last 10 steps, as wide as")
+    assert new.startswith("new at 110 steps: ")
+    assert run("plot", "profile", tmp_path / "ema", "--average", "long", "--text")[1] == f"{long}\n"
+    assert run("plot", "profile", tmp_path / "ema", "-o", out) == (0, f"drawn in {out}\n")
+
+    (axes,) = plot.profiles({name: ema.profile(name) for name in ema.names}, log=True).axes
+    assert (axes.get_xlabel(), axes.get_yscale()) == ("step", "log")
+    drawn = {patch.get_label().split(":")[0]: patch.get_data() for patch in axes.patches}
+    for name in ema.names:
+        heights, edges = drawn[name][:2]
+        expected = ema.profile(name).mass(edges) / np.diff(edges)
+        np.testing.assert_array_equal(heights, expected)
+        assert len(heights) == (10 if name == "short" else 110)
+    with pytest.raises(ValueError, match="of which none has the mass of an update"):
+        plot.profiles({"young": ShardedEMA(nn.Linear(2, 1), 0.9).profile()})
+
+
 def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     log = tmp_path / "runs" / "train" / "log.csv"
     log.parent.mkdir(parents=True)
     log.write_text("step,train_loss,raw_loss,ema_loss,ema_distance\n1,2,3,4,5\n")
+    aged(tmp_path / "run" / "average" / "step-00120000")
     shell = "".join(re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL))
     lines = [shlex.split(line) for line in shell.replace("\\\n", " ").splitlines()]
     commands = [words[1:] for words in lines if words[0] == "shardema"]
-    assert len(commands) == 5
+    assert len(commands) == 7
     for words in commands:
         code, said = run(*words, "--force")
         assert code == 0, said
@@ -541,13 +584,20 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
     for words, code, text in (
         (("profile", *ten), 2, "give --schedule or --preset"),
         (("profile", "--schedule", "0.9"), 2, "Missing option '--steps'"),
-        (("profile", "--schedule", "powr(1)", *ten), 2, "expected one of clip, constant, "),
+        (
+            ("profile", "--schedule", "powr(1)", *ten),
+            2,
+            "expected one of bema, block_mean, clip",
+        ),
         (("decay", "--schedule", "power(std=3)", *ten), 2, "schedules.power: got std=3"),
         (("decay", "--schedule", "timm_v3", *ten), 2, "it is a preset"),
         (("decay", "--preset", "timm_v4", *ten), 2, "timm_v3, torch_averaged"),
         (("profile", "--schedule", "__import__('os')", *ten), 2, "got the name '__import__'"),
         (("profile", "--preset", "edm2", *ten), 2, "counts samples"),
         (("profile", "--schedule", "ramp(0.9, unit='x')", "--dt", "0.5", *ten), 2, "whole steps"),
+        (("profile", "--schedule", "0.9", "--text", *ten), 2, "--average are of checkpoints"),
+        (("profile", tmp_path, *ten), 2, "give checkpoints, or schedules and --steps, not both"),
+        (("profile", tmp_path), 1, "this is not a finished checkpoint"),
         (("curves", tmp_path / "none.csv"), 1, "No such file"),
         (("curves", tmp_path), 1, "reading"),
         (("curves", tmp_path / "bare.csv"), 2, "the log has step, train_loss"),

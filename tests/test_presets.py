@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -58,6 +58,27 @@ def _annealed(n: int, momentum: float, gamma: float, k: int) -> Any:
     if step % k:
         return None
     return 0.0 if step == 0 else 1 - max(momentum, gamma / (gamma + step))
+
+
+def _titan(n: int, fraction: float, start: int, bias: int, k: int) -> Any:
+    elapsed = n - start
+    if elapsed <= 0 or elapsed % k:
+        return None
+    return 2 ** (-1 / (fraction * (elapsed // k + bias)))
+
+
+def _bema(n: int, every: int, power: float, lag: int, after: int, low: float) -> Any:
+    if n < after or (n - after) % every:
+        return None
+    return 0.0 if n == after else 1 - max(low, (lag + 0.5 * n) ** -power)
+
+
+def _olmo(n: int, ends: Iterable[int], last: int) -> Any:
+    for end in ends:
+        first = max(1, end - last + 1)
+        if first <= n <= end:
+            return 1 - 1 / (n - first + 1)
+    return None
 
 
 CASES: list[tuple[str, dict[str, Any], Rule]] = [
@@ -148,6 +169,46 @@ CASES: list[tuple[str, dict[str, Any], Rule]] = [
         "ultralytics",
         {"decay": 0.99, "tau": 30, "updates": 12},
         lambda n: 0.99 * (1 - math.exp(-(n + 12) / 30)),
+    ),
+    ("torchtitan", {"half_life_fractions": [0.05]}, lambda n: _titan(n, 0.05, 0, 0, 1)),
+    (
+        "torchtitan",
+        {
+            "half_life_fractions": [0.3],
+            "start_step": 7,
+            "step_bias": 2,
+            "update_every_n_steps": 4,
+        },
+        lambda n: _titan(n, 0.3, 7, 2, 4),
+    ),
+    (
+        "torchtitan",
+        {"decays": [0.9], "start_step": 5, "update_every_n_steps": 3},
+        lambda n: _spaced(n, 8, 3, 0.9, False),
+    ),
+    ("trl_bema", {"multiplier": 0.5}, lambda n: _bema(n, 400, 0.5, 10, 0, 0)),
+    (
+        "trl_bema",
+        {
+            "update_freq": 7,
+            "ema_power": 0.7,
+            "lag": 3,
+            "update_after": 11,
+            "multiplier": 0.5,
+            "min_ema_multiplier": 0.05,
+        },
+        lambda n: _bema(n, 7, 0.7, 3, 11, 0.05),
+    ),
+    ("olmo_merge", {"merge_interval": 100}, lambda n: _olmo(n, range(100, 2000, 100), 100)),
+    (
+        "olmo_merge",
+        {"merge_step": [60, 20, 100], "merge_last_n_steps": 30},
+        lambda n: _olmo(n, [20, 60, 100], 30),
+    ),
+    (
+        "olmo_merge",
+        {"merge_interval": 9, "merge_last_n_steps": 4},
+        lambda n: _olmo(n, range(9, 2000, 9), 4),
     ),
 ]
 IDS = [f"{name}-{','.join(given)}" for name, given, _ in CASES]
@@ -289,6 +350,13 @@ def test_edm2_keeps_one_average_for_each_width_whatever_the_batch() -> None:
     assert ema.full_state_dict("0.100")["weight"].item() == pytest.approx(2.9598, abs=5e-5)
     with pytest.raises(ValueError, match="the schedule counts samples"):
         ema.update()
+
+
+def test_torchtitan_keeps_its_averages_under_the_librarys_keys() -> None:
+    ema = presets.torchtitan(
+        one_weight(), decays=[0.999], half_life_fractions=[0.05, 1e-5], start_step=3
+    )
+    assert ema.names == ("decay_0p999", "half_life_0p05", "half_life_1em05")
 
 
 def _gamma(std: float) -> float:
@@ -481,6 +549,17 @@ def follow(
         ("composer", {"update_interval": "1.5ba"}, ValueError, "an interval of 1.5 batches"),
         ("composer", {"ema_start": "soon"}, ValueError, "got 'soon', expected a number and a"),
         ("ignite", {"warmup_iters": 5}, ValueError, "expected both or none"),
+        ("torchtitan", {}, ValueError, r"got the averages \[\], expected at least one"),
+        ("torchtitan", {"decays": [0.9, 0.9]}, ValueError, "'decay_0p9'], expected at least one"),
+        ("torchtitan", {"half_life_fractions": [0]}, ValueError, "fraction: got 0, expected"),
+        ("torchtitan", {"decays": [0.9], "update_every_n_steps": 0}, ValueError, "steps: got 0"),
+        ("trl_bema", {"update_freq": 0}, ValueError, "update_freq: got 0"),
+        ("trl_bema", {"update_after": -1}, ValueError, "update_after: got -1"),
+        ("olmo_merge", {}, ValueError, r"merge_step=\(\) and merge_interval=None, expected one"),
+        ("olmo_merge", {"merge_step": 9, "merge_interval": 9}, ValueError, "expected one of them"),
+        ("olmo_merge", {"merge_step": [0, 9]}, ValueError, "merge step: got 0"),
+        ("olmo_merge", {"merge_interval": 99}, ValueError, "=100 and merges at 99, whose windows"),
+        ("olmo_merge", {"merge_step": [500, 550]}, ValueError, "whose windows overlap"),
     ],
 )
 def test_bad_arguments_say_what_was_expected(
@@ -492,7 +571,12 @@ def test_bad_arguments_say_what_was_expected(
 
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in CASES} | {"edm2"}))
 def test_an_argument_that_the_library_does_not_have_is_refused(name: str) -> None:
-    needed = {"torch_ema": {"decay": 0.9}, "karras": {"gamma": 1.0}}.get(name, {})
+    needed = {
+        "torch_ema": {"decay": 0.9},
+        "karras": {"gamma": 1.0},
+        "torchtitan": {"decays": [0.9]},
+        "olmo_merge": {"merge_step": 9},
+    }.get(name, {})
     model = one_weight()
     with pytest.raises(TypeError, match="unexpected keyword argument 'dekay'"):
         getattr(presets, name)(model, dekay=0.9, **needed)

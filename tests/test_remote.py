@@ -21,7 +21,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from shardema import CheckpointError, RankError, ShardedEMA
+from shardema import CheckpointError, CheckpointManager, RankError, ShardedEMA
 from shardema.cli.main import main
 from shardema.files import manifest, places, remote
 from shardema.files.offline import export_checkpoint
@@ -393,6 +393,41 @@ def test_a_kill_leaves_the_old_or_the_new_checkpoint(
     assert value_of(ema) == 3.0
 
 
+def killed_in_a_run(server: store.Server, url: str, at: int) -> bool:
+    """Whether a process that saves step 2 was killed at its request number ``at``."""
+    ema = make(2.0)
+    child = os.fork()
+    if child == 0:
+        with CheckpointManager(ema, url, keep_last=1, wait=False) as manager:
+            server.fail("kill", at=at, pid=os.getpid())
+            manager.resume(model=None)
+            ema.load_full({"weight": torch.full((3, 4), 2.0), "bias": torch.zeros(3)}, t=2)
+            manager.save(2)
+            manager.close()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    server.fail()
+    return os.WIFSIGNALED(status)
+
+
+def test_a_run_that_is_killed_anywhere_goes_on_and_nothing_is_left(
+    server: store.Server, tmp_path: Path
+) -> None:
+    # before the data, the manifest, removing the manifest and the data of step 1, the last record
+    for at, step in {3: 1, 4: 1, 5: 2, 6: 2, 7: 2}.items():
+        url = f"{BUCKET}/{tmp_path.name}/{at}"
+        with CheckpointManager(make(1.0), url, keep_last=1) as manager:
+            manager.save(1)
+        assert killed_in_a_run(server, url, at)
+        ema = make()
+        with CheckpointManager(ema, url, keep_last=1) as manager:
+            assert (manager.resume(model=None), value_of(ema)) == (step, step)
+            left = [name.rpartition("/")[2] for name in names_below(url)]
+            assert left.count("rank-00000-of-00001.safetensors") == left.count("shardema.json")
+            manager.save(3)
+        assert len(names_below(url)) == 3
+
+
 # ---- ranks --------------------------------------------------------------------------------------
 
 
@@ -422,6 +457,57 @@ def ranks_write_and_read_a_store(environment: dict[str, str], url: str, folder: 
     assert all(torch.equal(value, found[fqn]) for fqn, value in expected.items())
 
 
+def ranks_save_in_the_background(environment: dict[str, str], url: str, folder: str) -> None:
+    at_server(environment)
+    _, ema, _ = contract.trained(LAYOUTS["fsdp2"])
+    ema.save(f"{url}/waited")
+    with CheckpointManager(ema, f"{url}/run", keep_last=1, wait=False) as manager:
+        assert manager.resume() is None
+        manager.save(1)
+        manager.save(2)
+        assert manager.latest() == 2
+    dist.barrier()
+    one, other = (manifest.read(f"{url}/{name}") for name in ("run/step-00000002", "waited"))
+    for file in one.files:
+        assert read(f"{one.home}/{file.name}") == read(f"{other.home}/{file.name}")
+    assert len(one.files) == 2
+    assert len(names_below(f"{url}/run")) == 4  # no entries of ranks, no other step
+
+    given_up = Path(folder, "given up")
+
+    def denies(file: remote.NewObject, offset: int, data: Any) -> None:
+        raise CheckpointError(f"writing {file.path}: Access denied", path=file.path, errno=13)
+
+    def comes_late(file: remote.NewObject, offset: int, data: Any) -> None:
+        while not given_up.exists():
+            time.sleep(0.01)
+        real(file, offset, data)
+
+    real = remote.NewObject.write_at
+    for failing, fault in ((1, denies), (0, comes_late)):  # what rank 1 does
+        if dist.get_rank() == 1:
+            remote.NewObject.write_at = fault  # type: ignore[method-assign]
+        elif failing == 0:
+            remote.NewObject.write_at = denies  # type: ignore[method-assign]
+        pending = ema.save(f"{url}/new", wait=False)
+        assert pending is not None
+        if dist.get_rank() == 0:
+            with pytest.raises(CheckpointError):
+                pending.join()
+            given_up.touch()
+        said = rf"rank {failing}: writing .*: Access denied"
+        with pytest.raises(CheckpointError, match=said) as caught:
+            pending.result()
+        remote.NewObject.write_at = real  # type: ignore[method-assign]
+        assert (caught.value.rank, caught.value.errno) == (failing, 13)
+        dist.barrier()
+        assert names_below(f"{url}/new") == []
+        dist.barrier()
+        given_up.unlink(missing_ok=True)
+        dist.barrier()
+    ema.save(f"{url}/new")
+
+
 def a_package_that_one_rank_lacks_is_told_by_all() -> None:
     _, ema, _ = contract.trained(LAYOUTS["ddp"])
     if dist.get_rank() == 1:
@@ -430,6 +516,10 @@ def a_package_that_one_rank_lacks_is_told_by_all() -> None:
         fsspec.register_implementation("lacking", MemoryFileSystem, clobber=True)
     with pytest.raises(ValueError, match=r"rank 1: save: .* a package for lacking:// is missing"):
         ema.save("lacking://run/ema")
+    manager = CheckpointManager(ema, "lacking://run/steps")
+    for call in (lambda: manager.save(1), manager.resume, manager.latest):
+        with pytest.raises(ValueError, match=r"rank 1: CheckpointManager.* for lacking:// is miss"):
+            call()
     assert MemoryFileSystem.store == {}
 
 
@@ -466,6 +556,11 @@ def test_ranks_share_a_store(server: store.Server, tmp_path: Path) -> None:
     world.hold(
         [
             world.Fact("share", ranks_write_and_read_a_store, (environment, url, str(tmp_path))),
+            world.Fact(
+                "background",
+                ranks_save_in_the_background,
+                (environment, f"{url}-thread", str(tmp_path)),
+            ),
             world.Fact("lack", a_package_that_one_rank_lacks_is_told_by_all),
             world.Fact(
                 "silent",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any
@@ -32,6 +33,17 @@ EXAMPLES: list[Schedule] = [
     schedules.half_life_ramp(300, 2, over=500, shape="cosine"),
     schedules.half_life_ramp(5, 5, over=500),
     schedules.power(gamma=0),
+    schedules.power(gamma=-0.5),
+    schedules.power(gamma=-0.99),
+    schedules.share(0.05),
+    schedules.share(3),
+    schedules.start(schedules.share(0.2), at=100),
+    schedules.block_mean(1),
+    schedules.block_mean(64),
+    schedules.block_mean(2.5, last=2),
+    schedules.block_mean(50, last=13),
+    schedules.bema(0.6, lag=8),
+    schedules.bema(0.3, lag=1, multiplier=2, min_weight=0.2),
     schedules.edm(40, ratio=0.09, unit="step"),
     schedules.exponential(0.999, tau=20),
     schedules.linear(0.2, 0.99, over=100),
@@ -102,6 +114,45 @@ def test_the_rules_made_of_others_are_what_they_say() -> None:
     whole = schedules.every(ramp, 2, first=3, compensated=True)
     assert decays(whole) == [1, 1, 0.006, 1, 0.2, 1]
     assert schedules.power(gamma=schedules.power(0.1).gamma).std == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 129, 1000])
+def test_power_averages_are_the_published_merges_of_checkpoints(count: int) -> None:
+    """c_i = s_i - s_(i + 1) of a decay s (arXiv 2507.17634), of every step of a window."""
+    for gamma, decay in ((0, lambda x: 1 - x), (-0.5, lambda x: 1 - math.sqrt(x))):
+        rule = schedules.start(schedules.power(gamma=gamma), at=50)
+        ends = range(51, 51 + count)
+        kept = [rule.retention(end, 50 + count) for end in ends]
+        held = [k * (1 - rule.retention(end - 1, end)) for k, end in zip(kept, ends, strict=True)]
+        s = [decay(i / count) for i in range(count + 1)]
+        merged = [a - b for a, b in itertools.pairwise(s)]
+        assert held == pytest.approx(merged, rel=0, abs=1e-12)
+        assert sum(held) == pytest.approx(1, abs=1e-12)
+
+
+def test_a_share_is_torchtitans_rule_and_tends_to_a_power() -> None:
+    for fraction in (0.05, 0.5):
+        rule = schedules.share(fraction)
+        for n in (1, 2, 50, 10**6):
+            assert rule.retention(n - 1, n) == pytest.approx(2 ** (-1 / (fraction * n)), rel=1e-15)
+        kept = math.prod(2 ** (-1 / (fraction * n)) for n in range(101, 5001))
+        assert rule.retention(100, 5000) == pytest.approx(kept, rel=1e-12)
+        limit = (1e6 / 1.5e6) ** (math.log(2) / fraction)
+        assert rule.retention(10**6, 1_500_000) == pytest.approx(limit, rel=1e-4)
+
+
+def test_a_block_mean_is_the_mean_of_its_block_only() -> None:
+    values = [math.sin(n) for n in range(1, 61)]
+    for length, last in ((1, None), (7, None), (20, 5)):
+        rule = schedules.block_mean(length, last=last)
+        average, ends = 123.0, {}
+        for n, value in enumerate(values, 1):
+            average += (1 - rule.retention(n - 1, n)) * (value - average)
+            ends[n] = average
+        for end in range(length, 61, length):
+            block = values[end - (last or length) : end]
+            assert ends[end] == pytest.approx(sum(block) / len(block), abs=1e-13)
+        assert rule.retention(length, 3 * length) == 0
 
 
 def profile(schedule: Schedule, interval: int, end: int) -> torch.Tensor:
@@ -275,7 +326,20 @@ def test_a_callable_is_stored_by_what_it_does() -> None:
         (lambda: schedules.half_life(math.inf), ValueError, "length: got inf"),
         (lambda: schedules.power(), ValueError, r"got std=None, expected a number in \(0"),
         (lambda: schedules.power(0.1, gamma=3), ValueError, "got std=0.1 and gamma=3"),
-        (lambda: schedules.power(gamma=-0.5), ValueError, "gamma: got -0.5"),
+        (lambda: schedules.power(gamma=-1), ValueError, "got gamma=-1, expected a finite number"),
+        (lambda: schedules.power(gamma=-1.5), ValueError, "got gamma=-1.5, expected"),
+        (lambda: schedules.power(gamma=math.inf), ValueError, "got gamma=inf, expected"),
+        (lambda: schedules.power(gamma="0"), ValueError, "got gamma='0', expected"),
+        (lambda: schedules.share(0), ValueError, "share, fraction: got 0, expected a finite"),
+        (lambda: schedules.share(-0.1), ValueError, "share, fraction: got -0.1"),
+        (lambda: schedules.share(math.nan), ValueError, "share, fraction: got nan"),
+        (lambda: schedules.block_mean(0), ValueError, "block_mean, length: got 0"),
+        (lambda: schedules.block_mean(0.5), ValueError, "got length=0.5, expected 1 step or more"),
+        (lambda: schedules.block_mean(9, last=10), ValueError, "last=10, expected at most the"),
+        (lambda: schedules.block_mean(9, last=0), ValueError, "block_mean, last: got 0"),
+        (lambda: schedules.bema(-0.5), ValueError, "bema, power: got -0.5"),
+        (lambda: schedules.bema(lag=0, multiplier=0.5), ValueError, "expected a sum of 1 or more"),
+        (lambda: schedules.bema(0.5).retention(0, 0.5), ValueError, "expected whole steps"),
         (lambda: schedules.half_life("10min"), ValueError, "got '10min', expected a number and a"),
         (lambda: schedules.half_life("0ba"), ValueError, "length: got 0.0"),
         (lambda: schedules.half_life("1ep"), ValueError, "so give the length too: epoch=<steps>"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.soak.__main__ import main
 from tests.soak.cases import KINDS, Action, Case, draw, possible_pairs
 from tests.soak.layouts import ALL
 from tests.soak.machine import Fault, Tally, cases, run, script, shorten, soak
@@ -111,13 +112,15 @@ def command(
     ],
 )
 def test_a_wrong_command_is_told_in_one_line(
-    tmp_path: Path, args: tuple[str, ...], says: str
+    tmp_path: Path, args: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = command(tmp_path, *args)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+    with pytest.raises(SystemExit) as ended:
+        main([*args, "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert says in err
+    assert err.count("\n") == 1
+    assert out == ""
 
 
 def test_a_layout_that_the_machine_cannot_run_is_skipped_by_name(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,11 +27,14 @@ if TYPE_CHECKING:
 
 PRELOAD = [
     "torch",
+    "torch._dynamo",  # torch itself imports it, at the first step or the first hook of FSDP2
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.tensor.parallel",
     "shardema",
+    "pytest",
 ]
+TRAINERS = ["accelerate", "lightning", "transformers.trainer"]  # seconds each, on every rank
 TIMEOUT = 20  # seconds of the process group: a desynchronised fact fails, it does not hang
 
 
@@ -103,6 +108,19 @@ def _main(rank: int, size: int, folder: str, facts: Sequence[Fact], told: Any, d
 # ---- the test's process -----------------------------------------------------------------------
 
 
+def server(*more: str) -> ForkServerContext:
+    """Starts processes that find torch imported.
+
+    Args:
+        more: what else they find, if none was started before; always the trainers that the test
+            files have imported.
+    """
+    context = multiprocessing.get_context("forkserver")
+    trainers = [name for name in TRAINERS if name in sys.modules]
+    context.set_forkserver_preload([*PRELOAD, *trainers, *more])
+    return context
+
+
 def until_one_fails(
     facts: Sequence[Fact],
     ranks: int,
@@ -121,8 +139,7 @@ def until_one_fails(
         preload: modules that are imported once for all worlds, if this one is the first.
         heard: told the name of each fact that the first rank is done with.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, *preload])
+    context = server(*preload)
     said: dict[str, dict[int, str]] = {fact.name: {} for fact in facts}
     assert len(said) == len(facts), "two facts of one name"
     slow: list[tuple[float, str]] = []

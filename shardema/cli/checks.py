@@ -16,6 +16,7 @@ from shardema.errors import CheckpointError, abbreviate
 from shardema.files import pruning
 from shardema.files import verify as verifying
 from shardema.files.compare import Compared, Difference, compare
+from shardema.files.places import any_path, is_there
 from shardema.files.pruning import Pruning
 from shardema.files.steps import name_of
 from shardema.files.verify import Damage, Verified
@@ -39,7 +40,7 @@ def verify(checkpoints: tuple[str, ...], against: str | None, json_: bool, quiet
 
     CKPT is a checkpoint, a manager's directory (all its steps), or an export, which has no
     checksums: its headers, index and sizes are checked. Exit status 0 if nothing is damaged and
-    everything belongs to MODEL, else 1.
+    everything belongs to MODEL, 2 if a CKPT does not exist, else 1.
     """
     console = screen()
     found = []
@@ -52,14 +53,17 @@ def verify(checkpoints: tuple[str, ...], against: str | None, json_: bool, quiet
     if json_:
         as_json([{"ok": _ok(one), **asdict(one)} for one in found])
     if not all(map(_ok, found)):
-        raise click.exceptions.Exit(1)
+        raise click.exceptions.Exit(2 if any(one.absent for one in found) else 1)
 
 
 def _ok(found: Verified) -> bool:
-    return not (found.damages or found.mismatches)
+    return not (found.damages or found.mismatches or found.absent)
 
 
 def _verified(given: str, against: str | None, quiet: bool) -> Iterator[Verified]:
+    if not is_there(any_path("verify", given)):
+        yield Verified(given, "", absent=True)
+        return
     try:
         paths = verifying.expand(given)
     except CheckpointError as error:
@@ -77,7 +81,9 @@ def _verified(given: str, against: str | None, quiet: bool) -> Iterator[Verified
 
 def _show_verified(console: Console, found: Verified) -> None:
     held = f"{found.tensors} tensor(s) in {found.files} file(s), {size(found.nbytes)}"
-    if found.gone:
+    if found.absent:
+        line(console, f"{found.path}: no such folder or file")
+    elif found.gone:
         line(console, f"{found.path}: removed while it was read")
     elif found.damages:
         line(console, f"{found.path}: DAMAGED: {_told(found.path, found.damages[0])}")
@@ -181,10 +187,21 @@ def _show_differences(console: Console, a: str, b: str, found: Compared, top: in
 @click.option("--keep-last", type=click.IntRange(1), required=True, help="Newest steps to keep.")
 @click.option("--keep-every", type=click.IntRange(1), help="Multiples to keep besides.")
 @click.option("--yes", is_flag=True, help="Remove them.")
+@click.option(
+    "--take-over",
+    is_flag=True,
+    help="With a URL: also if a manager on another host has not closed DIR; it cannot save then.",
+)
 @_json
 @_quiet
 def prune(
-    directory: str, keep_last: int, keep_every: int | None, yes: bool, json_: bool, quiet: bool
+    directory: str,
+    keep_last: int,
+    keep_every: int | None,
+    yes: bool,
+    take_over: bool,
+    json_: bool,
+    quiet: bool,
 ) -> None:
     """Show which steps in a CheckpointManager's DIR its rotation would remove; --yes removes them.
 
@@ -193,7 +210,12 @@ def prune(
     """
     with one_line(), progress("verify", quiet) as bar:
         found = pruning.prune(
-            directory, keep_last=keep_last, keep_every=keep_every, remove=yes, done=bar.update
+            directory,
+            keep_last=keep_last,
+            keep_every=keep_every,
+            remove=yes,
+            take_over=take_over,
+            done=bar.update,
         )
     if json_:
         as_json(asdict(found))

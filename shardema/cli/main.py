@@ -19,9 +19,13 @@ from shardema.cli import logs, spec
 from shardema.cli.checks import diff, prune, verify
 from shardema.cli.looks import inspect
 from shardema.cli.tables import Commands, one_line, printable, progress
+from shardema.cli.texts import describe, unit_of
+from shardema.files import manifest
 from shardema.files.layouts import LAYOUTS, Layout
 from shardema.files.offline import export_checkpoint
+from shardema.files.profiles import read_profile
 from shardema.importers import converting
+from shardema.profiles import Profile
 from shardema.schedules import Schedule
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -150,33 +154,62 @@ def _output(default: str) -> Callable[..., Any]:
     )
 
 
-def _of_rules(command: Callable[..., Any]) -> Callable[..., Any]:
+def _of_rules(*, steps_required: bool) -> Callable[..., Any]:
     """The options for the schedules and the length of the run."""
-    for option in (
-        click.option("--dt", type=float, help="Samples or tokens per step."),
-        click.option("--steps", type=click.IntRange(1), required=True, help="Steps of the run."),
-        click.option("--preset", multiple=True, help="Such as 'swa'; repeatable."),
-        click.option("--schedule", multiple=True, help="Such as 'power(0.10)'; repeatable."),
-    ):
-        command = option(command)
-    return command
+
+    def decorated(command: Callable[..., Any]) -> Callable[..., Any]:
+        kind = click.IntRange(1)
+        for option in (
+            click.option("--dt", type=float, help="Samples or tokens per step."),
+            click.option("--steps", type=kind, required=steps_required, help="Steps of the run."),
+            click.option("--preset", multiple=True, help="Such as 'swa'; repeatable."),
+            click.option("--schedule", multiple=True, help="Such as 'power(0.10)'; repeatable."),
+        ):
+            command = option(command)
+        return command
+
+    return decorated
 
 
 @plot.command()
-@_of_rules
+@click.argument("checkpoint", metavar="[CKPT]...", nargs=-1, type=click.Path())
+@click.option("--average", help="Only this average of each CKPT.")
+@click.option("--text", is_flag=True, help="Print a line for each average, and draw nothing.")
+@_of_rules(steps_required=False)
 @click.option("--log", is_flag=True, help="Logarithmic vertical axis.")
 @_output("profile.png")
 @_force
 def profile(
+    checkpoint: tuple[str, ...],
+    average: str | None,
+    text: bool,
     schedule: tuple[str, ...],
     preset: tuple[str, ...],
-    steps: int,
+    steps: int | None,
     dt: float | None,
     log: bool,
     output: str,
     force: bool,
 ) -> None:
-    """Plot how much each step of a run contributes to the average at its end."""
+    """Plot how much each step of a run contributes to the average at its end.
+
+    Of the averages in checkpoints, as they became, or of schedules in a run of so many steps.
+    """
+    if checkpoint:
+        if schedule or preset or steps is not None or dt is not None:
+            raise click.UsageError("give checkpoints, or schedules and --steps, not both")
+        with one_line():
+            found = _profiles(checkpoint, average)
+        if text:
+            for label, one in found.items():
+                click.echo(printable(f"{label} at {one.t:,} {unit_of(one)}s: {describe(one)}"))
+        else:
+            _draw(output, force, lambda drawing: drawing.profiles(found, log=log))
+        return
+    if text or average is not None:
+        raise click.UsageError("--text and --average are of checkpoints, and none is given")
+    if steps is None:
+        raise click.UsageError("Missing option '--steps'.")
     _draw(
         output,
         force,
@@ -184,8 +217,21 @@ def profile(
     )
 
 
+def _profiles(folders: tuple[str, ...], average: str | None) -> dict[str, Profile]:
+    """The profiles of the averages in checkpoints by label."""
+    found = {}
+    for folder in dict.fromkeys(folders):
+        names = (
+            manifest.read(folder, "plot", files=False).averages if average is None else [average]
+        )
+        for name in names:
+            label = f"{folder}:{name}" if len(folders) > 1 else name
+            found[label] = read_profile(folder, name)
+    return found
+
+
 @plot.command()
-@_of_rules
+@_of_rules(steps_required=True)
 @_output("decay.png")
 @_force
 def decay(

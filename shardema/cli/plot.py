@@ -3,6 +3,7 @@
 ::
 
     profile   weight of each step of a run in the average at its end, by schedule
+    profiles  the same of averages that were saved, whatever happened to them
     decay     decay of each update, by schedule
     curves    raw and averaged learning curves of a log
 
@@ -21,9 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardema.cli import logs, spec
+from shardema.cli.texts import describe, unit_of
+from shardema.profiles import Profile
 from shardema.schedules import Schedule, as_schedule
 from shardema.schedules.base import check_positive
-from shardema.schedules.profiles import Profile, decays, weight_profile
+from shardema.schedules.profiles import StepWeights, decays, weight_profile
 
 try:
     from matplotlib.axes import Axes
@@ -82,6 +85,40 @@ def profile(
     axes.set_title(f"What the average after {steps:,} {_plural(steps, 'step')} is made of")
     axes.set_ylabel("weight of one step in the average")
     return _finish(figure, axes, clocks)
+
+
+def profiles(found: Mapping[str, Profile], *, log: bool = False) -> Figure:
+    """Plots the profiles of averages as they became, such as `shardema.read_profile` reads.
+
+    The area below a curve, the mass of the initial weights and that of what was imported, given in
+    the legend, sum to 1.
+
+    Args:
+        found: profiles by label.
+        log: logarithmic vertical axis.
+
+    Raises:
+        ValueError: none is given, or none of them has an update.
+    """
+    figure, axes = _figure()
+    highest = 0.0
+    for number, (label, one) in enumerate(found.items()):
+        edges, _ = one.points()
+        if len(edges) < 2:
+            continue
+        heights = one.mass(edges) / np.diff(edges)
+        label = f"{label}:  {describe(one)}"
+        axes.stairs(heights, edges, baseline=None, label=label, **_style(number))
+        highest = max(highest, float(heights.max()))
+    if not highest:
+        raise ValueError(f"profiles: got {list(found)}, of which none has the mass of an update")
+    axes.set(ylim=(0, 1.08 * highest))
+    if log:
+        axes.set(yscale="log", ylim=(highest / 1e6, 2 * highest))
+    units = sorted({unit_of(one) for one in found.values()})
+    axes.set_title("What the averages are made of")
+    axes.set_ylabel(f"mass of one {' or '.join(units)} in the average")
+    return _finish(figure, axes, {}, " or ".join(units))
 
 
 def decay(
@@ -217,10 +254,15 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _finish(figure: Figure, axes: Axes, clocks: Mapping[str, tuple[Schedule, float]]) -> Figure:
+def _finish(
+    figure: Figure,
+    axes: Axes,
+    clocks: Mapping[str, tuple[Schedule, float]],
+    across: str = "step",
+) -> Figure:
     units = {rule.unit: increment for rule, increment in clocks.values() if rule.unit != "step"}
     per_step = "".join(f" (of {n:,} {_plural(n, unit)})" for unit, n in units.items())
-    axes.set_xlabel(f"step{per_step}", parse_math=False)
+    axes.set_xlabel(f"{across}{per_step}", parse_math=False)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
@@ -242,7 +284,7 @@ def _plural(count: float, unit: str) -> str:
     return unit if count == 1 else f"{unit}s"
 
 
-def _merged(found: Profile) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _merged(found: StepWeights) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Edges [n + 1], and the weight per step [n] between them.
 
     Steps that do not change the average are merged with the next one that does: if it changes
@@ -255,7 +297,7 @@ def _merged(found: Profile) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     return edges, found.mass[changes] / np.diff(edges)
 
 
-def _summary(found: Profile, peak: float) -> str:
+def _summary(found: StepWeights, peak: float) -> str:
     """Width and mean age of a profile, and the weight of its beginning if that stands out."""
     text = f"relative std {found.relative_std:#.3g}, mean age {_steps(found.mean_age)}"
     if found.began and found.beginning > 2 * peak:

@@ -2,13 +2,13 @@
 
 ::
 
-    call      the ranks agree, create the folder, and copy the values to host memory
+    call      the ranks agree, create the folder, and keep the values as they are
     thread    writes this rank's file, then .rank-00001.json beside it: its entry, or its error
     leader's  writes its file, waits for the others' entries, and commits
     result    the ranks agree on whether it was committed
 
 The threads use no collective and no message, which could mix with those of the training: they
-exchange files in the new folder, which all ranks see.
+exchange files in the new folder, local or in a store, which all ranks see.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shardema.errors import CheckpointError, RankError
+from shardema.files import places, remote
 from shardema.files.folder import NewFolder
 from shardema.files.manifest import MAX_MANIFEST
-from shardema.files.safetensors import read_whole, reporting, write_file
+from shardema.files.prefix import NewPrefix
+from shardema.files.safetensors import reporting
 from shardema.ranks.agree import Ranks, patience
 from shardema.ranks.messages import mark_shared, packed, unpacked
 
@@ -44,7 +46,7 @@ class PendingSave:
 
     def __init__(
         self,
-        new: NewFolder,
+        new: NewFolder | NewPrefix,
         ranks: Ranks,
         write: Callable[[], Any],
         commit: Callable[[Sequence[Any]], None],
@@ -89,6 +91,7 @@ class PendingSave:
         )
         self.finished = True
         if errors:
+            self._new.discard()  # again: a rank that was given up may have written since
             raise mark_shared(unpacked(errors[0], self._ranks.rank)) from self._error
 
     def join(self) -> None:
@@ -113,12 +116,13 @@ class PendingSave:
 
     def _run(self) -> None:
         try:
-            self._write()
+            with remote.patience(self._ranks.timeout):
+                self._write()
         except BaseException as error:
             self._error = error
             self._new.discard()
         finally:
-            self._work = None  # and with it the copies
+            self._work = None  # and with it the values
             self._new.close()
 
     def _write(self) -> None:
@@ -142,8 +146,7 @@ class PendingSave:
         """Writes this rank's entry, whole from the moment that it is there."""
         path = self._entry(self._ranks.index)
         with reporting(path, "writing"):
-            write_file(f"{path}.tmp", json.dumps(entry).encode())
-            os.rename(f"{path}.tmp", path)
+            places.put(path, json.dumps(entry).encode())
 
     def _entries(self) -> list[Any]:
         """On the first rank: what the others have told of their files. Removes the entries."""
@@ -151,10 +154,10 @@ class PendingSave:
         missing = list(range(1, self._ranks.size))
         end, pause = time.monotonic() + patience(self._ranks.timeout, self._nbytes), _PAUSES[0]
         while missing:
-            for index in filter(lambda i: os.path.exists(self._entry(i)), list(missing)):
-                with reporting(self._entry(index), "reading"):
-                    entry = json.loads(read_whole(self._entry(index), MAX_MANIFEST))
-                    os.unlink(self._entry(index))
+            with reporting(self._new.path, "reading"):
+                names = places.names_in(self._new.path)
+            for index in [i for i in missing if os.path.basename(self._entry(i)) in names]:
+                entry = self._taken(self._entry(index))
                 if "error" in entry:
                     raise unpacked(entry["error"], self._ranks.rank)
                 found[index] = entry["told"]
@@ -166,6 +169,13 @@ class PendingSave:
                 time.sleep(pause)
                 pause = min(2 * pause, _PAUSES[1])
         return [found[index] for index in sorted(found)]
+
+    def _taken(self, path: str) -> dict[str, Any]:
+        """A rank's entry, which is removed: left in a store that denies it, it does no harm."""
+        entry: dict[str, Any] = json.loads(places.read_whole(path, MAX_MANIFEST))
+        with contextlib.suppress(OSError, CheckpointError):
+            places.remove(path)
+        return entry
 
     def _of_late(self, missing: list[int]) -> RankError:
         ranks = [self._ranks.ranks[index] for index in missing]

@@ -18,8 +18,8 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -39,9 +39,8 @@ from shardema.files.manifest import (
     StoredFile,
     StoredTensor,
 )
-from shardema.files.places import any_path, new_file
+from shardema.files.places import new_file
 from shardema.files.prefix import NewPrefix
-from shardema.files.remote import is_remote
 from shardema.files.safetensors import make_header, reporting
 from shardema.model.own_state import MergedState
 from shardema.ranks.agree import Ranks
@@ -51,6 +50,8 @@ from shardema.shards.boxes import Box, split_box
 from shardema.shards.shard import Shard
 from shardema.shards.strides import raw_bytes
 from shardema.update.average import Average
+from shardema.update.averages import Averages
+from shardema.update.copy_on_write import CopyOnWrite
 
 _CHUNK = BLOCK  # bytes copied from a device at a time
 _Told = tuple[dict[str, Any] | None, list[pairing.Part]]  # entry of a file, fingerprints
@@ -58,12 +59,37 @@ _Told = tuple[dict[str, Any] | None, list[pairing.Part]]  # entry of a file, fin
 
 @dataclass(frozen=True)
 class _Box:
-    """A box that this rank writes: its key in the file, the number of its tensor, its values."""
+    """A box that this rank writes.
+
+    Attributes:
+        key: its name in the file.
+        number: of its tensor.
+        average: name of the average, None for the model's own tensors.
+    """
 
     key: str
     number: int
     box: Box
-    values: Tensor
+    average: str | None
+    dtype: torch.dtype
+
+
+class _Values(Protocol):
+    """The values of boxes, by their indices in a list."""
+
+    def parts(self, number: int, limit: int) -> Iterator[Tensor]: ...
+
+
+class _Current:
+    """Values as they are when they are read."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+
+    def parts(self, number: int, limit: int) -> Iterator[Tensor]:
+        values = self._tensors[number]
+        for part in split_box(Box((0,) * values.dim(), tuple(values.shape)), limit):
+            yield part.view(values).cpu()
 
 
 def save_averages(
@@ -77,7 +103,7 @@ def save_averages(
     include_frozen: bool,
     overwrite: bool,
     extra: Callable[[str], None],
-    wait: bool,
+    shared: Averages | None,
 ) -> PendingSave | None:
     """Writes all averages, the model's buffers and, optionally, frozen parameters. Collective.
 
@@ -88,7 +114,7 @@ def save_averages(
         merged_state: how the model's own code changes its state dict.
         weights: this rank's shards of the averaged tensors, whose fingerprints are stored.
         include_frozen: also the parameters that are not averaged.
-        overwrite, extra, wait: as for `save`.
+        overwrite, extra, shared: as for `save`.
     """
     if include_frozen:
         merged_state.check_tensors(
@@ -113,17 +139,18 @@ def save_averages(
     sources = [*(one.only(averaged) for one in averages), own.only(rest)]
     parts = pairing.local_parts(own.plan, weights, own.ranks)
     saving = _Saving(sources, progress, left_out, parts, own.ranks)
-    return save(folder, saving, extra=extra, overwrite=overwrite, wait=wait)
+    return save(folder, saving, extra=extra, overwrite=overwrite, shared=shared)
 
 
 def progress_of(average: Average) -> StoredAverage:
-    """Schedule, clock and dtype of an average, as the manifest stores them."""
+    """Schedule, clock, dtype and history of an average, as the manifest stores them."""
     return StoredAverage(
         describe(average.schedule),
         average.t,
         average.num_updates,
         str(average.policy.dtype).removeprefix("torch."),
         average.moved_at,
+        average.ledger.history(),
     )
 
 
@@ -151,9 +178,9 @@ class _Saving:
         loads = (source.loads() for source in self.sources)
         return max(map(sum, zip(*loads, strict=True)))
 
-    def write(self, path: str, boxes: Sequence[_Box]) -> _Told:
+    def write(self, path: str, boxes: Sequence[_Box], values: _Values) -> _Told:
         """Writes this rank's file to the folder ``path``."""
-        return _write_rank(path, boxes, self.ranks), list(self.parts)
+        return _write_rank(path, boxes, values, self.ranks), list(self.parts)
 
     def commit(self, new: NewFolder | NewPrefix, told: Sequence[_Told]) -> None:
         """Completes the checkpoint. On the leader, which was told what every rank wrote."""
@@ -177,7 +204,7 @@ def save(
     *,
     extra: Callable[[str], None],
     overwrite: bool,
-    wait: bool,
+    shared: Averages | None,
 ) -> PendingSave | None:
     """Writes a checkpoint. Collective.
 
@@ -185,16 +212,12 @@ def save(
         folder: must not exist, unless ``overwrite``; its parent is created.
         extra: called on the leader with the temporary folder, to write further files.
         overwrite: replace a complete checkpoint at ``folder``.
-        wait: whether it is written on return; else values are copied, and a thread writes them.
+        shared: None writes it before the return. Else a thread writes it, and these averages are
+            copied before they change; what else is written is copied now.
 
     Raises:
         CheckpointError: on all ranks, if any failed to write; nothing is left behind.
     """
-    if not wait and is_remote(any_path("save", folder)):
-        raise ValueError(
-            f"save: got wait=False and {os.fspath(folder)}: only a save to a local folder goes on "
-            "in the background; leave wait=True"
-        )
     ranks = saving.ranks
     with new_folder(folder, "save", ranks, overwrite=overwrite) as new:
 
@@ -202,41 +225,51 @@ def save(
             new.add(extra)
             saving.commit(new, told)
 
-        boxes = _boxes_of(saving.sources, ranks)
-        if wait or isinstance(new, NewPrefix):  # the latter was refused without wait
-            ranks.agree(
-                "save (writing)",
-                lambda: saving.write(new.path, boxes),
-                finish,
-                nbytes=saving.nbytes,
-            )
-            return None
-        return _in_background(new, saving, boxes, extra)
+        boxes, tensors = _boxes_of(saving.sources, ranks)
+        if shared is not None:
+            return _in_background(new, saving, boxes, tensors, extra, shared)
+        ranks.agree(
+            "save (writing)",
+            lambda: saving.write(new.path, boxes, _Current(tensors)),
+            finish,
+            nbytes=saving.nbytes,
+        )
+        return None
 
 
 def _in_background(
-    new: NewFolder, saving: _Saving, boxes: Sequence[_Box], extra: Callable[[str], None]
+    new: NewFolder | NewPrefix,
+    saving: _Saving,
+    boxes: Sequence[_Box],
+    tensors: Sequence[Tensor],
+    extra: Callable[[str], None],
+    shared: Averages,
 ) -> PendingSave:
-    """Copies the values to host memory; a thread writes the copies. Collective."""
-    staged: list[_Box] = []
+    """Keeps the values as they are now; a thread writes them. Collective."""
+    kept: list[CopyOnWrite] = []
 
-    def stage() -> None:
-        staged.extend(replace(box, values=_on_host(box)) for box in boxes)
+    def keep() -> None:
+        names = {average.name for average in shared.values() if shared.shares(average)}
+        kept.append(CopyOnWrite(tensors, [box.average in names for box in boxes]))
 
     nbytes = saving.nbytes
-    saving.ranks.agree("save (staging)", stage, lambda _: new.add(extra), nbytes=nbytes)
-    return PendingSave(
-        new.handed_over(),
-        saving.ranks,
-        lambda: saving.write(new.path, staged),
-        lambda told: saving.commit(new, told),
-        nbytes,
-    )
+    saving.ranks.agree("save (staging)", keep, lambda _: new.add(extra), nbytes=nbytes)
+    (values,) = kept
+
+    def write() -> _Told:
+        try:
+            return saving.write(new.path, boxes, values)
+        finally:
+            values.clear()
+
+    shared.lending.lend(values)
+    new.hand_over()
+    return PendingSave(new, saving.ranks, write, lambda told: saving.commit(new, told), nbytes)
 
 
-def _boxes_of(sources: Sequence[Contents], ranks: Ranks) -> list[_Box]:
-    """The boxes that this rank writes."""
-    found = []
+def _boxes_of(sources: Sequence[Contents], ranks: Ranks) -> tuple[list[_Box], list[Tensor]]:
+    """The boxes that this rank writes, and their values."""
+    found, tensors = [], []
     taken: set[str] = set()
     first = 0
     several = sum(source.name is not None for source in sources) > 1
@@ -251,43 +284,41 @@ def _boxes_of(sources: Sequence[Contents], ranks: Ranks) -> list[_Box]:
                 while key in taken:  # a parameter may be called "w#0"
                     key += "#"
                 taken.add(key)
-                found.append(_Box(key, first + number, box, source.holdings(index, box)))
+                tensors.append(source.holdings(index, box))
+                dtype = tensors[-1].dtype
+                found.append(_Box(key, first + number, box, source.name, dtype))
         first += len(source.chosen)
-    return found
+    return found, tensors
 
 
-def _on_host(box: _Box) -> Tensor:
-    """A copy of the values in host memory, which no update changes."""
-    values = box.values
-    return torch.empty(box.box.sizes, dtype=values.dtype, device="cpu").copy_(values)
-
-
-def _write_rank(temporary: str, boxes: Sequence[_Box], ranks: Ranks) -> dict[str, Any] | None:
+def _write_rank(
+    temporary: str, boxes: Sequence[_Box], values: _Values, ranks: Ranks
+) -> dict[str, Any] | None:
     """Writes this rank's file and returns its entry for the manifest; None if it owns nothing."""
     if not boxes:
         return None
-    head, entries = make_header([(one.key, one.values.dtype, one.box.sizes) for one in boxes])
-    boxes = sorted(boxes, key=lambda one: entries[one.key].start)
+    head, entries = make_header([(one.key, one.dtype, one.box.sizes) for one in boxes])
+    order = sorted(range(len(boxes)), key=lambda i: entries[boxes[i].key].start)
     size = len(head) + sum(entries[one.key].nbytes for one in boxes)
     name = f"rank-{ranks.index:05d}-of-{ranks.size:05d}.safetensors"
     path = os.path.join(temporary, name)
     blocks: list[str] = []
     with reporting(path, "writing"), new_file(path, size) as file:
         offset = 0
-        for block in _in_blocks(head, (one.values for one in boxes)):
+        for block in _in_blocks(_chunks(head, boxes, values, order)):
             blocks.append(xxhash.xxh3_128_hexdigest(block))
             file.write_at(offset, block)
             offset += len(block)
         file.sync()
-    pieces = [[one.number, one.box.offsets, one.box.sizes] for one in boxes]
+    pieces = [[boxes[i].number, boxes[i].box.offsets, boxes[i].box.sizes] for i in order]
     return {"name": name, "size": size, "head": len(head), "blocks": blocks, "pieces": pieces}
 
 
-def _in_blocks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
+def _in_blocks(chunks: Iterator[memoryview]) -> Iterator[memoryview]:
     """The bytes of a file in blocks of `BLOCK`, the last one shorter."""
     block = bytearray(BLOCK)
     view, used = memoryview(block), 0
-    for chunk in _chunks(head, tensors):
+    for chunk in chunks:
         while chunk:
             n = min(len(chunk), BLOCK - used)
             view[used : used + n] = chunk[:n]
@@ -299,12 +330,13 @@ def _in_blocks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
         yield view[:used]
 
 
-def _chunks(head: bytes, tensors: Iterator[Tensor]) -> Iterator[memoryview]:
+def _chunks(
+    head: bytes, boxes: Sequence[_Box], values: _Values, order: Sequence[int]
+) -> Iterator[memoryview]:
     yield memoryview(head)
-    for tensor in tensors:
-        limit = max(1, _CHUNK // tensor.dtype.itemsize)
-        for part in split_box(Box((0,) * tensor.dim(), tuple(tensor.shape)), limit):
-            yield raw_bytes(part.view(tensor).cpu())
+    for i in order:
+        limit = max(1, _CHUNK // boxes[i].dtype.itemsize)
+        yield from map(raw_bytes, values.parts(i, limit))
 
 
 def _tensors(sources: Sequence[Contents]) -> tuple[StoredTensor, ...]:

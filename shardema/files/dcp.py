@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from shardema.files import histories
 from shardema.ranks.plan import Plan
 from shardema.schedules import describe
 from shardema.shards.boxes import Box, Dims
@@ -30,7 +31,7 @@ _REMEDY = (
 
 
 def state_of(averages: Averages, elsewhere: Collection[str]) -> dict[str, Any]:
-    """The averages, their progress and their schedules; see `ShardedEMA.state_dict`.
+    """The averages, their progress, schedules and histories; see `ShardedEMA.state_dict`.
 
     Args:
         elsewhere: fqns that another rank saves.
@@ -47,7 +48,13 @@ def state_of(averages: Averages, elsewhere: Collection[str]) -> dict[str, Any]:
         for a in averages.values()
     }
     schedules = {a.name: describe(a.schedule) for a in averages.values()}
-    return {"averages": tensors, "progress": progress, "schedules": schedules}
+    texts = {a.name: histories.to_text(a.ledger.history()) for a in averages.values()}
+    return {
+        "averages": tensors,
+        "progress": progress,
+        "schedules": schedules,
+        "histories": texts,  # each one value, since DCP asks for the keys that a state has now
+    }
 
 
 def saved_elsewhere(plan: Plan, index: int) -> set[str]:

@@ -199,10 +199,9 @@ class NewFolder:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self.folder, file.name))
 
-    def handed_over(self) -> NewFolder:
-        """Itself, which `new_folder` does not close then."""
+    def hand_over(self) -> None:
+        """Another thread goes on with it, and calls `close`: `new_folder` does not."""
         self._handed_over = True
-        return self
 
     def close(self) -> None:
         """Unlocks the temporary folder."""
@@ -253,12 +252,12 @@ def new_folder(
         new.close()
 
 
-def absolute(folder: str | os.PathLike[str], op: str) -> str:
+def absolute(folder: str | os.PathLike[str], op: str, *, package: bool = True) -> str:
     """``folder`` as an absolute path; symlinks are resolved only if it ends in "", "." or "..".
 
-    A URL stays what it is.
+    A URL stays what it is; ``package`` as for `any_path`.
     """
-    path = any_path(op, folder)
+    path = any_path(op, folder, package=package)
     if is_remote(path):
         return path
     with reporting(path, f"{op} to"):

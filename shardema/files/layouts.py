@@ -25,7 +25,8 @@ from shardema.files.folder import absolute, new_folder
 from shardema.files.safetensors import DIFFUSERS, read_whole, reporting
 from shardema.ranks.agree import Ranks
 from shardema.schedules import clip, constant, ramp, start, warmup
-from shardema.update.average import Average
+from shardema.update.averages import Readable
+from shardema.update.mixture import MixedAverage
 
 Layout = Literal["hf", "diffusers", "timm", "torch_averaged"]
 
@@ -115,7 +116,7 @@ def _save(state: dict[str, Any], path: str) -> None:
 # ---- diffusers --------------------------------------------------------------------------------
 
 
-def fields_of(average: Average, layout: str, stem: str, unit: str) -> dict[str, Any]:
+def fields_of(average: Readable, layout: str, stem: str, unit: str) -> dict[str, Any]:
     """What the layout adds to the model's config.
 
     Args:
@@ -127,6 +128,11 @@ def fields_of(average: Average, layout: str, stem: str, unit: str) -> dict[str, 
     if layout != "diffusers":
         return {}
     check_diffusers(stem)
+    if isinstance(average, MixedAverage):
+        raise ValueError(
+            f"layout: got 'diffusers' for the mixture {average.name}, which EMAModel cannot "
+            "continue; use layout='hf'"
+        )
     return ema_model_fields(average.schedule, average.t, unit, average.policy.update_every)
 
 

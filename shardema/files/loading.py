@@ -9,10 +9,11 @@ from typing import Any
 
 from shardema.arguments import progress
 from shardema.errors import CheckpointError, abbreviate
-from shardema.files import checkpoint, manifest, pairing, remote, sources
+from shardema.files import checkpoint, histories, manifest, pairing, remote, sources
 from shardema.files.dcp import BoxedTensor
 from shardema.files.manifest import Manifest, ReadRequest
 from shardema.files.sources import Imported
+from shardema.profiles import History
 from shardema.ranks.plan import Plan
 from shardema.schedules import describe
 from shardema.update.average import Average
@@ -26,12 +27,14 @@ class StagedAverage:
 
     Attributes:
         clock: arguments of `Average.restart`; None leaves the clock unchanged.
+        history: of the new values.
         loaded: the values were loaded, not copied from the weights.
     """
 
     average: Average
     shadows: Shadows
     clock: tuple[float, int, float | None] | None
+    history: History
     loaded: bool
 
     def apply(self) -> None:
@@ -39,6 +42,7 @@ class StagedAverage:
         self.average.shadows.copy_all(self.shadows)
         if self.clock is not None:
             self.average.restart(*self.clock)
+        self.average.remember(self.history)
         self.average.loaded |= self.loaded
 
 
@@ -112,11 +116,12 @@ def _read_average(
     staging = allocate(held, average.policy, pin=False)
     if average.name not in requests:
         staging.copy_from(held)
-        return StagedAverage(average, staging, (0, 0, None), loaded=False)
+        begun = History(0, imported=False)
+        return StagedAverage(average, staging, (0, 0, None), begun, loaded=False)
     checkpoint.read_average(stored, average.name, requests[average.name], held, staging.views)
     kept = stored.averages[average.name]
     clock = kept.t, kept.num_updates, kept.moved_at
-    return StagedAverage(average, staging, clock, loaded=True)
+    return StagedAverage(average, staging, clock, kept.history, loaded=True)
 
 
 def check_checkpoint(
@@ -196,7 +201,10 @@ def read_full(
     staging = allocate(held, average.policy, pin=False)
     with remote.patience(averages.ranks.timeout):
         sources.read_shards(source, names, held, staging.views)
-    return StagedAverage(average, staging, restart and (*restart, None), loaded=True)
+    begin = average.moved_at if restart is None else restart[0]
+    history = History(begin, imported=True)
+    seed = restart and (*restart, None)
+    return StagedAverage(average, staging, seed, history, loaded=True)
 
 
 # ---- a state dict -----------------------------------------------------------------------------
@@ -217,6 +225,14 @@ def check_state(state: Mapping[str, Any], averages: Averages) -> None:
     for average in averages.values():
         _check_tensors(op, average, state["averages"][average.name])
         _check_schedule(op, average, dict(state["schedules"][average.name]))
+
+
+def _history(state: Mapping[str, Any], name: str, end: float) -> History:
+    """The stored history of an average; an unknown one if there is none that ends at ``end``."""
+    try:
+        return histories.from_text(state["histories"][name], end)
+    except (KeyError, TypeError, ValueError):
+        return History(end, imported=True)
 
 
 def _check_tensors(op: str, average: Average, given: Mapping[str, Any]) -> None:
@@ -244,4 +260,5 @@ def apply_state(state: Mapping[str, Any], averages: Averages) -> None:
                 average.shadows.views[fqn].copy_(value.local)
         clock = state["progress"][average.name]
         average.restart(clock["t"], clock["num_updates"], clock.get("moved_at"))
+        average.remember(_history(state, average.name, average.moved_at))
         average.loaded = True

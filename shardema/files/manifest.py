@@ -13,7 +13,6 @@ import os
 import re
 import reprlib
 import stat
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 import xxhash
 
 from shardema.errors import CheckpointError, abbreviate
-from shardema.files import remote
+from shardema.files import histories, remote
 from shardema.files.places import any_path, exists, names_in, read_whole, reading
 from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
@@ -38,17 +37,17 @@ from shardema.files.safetensors import (
     parse_json,
     reporting,
 )
+from shardema.profiles import History, Profile
 from shardema.shards.boxes import Box, Dims, check_covered, flat_boxes
 from shardema.shards.shard import Role
 
 NAME = "shardema.json"
-VERSION = (1, 2)  # docs/format.md says what each one added
+VERSION = (1, 3)  # docs/format.md says what each one added
 BLOCK = 4 << 20  # bytes that one checksum covers
 MAX_MANIFEST = 1 << 30  # bytes
 _START = b'{"checksum":"'
 _MIDDLE = b'","body":'
 _END = b"}\n"
-_MAX_DEPTH = 100  # of objects and lists in a schedule
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 PLACE = re.compile(r"save-[0-9a-f]{16}")  # of the files of a save that replaced another one
@@ -96,13 +95,18 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredAverage:
-    """Progress and schedule of one average."""
+    """Progress, schedule and history of one average."""
 
     schedule: dict[str, Any]
     t: float
     num_updates: int
     dtype: str
-    moved_at: float = 0  # progress when it last moved, at most ``t``
+    moved_at: float  # progress when it last moved, at most ``t``
+    history: History  # its last update point is ``moved_at``
+
+    def profile(self, names: tuple[str, ...] = ()) -> Profile:
+        """The weight of each past step in it; of the tensor with these names."""
+        return Profile(self.history, self.t, names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,7 @@ def pack(manifest: Manifest) -> bytes:
                 "num_updates": a.num_updates,
                 "dtype": a.dtype,
                 "moved_at": a.moved_at,
+                "history": histories.pack(a.history),
             }
             for name, a in manifest.averages.items()
         },
@@ -225,7 +230,8 @@ def read(folder: str | os.PathLike[str], op: str = "load", *, files: bool = True
             path=path,
         ) from error
     if is_remote(manifest.home):
-        _check_objects(manifest)
+        if files:
+            _check_objects(manifest)
         return manifest
     if manifest.place:
         _check_home(manifest)
@@ -306,42 +312,17 @@ def _fingerprint(fqn: str, value: Any, averaged: set[str]) -> Fingerprint:
 
 
 def _average(value: Any) -> StoredAverage:
-    t = _number(value["t"])
-    moved_at = _number(value.get("moved_at", t))
+    t = histories.checked_number(value["t"])
+    moved_at = histories.checked_number(value.get("moved_at", t))
     if moved_at > t:
         raise ValueError(f"moved_at {moved_at}, expected at most t, {t}")
     count = checked_int(value["num_updates"])
     dtype = checked_text(value["dtype"])
-    return StoredAverage(_schedule(value["schedule"]), t, count, dtype, moved_at)
-
-
-def _schedule(value: Any) -> dict[str, Any]:
-    checked_text(value["name"])
-    if type(value["params"]) is not dict:
-        raise ValueError(f"params of a schedule: {reprlib.repr(value['params'])}, expected a dict")
-    _check_depth(value, _MAX_DEPTH)
-    return dict(value)
-
-
-def _check_depth(value: Any, left: int) -> None:
-    """A schedule is shown and compared, which recursion does; its depth is that of its parts."""
-    if left == 0:
-        raise ValueError("a schedule that is nested too deep")
-    if isinstance(value, dict):
-        for name in value:
-            checked_text(name)
-    for part in value.values() if isinstance(value, dict) else value:
-        if isinstance(part, (dict, list)):
-            _check_depth(part, left - 1)
-        elif isinstance(part, str):
-            checked_text(part)
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
-        raise ValueError(f"expected a number, got {reprlib.repr(value)}")
-    number: float = value
-    return number
+    schedule = histories.checked_schedule(value["schedule"])
+    history = History(moved_at, imported=True)  # not known before version 1.3
+    if "history" in value:
+        history = histories.parse(value["history"], moved_at)
+    return StoredAverage(schedule, t, count, dtype, moved_at, history)
 
 
 def _tensor(value: Any, averages: dict[str, StoredAverage]) -> StoredTensor:
@@ -422,6 +403,9 @@ def _check_home(manifest: Manifest) -> None:
 def check_file(manifest: Manifest, file: StoredFile) -> None:
     """Raises CheckpointError unless a file of the checkpoint is a regular one of its size."""
     path = os.path.join(manifest.home, file.name)
+    if is_remote(path):
+        _check_object(path, file, remote.entries(manifest.home))
+        return
     with reporting(path, "reading"):
         try:
             found = os.lstat(path)
@@ -442,19 +426,22 @@ def check_file(manifest: Manifest, file: StoredFile) -> None:
 def _check_objects(manifest: Manifest) -> None:
     found = remote.entries(manifest.home)
     for file in manifest.files:
-        path = os.path.join(manifest.home, file.name)
-        if file.name not in found:
-            raise CheckpointError(
-                f"reading {path}: {os.strerror(errno.ENOENT)}; the checkpoint is incomplete",
-                path=path,
-                errno=errno.ENOENT,
-            )
-        if found[file.name] != file.size:
-            raise CheckpointError(
-                f"reading {path}: {found[file.name]} bytes, expected {file.size}; the checkpoint "
-                "is damaged",
-                path=path,
-            )
+        _check_object(os.path.join(manifest.home, file.name), file, found)
+
+
+def _check_object(path: str, file: StoredFile, found: dict[str, int | None]) -> None:
+    if file.name not in found:
+        raise CheckpointError(
+            f"reading {path}: {os.strerror(errno.ENOENT)}; the checkpoint is incomplete",
+            path=path,
+            errno=errno.ENOENT,
+        )
+    if found[file.name] != file.size:
+        raise CheckpointError(
+            f"reading {path}: {found[file.name]} bytes, expected {file.size}; the checkpoint "
+            "is damaged",
+            path=path,
+        )
 
 
 @dataclass(frozen=True, slots=True)

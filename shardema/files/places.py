@@ -16,8 +16,11 @@ from shardema.files.remote import is_remote
 from shardema.files.safetensors import Entry, NewFile, parse_header, reporting
 
 
-def any_path(op: str, path: str | os.PathLike[str]) -> str:
+def any_path(op: str, path: str | os.PathLike[str], *, package: bool = True) -> str:
     """A local path as by `local_path`, or the URL of a folder in a store.
+
+    Args:
+        package: as for `remote.check_scheme`.
 
     Raises:
         ValueError: it is empty, or a URL that cannot be used here.
@@ -25,7 +28,7 @@ def any_path(op: str, path: str | os.PathLike[str]) -> str:
     """
     text = os.fspath(path)
     if isinstance(text, str) and is_remote(text) and not text.lower().startswith("file:"):
-        remote.check_scheme(op, text)
+        remote.check_scheme(op, text, package=package)
         return text.rstrip("/")
     return safetensors.local_path(op, path)
 
@@ -93,6 +96,13 @@ def exists(path: str) -> bool:
         return True
 
 
+def is_there(path: str) -> bool:
+    """Whether there is a file or a folder, or anything else, of this name."""
+    if is_remote(path):
+        return remote.exists(path) or bool(remote.entries(path))
+    return os.path.lexists(path)
+
+
 def is_file(path: str) -> bool:
     """Whether it is a file and no folder. OSError where a local one is not there."""
     return remote.exists(path) if is_remote(path) else not stat.S_ISDIR(os.stat(path).st_mode)
@@ -101,6 +111,23 @@ def is_file(path: str) -> bool:
 def names_in(folder: str) -> set[str]:
     """The names in a folder. OSError, or CheckpointError, where there is none."""
     return set(remote.entries(folder)) if is_remote(folder) else set(os.listdir(folder))
+
+
+def put(path: str, data: bytes) -> None:
+    """Makes a file, whole from the moment that it is there. OSError, or CheckpointError."""
+    if is_remote(path):
+        remote.put(path, data)
+        return
+    safetensors.write_file(f"{path}.tmp", data)
+    os.rename(f"{path}.tmp", path)
+
+
+def remove(path: str) -> None:
+    """Removes a file. OSError, or CheckpointError."""
+    if is_remote(path):
+        remote.delete(path)
+    else:
+        os.unlink(path)
 
 
 def new_file(path: str, size: int) -> NewFile | remote.NewObject:

@@ -32,6 +32,7 @@ class NewPrefix:
     """A folder in a store that the ranks write into; as `NewFolder`; made by `new_prefix`.
 
     Attributes:
+        folder: its URL.
         path: where they write.
         place: name of ``path`` in the folder of a checkpoint, else "".
         names: of the files that the leader wrote into a folder without a place.
@@ -43,7 +44,7 @@ class NewPrefix:
         self.names: list[str] = []
         self._op = op
         self._ranks = ranks
-        self._folder = ""
+        self.folder = ""
         self._seen: bytes | bytearray | None = None  # the manifest that is there
         self._old: Manifest | None = None
         self._left: list[str] = []  # places of other saves
@@ -53,38 +54,38 @@ class NewPrefix:
         """Looks at what is there. Collective."""
 
         def propose() -> str:
-            self._folder = any_path(self._op, folder)
-            return self._folder
+            self.folder = any_path(self._op, folder)
+            return self.folder
 
         def choose(proposals: list[str]) -> list[str]:
             for rank, proposal in zip(self._ranks.ranks, proposals, strict=True):
-                if proposal != self._folder:
-                    raise other_path(self._op, rank, proposal, self._ranks.ranks[0], self._folder)
+                if proposal != self.folder:
+                    raise other_path(self._op, rank, proposal, self._ranks.ranks[0], self.folder)
             self._look(overwrite)
             place = f"save-{secrets.token_hex(8)}" if self._op == "save" else ""
-            return [os.path.join(self._folder, place) if place else self._folder, place]
+            return [os.path.join(self.folder, place) if place else self.folder, place]
 
         self.path, self.place = self._ranks.agree(self._op, propose, choose)
 
     def _look(self, overwrite: bool) -> None:
-        inside = remote.entries(self._folder)
+        inside = remote.entries(self.folder)
         if self._op == "save":
             self._left = [name for name in inside if PLACE.fullmatch(name)]
         if len(inside) == len(self._left):
             return
         if not overwrite:
-            raise exists_already(self._op, self._folder)
+            raise exists_already(self._op, self.folder)
         if NAME not in inside:
-            raise not_replaceable(self._op, self._folder, f"no {NAME} in it", None)
+            raise not_replaceable(self._op, self.folder, f"no {NAME} in it", None)
         try:
-            self._old = manifests.read(self._folder, self._op)
+            self._old = manifests.read(self.folder, self._op)
             self._seen = self._manifest()
         except CheckpointError as error:
-            raise not_replaceable(self._op, self._folder, str(error), error.errno) from error
+            raise not_replaceable(self._op, self.folder, str(error), error.errno) from error
 
     def _manifest(self) -> bytes | bytearray | None:
         try:
-            return read_whole(os.path.join(self._folder, NAME), MAX_MANIFEST)
+            return read_whole(os.path.join(self.folder, NAME), MAX_MANIFEST)
         except CheckpointError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -116,27 +117,33 @@ class NewPrefix:
         """Puts the manifest of a checkpoint, and removes what it replaces."""
         if self._manifest() != self._seen:
             raise CheckpointError(
-                f"{self._op} to {self._folder}: it was written by another process during the "
+                f"{self._op} to {self.folder}: it was written by another process during the "
                 f"{self._op}",
-                path=self._folder,
+                path=self.folder,
             )
         # A put that raised may still arrive, so from here on nothing that it names is removed.
         self._counts = True
         try:
-            remote.put(os.path.join(self._folder, NAME), data)
+            remote.put(os.path.join(self.folder, NAME), data)
         except CheckpointError:
             if not self._arrived(data):
                 raise
         for place in self._left:
-            remote.remove(os.path.join(self._folder, place), folder=True)
+            remote.remove(os.path.join(self.folder, place), folder=True)
         if self._old is not None and not self._old.place:
             for file in self._old.files:
-                remote.remove(os.path.join(self._folder, file.name))
+                remote.remove(os.path.join(self.folder, file.name))
 
     def _arrived(self, data: bytes) -> bool:
         with contextlib.suppress(CheckpointError):
             return self._manifest() == data
         return False
+
+    def hand_over(self) -> None:
+        """Another thread goes on with it."""
+
+    def close(self) -> None:
+        """Nothing is open here."""
 
     def discard(self) -> None:
         """Removes what was written, after a failure. The leader does it."""

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shardema.errors import CheckpointError
-from shardema.files.safetensors import local_path
+from shardema.files.places import is_there
 from shardema.files.steps import RECORD, Steps, surplus
+from shardema.files.stored_steps import steps_in
 from shardema.files.verify import verify
 
 
@@ -37,6 +38,7 @@ def prune(
     keep_last: int,
     keep_every: int | None = None,
     remove: bool = False,
+    take_over: bool = False,
     done: Callable[[int], object] = lambda n: None,
 ) -> Pruning:
     """Which steps a `CheckpointManager` with this policy would not keep; removes them if asked.
@@ -47,14 +49,15 @@ def prune(
         folder: a manager's directory.
         keep_last, keep_every: as of the manager.
         remove: remove them. The directory is locked meanwhile, as by a manager.
+        take_over: in a store, also if a manager on another host has not closed the directory.
         done: told the number of bytes after each block that was verified.
 
     Raises:
         CheckpointError: no manager's directory, a manager has it open, or no step verifies.
-        ValueError: the path is no local one.
+        ValueError: the path is empty, or a URL that cannot be used.
     """
-    steps = Steps(local_path("prune", folder))
-    if not os.path.isfile(os.path.join(steps.folder, RECORD)):
+    steps = steps_in("prune", folder)
+    if not is_there(os.path.join(steps.folder, RECORD)):
         raise CheckpointError(
             f"reading {steps.folder}: no {RECORD} in it, so no CheckpointManager made what is "
             "there; give the directory of a manager",
@@ -62,7 +65,7 @@ def prune(
         )
     if not remove:
         return _plan(steps, keep_last, keep_every, done)
-    steps.open()
+    steps.open(take_over=take_over)
     try:
         plan = _plan(steps, keep_last, keep_every, done)
         gone = steps.remove(plan.surplus)

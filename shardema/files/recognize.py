@@ -34,7 +34,8 @@ from shardema.files.safetensors import (
     read_whole,
     reporting,
 )
-from shardema.files.steps import RECORD, Steps, name_of
+from shardema.files.steps import RECORD, STEP, Steps, name_of
+from shardema.files.stored_steps import steps_in
 
 CHECKPOINT, MANAGER, DCP, DEEPSPEED = "checkpoint", "manager", "dcp", "deepspeed"
 HF, SAFETENSORS, PICKLE = "hf", "safetensors", "pickle"
@@ -76,6 +77,8 @@ def kinds_of(path: str) -> list[str]:
     Raises:
         CheckpointError: it cannot be read.
     """
+    if is_remote(path):
+        return _kinds_of_url(path)
     with reporting(path, "reading"):
         try:
             is_folder = stat.S_ISDIR(os.stat(path).st_mode)
@@ -103,7 +106,7 @@ def recognize(path: str | os.PathLike[str]) -> Recognized:
         ValueError: the path is empty, or a URL that cannot be used.
     """
     path = any_path("inspect", path)
-    kinds = _kinds_of_url(path) if is_remote(path) else kinds_of(path)
+    kinds = kinds_of(path)
     inside = {} if is_remote(path) or set(kinds) & {CHECKPOINT, MANAGER} else dict(nested(path))
     if not kinds and inside:
         listed = abbreviate([f"{name} ({kind})" for name, kind in inside.items()])
@@ -119,12 +122,14 @@ def recognize(path: str | os.PathLike[str]) -> Recognized:
 
 
 def _kinds_of_url(url: str) -> list[str]:
-    """`kinds_of` in a store: checkpoints and safetensors, which are all that is read from one."""
+    """`kinds_of` in a store: what is read from one."""
     inside = names_in(url)
     if not inside:
         return [SAFETENSORS] if is_file(url) else []
     found = {
         CHECKPOINT: manifest.NAME in inside,
+        MANAGER: RECORD in inside
+        or (any(map(STEP.fullmatch, inside)) and bool(steps_in("inspect", url).present())),
         HF: not inside.isdisjoint((*SINGLES, *INDICES)),
     }
     return [kind for kind, there in found.items() if there]
@@ -170,7 +175,7 @@ def _checkpoint(path: str) -> Recognized:
 
 
 def _manager(path: str) -> Recognized:
-    steps = Steps(path)
+    steps = steps_in("inspect", path)
     made = set(steps.recorded())
     facts = [_step(steps.path(step), step, step in made) for step in steps.present()]
     whole = sum(fact["complete"] for fact in facts)

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from datetime import datetime
 from typing import Any, TypeVar
 
 from shardema.errors import CheckpointError
@@ -42,8 +43,12 @@ def patience(timeout: float) -> Iterator[None]:
         _patience.reset(token)
 
 
-def check_scheme(op: str, url: str) -> None:
-    """Raises ValueError unless fsspec has a scheme like that of ``url``, with its package."""
+def check_scheme(op: str, url: str, *, package: bool = True) -> None:
+    """Raises ValueError unless fsspec has a scheme like that of ``url``, with its package.
+
+    Args:
+        package: also look whether the package is installed, which may differ between ranks.
+    """
     scheme, _, rest = url.partition("://")
     if "::" in url or scheme in ("file", "local") or not rest.strip("/"):
         raise ValueError(
@@ -55,6 +60,8 @@ def check_scheme(op: str, url: str) -> None:
 
         get_filesystem_class(scheme)
     except ImportError as error:
+        if not package:
+            return
         raise ValueError(
             f"{op}: got {url!r}: a package for {scheme}:// is missing: {error}; install it on "
             "every host"
@@ -136,6 +143,31 @@ def entries(url: str) -> dict[str, int | None]:
     return _ask(url, "reading", ask)
 
 
+def tree(url: str) -> list[str]:
+    """The objects in a folder and in the folders in it, by their paths below ``url``."""
+
+    def ask(store: Any, path: str) -> list[str]:
+        store.invalidate_cache()
+        begin = f"{path.strip('/')}/"
+        names = (name.strip("/") for name in store.find(path))
+        return sorted(name.removeprefix(begin) for name in names if name.startswith(begin))
+
+    return _ask(url, "reading", ask)
+
+
+def modified(url: str) -> datetime | None:
+    """When an object was written, by the store's clock; None if the store does not say."""
+
+    def ask(store: Any, path: str) -> datetime | None:
+        try:
+            found: datetime | None = store.modified(path)
+        except (NotImplementedError, FileNotFoundError):
+            return None
+        return found
+
+    return _ask(url, "reading", ask)
+
+
 def read_at(url: str, offset: int, size: int) -> bytearray:
     """``size`` bytes of an object from ``offset``.
 
@@ -160,10 +192,25 @@ def put(url: str, data: bytes) -> None:
     _ask(url, "writing", lambda store, path: store.pipe_file(path, data))
 
 
+def delete(url: str, *, folder: bool = False, seconds: float | None = None) -> None:
+    """Removes an object, or a folder with all that is in it; one that is gone is no error.
+
+    Args:
+        seconds: how long it may take; else as `patience` says.
+    """
+
+    def ask(store: Any, path: str) -> None:
+        store.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):
+            store.rm(path, recursive=folder)
+
+    _ask(url, "removing", ask, seconds)
+
+
 def remove(url: str, *, folder: bool = False) -> None:
-    """Removes an object, or a folder with all that is in it, if that can be done soon."""
+    """`delete`, if that can be done soon."""
     with contextlib.suppress(CheckpointError):
-        _ask(url, "removing", lambda store, path: store.rm(path, recursive=folder), _CLEANING_S)
+        delete(url, folder=folder, seconds=_CLEANING_S)
 
 
 class NewObject:

@@ -10,7 +10,8 @@
         .step-00003000.*.tmp   being written; locked as long as its writer runs
 
 The kernel releases a lock when its process ends, however it ends, so nothing here depends on
-clocks, process ids or host names. Everything in this file is local: the leader calls it.
+clocks, process ids or host names. Everything in this file is local: the leader calls it. A
+directory in a store is another one, see stored_steps.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable
+from typing import Any
 
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files.safetensors import (
@@ -45,9 +47,10 @@ log = logging.getLogger(__name__)
 RECORD = "manager.json"
 LOCK = ".lock"
 MAX_STEP = 10**15
-_MAX_RECORD = 1 << 24  # bytes
-_STEP = re.compile(r"step-([0-9]{8,16})")
+MAX_RECORD = 1 << 24  # bytes
+STEP = re.compile(r"step-([0-9]{8,16})")
 _TEMPORARY = re.compile(r"\.step-[0-9]{8,16}\.[0-9a-f]{8}\.(tmp|old)")
+_TEMPORARY_RECORD = re.compile(r"manager\.json\.[0-9a-f]{8}\.tmp")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 
@@ -74,8 +77,11 @@ class Steps:
         self.folder = folder
         self._lock = -1
 
-    def open(self) -> None:
+    def open(self, *, take_over: bool = True) -> None:
         """Creates the directory if needed, and locks it.
+
+        Args:
+            take_over: see `StoredSteps.open`; here the lock says whether another manager runs.
 
         Raises:
             CheckpointError: another manager writes to it, or it cannot be written.
@@ -96,11 +102,7 @@ class Steps:
                 raise
         if not free:
             close_quietly(fd)
-            raise CheckpointError(
-                f"opening {self.folder}: another CheckpointManager writes to it; give each run a "
-                "directory of its own, or close() the other manager first",
-                path=self.folder,
-            )
+            raise opened_elsewhere(self.folder)
         self._lock = fd
 
     def _make(self) -> None:
@@ -120,6 +122,10 @@ class Steps:
             close_quietly(self._lock)
             self._lock = -1
 
+    def abandon(self) -> None:
+        """`close`, without waiting for anything: after an error, or from a finalizer."""
+        self.close()
+
     def path(self, step: int) -> str:
         """Path of the checkpoint of a step."""
         return os.path.join(self.folder, name_of(step))
@@ -134,7 +140,7 @@ class Steps:
                 names = os.listdir(self.folder)
             except FileNotFoundError:
                 return []
-            found = [int(match[1]) for match in map(_STEP.fullmatch, names) if match]
+            found = [int(match[1]) for match in map(STEP.fullmatch, names) if match]
             return sorted({step for step in found if self._has_folder(step)})
 
     def _has_folder(self, step: int) -> bool:
@@ -147,18 +153,13 @@ class Steps:
         """The steps that a manager saved here, or began to save, ascending."""
         path = os.path.join(self.folder, RECORD)
         try:
-            steps = parse_json(read_whole(path, _MAX_RECORD))["steps"]
-            return sorted({checked_int(step) for step in steps})
+            return steps_of(parse_json(read_whole(path, MAX_RECORD)))
         except CheckpointError as error:
             if error.errno != errno.ENOENT:
                 raise
             return []
         except BROKEN as error:
-            raise CheckpointError(
-                f"reading {path}: {error!r:.300}: the file is damaged; remove it: the manager then "
-                "keeps every step that is there now",
-                path=path,
-            ) from error
+            raise damaged_record(path, error) from error
 
     def record(self, steps: Iterable[int]) -> None:
         """Replaces the record, atomically and durably."""
@@ -194,7 +195,7 @@ class Steps:
         return list(gone)
 
     def sweep(self) -> None:
-        """Removes the temporary folders of killed writers; those of running ones are locked."""
+        """Removes what killed writers left; the temporary folders of running ones are locked."""
         try:
             names = os.listdir(self.folder)
         except OSError as error:
@@ -202,6 +203,9 @@ class Steps:
             return
         paths = [os.path.join(self.folder, name) for name in filter(_TEMPORARY.fullmatch, names)]
         self._remove_hidden([p for p in paths if p.endswith(".old") or not is_locked(p)])
+        for name in filter(_TEMPORARY_RECORD.fullmatch, names):  # only who has the lock writes it
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.folder, name))
 
     def _remove_hidden(self, paths: list[str]) -> None:
         """Removes folders whose names have changed, once a power failure cannot undo that."""
@@ -214,6 +218,29 @@ class Steps:
             return
         for path in paths:
             _remove_tree(path)
+
+
+def steps_of(record: Any) -> list[int]:
+    """The steps that a record lists, ascending. Raises one of `BROKEN` if it does not."""
+    return sorted({checked_int(step) for step in record["steps"]})
+
+
+def damaged_record(path: str, error: Exception) -> CheckpointError:
+    """A record that cannot be read."""
+    return CheckpointError(
+        f"reading {path}: {error!r:.300}: the file is damaged; remove it: the manager then "
+        "keeps every step that is there now",
+        path=path,
+    )
+
+
+def opened_elsewhere(folder: str, who: str = "") -> CheckpointError:
+    """A directory that another manager has open."""
+    return CheckpointError(
+        f"opening {folder}: another CheckpointManager writes to it{who}; give each run a "
+        "directory of its own, or close() the other manager first",
+        path=folder,
+    )
 
 
 def lock(fd: int) -> bool:

@@ -17,9 +17,10 @@ from shardema.errors import CheckpointError
 from shardema.files import consolidated, manifest, recognize
 from shardema.files.consolidated import Place
 from shardema.files.manifest import BLOCK, Manifest, StoredFile
+from shardema.files.places import OpenFile, any_path, is_there, reading
 from shardema.files.recognize import CHECKPOINT, HF, MANAGER, SAFETENSORS
-from shardema.files.safetensors import NAMES, local_path, opened, read_at
-from shardema.files.steps import Steps
+from shardema.files.safetensors import NAMES
+from shardema.files.stored_steps import steps_in
 from shardema.kernels.fingerprint import fingerprint, total
 from shardema.shards.boxes import split_box, whole
 
@@ -56,6 +57,7 @@ class Verified:
         checksums: every byte was compared with a checksum.
         mismatches: what `against` found.
         gone: it was removed while it was read, as the manager of a run does; nothing is known.
+        absent: there is nothing at the path.
     """
 
     path: str
@@ -67,6 +69,7 @@ class Verified:
     damages: tuple[Damage, ...] = ()
     mismatches: tuple[Damage, ...] = ()
     gone: bool = False
+    absent: bool = False
 
 
 def expand(path: str | os.PathLike[str]) -> list[str]:
@@ -75,14 +78,12 @@ def expand(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         CheckpointError: it cannot be read, or is a manager's directory without a step or with a
             damaged record.
-        ValueError: the path is no local one.
+        ValueError: the path is empty, or a URL that cannot be used.
     """
-    path = local_path("verify", path)
-    if not os.path.lexists(path):
-        manifest.read(path, "verify")  # which says that there is nothing
+    path = any_path("verify", path)
     if recognize.kinds_of(path)[:1] != [MANAGER]:
         return [path]
-    steps = Steps(path)
+    steps = steps_in("verify", path)
     steps.recorded()
     found = [steps.path(step) for step in steps.present()]
     if not found:
@@ -109,7 +110,7 @@ def verify(path: str, done: Told = lambda n: None) -> Verified:
         found = _verify(path, done)
     except CheckpointError as error:
         found = failed(path, error)
-    if found.damages and not os.path.lexists(path):
+    if found.damages and not is_there(path):
         return Verified(path, "", gone=True)
     return found
 
@@ -141,7 +142,7 @@ def _of(error: CheckpointError, path: str, tensors: tuple[str, ...] = ()) -> Dam
 
 def _verify_checkpoint(path: str, done: Told) -> Verified:
     stored = manifest.read(path, "verify", files=False)
-    found = [damage for file in stored.files for damage in _damages(stored, file, done)]
+    found = [damage for file in stored.files for damage in damages(stored, file, done)]
     if found and _replaced(path, stored):
         return _verify_checkpoint(path, done)
     return Verified(
@@ -163,13 +164,13 @@ def _replaced(path: str, stored: Manifest) -> bool:
         return False
 
 
-def _damages(stored: Manifest, file: StoredFile, done: Told) -> Iterator[Damage]:
+def damages(stored: Manifest, file: StoredFile, done: Told = lambda n: None) -> Iterator[Damage]:
     """What is wrong with one file; damaged blocks that follow one another are one damage."""
     path = os.path.join(stored.home, file.name)
     try:
         manifest.check_file(stored, file)
-        with opened(path) as fd:
-            bad = [n for n in range(len(file.blocks)) if not _is_whole(fd, path, file, n, done)]
+        with reading(path) as opened:
+            bad = [n for n in range(len(file.blocks)) if not _is_whole(opened, file, n, done)]
     except CheckpointError as error:
         yield _of(error, path, _tensors_in(stored, file, 0, file.size))
         return
@@ -179,9 +180,9 @@ def _damages(stored: Manifest, file: StoredFile, done: Told) -> Iterator[Damage]
         yield Damage(path, f"checksum mismatch in bytes {start} to {stop}", start, stop, tensors)
 
 
-def _is_whole(fd: int, path: str, file: StoredFile, number: int, done: Told) -> bool:
+def _is_whole(opened: OpenFile, file: StoredFile, number: int, done: Told) -> bool:
     begin = number * BLOCK
-    data = read_at(fd, begin, min(BLOCK, file.size - begin), path)
+    data = opened.read_at(begin, min(BLOCK, file.size - begin))
     done(len(data))
     same: bool = xxhash.xxh3_128_hexdigest(data) == file.blocks[number]
     return same
@@ -225,7 +226,7 @@ def against(path: str, model: str, done: Told = lambda n: None) -> list[Damage]:
 
     Raises:
         CheckpointError: either cannot be read.
-        ValueError: a path that is not local.
+        ValueError: an empty path, or a URL that cannot be used.
     """
     stored = manifest.read(path, "verify", files=False)
     places = consolidated.tensors_of(model, "verify")

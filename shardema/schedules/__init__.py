@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from shardema.schedules.base import Schedule, describe, registered, restore
 from shardema.schedules.by_pattern import by_pattern
-from shardema.schedules.closed import constant, half_life, half_life_ramp, ramp
+from shardema.schedules.closed import block_mean, constant, half_life, half_life_ramp, ramp
 from shardema.schedules.composed import clip, debiased, every, join, scaled, shift, start
 from shardema.schedules.custom import as_schedule, custom
-from shardema.schedules.power import edm, power
-from shardema.schedules.stepwise import exponential, linear, warmup
+from shardema.schedules.power import edm, power, share
+from shardema.schedules.stepwise import bema, exponential, linear, warmup
 
 __all__ = [
     "Schedule",
     "as_schedule",
+    "bema",
+    "block_mean",
     "by_pattern",
     "clip",
     "constant",
@@ -37,6 +39,7 @@ __all__ = [
     "registered",
     "restore",
     "scaled",
+    "share",
     "shift",
     "start",
     "warmup",

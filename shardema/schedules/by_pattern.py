@@ -80,6 +80,18 @@ class by_pattern:
         return {"rules": named, "default": self.default}
 
 
+def stored_parts(description: dict[str, Any]) -> tuple[list[Pattern], list[dict[str, Any]]]:
+    """The patterns of a stored rule, and its schedules: the default, then one for each pattern.
+
+    Args:
+        description: as `base.describe` returns it; of a single schedule there are no patterns.
+    """
+    if description["name"] != by_pattern.__name__:
+        return [], [description]
+    rules, default = description["params"]["rules"], description["params"]["default"]
+    return [_pattern(pattern) for pattern, _ in rules], [default, *(rule for _, rule in rules)]
+
+
 def _pattern(value: Any) -> Pattern:
     if isinstance(value, str) and value.startswith(_REGEX):
         return re.compile(value.removeprefix(_REGEX))

@@ -207,3 +207,59 @@ class ramp:
         while end > 0 and (1 + end) / (10 + end) > self.decay:
             end -= 1
         return end
+
+
+@register
+@dataclass(frozen=True)
+class block_mean:
+    """The equal mean of the updates in each block of ``length``, begun anew in the next block.
+
+    The first update in a block copies the weights, and update n in it decays by ``(n - 1) / n``.
+    So at the end of a block the average is the mean of this block only: such means, saved at the
+    ends of blocks, can be merged afterwards to the mean over any of the blocks, or to that of a
+    learning-rate decay (WSM, arXiv 2507.17634; PMA, arXiv 2505.12082).
+
+    Args:
+        length: of a block, in ``unit``, 1 or more.
+        unit: unit of the clock.
+        last: average only the last part of each block, of this length, and keep the mean of the
+            block before until then; None averages all of it.
+
+    >>> [round(block_mean(3).retention(t, t + 1), 4) for t in range(5)]
+    [0.0, 0.5, 0.6667, 0.0, 0.5]
+    """
+
+    length: float
+    unit: str = "step"
+    last: float | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(self.length, "schedules.block_mean, length")
+        if self.length < 1:
+            raise ValueError(
+                f"schedules.block_mean: got length={self.length!r}, expected 1 {self.unit} or more"
+            )
+        if self.last is not None:
+            check_positive(self.last, "schedules.block_mean, last")
+            if self.last > self.length:
+                raise ValueError(
+                    f"schedules.block_mean: got last={self.last!r}, expected at most the length, "
+                    f"{self.length!r}"
+                )
+
+    def retention(self, t0: float, t1: float) -> float:
+        if t0 == t1:
+            return 1.0
+        first, last = t0 // self.length, math.ceil(t1 / self.length) - 1
+        begin, end = t0 - first * self.length, t1 - last * self.length
+        if first == last:
+            return self._inside(begin, end)
+        whole = last - first > 1  # blocks, each of which leaves nothing
+        return 0.0 if whole else self._inside(begin, self.length) * self._inside(0, end)
+
+    def _inside(self, begin: float, end: float) -> float:
+        """Retention between two places in one block."""
+        skipped = self.length - (self.length if self.last is None else self.last)
+        if end <= skipped:
+            return 1.0
+        return max(0.0, begin - skipped) / (end - skipped)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shardema.schedules.base import Schedule, check_decay, register
+from shardema.schedules.base import Schedule, check_decay, register, registered
 from shardema.schedules.closed import constant
 
 _SAMPLED = (1, 2, 10, 100, 1000, 100000)
@@ -62,4 +62,15 @@ def as_schedule(value: Any) -> Schedule:
     raise TypeError(
         f"schedule: got {value!r}, expected a decay in [0, 1], a schedule such as "
         "schedules.half_life(1000), or a callable (t, dt) -> decay"
+    )
+
+
+def needs_code(schedule: Any) -> bool:
+    """Whether a part of the schedule is a callable, or of a class that is not registered."""
+    kind = type(schedule)
+    parts = (getattr(schedule, "schedule", None), *getattr(schedule, "schedules", ()))
+    return (
+        isinstance(schedule, custom)
+        or registered().get(kind.__name__) is not kind
+        or any(needs_code(part) for part in parts if part is not None)
     )

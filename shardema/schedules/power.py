@@ -1,4 +1,4 @@
-"""Schedules whose width is proportional to progress: EDM2's power function, EDM's half-life."""
+"""Schedules whose width is proportional to progress: power functions, shares of the run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shardema.schedules.base import check_positive, check_progress, register
+from shardema.schedules.base import check_positive, register
 
 _MAX_STD = 12**-0.5  # the std of the uniform profile, gamma = 0
 
@@ -36,48 +36,60 @@ def std_of_gamma(gamma: float) -> float:
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class power:
     """``(t0 / t1) ** (gamma + 1)``, with gamma computed from ``std`` or given.
 
     The weight of progress tau in the average at t is proportional to ``tau ** gamma``; its
     standard deviation is ``std * t`` (arXiv 2312.02696, equations 1 and 2). The first update
-    copies the weights, since nothing is retained from t = 0. ``gamma=0`` is the equal average of
-    all updates.
+    copies the weights, since nothing is retained from t = 0.
+
+    ``gamma=0`` is the equal average of all updates. Merges of the last checkpoints with the weights
+    ``c_i = s_i - s_(i + 1)`` of a learning-rate decay s (WSM, arXiv 2507.17634) are such averages,
+    begun at the window: ``gamma=0`` for the linear decay, ``gamma=-0.5`` for ``1 - sqrt(x)``.
 
     Args:
         std: relative standard deviation, in (0, 0.2887).
         unit: unit of the clock.
-        gamma: the exponent itself, in place of ``std``, 0 or more.
+        gamma: the exponent itself, in place of ``std``, above -1.
 
     >>> power(0.10).retention(0, 1)
     0.0
     >>> power(gamma=0).retention(3, 4)
     0.75
+    >>> power(gamma=-0.5).retention(1, 4)
+    0.5
     """
 
-    std: float | None = None
+    std: float | None = field(default=None, compare=False)
     unit: str = "step"
-    gamma: float = field(default=-1.0, kw_only=True, repr=False, compare=False)
-    _given: str = field(default="std", init=False, repr=False, compare=False)
+    gamma: float = field(default=math.nan, kw_only=True)  # nan: not given
+    _given: str = field(default="std", init=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.std is None and self.gamma != -1:
-            check_progress(self.gamma, "schedules.power, gamma")
-            object.__setattr__(self, "std", std_of_gamma(self.gamma))
-            object.__setattr__(self, "_given", "gamma")
-            return
-        if self.gamma != -1:
+        if self.std is not None and not _is_nan(self.gamma):
             raise ValueError(
                 f"schedules.power: got std={self.std!r} and gamma={self.gamma!r}, expected one of "
                 "the two"
             )
+        if self.std is None and not _is_nan(self.gamma):
+            if not isinstance(self.gamma, int | float) or not -1 < self.gamma < math.inf:
+                raise ValueError(
+                    f"schedules.power: got gamma={self.gamma!r}, expected a finite number above "
+                    "-1, such as -0.5 or 6.94"
+                )
+            object.__setattr__(self, "std", std_of_gamma(self.gamma))
+            object.__setattr__(self, "_given", "gamma")
+            return
         if not isinstance(self.std, int | float) or not 0 < self.std < _MAX_STD:
             raise ValueError(
                 f"schedules.power: got std={self.std!r}, expected a number in (0, {_MAX_STD:.4f}), "
                 "such as 0.05 or 0.10"
             )
         object.__setattr__(self, "gamma", gamma_of_std(self.std))
+
+    def __repr__(self) -> str:
+        return f"power({self._given}={getattr(self, self._given)!r}, unit={self.unit!r})"
 
     def retention(self, t0: float, t1: float) -> float:
         if t0 == t1:
@@ -86,6 +98,54 @@ class power:
 
     def store(self) -> dict[str, float | str]:
         return {self._given: getattr(self, self._given), "unit": self.unit}
+
+
+def _is_nan(value: object) -> bool:
+    return value != value
+
+
+@register
+@dataclass(frozen=True)
+class share:
+    """Step n = 1, 2, ... decays by ``2 ** (-1 / (fraction * n))``: half-life ``fraction * n``.
+
+    Over an interval that is ``2 ** (-(H(t1) - H(t0)) / fraction)`` with the harmonic numbers H,
+    which the digamma function continues to any progress; for long runs it tends to
+    ``(t0 / t1) ** (log(2) / fraction)``. The average is a constant share of the run behind, however
+    long the run turns out to be: "anytime" averages of Meterez et al. 2026 (arXiv 2602.03702),
+    torchtitan's ``half_life_fractions``.
+
+    Args:
+        fraction: half-life as a share of the progress so far, above 0.
+        unit: unit of the clock.
+
+    >>> share(0.5).retention(1, 2)
+    0.5
+    """
+
+    fraction: float
+    unit: str = "step"
+
+    def __post_init__(self) -> None:
+        check_positive(self.fraction, "schedules.share, fraction")
+
+    def retention(self, t0: float, t1: float) -> float:
+        if t0 == t1:
+            return 1.0
+        # a step is the common case, and exact
+        halvings = 1 / t1 if t1 == t0 + 1 else _harmonic(t1) - _harmonic(t0)
+        return float(0.5 ** (max(0.0, halvings) / self.fraction))
+
+
+def _harmonic(t: float) -> float:
+    """The harmonic number of t, up to a constant: the digamma function of t + 1."""
+    x, below = t + 1.0, 0.0
+    while x < 16:  # the series below needs a large x
+        below += 1 / x
+        x += 1
+    y = 1 / (x * x)
+    series = y * (1 / 12 - y * (1 / 120 - y * (1 / 252 - y * (1 / 240 - y / 132))))
+    return math.log(x) - 0.5 / x - series - below
 
 
 @register

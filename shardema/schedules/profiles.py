@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardema.schedules import Schedule, as_schedule, custom
-from shardema.schedules.base import check_count, check_positive
+from shardema.schedules.base import Schedule, check_count, check_positive
+from shardema.schedules.custom import as_schedule, needs_code
 
 _SINGLE = 2000  # runs up to this length have an interval for every step
 _EVEN, _FINE = 1000, 500  # longer ones: even intervals, and finer ones towards both ends
@@ -29,7 +29,7 @@ _Kept = Callable[[int, int], float]
 
 
 @dataclass(frozen=True)
-class Profile:
+class StepWeights:
     """Weight profile of the average at step T, by intervals ``(edges[i], edges[i + 1]]`` of steps.
 
     Args:
@@ -89,7 +89,7 @@ class Profile:
         return float(self.mass @ self._centers())
 
 
-def weight_profile(schedule: Any, steps: int, *, dt: float = 1) -> Profile:
+def weight_profile(schedule: Any, steps: int, *, dt: float = 1) -> StepWeights:
     """The weight profile of a run of ``steps`` updates.
 
     Runs up to 2000 updates have an interval for each; longer ones about 2000 intervals, whose
@@ -109,7 +109,7 @@ def weight_profile(schedule: Any, steps: int, *, dt: float = 1) -> Profile:
     ([0.125, 0.25, 0.5], 0.125)
     """
     kept, edges = _intervals(schedule, steps, dt)
-    return Profile(edges, np.array([kept(a, b) for a, b in itertools.pairwise(edges.tolist())]))
+    return StepWeights(edges, np.array([kept(a, b) for a, b in itertools.pairwise(edges.tolist())]))
 
 
 def relative_std(schedule: Any, steps: int, *, dt: float = 1) -> float:
@@ -194,16 +194,10 @@ def _retention(rule: Schedule, steps: int, dt: float) -> _Kept:
             )
         return share
 
-    if not _has_callable(rule):
+    if not needs_code(rule):
         return kept
     each = np.array([kept(step, step + 1) for step in range(steps)])
     return lambda a, b: float(np.prod(each[a:b]))
-
-
-def _has_callable(rule: Any) -> bool:
-    """Whether a part of the schedule is a callable, which need not be multiplicative."""
-    parts = (getattr(rule, "schedule", None), *getattr(rule, "schedules", ()))
-    return isinstance(rule, custom) or any(_has_callable(p) for p in parts if p is not None)
 
 
 def _first(kept: _Kept, low: int, high: int, least: float) -> int:

@@ -14,7 +14,14 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from shardema.schedules.base import check_count, check_decay, check_positive, register, whole_steps
+from shardema.schedules.base import (
+    check_count,
+    check_decay,
+    check_positive,
+    check_progress,
+    register,
+    whole_steps,
+)
 
 _SPAN = 64
 
@@ -162,3 +169,44 @@ class warmup(Stepwise):
             return math.inf
         log = -math.log1p(-self.decay) / self.power  # log of 1 + n / inv_gamma at the end
         return self.inv_gamma * math.expm1(log) + 2 if log < 700 else math.inf
+
+
+@register
+@dataclass(frozen=True)
+class bema(Stepwise):
+    """Step n = 1, 2, ... decays by ``1 - max(min_weight, (lag + multiplier * n) ** -power)``.
+
+    The average inside of BEMA (Block and Zhang 2025, arXiv 2508.00180, with kappa, rho and gamma
+    for power, lag and multiplier), to which BEMA adds a multiple of the way from the initial
+    weights. Whole steps only.
+
+    Args:
+        power: exponent kappa, 0 or more.
+        lag: rho, 0 or more.
+        multiplier: gamma, above 0; ``lag + multiplier`` is 1 or more.
+        min_weight: least weight of the current step, in [0, 1].
+
+    >>> bema(power=0.5, lag=8).retention(0, 1) == 1 - 9**-0.5
+    True
+    """
+
+    power: float = 0.5
+    lag: float = 10
+    multiplier: float = 1.0
+    min_weight: float = 0.0
+    unit: str = "step"
+
+    def __post_init__(self) -> None:
+        check_progress(self.power, "schedules.bema, power")
+        check_progress(self.lag, "schedules.bema, lag")
+        check_positive(self.multiplier, "schedules.bema, multiplier")
+        check_decay(self.min_weight, "schedules.bema, min_weight")
+        if self.lag + self.multiplier < 1:
+            raise ValueError(
+                f"schedules.bema: got lag={self.lag!r} and multiplier={self.multiplier!r}, "
+                "expected a sum of 1 or more, so that no weight is above 1"
+            )
+
+    def decay_at(self, step: int) -> float:
+        weight = (self.lag + self.multiplier * step) ** -self.power
+        return float(1 - max(self.min_weight, weight))

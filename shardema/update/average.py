@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from shardema.policy import ShadowPolicy
+from shardema.profiles import History, Ledger
+from shardema.ranks.plan import Holdings, Plan
 from shardema.schedules import Schedule, by_pattern
+from shardema.shards.boxes import Box
 from shardema.shards.shard import Shard
 from shardema.update.shadows import Shadows
 
@@ -24,6 +27,7 @@ class Average:
         moved_at: progress when it last changed; before ``t`` between updates of ``update_every``.
         decays: of the last change, one for each of `schedules`; None before the first.
         loaded: its values were loaded, so they are not the initial weights.
+        ledger: the updates that made it what it is.
     """
 
     name: str
@@ -35,6 +39,23 @@ class Average:
     moved_at: float = 0
     decays: tuple[float, ...] | None = None
     loaded: bool = False
+    ledger: Ledger = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.remember(History(self.moved_at, imported=False))
+
+    @property
+    def components(self) -> list[Average | None]:
+        """What it is read from: itself; see `MixedAverage`."""
+        return [self]
+
+    def fill(self, out: Tensor, shard: Shard) -> None:
+        """Writes the average of one shard to ``out``, of the same sizes and strides."""
+        out.copy_(self.shadows.views[shard.fqn])
+
+    def holdings(self, plan: Plan, shards: Sequence[Shard]) -> Callable[[int, Box], Tensor]:
+        """This rank's values of a box: averages, and the model's own tensors."""
+        return Holdings(plan, shards, self.shadows.views)
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:
@@ -81,6 +102,7 @@ class Average:
         if self._due():
             self.decays = tuple(1 - weight for weight in weights)
             self.moved_at = self.t
+            self.ledger.record(self.t, self.decays)
         self.num_updates += 1
 
     def next_decays(self) -> tuple[float, ...]:
@@ -135,6 +157,11 @@ class Average:
         return (self.num_updates + 1) % self.policy.update_every == 0
 
     def restart(self, t: float = 0, num_updates: int = 0, moved_at: float | None = None) -> None:
-        """Sets the clock and forgets the last decays."""
+        """Sets the clock and forgets the last decays; its history begins with the weights."""
         self.t, self.num_updates, self.decays = t, num_updates, None
         self.moved_at = t if moved_at is None else moved_at
+        self.remember(History(self.moved_at, imported=False))
+
+    def remember(self, history: History) -> None:
+        """Sets the history of its values; later updates are added to it."""
+        self.ledger = Ledger(self.schedule, history)

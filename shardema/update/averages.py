@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from shardema.errors import abbreviate
 from shardema.model.weights import Weights
 from shardema.policy import ShadowPolicy
 from shardema.ranks.agree import Ranks
@@ -14,7 +15,11 @@ from shardema.ranks.plan import Item
 from shardema.schedules import Schedule, by_pattern
 from shardema.shards.shard import Shard
 from shardema.update.average import Average
+from shardema.update.copy_on_write import Lending
+from shardema.update.mixture import RAW, MixedAverage, Mixture, check_coefficients
 from shardema.update.shadows import allocate
+
+Readable = Average | MixedAverage
 
 
 class Averages(Mapping[str, Average]):
@@ -24,6 +29,9 @@ class Averages(Mapping[str, Average]):
         weights: the model's weights.
         ranks: the ranks that share the model.
         schedules, policies: by name of the average.
+
+    Attributes:
+        lending: what a save that is being written reads of them.
     """
 
     def __init__(
@@ -34,6 +42,8 @@ class Averages(Mapping[str, Average]):
         policies: Mapping[str, ShadowPolicy],
     ) -> None:
         self.weights, self.ranks = weights, ranks
+        self.lending = Lending()
+        self._handed_out = False
         self._by_name: dict[str, Average] = {}
         for name, rule in schedules.items():
             held = weights.local_slices(policies[name])
@@ -57,14 +67,54 @@ class Averages(Mapping[str, Average]):
     def names(self) -> tuple[str, ...]:
         return tuple(self._by_name)
 
-    def named(self, name: str | None) -> Average:
+    def named(self, name: str | Mixture | None) -> Average:
         """The average of this name; None stands for the only one. Raises ValueError."""
+        if isinstance(name, Mixture):
+            raise ValueError(
+                f"name: got the mixture {name}, which stores nothing that could be written; give "
+                f"one of {list(self.names)}"
+            )
         if name is None and len(self) > 1:
             raise ValueError(f"name: there are several averages, give one of {list(self.names)}")
         key = self.names[0] if name is None else name
         if key not in self:
             raise ValueError(f"name: got {name!r}, expected one of {list(self.names)}")
         return self[key]
+
+    def tensor_names(self, fqn: str) -> tuple[str, ...]:
+        """All names of an averaged tensor. Raises ValueError if this rank has none of this name."""
+        for shard in self.weights.averaged_shards:
+            if fqn in shard.names:
+                return shard.names
+        raise ValueError(f"fqn: got {fqn!r}, expected the name of an averaged tensor on this rank")
+
+    def readable(self, name: str | Mixture | None) -> Readable:
+        """The average or mixture of this name. Raises ValueError."""
+        if not isinstance(name, Mixture):
+            return self.named(name)
+        coefficients = check_coefficients(name.coefficients, self.names, check_sum=False)
+        parts = [(c, None if of == RAW else self[of]) for of, c in coefficients.items()]
+        averages = [average for _, average in parts if average is not None] or [*self.values()][:1]
+        sliced = [average.name for average in averages if average.policy.shard_replicas]
+        if sliced and len(sliced) < len(averages):
+            raise ValueError(
+                f"mix: {abbreviate(sliced)}: kept with shard_replicas=True, the other averages of "
+                f"the mixture are not ({', '.join(a.name for a in averages)}); give all of them "
+                "the same shard_replicas"
+            )
+        return MixedAverage(str(name), averages[0].policy, tuple(parts), self.t, self.num_updates)
+
+    # ---- before they change -------------------------------------------------------------------
+
+    def shares(self, average: Average) -> bool:
+        """Whether `lending` may be of an average: all that changes it is known."""
+        on_host = all(flat.device.type == "cpu" for flat in average.shadows.flats)
+        return on_host and not self._handed_out
+
+    def hand_out(self) -> None:
+        """The caller of `state_dict` may change the averages at any time from now on."""
+        self.lending.detach()
+        self._handed_out = True
 
     # ---- clocks -------------------------------------------------------------------------------
 
@@ -90,11 +140,11 @@ class Averages(Mapping[str, Average]):
 
     # ---- what the ranks hold ------------------------------------------------------------------
 
-    def held(self, average: Average) -> list[Shard]:
+    def held(self, average: Readable) -> list[Shard]:
         """The shards that this rank averages."""
         return self.weights.local_slices(average.policy)
 
-    def dtype_of(self, average: Average) -> Callable[[Item], torch.dtype]:
+    def dtype_of(self, average: Readable) -> Callable[[Item], torch.dtype]:
         """A function that returns the dtype of an item in the averaged model."""
         return lambda i: average.policy.dtype_for(i.dtype) if i.averaged else i.dtype
 

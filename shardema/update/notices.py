@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from shardema.arguments import suspicious_decay
@@ -31,7 +32,8 @@ class Notices:
         """Warns of a decay that is likely a mistake."""
         decay = average.decays[0] if average.decays else None
         odd = suspicious_decay(average.schedule, decay, average.num_updates)
-        if odd is not None:
+        kept = odd == 1 and len(self._averages) > 1  # the initial weights, to mix with the others
+        if odd is not None and not kept:
             self.once(
                 "decay",
                 "average %r: a decay of %g %s",
@@ -58,9 +60,11 @@ class Notices:
                 attached,
             )
 
-    def never_updated(self, op: str, average: Average) -> None:
-        """Warns, when an average is read, that it still equals the initial weights."""
-        if not average.num_updates and not average.loaded:
+    def never_updated(self, op: str, averages: Sequence[Average | None]) -> None:
+        """Warns, when averages are read, of one that still equals the initial weights."""
+        for average in averages:
+            if average is None or average.num_updates or average.loaded:
+                continue
             self.once(
                 "never",
                 "%s: average %r was never updated: it still equals the initial weights; call "

@@ -22,7 +22,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -63,6 +63,7 @@ class HostOffload:
         bind: the kernel, for tensors on the CPU.
         staging_bytes: size of both buffers together, in bytes; they are pinned if a parameter is
             on a GPU, and no larger than needed.
+        detach: called by the thread in each update, before it changes the first shadow.
 
     Raises:
         ValueError: ``staging_bytes`` is too small.
@@ -78,6 +79,7 @@ class HostOffload:
         bind: kernels.Bind,
         *,
         staging_bytes: int = STAGING_BYTES,
+        detach: Callable[[], None] = lambda: None,
     ) -> None:
         limit = buffer_bytes(staging_bytes)
         with writable():
@@ -95,7 +97,7 @@ class HostOffload:
             ]
         self.nbytes = sum(sizes)
         self._update: _Update | None = None
-        self._work = _Work(batches)
+        self._work = _Work(batches, detach)
         # the thread has no reference to this object: else it could not be collected
         thread = threading.Thread(
             target=_serve, args=(self._work,), name="shardema-offload", daemon=True
@@ -329,6 +331,7 @@ class _Work:
     """The state that the worker thread and `HostOffload` share."""
 
     batches: list[HostBatch]
+    detach: Callable[[], None]
     # the put of a SimpleQueue is reentrant, so a finalizer may call it
     queue: queue.SimpleQueue[_Update | None] = field(default_factory=queue.SimpleQueue)
     pid: int = field(default_factory=os.getpid)
@@ -365,6 +368,8 @@ def _average(work: _Work, update: _Update) -> None:
             update.reads_issued.set()
         if work.given_up:
             return
+        if k == 0:
+            work.detach()
         batch.copies.wait(batch.buffer)
         batch.lerp_(update.weights)
 

@@ -38,6 +38,7 @@ class Updater:
         averages: all averages of an EMA; a call's ``weights`` are theirs, concatenated.
         held: returns the shards that this rank averages, for one average.
         bind: the kernel.
+        detach: called by worker threads before they change averages.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Updater:
         averages: Sequence[Average],
         held: Callable[[Average], Sequence[Shard]],
         bind: kernels.Bind,
+        detach: Callable[[], None],
     ) -> None:
         pairs: dict[tuple[str, int], _Pairs] = {}
         for average in averages:
@@ -56,7 +58,9 @@ class Updater:
             slots.append(slot)
         self._inline = [bind(*pairs.pop(_INLINE))] if _INLINE in pairs else []
         self._behind: list[HostOffload | DeviceOffload] = [
-            (HostOffload if compute == "host" else DeviceOffload)(*those, bind, staging_bytes=size)
+            HostOffload(*those, bind, staging_bytes=size, detach=detach)
+            if compute == "host"
+            else DeviceOffload(*those, bind, staging_bytes=size)
             for (compute, size), those in pairs.items()
         ]
 
@@ -65,6 +69,11 @@ class Updater:
         """Names of the kernels that run, or ``"host_offload"`` and ``"device_offload"``."""
         inline = dict.fromkeys(name for lerp_ in self._inline for name in lerp_.kernel_names)
         return (*inline, *(behind.name for behind in self._behind))
+
+    @property
+    def changes_here(self) -> bool:
+        """Whether a call changes averages itself, not only worker threads."""
+        return not all(isinstance(behind, HostOffload) for behind in [*self._inline, *self._behind])
 
     @property
     def behind(self) -> bool:

@@ -97,6 +97,8 @@ class Updates:
             weights, flat = self.decide(step)
             with self._naming("update"):
                 self.updater.await_thread()  # here, where it can be interrupted
+            if any(flat) and (self.updater.changes_here or self._weights.on_disk):
+                self._averages.lending.detach()
             with uninterrupted():  # all averages and clocks are updated, or none
                 with self._naming("update"):
                     self.updater(flat)
@@ -182,7 +184,8 @@ class Updates:
         def here(average: Average) -> list[Shard]:
             return [s for s in self._averages.held(average) if s.fqn not in on_disk]
 
-        return Updater(list(self._averages.values()), here, self.bind_kernel)
+        detach = self._averages.lending.detach
+        return Updater(list(self._averages.values()), here, self.bind_kernel, detach)
 
     def _raise_moved(self) -> NoReturn:
         raise RuntimeError(
@@ -232,6 +235,8 @@ class Updates:
         Raises:
             RuntimeError: ``work`` failed; every call raises until a load or a reset succeeds.
         """
+
+        self._averages.lending.detach()
 
         def whole() -> None:
             work()

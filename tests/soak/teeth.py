@@ -135,8 +135,8 @@ PATCHES = {
             "import_clock",
             "files/loading.py",
             "read_full",
-            "return StagedAverage(average, staging, restart and (*restart, None), loaded=True)",
-            "return StagedAverage(average, staging, None, loaded=True)",
+            "seed = restart and (*restart, None)",
+            "seed = None",
             "the progress that an import was given is not taken",
         ),
         Patch(

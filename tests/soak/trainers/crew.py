@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
-import multiprocessing
 import os
 import tempfile
 import time
@@ -115,8 +114,7 @@ class Crew:
         return told
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*world.PRELOAD, *TRAINERS, *LATER])
+        context = world.server(*TRAINERS, *LATER)
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(self.size):
             here, there = context.Pipe()

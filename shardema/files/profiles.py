@@ -1,0 +1,48 @@
+"""The profile of an average in a checkpoint, without its model."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from shardema.errors import CheckpointError
+from shardema.files import manifest as manifests
+from shardema.files.offline import choose_average
+from shardema.profiles import Profile
+
+# of a schedule whose parameters make no sense
+_NONSENSE = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, re.error)
+
+
+def read_profile(
+    folder: str | os.PathLike[str], name: str | None = None, *, fqn: str | None = None
+) -> Profile:
+    """The weight of each past step in an average of a checkpoint, see `ShardedEMA.profile`. Local.
+
+    Reads the manifest only.
+
+    Args:
+        folder: a checkpoint of ``ema.save``.
+        name: the average; may be None if there is only one.
+        fqn: as for `ShardedEMA.profile`.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+        ValueError: no average of this name, or no averaged tensor of this name.
+    """
+    stored = manifests.read(folder, "profile", files=False)
+    average = choose_average(stored, name)
+    tensors = (t for t in stored.tensors if t.average == average)
+    names = [(t.fqn, *t.aliases) for t in tensors if fqn in (t.fqn, *t.aliases)]
+    if fqn is not None and not names:
+        raise ValueError(f"fqn: got {fqn!r}, expected the name of a tensor of {average!r}")
+    profile = stored.averages[average].profile(names[0] if names else ())
+    try:
+        profile.retained([profile.start])  # applies every schedule once
+    except _NONSENSE as error:
+        raise CheckpointError(
+            f"reading {os.fspath(folder)}: {error!r:.300} in the history of {average!r}; it was "
+            "not written by ema.save",
+            path=os.fspath(folder),
+        ) from error
+    return profile
