@@ -86,7 +86,7 @@ def _ranks(size: Size, where: Path) -> Iterator[Row]:
 
 
 def _writers(size: Size, where: Path) -> Iterator[Row]:
-    yield writers.two_managers(where, size.rounds)
+    yield writers.two_managers(where, 4 * size.rounds)
     yield writers.two_saves(where, size.rounds)
     yield writers.full_disk(size.pages)
     yield from writers.terminated(where, size.every)
