@@ -84,12 +84,17 @@ def intercepted(instead: Instead) -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_call(
-    number: int, fault: Callable[[], None] | None = None, *, sticky: bool = False
+    number: int,
+    fault: Callable[[], None] | None = None,
+    *,
+    sticky: bool = False,
+    closes: bool = True,
 ) -> Iterator[list[str]]:
     """Inside, call ``number`` of the library to the system has a fault; none has without one.
 
     Args:
         sticky: so have all later ones.
+        closes: a close that has a fault has closed its file all the same.
 
     Yields:
         The calls that were made, as ``name path``.
@@ -100,8 +105,8 @@ def at_call(
         made.append(f"{name} {_path(args)}")
         at = len(made) - 1
         if fault is not None and (at == number or (sticky and at > number)):
-            if name == "close":
-                real(*args, **options)  # it is closed, whatever it reports
+            if name == "close" and closes:
+                real(*args, **options)
             fault()
         return real(*args, **options)
 

@@ -243,6 +243,7 @@ def _end(*_: object) -> None:
 
 
 def _term() -> None:
+    # before a file is closed, not after: shutil.rmtree would close it twice, and lose the exception
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -320,7 +321,7 @@ def _in_files(name: str, where: Path, every: int) -> Row:
             before = scene.run.held()
             wrong = []
             try:
-                with faulty.at_call(at, _term):
+                with faulty.at_call(at, _term, closes=False):
                     operation.act(scene)
                 wrong.append("P4: it went on")
             except SystemExit:
@@ -344,7 +345,7 @@ def _without_a_handler(where: Path, every: int) -> Row:
 
             def work(root: Path = root, at: int = at) -> None:
                 scene = operation.enter(root)
-                with faulty.at_call(at, _term):
+                with faulty.at_call(at, _term, closes=False):
                     operation.act(scene)
 
             ended = in_a_child(work)
