@@ -64,9 +64,12 @@ def _contend(root: Path, words: int, rounds: int) -> None:
             with CheckpointManager(mine.ema, root, keep_last=2) as manager:
                 step = (manager.resume(model=None) or 0) + 1
                 mine.go_to(step)
+                held = os.open(root / "held", os.O_CREAT | os.O_EXCL)  # one at a time
                 tell(f"begin {name_of(step)} {step}")
                 manager.save(step)
                 tell("acknowledged")  # while the folder is still locked
+                os.close(held)
+                os.unlink(root / "held")
         except Exception as error:
             tell("refused" if "another CheckpointManager" in str(error) else f"wrong: {error!r}")
             time.sleep(0.002)
