@@ -34,7 +34,7 @@ from shardema.files import checkpoint, dcp, layouts, loading, pretrained
 from shardema.files import export as exporter
 from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
-from shardema.gathering import full_tensors
+from shardema.gathering import export_file, full_tensors
 from shardema.importers import Imported
 from shardema.model import selection
 from shardema.model.selection import Buffers, Select
@@ -602,22 +602,24 @@ class ShardedEMA:
         """
 
         calls = self._calls
+
+        def given() -> dict[str, Any]:
+            return layouts.arguments(path, layout, max_shard_size, mode)
+
+        if layout in (*layouts.FILES,):
+            export_file(calls, path, layout, name, dtype, given)
+            return
         average = calls.begin(
             Call(
                 "export",
                 name,
                 dtype=dtype,
-                given=lambda: layouts.arguments(path, layout, max_shard_size, mode),
+                given=given,
                 files=True,
                 compared=lambda average: average.components,
             )
         )
         with writable(), calls.ranks.together("export"):
-            if layout in layouts.FILES:
-                full = full_tensors(calls, "export", name, dtype, all_ranks=False)
-                nbytes = sum(calls.contents(average, dtype).loads())
-                layouts.write_file(path, layout, full, average.num_updates, calls.ranks, nbytes)
-                return
             calls.merged_state.check_export()
             fields = layouts.fields_of(average, layout, calls.merged_state.stem, self.unit)
             contents = calls.contents(average, dtype)

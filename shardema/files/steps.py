@@ -191,33 +191,44 @@ class Steps:
                 log.warning("%s: cannot be removed: %s", self.path(step), error.strerror)
                 continue
             gone[step] = hidden
-        self._remove_hidden(list(gone.values()))
+        _remove_hidden(self.folder, list(gone.values()))
         return list(gone)
 
     def sweep(self) -> None:
         """Removes what killed writers left; the temporary folders of running ones are locked."""
-        try:
-            names = os.listdir(self.folder)
-        except OSError as error:
-            log.warning("%s: cannot be cleaned up: %s", self.folder, error.strerror)
-            return
-        paths = [os.path.join(self.folder, name) for name in filter(_TEMPORARY.fullmatch, names)]
-        self._remove_hidden([p for p in paths if p.endswith(".old") or not is_locked(p)])
-        for name in filter(_TEMPORARY_RECORD.fullmatch, names):  # only who has the lock writes it
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self.folder, name))
+        for name in sweep(self.folder, _TEMPORARY):
+            if _TEMPORARY_RECORD.fullmatch(name):  # only who has the lock writes it
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self.folder, name))
 
-    def _remove_hidden(self, paths: list[str]) -> None:
-        """Removes folders whose names have changed, once a power failure cannot undo that."""
-        if not paths:
-            return
-        try:
-            sync_path(self.folder)
-        except OSError as error:
-            log.warning("%s: cannot be cleaned up: %s", self.folder, error.strerror)
-            return
-        for path in paths:
-            _remove_tree(path)
+
+def sweep(folder: str, temporary: re.Pattern[str]) -> list[str]:
+    """Removes the temporary folders in ``folder`` whose writers were killed; returns all names.
+
+    Args:
+        temporary: matches their names; those on ".old" are being removed, and have no writer.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        log.warning("%s: cannot be cleaned up: %s", folder, error.strerror)
+        return []
+    paths = [os.path.join(folder, name) for name in filter(temporary.fullmatch, names)]
+    _remove_hidden(folder, [p for p in paths if p.endswith(".old") or not is_locked(p)])
+    return names
+
+
+def _remove_hidden(folder: str, paths: list[str]) -> None:
+    """Removes folders whose names have changed, once a power failure cannot undo that."""
+    if not paths:
+        return
+    try:
+        sync_path(folder)
+    except OSError as error:
+        log.warning("%s: cannot be cleaned up: %s", folder, error.strerror)
+        return
+    for path in paths:
+        _remove_tree(path)
 
 
 def steps_of(record: Any) -> list[int]:

@@ -145,10 +145,8 @@ PATCHES = {
             "before removal",
             "power",
             "files/steps.py",
-            "            sync_path(self.folder)\n        except OSError as error:\n"
-            '            log.warning("%s: cannot be cleaned up',
-            "            pass\n        except OSError as error:\n"
-            '            log.warning("%s: cannot be cleaned up',
+            "        sync_path(folder)\n",
+            "        pass\n",
             "a removed step may be back under its name, without its files",
             "rotate",
         ),
