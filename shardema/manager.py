@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ class CheckpointManager:
         self._keep_last = None if keep_last is None else _positive_int("keep_last", keep_last)
         self._keep_every = None if keep_every is None else _positive_int("keep_every", keep_every)
         self._include_frozen, self._wait = include_frozen, bool(wait)
-        self._pending: tuple[PendingSave, int, list[int]] | None = None  # and what `_rotate` needs
+        self._pending: _Pending | None = None
         op = "CheckpointManager"
         self._steps = steps_in(op, absolute(dir, op, package=False))
         self._last = -1  # the step that was saved or resumed from
@@ -125,27 +126,29 @@ class CheckpointManager:
         pending = self._ema.save(
             path, include_frozen=self._include_frozen, overwrite=replace, wait=self._wait
         )
-        self._last, abandoned, self._abandoned = step, self._abandoned, []
+        before, abandoned = self._last, self._abandoned
+        self._last, self._abandoned = step, []
         if pending is not None:
-            self._pending = pending, step, abandoned
+            self._pending = _Pending(pending, step, before, abandoned)
         elif self._ranks.leader:
             self._rotate(step, abandoned)
 
     def _finish(self) -> None:
         """Waits for the save that is being written. Collective if there is one."""
-        if self._pending is None:
+        saving = self._pending
+        if saving is None:
             return
-        pending, step, abandoned = self._pending
         try:
-            if not pending.finished:
-                pending.result()
+            if not saving.save.finished:
+                saving.save.result()
         except BaseException:
-            if pending.finished:
-                self._abandoned, self._pending = abandoned, None
+            if saving.save.finished:  # it has failed, and may be made again
+                self._last, self._abandoned = saving.before, saving.abandoned
+                self._pending = None
             raise
         self._pending = None
         if self._ranks.leader:
-            self._rotate(step, abandoned)
+            self._rotate(saving.step, saving.abandoned)
 
     def resume(
         self, step: int | None = None, *, model: Literal["check"] | None = "check"
@@ -359,6 +362,16 @@ class CheckpointManager:
                     step,
                     error,
                 )
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A save that is being written: its step, the one before it, and those not continued from."""
+
+    save: PendingSave
+    step: int
+    before: int
+    abandoned: list[int]
 
 
 def _none_of(skipped: list[tuple[int, CheckpointError]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -20,7 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from shardema import CheckpointError, CheckpointManager, ShardedEMA
-from tests import world
+from tests import faulty, world
 
 
 def averaged(start: float = 0.0) -> tuple[nn.Module, ShardedEMA]:
@@ -142,6 +143,27 @@ def test_a_step_that_cannot_be_removed_is_a_warning(
     assert names(tmp_path) == ["step-00000003"]
 
 
+def test_a_save_in_the_background_that_failed_may_be_made_again(tmp_path: Path) -> None:
+    model, ema = averaged()
+    manager = CheckpointManager(ema, tmp_path, wait=False)
+    train(model, ema, manager, range(1, 2))
+    manager.close()
+    with faulty.intercepted(no_shards):
+        manager.save(2)
+        with pytest.raises(CheckpointError) as caught:
+            manager.close()
+    assert caught.value.errno == errno.ENOSPC
+    manager.save(2)
+    manager.close()
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def no_shards(name: str, real: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    if name == "open" and str(args[0]).endswith(".safetensors"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), args[0])
+    return real(*args, **options)
+
+
 # ---- resuming -----------------------------------------------------------------------------------
 
 
@@ -217,6 +239,29 @@ def test_the_step_of_the_models_weights_is_resumed(
         assert again.num_updates == 2
         assert manager.resume(step=3, model=None) == 3
     assert again.num_updates == 3
+
+
+@pytest.mark.parametrize("call", ["lstat", "flock"])
+def test_a_disk_that_fails_is_not_taken_for_one_without_steps(tmp_path: Path, call: str) -> None:
+    model, ema = averaged()
+    with CheckpointManager(ema, tmp_path) as manager:
+        train(model, ema, manager, range(1, 3))
+
+    def fails(name: str, real: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if name == call:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args, **options)
+
+    with faulty.intercepted(fails), pytest.raises(CheckpointError) as caught:
+        CheckpointManager(ema, tmp_path).resume()
+    assert (caught.value.errno, caught.value.path) == (errno.EIO, str(tmp_path))
+
+
+def test_the_directory_is_durable_before_a_step_is_in_it(tmp_path: Path) -> None:
+    with faulty.at_call(-1) as made, CheckpointManager(averaged()[1], tmp_path / "a/b") as manager:
+        manager.save(1)
+    place = made.index(f"mkdir {tmp_path / 'a/b'}")
+    assert f"fsync {tmp_path / 'a'}" in made[place : place + 4]
 
 
 def test_a_checkpoint_of_another_model_is_not_skipped(tmp_path: Path) -> None:
