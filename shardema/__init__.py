@@ -11,10 +11,12 @@ from shardema.files.profiles import read_profile
 from shardema.manager import CheckpointManager
 from shardema.policy import ShadowPolicy
 from shardema.profiles import Profile
+from shardema.update.mixture import Mixture
 
 __all__ = [
     "CheckpointError",
     "CheckpointManager",
+    "Mixture",
     "PendingSave",
     "Profile",
     "RankError",

@@ -386,9 +386,9 @@ class ShardedEMA:
                 ``swap()``.
             ValueError: there are several averages: use ``with ema.swap(name): model(x)``.
         """
-        return self._run(None, *inputs, **kwargs)
+        return self._forward_with(None, *inputs, **kwargs)
 
-    def _run(self, name: str | Mixture | None, *inputs: Any, **kwargs: Any) -> Any:
+    def _forward_with(self, name: str | Mixture | None, *inputs: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             rank = self._averages.ranks.rank
             raise RuntimeError(
@@ -431,7 +431,7 @@ class ShardedEMA:
             1.0
         """
         found = check_coefficients(coefficients, self.names, check_sum=check_sum)
-        mixture = Mixture(found, self._run)
+        mixture = Mixture(found, self._forward_with)
         self._averages.readable(mixture)
         return mixture
 

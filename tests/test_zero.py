@@ -73,6 +73,38 @@ def a_forward_inside_swap_is_the_averages(config: Config) -> None:
     assert_same(ema.full_state_dict(dtype="model", all_ranks=True), full)
 
 
+def a_mixture_is_read_like_an_average(config: Config) -> None:
+    engine = config.engine()
+    rules = {"ema": 0.75, "start": schedules.constant(1.0)}
+    ema = ShardedEMA(engine, rules)
+    for number in range(3):
+        engines.step(engine, number)
+        ema.update()
+    raw, live, held = engines.forward(engine), engines.weights(engine), engines.masters(engine)
+    mixture = ema.mix({"raw": 0.5, "ema": 1.0, "start": -0.5})
+    parts = {name: ema.full_state_dict(name, all_ranks=True) for name in rules}
+    got = ema.full_state_dict(mixture, all_ranks=True)
+    for fqn, master in held.items():
+        terms = (
+            0.5 * master.double(),
+            parts["ema"][fqn].double(),
+            -0.5 * parts["start"][fqn].double(),
+        )
+        assert torch.equal(got[fqn], (terms[0] + terms[1] + terms[2]).float()), fqn
+    with ema.swap(mixture):
+        assert not torch.equal(engines.forward(engine), raw)
+        inside = engines.weights(engine)
+    for fqn in held:
+        assert torch.equal(inside[fqn], got[fqn].to(inside[fqn].dtype)), fqn
+    assert torch.equal(engines.forward(engine), raw)
+    assert_same(engines.weights(engine), live)
+    assert_same(engines.masters(engine), held)
+    for name, full in parts.items():
+        assert_same(ema.full_state_dict(name, all_ranks=True), full)
+    ema.copy_to_model(mixture)
+    assert_same(engines.masters(engine), {fqn: got[fqn] for fqn in held})
+
+
 def training_goes_on_as_if_nothing_was_swapped(config: Config) -> None:
     runs = []
     for swapping in (False, True):
@@ -400,6 +432,7 @@ FACTS = [
     steps_count_again_after_a_rollback,
     averages_kept_elsewhere_are_the_same,
     after_load_checkpoint_the_masters_are_found,
+    a_mixture_is_read_like_an_average,
 ]
 
 

@@ -81,6 +81,12 @@ def all_of_it(folder: str) -> None:
     assert_same(full, alone)
 
     raw, held = forward(engine), engines.masters(engine)
+    mixture = ema.mix({"raw": 0.5, "ema": 0.5})
+    half = {fqn: (0.5 * held[fqn].double() + 0.5 * full[fqn].double()).float() for fqn in held}
+    assert_same(ema.full_state_dict(mixture, all_ranks=True), half)
+    with ema.swap(mixture):
+        live = engines.weights(engine)
+    assert_same(live, {fqn: half[fqn].bfloat16() for fqn in live})
     with ema.swap():
         assert not torch.equal(forward(engine), raw)
         live = engines.weights(engine)

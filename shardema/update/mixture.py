@@ -28,7 +28,7 @@ from shardema.shards.shard import Shard, materialized
 from shardema.update.average import Average
 
 RAW = "raw"  # in a mixture: the model's weights
-_CHUNK_NUMEL = 1 << 18  # elements that are computed at a time
+_CHUNK_NUMEL = 1 << 17  # elements that are computed at a time
 _TOLERANCE = 1e-9  # of the sum of the coefficients, relative to their size
 
 
