@@ -12,19 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-import torch
 
 from shardema import importers
 from shardema.cli import logs, spec
 from shardema.cli.checks import diff, prune, verify
+from shardema.cli.chosen import DTYPES, merge, reconstruct
 from shardema.cli.looks import inspect
 from shardema.cli.tables import Commands, one_line, printable, progress
 from shardema.files.layouts import LAYOUTS, Layout
 from shardema.files.offline import export_checkpoint
 from shardema.importers import converting
 from shardema.schedules import Schedule
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -37,13 +35,15 @@ main.add_command(inspect)
 main.add_command(verify)
 main.add_command(diff)
 main.add_command(prune)
+main.add_command(reconstruct)
+main.add_command(merge)
 
 
 @main.command()
 @click.argument("checkpoint", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option("--average", help="Name of the average, if there are several.")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Dtype of the weights in OUT.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Dtype of the weights in OUT.")
 @click.option(
     "--layout", type=click.Choice(LAYOUTS), default="hf", show_default=True, help="What reads OUT."
 )
@@ -70,7 +70,7 @@ def export(
             checkpoint,
             out,
             average=average,
-            dtype=_DTYPES[dtype] if dtype else None,
+            dtype=DTYPES[dtype] if dtype else None,
             layout=layout,
             max_shard_size=max_shard_size,
             partial=partial,
@@ -88,7 +88,7 @@ def export(
 @click.option("--key", default="", help="The part of IN that holds the average.")
 @click.option("--prefix", default="", help="What names in IN begin with and the model's do not.")
 @click.option("--trust", is_flag=True, help="Allow the pickle in a DCP folder to run code.")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Dtype of the weights in OUT.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Dtype of the weights in OUT.")
 @click.option(
     "--layout", type=click.Choice(LAYOUTS), default="hf", show_default=True, help="What reads OUT."
 )
@@ -116,7 +116,7 @@ def convert(
         converting.write(
             found,
             out,
-            dtype=_DTYPES[dtype] if dtype else None,
+            dtype=DTYPES[dtype] if dtype else None,
             layout=layout,
             max_shard_size=max_shard_size,
             done=bar.update,

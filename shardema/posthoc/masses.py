@@ -108,11 +108,11 @@ def solve(snapshots: Sequence[tuple[str, Profile]], wanted: Wanted, *, limited: 
     """
     latest = dict(snapshots)
     points = min(map(update_points, latest.values()), key=len)  # of the one that changes least
-    begin = min(profile.start for _, profile in snapshots)
-    cuts = [begin, wanted.begin, *(profile.t for _, profile in snapshots)]
+    begin = min(wanted.begin, *(profile.start for _, profile in snapshots))
+    cuts = [wanted.begin, *(time for _, p in snapshots for time in (p.start, p.t))]
     points = np.unique(np.concatenate([[begin], points]))
     edges = cells(points, cuts, wanted.at, len(snapshots))
-    start = ("initial", float(begin))
+    start = ("initial", float(wanted.begin))
     masses, sources = matrix(snapshots, edges, start if wanted.initial > 0 else None)
     target = np.concatenate([np.zeros(len(sources)), wanted.masses(edges)])
     if wanted.initial > 0:
