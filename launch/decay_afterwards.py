@@ -89,7 +89,7 @@ def constant_run(
     for length in lengths:
         for curve, gamma in (("linear", 0.0), ("minus-sqrt", -0.5)):
             rule = schedules.power(gamma=gamma)
-            rules[f"{curve} {length}"] = schedules.start(rule, at=steps - length)
+            rules[f"{curve}.{length}"] = schedules.start(rule, at=steps - length)
     ema = ShardedEMA(run.model, rules)
     states = {}
     with Snapshots(ema, folder, names=["blocks"]) as snapshots:
@@ -119,12 +119,12 @@ def seed_rows(seed: int, steps: int, lr: float, block: int, lengths: list[int]) 
         ema, states = constant_run(run, steps, lengths, block, folder)
         rows.append((seed, "raw", "", 0, run.validate(), 0.0))
         for name in ema.names[1:]:
-            curve, length = name.split()
+            curve, length = name.split(".")
             with ema.swap(name):
                 rows.append((seed, "online", curve, int(length), run.validate(), 0.0))
         snapshots = posthoc.open(folder)
         for curve in CURVES:
-            for length in range(2 * block, steps - WARMUP + 1, 2 * block):
+            for length in range(2 * block, steps * 3 // 4 + 1, 2 * block):
                 found = snapshots.target(posthoc.window(length, curve), allow_residual=True)
                 with ema.swap(found):
                     loss = run.validate()
@@ -192,12 +192,13 @@ def table(rows: list[dict[str, str]]) -> str:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2))
-@click.option("--steps", type=click.IntRange(100), default=1200, help="Of every run.")
+@click.option("--steps", type=click.IntRange(100), default=2400, help="Of every run.")
 @click.option("--lr", type=float, default=4e-3, help="The constant learning rate.")
-@click.option("--block", type=click.IntRange(1), default=25, help="Steps in a block mean.")
-@click.option("--length", "lengths", multiple=True, type=int, default=(150, 300, 600))
+@click.option("--block", type=click.IntRange(1), default=50, help="Steps in a block mean.")
+@click.option("--length", "lengths", multiple=True, type=int, default=(300, 600, 1200))
 @click.option("--rows", type=click.Path(path_type=Path), default="runs/decay_afterwards.csv")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the rows of ROWS.")
+@click.option("--only-draw", is_flag=True, help="Train nothing: draw what ROWS has.")
 def main(
     seeds: tuple[int, ...],
     steps: int,
@@ -206,6 +207,7 @@ def main(
     lengths: tuple[int, ...],
     rows: Path,
     picture: Path | None,
+    only_draw: bool,
 ) -> None:
     """Compare averages chosen afterwards with real decays; append the losses to ROWS."""
     wrong = [n for n in lengths if not WARMUP < n < steps or n % block]
@@ -213,7 +215,7 @@ def main(
         raise click.UsageError(f"steps and lengths must be multiples of --block: {wrong or steps}")
     torch.set_num_threads(1)
     rows.parent.mkdir(parents=True, exist_ok=True)
-    for seed in seeds:
+    for seed in () if only_draw else seeds:
         found = seed_rows(seed, steps, lr, block, sorted(lengths))
         new = not rows.exists()
         with open(rows, "a", newline="") as file:
