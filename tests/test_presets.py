@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
@@ -242,7 +242,7 @@ def averages(ema: ShardedEMA, model: nn.Module, values: list[float]) -> Iterator
     for value in values:
         nn.init.constant_(model.weight, value)
         ema.update()
-        yield ema.full_state_dict()["weight"].item()
+        yield ema.full_state_dict(ema.names[0])["weight"].item()
 
 
 @pytest.mark.parametrize(("name", "given", "rule"), CASES, ids=IDS)
@@ -253,8 +253,41 @@ def test_a_preset_follows_its_formula(name: str, given: dict[str, Any], rule: Ru
         nn.init.constant_(model.weight, weights(n))
         ema.update()
         if n <= 40 or n % 29 == 0 or n == 1000:  # a gather takes longer than an update
-            got = ema.full_state_dict()["weight"].item()
+            got = ema.full_state_dict(ema.names[0])["weight"].item()
             assert got == pytest.approx(expected, rel=0, abs=1e-12), f"at call {n}"
+
+
+def test_bema_is_that_of_trl_and_survives_a_resume(tmp_path: Any) -> None:
+    """TRL's ``BEMACallback`` by its formula, in float64, at each of its updates."""
+    given: dict[str, Any] = {"update_freq": 4, "update_after": 6, "lag": 3, "multiplier": 0.5}
+    model = nn.Linear(2, 3, dtype=torch.float64)
+    ema = presets.trl_bema(model, **given)
+    theirs: dict[str, Tensor] = {}
+    start: dict[str, Tensor] = {}
+    for step in range(1, 201):
+        torch.manual_seed(step)
+        for param in model.parameters():
+            nn.init.normal_(param)
+        ema.update()
+        now = {name: value.clone() for name, value in model.state_dict().items()}
+        if step == 6:
+            theirs, start = dict(now), dict(now)
+        if step > 6 and (step - 6) % 4 == 0:
+            beta, alpha = (3 + 0.5 * step) ** -0.5, (3 + 0.5 * step) ** -0.2
+            theirs = {k: (1 - beta) * theirs[k] + beta * now[k] for k in now}
+            expected = {k: theirs[k] + alpha * (now[k] - start[k]) for k in now}
+            got = ema.full_state_dict(presets.bema(ema, lag=3, multiplier=0.5))
+            for name, value in expected.items():
+                torch.testing.assert_close(got[name], value, rtol=0, atol=1e-13)
+        if step == 100:  # a run that is killed and resumed
+            ema.save(tmp_path / "ema")
+            ema = presets.trl_bema(model, **given)
+            ema.load(tmp_path / "ema")
+
+
+def test_bema_needs_its_averages() -> None:
+    with pytest.raises(ValueError, match="got 'start', expected one of"):
+        presets.bema(ShardedEMA(nn.Linear(2, 2), 0.9))
 
 
 def every_preset_on_shards() -> None:
@@ -266,7 +299,7 @@ def every_preset_on_shards() -> None:
         for n in range(1, 121):
             nn.init.constant_(model.weight, weights(n))
             ema.update()
-        got = ema.full_state_dict(all_ranks=True)["weight"]
+        got = ema.full_state_dict(ema.names[0], all_ranks=True)["weight"]
         expected = torch.full_like(got, truth(rule, 120)[-1])
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12, msg=f"{name}, {given}")
 
@@ -464,7 +497,7 @@ def test_karras_has_its_width_at_any_interval(interval: int) -> None:
         row[(n - 1) // interval] = 1  # weight i is 1 at the i-th of them, and else 0
         ema.update()
         row[(n - 1) // interval] = 0
-    share = ema.full_state_dict()["weight"][0]
+    share = ema.full_state_dict(ema.names[0])["weight"][0]
     assert share.sum().item() == pytest.approx(1)
     mean = (share * calls).sum()
     std = (share * (calls - mean).square()).sum().sqrt() / end
