@@ -33,7 +33,7 @@ from shardema.calls import Call, Calls
 from shardema.files import dcp, layouts, loading
 from shardema.files import export as exporter
 from shardema.files.background import PendingSave
-from shardema.gathering import full_tensors
+from shardema.gathering import export_file, full_tensors
 from shardema.importers import Imported
 from shardema.model import selection
 from shardema.model.selection import Buffers, Select
@@ -608,32 +608,34 @@ class ShardedEMA:
                 have, are a ValueError.
         """
         if isinstance(name, Reconstruction):
-            given = layouts.arguments(path, layout, max_shard_size, mode)
+            size = layouts.arguments(path, layout, max_shard_size, mode)["max_shard_size"]
             if (layout, mode) != ("hf", "auto") or dtype == "model":
                 raise ValueError(
                     f"export of a reconstruction: got layout={layout!r}, mode={mode!r} and "
                     f"dtype={dtype!r}, expected 'hf', 'auto' and a dtype or None"
                 )
-            ranks, size = self._averages.ranks, given["max_shard_size"]
+            ranks = self._averages.ranks
             name.export(path, dtype=dtype, max_shard_size=size, ranks=ranks)
             return
         calls = self._calls
+
+        def given() -> dict[str, Any]:
+            return layouts.arguments(path, layout, max_shard_size, mode)
+
+        if layout in (*layouts.FILES,):
+            export_file(calls, path, layout, name, dtype, given)
+            return
         average = calls.begin(
             Call(
                 "export",
                 name,
                 dtype=dtype,
-                given=lambda: layouts.arguments(path, layout, max_shard_size, mode),
+                given=given,
                 files=True,
                 compared=lambda average: average.components,
             )
         )
         with writable(), calls.ranks.together("export"):
-            if layout in layouts.FILES:
-                full = full_tensors(calls, "export", name, dtype, all_ranks=False)
-                nbytes = sum(calls.contents(average, dtype).loads())
-                layouts.write_file(path, layout, full, average.num_updates, calls.ranks, nbytes)
-                return
             calls.merged_state.check_export()
             fields = layouts.fields_of(average, layout, calls.merged_state.stem, self.unit)
             contents = calls.contents(average, dtype)

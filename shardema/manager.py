@@ -175,6 +175,12 @@ class CheckpointManager:
         self._finish()
 
         present, made = self._open("resume", self._look, {"step": step, "model": model})
+        if step is not None and step not in present:
+            raise CheckpointError(
+                f"resume from {self._steps.folder}: there is no step {step}, only "
+                f"{abbreviate([str(s) for s in present]) or 'an empty directory'}",
+                path=self._steps.folder,
+            )
         wanted = present if step is None else [step]
 
         def load(candidate: int) -> None:
@@ -233,10 +239,9 @@ class CheckpointManager:
             return step
         if not skipped:
             return None
-        first, reason = skipped[0]
+        _, reason = skipped[0]
         raise CheckpointError(
-            f"{op} {self._steps.folder}: none of the steps "
-            f"{abbreviate([str(s) for s, _ in skipped])} can be loaded; step {first}: {reason}",
+            f"{op} {self._steps.folder}: {_none_of(skipped)}",
             rank=reason.rank,
             path=self._steps.folder,
             errno=reason.errno,
@@ -354,6 +359,18 @@ class CheckpointManager:
                     step,
                     error,
                 )
+
+
+def _none_of(skipped: list[tuple[int, CheckpointError]]) -> str:
+    """That none of the steps can be loaded, and why the newest two cannot: they may differ."""
+    (first, reason), *others = skipped
+    if not others:
+        return f"step {first} cannot be loaded: {reason}"
+    second, other = others[0]
+    steps = abbreviate([str(step) for step, _ in skipped])
+    return (
+        f"none of the steps {steps} can be loaded; step {first}: {reason}; step {second}: {other}"
+    )
 
 
 def _positive_int(name: str, value: Any) -> int:

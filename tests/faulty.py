@@ -103,3 +103,18 @@ def _path(args: tuple[Any, ...]) -> str:
         with contextlib.suppress(OSError):
             return os.readlink(f"/proc/self/fd/{first}")
     return str(first)
+
+
+def killed(work: Callable[[], object]) -> bool:
+    """Whether a child process that does ``work`` ends by SIGKILL; otherwise it ends well."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL

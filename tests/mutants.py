@@ -108,10 +108,14 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
                 yield "without a keyword", _with(node, keywords=rest)
     if isinstance(node, (ast.Raise, ast.Delete, ast.AugAssign)) or _is_call(node):
         yield "removed", ast.Pass()
-    if isinstance(node, ast.Return) and node.value is not None:
+    if isinstance(node, ast.Return) and not _is_nothing(node.value):
         yield "returns nothing", _with(node, value=None)
     if isinstance(node, (ast.Continue, ast.Break)):
         yield "loop", ast.Break() if isinstance(node, ast.Continue) else ast.Continue()
+
+
+def _is_nothing(node: ast.expr | None) -> bool:
+    return node is None or (isinstance(node, ast.Constant) and node.value is None)
 
 
 def _is_call(node: ast.AST) -> bool:
@@ -341,6 +345,7 @@ GATHERING = (
     files("reshard"),
     files("gathered"),
     files("collectives"),
+    (*files("collectives"), "--full", "-k", "slow_consumer or leader_that_beats"),
 )
 # what a `ShadowPolicy` may ask for
 POLICIES = files("offload_in_training", "slices", "policy")
@@ -362,6 +367,11 @@ STORIES = {
     "files/manifest.py": Story(
         8, (files("checkpoint"), files("files"), files("reshard")), "manifest.py"
     ),
+    "files/background.py": Story(3, (files("background"),)),
+    "files/pairing.py": Story(2, (files("manager"), files("golden", "zero_checkpoints"))),
+    "files/prefix.py": Story(3, (files("remote"),)),
+    "manager.py": Story(3, (files("manager", "background"),)),
+    "ranks/rounds.py": Story(3, (files("collectives"), files("interrupts"))),
     "update/updater.py": Story(
         6,
         (

@@ -30,6 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA
+from shardema.exchange import Exchange
 from shardema.model import replicas
 from shardema.ranks import agree, plan, rounds, transfer
 from shardema.ranks.agree import Ranks
@@ -370,6 +371,25 @@ def memory_runs_out_before_a_transfer() -> None:
             works(ema)
 
 
+def a_write_fails_on_one_rank() -> None:
+    """It gathers with the others all the same, and then all are told; nothing is left written."""
+
+    def full(self: Exchange) -> None:
+        raise torch.OutOfMemoryError("no room to write")
+
+    for poor in (0, last_rank()):
+        ema = sliced(timeout=15.0)
+        before = [p.clone() for p in ema.internal.averages.weights.models[0].parameters()]
+        here = dist.get_rank() == poor
+        with mock.patch.object(Exchange, "swap_in", full) if here else nothing():
+            kind, rank, text = told(lambda: swapped(ema, ""))  # noqa: B023
+        assert (kind, rank) == ("RankError", poor), (kind, text)
+        assert "OutOfMemoryError: no room to write" in text
+        after = ema.internal.averages.weights.models[0].parameters()
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        works(ema)
+
+
 def nothing() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
@@ -444,6 +464,7 @@ def a_call_that_others_left_is_no_trap() -> None:
             kind, _, text = told(ema.metrics)
             assert kind == "RankError"
             assert "did not call metrics within 0.3 s" in text
+            assert text.startswith("rank 0 did not") == (turn > 0)  # which answers the others
         dist.barrier()
     ema.internal.averages.ranks.timeout = 15.0
     works(ema)
@@ -658,18 +679,33 @@ def a_call_leaves_the_store_as_it_found_it() -> None:
 
 def a_slow_consumer_is_waited_for() -> None:
     """The others wait longer than the timeout, since the leader goes on all the time."""
-    ema = sharded(timeout=3.0)
+    ema = sharded(timeout=15.0)
     ema.metrics()
-    start = time.monotonic()
-    with mock.patch.object(transfer, "BUCKET_BYTES", 512):
-        for _ in ema.iter_full():
-            time.sleep(1.2)  # four tensors; the other ranks' loops have no turn
-    works(ema)  # where the other ranks, which have nothing to consume, have waited for the leader
-    assert time.monotonic() - start > ema.internal.averages.ranks.timeout
+    dist.barrier()
+    ranks, start = ema.internal.averages.ranks, time.monotonic()
+    ranks.timeout = 2.0
+    for _ in ema.iter_full():
+        time.sleep(1.2)  # four tensors, for which the other ranks' loops have no turn
+    ema.metrics()  # where they wait
+    assert time.monotonic() - start > 2 * ranks.timeout
+    ranks.timeout = 15.0
+    works(ema)
 
 
+def a_transfer_waits_for_a_leader_that_beats() -> None:
+    ranks, tensor = Ranks(timeout=1.5), torch.full((1,), float(dist.get_rank()))
+    if ranks.leader:
+        for _ in range(4):
+            time.sleep(0.7)
+            ranks.beat()
+    ranks.transfer("it", lambda: dist.broadcast(tensor, 0), torch.device("cpu"))
+    assert tensor == 0
+
+
+SLOW = [a_slow_consumer_is_waited_for, a_transfer_waits_for_a_leader_that_beats]
 FACTS = [
     memory_runs_out_before_a_transfer,
+    a_write_fails_on_one_rank,
     a_rank_fails_in_the_middle_of_a_transfer,
     the_leader_has_no_room_for_the_result,
     ranks_that_missed_a_call_are_in_step_again,
@@ -693,7 +729,7 @@ def two(request: pytest.FixtureRequest) -> world.Verdicts:
 
 @pytest.fixture(scope="module")
 def four(request: pytest.FixtureRequest) -> world.Verdicts:
-    facts = [world.Fact(fact.__name__, fact) for fact in (*FACTS, a_slow_consumer_is_waited_for)]
+    facts = [world.Fact(fact.__name__, fact) for fact in (*FACTS, *SLOW)]
     return world.judge(facts, 4, only=world.selected(request, "fact"))
 
 
@@ -703,27 +739,43 @@ def test_on_two_ranks(two: world.Verdicts, fact: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("fact", [f.__name__ for f in (*FACTS, a_slow_consumer_is_waited_for)])
+@pytest.mark.parametrize("fact", [fact.__name__ for fact in (*FACTS, *SLOW)])
 def test_on_four_ranks(four: world.Verdicts, fact: str) -> None:
     four.check(fact)
 
 
-def a_rank_in_a_message_hears_that_others_are_in_a_transfer(where: int) -> None:
-    """It leaves the group in the middle of a transfer: nothing else runs in these ranks."""
+def one_is_in_a_message_and_one_in_a_transfer(where: int, patient: str) -> None:
+    """They leave the group in the middle of a transfer: nothing else runs in these ranks.
+
+    Args:
+        where: the rank in the message.
+        patient: who has a long timeout, in a transfer longer than torch's, and hears of the other.
+    """
     here = dist.get_rank() == where
-    ema = checked(timeout=20.0 if here else 2.0)
+    long = {"message": 20.0, "transfer": 200.0}[patient]
+    ema = checked(timeout=long if here == (patient == "message") else 2.0)
     ema.metrics()
     kind, _, text = told(ema.metrics if here else ema.update)
     assert kind == "RankError", text
-    assert (f"rank {1 - where} is in update" if here else f"rank {where} is in metrics") in text, (
-        text
-    )
+    assert "imed out" not in text, text  # which torch would say
+    if patient == "message":
+        other = f"rank {1 - where} is in update" if here else f"rank {where} is in metrics"
+        assert other in text, text
+        for op, call in (("update", ema.update), ("gathering", ema.full_state_dict)):
+            kind, _, text = told(call)  # both are alive, and what was left is still on its way
+            assert kind == "RankError"
+            assert f"{op}: the process group is broken" in text, text
+    else:
+        assert ("ranks [1] did not call metrics" if here else "ranks [0] did not take") in text
 
 
-@pytest.mark.parametrize("where", [0, 1])
-def test_a_rank_in_a_message_hears_that_others_are_in_a_transfer(where: int) -> None:
-    fact = a_rank_in_a_message_hears_that_others_are_in_a_transfer
-    world.judge([world.Fact(fact.__name__, fact, (where,))], 2).check(fact.__name__)
+@pytest.mark.parametrize(
+    ("where", "patient"),
+    [(0, "message"), (1, "message"), pytest.param(0, "transfer", marks=pytest.mark.full)],
+)
+def test_a_rank_hears_that_others_are_in_another_call(where: int, patient: str) -> None:
+    fact = one_is_in_a_message_and_one_in_a_transfer
+    world.judge([world.Fact(fact.__name__, fact, (where, patient))], 2).check(fact.__name__)
 
 
 def leaves_at_once(rank: int, folder: str, words: Any) -> None:
@@ -773,6 +825,8 @@ def test_a_rank_that_withdrew_and_is_then_asked_to_come_again_gets_its_reply() -
     """What it withdrew was in the round before: a word says how often it withdrew in its own."""
     store = dist.HashStore()
     leader, second, third = (rounds.Rounds(store, (0, 1, 2), index) for index in range(3))
+    polls, poll = [], leader._poll
+    leader._poll = lambda *given: polls.append(poll(*given)) or polls[-1]
     early, now = ({"op": op, "same": None} for op in ("metrics", "save"))
     cancel = threading.Event()
 
@@ -798,6 +852,40 @@ def test_a_rank_that_withdrew_and_is_then_asked_to_come_again_gets_its_reply() -
     assert reply["reply"] == at_last["reply"] == "yes"
     assert told_late is not None
     assert told_late["late"] == [2]
+    assert polls[-1] is True  # the leader went on when its reply was read
+    assert store.num_keys() == 0
+
+
+def test_a_roll_call_leaves_its_own_keys_only() -> None:
+    """The message that a rank had posted before it answers is gone."""
+    store = dist.HashStore()
+    leader, second = (rounds.Rounds(store, (0, 1), index) for index in range(2))
+    message = {"op": "metrics", "same": None}
+    with ThreadPoolExecutor(1) as pool:
+
+        def waits() -> list[dict[str, Any] | None]:
+            leader.collect(message, 15.0, threading.Event())
+            return leader.call_roll({"op": "metrics"})
+
+        marks = pool.submit(waits)
+        assert second.call_roll({"op": "update"}) == [{"op": "metrics"}, {"op": "update"}]
+        assert marks.result() == [{"op": "metrics"}, {"op": "update"}]
+    assert store.num_keys() == 3  # that there is one, and who is here
+
+
+def test_a_rank_that_is_late_for_a_roll_call_hears_that_the_group_is_broken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rounds, "ROLL_CALL", 0.05)
+    store = dist.HashStore()
+    late, second = (rounds.Rounds(store, (0, 1), index) for index in range(2))
+    assert second.call_roll({"op": "update"}) == [None, {"op": "update"}]
+    assert late.left_behind()
+    assert (late.broken, late.culprit) == ("the others gave up: update", 0)
+    monkeypatch.setattr(agree, "rounds_of", lambda *_: late)
+    error = Ranks((0, 1))._roll_call("metrics", None)  # there is no second one, which it would miss
+    assert "metrics: the process group is broken" in str(error)
+    assert (error.rank, store.num_keys()) == (0, 3)
 
 
 # ---- on an accelerator, of which this counts what is asked --------------------------------------

@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import re
-import signal
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -356,14 +355,12 @@ def test_an_interrupt_at_any_call_leaves_the_old_or_the_new_state(
 def killed_at(at: int, verb: str, place: Path) -> bool:
     """Whether a process that is killed at this call comes so far."""
     ema = make(2.0)
-    child = os.fork()
-    if child == 0:
+
+    def write() -> None:
         with faulty.at_call(at, faulty.killing):
             WRITES[verb](ema, place)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+    return faulty.killed(write)
 
 
 @pytest.mark.parametrize("verb", ["save", "save over"])

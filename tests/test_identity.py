@@ -488,6 +488,16 @@ def a_part_of_another_layout_is_refused(name: str) -> None:
         ema.full_state_dict()
 
 
+def a_part_of_a_flat_parameter_is_refused() -> None:
+    for keep in (True, False):
+        model = _flat(Small(), keep)
+        ema = ShardedEMA(model, 0.25)
+        unwrap(model).head = nn.Linear(5, 4)
+        for call in (ema.update, ema.full_state_dict):
+            with pytest.raises(RuntimeError, match=r"head.weight: got .*, expected"):
+                call()
+
+
 def a_swap_gives_back_what_was_exchanged_inside(name: str) -> None:
     way = WAYS[name]
     model = wrapped(way)
@@ -562,6 +572,7 @@ def slices_keep_the_order_of_memory() -> None:
 FACTS = [
     world.Fact("buffers", buffers_that_grow_on_one_rank_only_are_named),
     world.Fact("slices", slices_keep_the_order_of_memory),
+    world.Fact("flat", a_part_of_a_flat_parameter_is_refused),
     *(
         world.Fact(f"{fact.__name__}-{name}", fact, (name,))
         for fact in (

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -87,6 +88,20 @@ def signal_in_the_transfer(number: int) -> Iterator[None]:
         yield
     finally:
         replicas._all_gather = gather
+
+
+@contextlib.contextmanager
+def signal_in_a_broadcast(number: int) -> Iterator[None]:
+    """As `signal_in_the_transfer`, for tensors that are gathered; no signal if it is 0."""
+    numbers, broadcast = [number] if number else [], dist.broadcast
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        while numbers:
+            os.kill(os.getpid(), numbers.pop())
+        return broadcast(*args, **options)
+
+    with mock.patch.object(dist, "broadcast", interrupted):
+        yield
 
 
 class SignalAtLine:
@@ -449,6 +464,10 @@ def a_signal_in_a_collective_leaves_no_rank_behind(number: int, handler: Any, er
         hit = pytest.raises(error) if first else contextlib.nullcontext()
         with hit, signal_in_the_transfer(number) if first else contextlib.nullcontext():
             ema.copy_to_model()
+    mine = first and not issubclass(error, Exception)  # others are raised as all ranks' error
+    told = pytest.raises(error) if mine else pytest.raises(RankError, match=error.__name__)
+    with handled(number, handler), told, signal_in_a_broadcast(number if first else 0):
+        ema.full_state_dict(all_ranks=True)
     full = ema.full_state_dict(all_ranks=True)
     assert torch.equal(model.module.weight, full["weight"])
     assert torch.equal(full["weight"], torch.lerp(raw, raw + 1, 0.5))

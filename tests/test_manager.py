@@ -171,18 +171,31 @@ def test_a_damaged_newest_step_is_skipped_told_and_made_anew(
     assert torch.equal(last.full_state_dict()["weight"], again.full_state_dict()["weight"])
 
 
-def test_where_no_step_can_be_loaded_it_raises_and_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_where_no_step_can_be_loaded_it_raises_and_changes_nothing(
+    tmp_path: Path, damaged: int
+) -> None:
+    """Steps that are damaged, or of other weights: without the model's checkpoint all are."""
     model, ema = averaged()
     with CheckpointManager(ema, tmp_path) as manager:
         train(model, ema, manager, range(1, 3))
-    for folder in tmp_path.glob("step-*"):
-        flip(shards(folder))
+    why = ["load from .* 2 of 2 weights of the model are not those"] * 2
+    for number, folder in enumerate(sorted(tmp_path.glob("step-*"), reverse=True)[:damaged]):
+        flip(folder / "shardema.json")
+        why[number] = "reading .*/shardema.json: "
     _, again = averaged(9.0)
-    with (
-        CheckpointManager(again, tmp_path) as manager,
-        pytest.raises(CheckpointError, match="none of the steps 2, 1 can be loaded; step 2: "),
-    ):
-        manager.resume()
+    text = f"none of the steps 2, 1 can be loaded; step 2: .*{why[0]}.*; step 1: .*{why[1]}"
+    with CheckpointManager(again, tmp_path) as manager:
+        with pytest.raises(CheckpointError, match=text):
+            manager.resume()
+        with pytest.raises(CheckpointError, match=f"step 1 cannot be loaded: .*{why[1]}"):
+            manager.resume(step=1)
+        with pytest.raises(CheckpointError, match="there is no step 3, only 1, 2"):
+            manager.resume(step=3)
+    with CheckpointManager(again, tmp_path / "empty") as manager:
+        with pytest.raises(CheckpointError, match="there is no step 3, only an empty directory"):
+            manager.resume(step=3)
+        assert manager.resume() is None
     assert again.t == 0
     assert (again.full_state_dict()["weight"] == 9.0).all()
 
@@ -204,20 +217,6 @@ def test_the_step_of_the_models_weights_is_resumed(
         assert again.num_updates == 2
         assert manager.resume(step=3, model=None) == 3
     assert again.num_updates == 3
-
-
-def test_without_the_models_checkpoint_nothing_is_resumed(tmp_path: Path) -> None:
-    model, ema = averaged()
-    with CheckpointManager(ema, tmp_path) as manager:
-        train(model, ema, manager, range(1, 3))
-    _, again = averaged(9.0)
-    with (
-        CheckpointManager(again, tmp_path) as manager,
-        pytest.raises(CheckpointError, match=r"none of the steps 2, 1 can be loaded; step 2: "),
-    ):
-        manager.resume()
-    assert again.t == 0
-    assert (again.full_state_dict()["weight"] == 9.0).all()
 
 
 def test_a_checkpoint_of_another_model_is_not_skipped(tmp_path: Path) -> None:
@@ -310,6 +309,15 @@ def test_two_managers_of_one_directory_are_refused(tmp_path: Path) -> None:
     first.close()
     assert second.resume() == 1
     second.close()
+
+
+def test_a_run_that_raises_unlocks_its_directory(tmp_path: Path) -> None:
+    manager = CheckpointManager(averaged()[1], tmp_path)  # known to the end, so it is not collected
+    manager.save(1)
+    with pytest.raises(KeyError), manager:
+        raise KeyError
+    with CheckpointManager(averaged()[1], tmp_path) as second:
+        assert second.resume() == 1
 
 
 WRITER = """
@@ -468,7 +476,7 @@ def on_two_ranks() -> None:
         if first:
             os.unlink(f"{name[0]}/step-00000006/shardema.json")
         dist.barrier()
-        with pytest.raises(CheckpointError, match="none of the steps 6 can be loaded"):
+        with pytest.raises(CheckpointError, match="step 6 cannot be loaded"):
             manager.resume()
         again = ema.full_state_dict(all_ranks=True)
         assert all(torch.equal(saved[k], again[k]) for k in saved)

@@ -24,6 +24,11 @@ SURVIVORS = {
         "if time.monotonic() - rounds.alive > self.timeout + _SILENT:",
         "if (time.monotonic() - rounds.alive >= self.timeout + _SILENT):",
     ): "one instant of a clock",
+    (
+        "files/background.py",
+        "pause = min(2 * pause, _PAUSES[1])",
+        "pause = min((3) * pause, _PAUSES[1])",
+    ): "longer pauses between two looks find the same files",
     ("update/attach.py", "self._guard()", "pass"): (
         "before the update of an open round, which waits for the one before it and refuses to be "
         "made inside a swap by itself; the step's own guard follows"

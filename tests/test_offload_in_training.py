@@ -129,6 +129,28 @@ def test_flush_lets_the_weights_be_written_by_hand() -> None:
     assert ema.full_state_dict()["weight"].unique().tolist() == [0.5]
 
 
+def test_a_swap_and_a_copy_to_the_model_wait_for_the_update() -> None:
+    model = nn.Linear(1024, 1024, bias=False)
+    ema = ShardedEMA(model, 0.5, shadow=OFFLOADS[0])
+    ema.internal.updates.bind_kernel = slowly
+    ema.internal.updates.rebind()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ema.attach(optimizer)
+    with torch.no_grad():
+        model.weight.zero_()
+        ema.reset()
+        for expected, steps in ((0.5, 1), (0.75, 2)):
+            model.weight.fill_(1.0)
+            model.weight.grad = torch.zeros_like(model.weight)
+            optimizer.step()
+            if steps == 1:
+                with ema.swap():
+                    assert model.weight.unique().tolist() == [expected]
+            else:
+                ema.copy_to_model()
+                assert model.weight.unique().tolist() == [expected]
+
+
 def failing_background() -> None:
     model = DistributedDataParallel(nn.Linear(4, 3))
     with torch.no_grad():

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from shardema import ShardedEMA, presets
 from tests import world
+from tests.libraries import train_by_lightning
 
 # the decay at call n = 1, 2, ..., written as the library counts; None leaves the average alone
 Rule = Callable[[int], float | None]
@@ -474,43 +475,18 @@ def test_karras_has_its_width_at_any_interval(interval: int) -> None:
     "given", [{}, {"decay": 0.9, "update_every_n_steps": 4, "update_starting_at_step": 6}]
 )
 def test_lightning_is_lightnings_own(given: dict[str, Any]) -> None:
-    pl = pytest.importorskip("lightning.pytorch")
-    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    model, ended = one_weight(), []
+    ours = presets.lightning(model, **given)
 
-    class Walk(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    def after(_: Any, averaged: nn.Module) -> None:
+        ours.update()
+        if ours.num_updates > given.get("update_starting_at_step", 0) + 4:
+            average = averaged.state_dict()["weight"].item()
+            ended.append((ours.full_state_dict()["weight"].item(), average))
 
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            return self.weight.sum() * weights(batch_idx)
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=1.0)
-
-    class Beside(pl.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            ours.update()
-            if ours.num_updates > given.get("update_starting_at_step", 0) + 4:
-                ended.append(
-                    (ours.full_state_dict()["weight"].item(), average_of(theirs).weight.item())
-                )
-
-    def average_of(callback: Any) -> Any:
-        return callback._average_model.module
-
-    walk, ended = Walk(), []
-    theirs, ours = callbacks.EMAWeightAveraging(**given), presets.lightning(walk, **given)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[theirs, Beside()],
+    train_by_lightning(
+        model, lambda _, n: model.weight.sum() * weights(n), range(50), after, **given
     )
-    trainer.fit(walk, torch.utils.data.DataLoader(range(50)))
     assert len(ended) >= 40
     for got, expected in ended:
         assert got == pytest.approx(expected, rel=1e-12, abs=1e-12)

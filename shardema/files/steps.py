@@ -172,18 +172,28 @@ class Steps:
 
     def sweep(self) -> None:
         """Removes what killed writers left; the temporary folders of running ones are locked."""
-        try:
-            names = os.listdir(self.folder)
-        except OSError as error:
-            log.warning("%s: cannot be cleaned up: %s", self.folder, error.strerror)
-            return
-        for name in filter(_TEMPORARY.fullmatch, names):
-            path = os.path.join(self.folder, name)
-            if name.endswith(".old") or not _is_locked(path):
-                _remove_tree(path)
-        for name in filter(_TEMPORARY_RECORD.fullmatch, names):  # only who has the lock writes it
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self.folder, name))
+        for name in sweep(self.folder, _TEMPORARY):
+            if _TEMPORARY_RECORD.fullmatch(name):  # only who has the lock writes it
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self.folder, name))
+
+
+def sweep(folder: str, temporary: re.Pattern[str]) -> list[str]:
+    """Removes the temporary folders in ``folder`` whose writers were killed; returns all names.
+
+    Args:
+        temporary: matches their names; those on ".old" are being removed, and have no writer.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        log.warning("%s: cannot be cleaned up: %s", folder, error.strerror)
+        return []
+    for name in filter(temporary.fullmatch, names):
+        path = os.path.join(folder, name)
+        if name.endswith(".old") or not _is_locked(path):
+            _remove_tree(path)
+    return names
 
 
 def steps_of(record: Any) -> list[int]:
