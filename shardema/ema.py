@@ -608,13 +608,13 @@ class ShardedEMA:
                 have, are a ValueError.
         """
         if isinstance(name, Reconstruction):
-            checked = layouts.arguments(path, layout, max_shard_size, mode)
+            size = layouts.arguments(path, layout, max_shard_size, mode)["max_shard_size"]
             if (layout, mode) != ("hf", "auto") or dtype == "model":
                 raise ValueError(
                     f"export of a reconstruction: got layout={layout!r}, mode={mode!r} and "
                     f"dtype={dtype!r}, expected 'hf', 'auto' and a dtype or None"
                 )
-            ranks, size = self._averages.ranks, checked["max_shard_size"]
+            ranks = self._averages.ranks
             name.export(path, dtype=dtype, max_shard_size=size, ranks=ranks)
             return
         calls = self._calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -249,7 +250,11 @@ class Snapshots:
         if kind is None:
             self.close()
         else:  # the other ranks may not come
-            self._steps.close()
+            self._steps.abandon()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # its constructor raised
+            self._steps.abandon()
 
     def _finish(self) -> None:
         pending, self._pending = self._pending, None
