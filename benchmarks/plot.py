@@ -53,6 +53,8 @@ PICTURES = (
     Picture("step", "step", "overhead", "% of a training step"),
     Picture("swap", "swap", "time", "ms for a swap, in and out"),
     Picture("gather", "gather", "time", "s to the first rank"),
+    Picture("checkpoint", "checkpoint", "time_to_raw", "time / the disk alone"),
+    Picture("replicas", "replicas", "time_to_limit", "time / one sum of the bits"),
     Picture("export", "export", "time", "s to one file"),
     Picture(
         "memory", "memory", "peak_memory", "MiB at the peak, on the worst rank", r"(.*MiB) (.*)"

@@ -1,10 +1,13 @@
-"""Steps on disk: written under another name, renamed when every rank is done.
+"""Steps on disk: the model's, renamed when every rank is done, and then the average's.
 
-OUT/step-000100/run.json    what was trained, and how
-                training/   model and optimizer, by torch.distributed.checkpoint or DeepSpeed
-                ema/        the average, by ShardedEMA.save
+OUT/step-000100/run.json      what was trained, and how
+                training/     model and optimizer, by torch.distributed.checkpoint or DeepSpeed
+    average/step-00000100/    the average, by CheckpointManager
+
+The average of a pair is complete last: no older pair is removed before the new one is whole.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -12,9 +15,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import click
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from shardema import ShardedEMA
+from shardema import CheckpointError, CheckpointManager, ShardedEMA
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
@@ -29,6 +33,16 @@ def steps(out: Path) -> list[Path]:
     found = out.iterdir() if out.is_dir() else ()
     whole = [path for path in found if NAME.fullmatch(path.name) and (path / "run.json").is_file()]
     return sorted(whole, key=step_of)
+
+
+def pairs(out: Path) -> list[Path]:
+    """The steps that have an average, oldest first."""
+    return [path for path in steps(out) if average_of(path).is_dir()]
+
+
+def average_of(path: Path) -> Path:
+    """Where the average of a step is."""
+    return path.parent / "average" / f"step-{step_of(path):08d}"
 
 
 def step_of(path: Path) -> int:
@@ -52,23 +66,21 @@ def save(
     step: int,
     model: nn.Module,
     optimizer: Optimizer,
-    ema: ShardedEMA,
+    manager: CheckpointManager,
     about: dict[str, Any],
 ) -> None:
-    """Write OUT/step-NNNNNN. Collective."""
+    """Write OUT/step-NNNNNN and its average. Collective."""
     final = out / f"step-{step:06d}"
     partial = out / f".partial-{final.name}"
     with agreed():
         if dist.get_rank() == 0:
-            if partial.exists():  # left by a run that was killed
-                shutil.rmtree(partial)
+            remove(partial)  # left by a run that was killed
             partial.mkdir()
     if hasattr(model, "save_checkpoint"):  # a DeepSpeed engine
         model.save_checkpoint(partial / "training")
     else:
         weights, states = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": states}, checkpoint_id=partial / "training")
-    ema.save(partial / "ema")
     dist.barrier()  # whoever is behind still works under the old name
     with agreed():
         if dist.get_rank() == 0:
@@ -76,11 +88,47 @@ def save(
                 json.dump(about, file, indent=2)
                 file.flush()
                 os.fsync(file.fileno())
+            remove(final)  # its average was lost or damaged, or the run would not be here again
             partial.rename(final)
             sync(out)
+    manager.save(step)  # perhaps in the background; removes the averages that are not kept
+    with agreed():
+        if dist.get_rank() == 0:
+            for other in {*steps(out)} - {*pairs(out), final}:
+                remove(other)
 
 
-def load(path: Path, model: nn.Module, optimizer: Optimizer, ema: ShardedEMA) -> None:
+def resume(
+    paths: list[Path],
+    model: nn.Module,
+    optimizer: Optimizer,
+    ema: ShardedEMA,
+    manager: CheckpointManager | None,
+) -> Path:
+    """Restore the first of the steps whose model and average are whole and a pair. Collective.
+
+    Args:
+        manager: of the run that is continued; None begins another one.
+    """
+    *others, last = paths
+    for path in others:
+        try:
+            load(path, model, optimizer, ema, manager)
+            return path
+        except CheckpointError as error:  # the same on every rank
+            if dist.get_rank() == 0:
+                click.echo(f"note: {path} was skipped: {error}", err=True)
+    load(last, model, optimizer, ema, manager)
+    return last
+
+
+def load(
+    path: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    ema: ShardedEMA,
+    manager: CheckpointManager | None,
+) -> None:
     """Restore model, optimizer and average from one step. Collective."""
     if hasattr(model, "load_checkpoint"):
         model.load_checkpoint(path / "training")
@@ -88,7 +136,18 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, ema: ShardedEMA) ->
         weights, states = get_state_dict(model, optimizer)
         dcp.load({"model": weights, "optimizer": states}, checkpoint_id=path / "training")
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
-    ema.load(path / "ema", model="check")
+    if manager is not None:
+        manager.resume(step=step_of(path))
+    else:
+        ema.load(average_of(path), model="check")
+
+
+def remove(path: Path) -> None:
+    """A step that is removed is no complete one at any time."""
+    with contextlib.suppress(FileNotFoundError):
+        (path / "run.json").unlink()
+    if path.exists():
+        shutil.rmtree(path)
 
 
 def sync(folder: Path) -> None:

@@ -99,6 +99,12 @@ OPTIONS = {
     "eval_every": click.option("--eval-every", type=click.IntRange(1), default=50),
     "val_windows": click.option("--val-windows", type=click.IntRange(1), default=128),
     "save_every": click.option("--save-every", type=click.IntRange(1), default=100),
+    "keep_last": click.option(
+        "--keep-last", type=click.IntRange(1), help="Steps to keep.  [default: all]"
+    ),
+    "async_save": click.option(
+        "--async-save", is_flag=True, help="Write the average while training goes on."
+    ),
     "resume": click.option(
         "--resume",
         is_flag=False,

@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 out=runs/$SLURM_JOB_ID
 resume=()
-if compgen -G "$out/step-*" >/dev/null; then
+if compgen -G "$out/average/step-*" >/dev/null; then
     resume=(--resume)
 else
     rm -rf "$out" # of this job, stopped before its first step was saved

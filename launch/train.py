@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from shardema import ShadowPolicy, ShardedEMA
+from shardema import CheckpointManager, ShadowPolicy, ShardedEMA
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -42,24 +42,30 @@ def train(flags: SimpleNamespace) -> None:
         layout = parallel.layout(flags.backend, flags.device, flags.tp, flags.replicas, flags.heads)
         corpus = chars.read(flags.data, config.context)
         about = describe(flags, config, corpus)
-        resume = start_from(flags, about)
-        start = checkpoint.step_of(resume) if resume else 0
+        candidates = start_from(flags, about, checkpoint.pairs(flags.out))
     digests = [""] * dist.get_world_size()
     dist.all_gather_object(digests, corpus.digest)
     with agreed():
         if len(set(digests)) > 1:
             raise ValueError("the nodes read different text: give --data the same files on each")
-        record = Record(flags.out, resume, start) if rank == 0 else None
-    with agreed():
-        if not flags.out.is_dir():
-            raise ValueError(f"{flags.out} is not on a file system that all nodes share")
 
     torch.manual_seed(flags.seed)  # every rank builds the same weights; nothing else is random
     model, optimizer = parallel.prepare(GPT(config), layout, flags)
     policy = ShadowPolicy(device="cpu" if flags.offload else "model", shard_replicas=flags.slices)
     ema = ShardedEMA(model, schedule(flags.ema), shadow=policy)
-    if resume:
-        checkpoint.load(resume, model, optimizer, ema)
+    manager = CheckpointManager(
+        ema, flags.out / "average", keep_last=flags.keep_last, wait=not flags.async_save
+    )
+    resume, start = None, 0
+    if candidates:
+        own = manager if is_of(candidates[0], flags.out) else None
+        resume = checkpoint.resume(candidates, model, optimizer, ema, own)
+        start = checkpoint.step_of(resume)
+    with agreed():
+        record = Record(flags.out, resume, start) if rank == 0 else None
+    with agreed():
+        if not flags.out.is_dir():
+            raise ValueError(f"{flags.out} is not on a file system that all nodes share")
 
     quiet = None if rank == 0 else True  # None: only where somebody watches
     bar = tqdm(range(start + 1, flags.steps + 1), disable=quiet, unit="step")
@@ -80,7 +86,8 @@ def train(flags: SimpleNamespace) -> None:
                 record.add(step, **row)
                 bar.write(f"step {step:6d}  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
         if step % flags.save_every == 0 or last:
-            checkpoint.save(flags.out, step, model, optimizer, ema, about)
+            checkpoint.save(flags.out, step, model, optimizer, manager, about)
+    manager.close()  # waits for the last average to be written
 
     export = flags.out / "export"
     with agreed():
@@ -149,25 +156,32 @@ def describe(flags: SimpleNamespace, config: GPTConfig, corpus: chars.Corpus) ->
     return about | {"world_size": dist.get_world_size(), "data": corpus.digest}
 
 
-def start_from(flags: SimpleNamespace, about: dict[str, Any]) -> Path | None:
-    """The step to go on from, None for a new run; ValueError if the flags fit neither."""
+def start_from(flags: SimpleNamespace, about: dict[str, Any], held: list[Path]) -> list[Path]:
+    """The steps to go on from, the best first; none for a new run.
+
+    Args:
+        about: of `describe`.
+        held: the complete steps of ``flags.out``.
+
+    Raises:
+        ValueError: the flags fit neither a new run nor an old one.
+    """
     out = flags.out
-    held = checkpoint.steps(out)
-    resume = None
     if flags.resume == NEWEST:
         if not held:
             raise ValueError(f"--resume: {out} holds no complete step")
-        resume = held[-1]
-    elif flags.resume is not None:
-        resume = Path(flags.resume)
+        candidates = held[::-1]
+    else:
+        candidates = [] if flags.resume is None else [Path(flags.resume)]
+    resume = candidates[0] if candidates else None
     at = checkpoint.step_of(resume) if resume else 0
-    if resume is None or resume.resolve().parent != out.resolve():
-        if held or (out / "log.csv").exists():
+    if resume is None or not is_of(resume, out):
+        if checkpoint.steps(out) or (out / "log.csv").exists():
             raise ValueError(f"{out} already holds a run: give --resume, or another --out")
-    elif at < checkpoint.step_of(held[-1]):
+    elif held and at < checkpoint.step_of(held[-1]):
         raise ValueError(f"{out} already holds {held[-1].name}: go on from {at} in another --out")
     if resume is None:
-        return None
+        return []
     before = checkpoint.facts(resume)
     changed = [name for name in about if before.get(name) != about[name]]
     if flags.backend in parallel.ZERO and {"backend", "world_size"} & set(changed):
@@ -184,7 +198,12 @@ def start_from(flags: SimpleNamespace, about: dict[str, Any]) -> Path | None:
         raise ValueError(f"{resume} has nothing left to do: --steps is {flags.steps}")
     if changed and dist.get_rank() == 0:
         click.echo(f"note: {', '.join(changed)} changed since {resume}", err=True)
-    return resume
+    return candidates
+
+
+def is_of(step: Path, out: Path) -> bool:
+    """Whether a step is one of this run's own."""
+    return step.resolve().parent == out.resolve()
 
 
 def evaluate(flags: SimpleNamespace) -> None:

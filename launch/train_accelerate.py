@@ -44,7 +44,8 @@ def train(flags: SimpleNamespace, accelerator: Accelerator) -> None:
         config = GPTConfig(flags.layers, flags.width, flags.heads, flags.context)
         corpus = chars.read(flags.data, config.context)
         about = describe(flags, config, corpus)
-        resume = start_from(flags, about)
+        candidates = start_from(flags, about, checkpoint.steps(flags.out))
+        resume = candidates[0] if candidates else None
         start = checkpoint.step_of(resume) if resume else 0
     with agreed():
         record = Record(flags.out, resume, start) if main else None

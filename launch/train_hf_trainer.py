@@ -32,7 +32,7 @@ from parallel import agreed, process_group
 from train import LR_WARMUP
 
 FLAGS = "out data steps batch accumulate lr ema bf16 layers width heads context seed eval_every"
-FLAGS += " val_windows save_every resume device"
+FLAGS += " val_windows save_every keep_last async_save resume device"
 
 
 class LanguageModel(GPT):
@@ -77,8 +77,8 @@ def train(flags: SimpleNamespace) -> None:
         train_dataset=Windows(corpus.train, config.context, every),
         eval_dataset=Windows(corpus.validation, config.context, fixed),
     )
-    EMACallback(schedule(flags.ema), eval_with="both").bind(trainer)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    EMACallback(schedule(flags.ema), eval_with="both", wait=not flags.async_save).bind(trainer)
+    trainer.train(resume_from_checkpoint=resume)
 
     if trainer.is_world_process_zero():
         config.save_pretrained(flags.out)  # beside the average; of a PreTrainedModel it is there
@@ -112,6 +112,7 @@ def arguments(flags: SimpleNamespace) -> TrainingArguments:
         eval_steps=flags.eval_every,
         save_strategy="steps",
         save_steps=flags.save_every,
+        save_total_limit=flags.keep_last,
         logging_steps=flags.eval_every,
         prediction_loss_only=True,
         report_to=[],
@@ -123,19 +124,22 @@ def arguments(flags: SimpleNamespace) -> TrainingArguments:
     return made
 
 
-def start_from(flags: SimpleNamespace) -> Path | None:
-    """The checkpoint to go on from; ValueError if there is none, or one that would be lost."""
+def start_from(flags: SimpleNamespace) -> str | bool:
+    """The checkpoint to go on from, True for the newest that can be, False for a new run.
+
+    Raises:
+        ValueError: there is none, or one that would be lost.
+    """
     if flags.deepspeed and "RANK" not in os.environ:
         raise ValueError("--deepspeed needs ranks: start with torchrun --standalone")
-    # trainer_state.json is written last: without it a run was killed in the middle of a save
-    held = [path.parent for path in flags.out.glob("checkpoint-*/trainer_state.json")]
     if flags.resume not in (None, NEWEST):
-        return Path(flags.resume)
+        return str(flags.resume)
+    held = any(flags.out.glob("checkpoint-*"))
     if flags.resume is None and (held or (flags.out / "model.safetensors").exists()):
         raise ValueError(f"{flags.out} already holds a run: give --resume, or another --out")
     if flags.resume == NEWEST and not held:
-        raise ValueError(f"--resume: {flags.out} holds no complete checkpoint")
-    return max(held, key=lambda path: int(path.name.split("-")[1]), default=None)
+        raise ValueError(f"--resume: {flags.out} holds no checkpoint")
+    return bool(flags.resume == NEWEST)
 
 
 @click.command(context_settings={"show_default": True})

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from shardema import RankError
-from shardema.integrations.lightning import EMACallback
+from shardema.integrations.lightning import EMACallback, newest_checkpoint
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset
@@ -120,10 +120,12 @@ def validation(flags: SimpleNamespace, corpus: chars.Corpus) -> list[Any]:
 
 
 def train(flags: SimpleNamespace) -> None:
+    held = [path for path in flags.out.glob("step-*.ckpt") if NAME.fullmatch(path.name)]
+    newest = Path(newest_checkpoint(flags.out)) if held and flags.resume == NEWEST else None
     with agreed():
         config = GPTConfig(flags.layers, flags.width, flags.heads, flags.context)
         corpus = chars.read(flags.data, config.context)
-        resume = start_from(flags.out, flags.resume)
+        resume = start_from(flags.out, flags.resume, held, newest)
         step = step_of(resume) if resume else 0
         if resume and step >= flags.steps:
             raise ValueError(f"{resume} has nothing left to do: --steps is {flags.steps}")
@@ -136,7 +138,13 @@ def train(flags: SimpleNamespace) -> None:
             shutil.rmtree(export)
 
     world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    ema = EMACallback(schedule(flags.ema), module="net", eval_with=["raw", "ema"], export=export)
+    ema = EMACallback(
+        schedule(flags.ema),
+        module="net",
+        eval_with=["raw", "ema"],
+        export=export,
+        wait=not flags.async_save,
+    )
     saving = ModelCheckpoint(
         flags.out,
         "step-{step:06d}",
@@ -168,18 +176,13 @@ def train(flags: SimpleNamespace) -> None:
         click.echo(f"averaged weights are in {export}")
 
 
-def start_from(out: Path, resume: str | None) -> Path | None:
+def start_from(out: Path, resume: str | None, held: list[Path], newest: Path | None) -> Path | None:
     """The checkpoint to go on from, None for a new run; ValueError if there is none, or a run."""
-    found = [path for path in out.glob("step-*.ckpt") if NAME.fullmatch(path.name)]
-    # a sharded one is a folder, whose last file is meta.pt
-    whole = sorted((p for p in found if p.is_file() or (p / "meta.pt").is_file()), key=step_of)
-    if resume is None and (found or (out / "log.csv").exists()):
+    if resume is None and (held or (out / "log.csv").exists()):
         raise ValueError(f"{out} already holds a run: give --resume, or another --out")
-    if resume == NEWEST and not whole:
+    if resume == NEWEST and newest is None:
         raise ValueError(f"--resume: {out} holds no complete step")
-    if resume is None:
-        return None
-    return whole[-1] if resume == NEWEST else Path(resume)
+    return newest if resume in (None, NEWEST) else Path(resume)
 
 
 def step_of(path: Path) -> int:
@@ -191,7 +194,7 @@ def step_of(path: Path) -> int:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--strategy", type=click.Choice(["auto", "ddp", "fsdp2"]), default="fsdp2")
-@only(*FLAGS.split(), "val_windows", "save_every", "resume", "device")
+@only(*FLAGS.split(), "val_windows", "save_every", "async_save", "resume", "device")
 def main(**values: Any) -> None:
     """Train a small GPT over bytes, and an average of its weights, by Lightning."""
     train(SimpleNamespace(**values))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardema import importers, presets, schedules
+from shardema import importers, posthoc, presets, schedules
 from shardema.batchnorm import update_bn
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError, SwapError
@@ -11,6 +11,7 @@ from shardema.files.profiles import read_profile
 from shardema.manager import CheckpointManager
 from shardema.policy import ShadowPolicy
 from shardema.profiles import Profile
+from shardema.snapshots import Snapshots
 from shardema.update.mixture import Mixture
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "RankError",
     "ShadowPolicy",
     "ShardedEMA",
+    "Snapshots",
     "SwapError",
     "importers",
+    "posthoc",
     "presets",
     "read_profile",
     "schedules",

@@ -49,7 +49,7 @@ class Call:
 
     Attributes:
         op: the method's name.
-        name: which average or mixture; None for the only average.
+        name: which average or mixture, or a `Readable` itself; None for the only average.
         every: the call concerns all averages; ``name`` is not used.
         dtype: that averages are gathered in; None keeps their own.
         given: returns the arguments that must be equal on all ranks, or raises.
@@ -64,7 +64,7 @@ class Call:
     """
 
     op: str
-    name: str | Mixture | None = None
+    name: str | Mixture | Average | None = None
     every: bool = False
     dtype: Any = None
     given: Callable[[], dict[str, Any]] = dict
@@ -221,9 +221,10 @@ class Calls:
         return found
 
     def _average_of(self, call: Call) -> Readable:
-        if call.fills != "none":
-            return self.averages.named(self.averages.names[0] if call.every else call.name)
-        return self.averages.readable(self.averages.names[0] if call.every else call.name)
+        name = self.averages.names[0] if call.every else call.name
+        if call.fills != "none" and not isinstance(name, Average):
+            return self.averages.named(name)
+        return self.averages.readable(name)
 
     def _arrive(self, call: Call, same: dict[str, Any]) -> None:
         """Checks that the call is allowed and closes open rounds, on this rank.
@@ -282,7 +283,7 @@ class Calls:
     def write_model(
         self,
         op: str,
-        name: str | Mixture | None,
+        name: str | Mixture | Average | None,
         work: Callable[[Readable], _T],
         given: Callable[[], dict[str, Any]] = dict,
     ) -> _T:

@@ -20,7 +20,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from shardema import backends, importers, kernels, metrics
+from shardema import backends, importers, kernels, metrics, saving
 from shardema.arguments import (
     as_models,
     as_policies,
@@ -30,16 +30,16 @@ from shardema.arguments import (
 )
 from shardema.backends.tree import unwrap
 from shardema.calls import Call, Calls
-from shardema.files import checkpoint, dcp, layouts, loading, pretrained
+from shardema.files import dcp, layouts, loading
 from shardema.files import export as exporter
 from shardema.files.background import PendingSave
-from shardema.files.folder import absolute
-from shardema.gathering import full_tensors
+from shardema.gathering import export_file, full_tensors
 from shardema.importers import Imported
 from shardema.model import selection
 from shardema.model.selection import Buffers, Select
 from shardema.model.weights import Weights
 from shardema.policy import ShadowPolicy
+from shardema.posthoc import Reconstruction
 from shardema.profiles import Profile
 from shardema.ranks.agree import Ranks
 from shardema.schedules import Schedule, by_pattern
@@ -343,7 +343,9 @@ class ShardedEMA:
 
     # ---- evaluating ---------------------------------------------------------------------------
 
-    def swap(self, name: str | Mixture | None = None) -> contextlib.AbstractContextManager[None]:
+    def swap(
+        self, name: str | Mixture | Imported | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Context manager: the model computes with the average inside the block.
 
         When the block ends, weights and average are restored bitwise.
@@ -354,6 +356,9 @@ class ShardedEMA:
 
         Local, except that it is collective with a DeepSpeed engine, whose ranks gather the weights,
         and if any average of the EMA has ``shard_replicas``.
+
+        A `posthoc.Reconstruction`, or what `importers.read` returns, is read into memory of the
+        size of this rank's shards, which is collective; no average of this object changes.
 
         Run forwards in the block under ``torch.no_grad()``: a backward that crosses the start or
         end of the block raises, since it would mix average and weights.
@@ -366,7 +371,8 @@ class ShardedEMA:
             SwapError: the block removed a parameter or cast it to a lower precision, so some
                 weights cannot be restored. They are in the error's ``weights``; the average is
                 unchanged, and the EMA works again once the model fits it.
-            ValueError: no average of this name.
+            ValueError: no average of this name; full tensors of another model.
+            CheckpointError: full tensors that cannot be read.
             RankError: if it is collective: as for `full_state_dict`.
         """
         return self._swaps.block(name)
@@ -559,7 +565,7 @@ class ShardedEMA:
     def export(
         self,
         path: str | os.PathLike[str],
-        name: str | Mixture | None = None,
+        name: str | Mixture | Reconstruction | None = None,
         *,
         dtype: torch.dtype | Literal["model"] | None = None,
         layout: layouts.Layout = "hf",
@@ -578,7 +584,8 @@ class ShardedEMA:
 
         Args:
             path: the folder, or its URL in an object store; must not exist.
-            name: which average, or a mixture of `mix`.
+            name: which average, or a mixture of `mix`; or a `posthoc.Reconstruction`, as by its own
+                ``export``, with ``layout="hf"``.
             dtype: as for `full_state_dict`; buffers keep their dtype.
             layout: ``"hf"``, the above. ``"diffusers"``: the same for a diffusers model, with the
                 fields that ``EMAModel.from_pretrained`` reads to continue the average. ``"timm"``:
@@ -600,24 +607,35 @@ class ShardedEMA:
                 ``layout="diffusers"`` with another model or a schedule that ``EMAModel`` does not
                 have, are a ValueError.
         """
-
+        if isinstance(name, Reconstruction):
+            checked = layouts.arguments(path, layout, max_shard_size, mode)
+            if (layout, mode) != ("hf", "auto") or dtype == "model":
+                raise ValueError(
+                    f"export of a reconstruction: got layout={layout!r}, mode={mode!r} and "
+                    f"dtype={dtype!r}, expected 'hf', 'auto' and a dtype or None"
+                )
+            ranks, size = self._averages.ranks, checked["max_shard_size"]
+            name.export(path, dtype=dtype, max_shard_size=size, ranks=ranks)
+            return
         calls = self._calls
+
+        def given() -> dict[str, Any]:
+            return layouts.arguments(path, layout, max_shard_size, mode)
+
+        if layout in layouts.FILES:
+            export_file(calls, path, layout, name, dtype, given)
+            return
         average = calls.begin(
             Call(
                 "export",
                 name,
                 dtype=dtype,
-                given=lambda: layouts.arguments(path, layout, max_shard_size, mode),
+                given=given,
                 files=True,
                 compared=lambda average: average.components,
             )
         )
         with writable(), calls.ranks.together("export"):
-            if layout in layouts.FILES:
-                full = full_tensors(calls, "export", name, dtype, all_ranks=False)
-                nbytes = sum(calls.contents(average, dtype).loads())
-                layouts.write_file(path, layout, full, average.num_updates, calls.ranks, nbytes)
-                return
             calls.merged_state.check_export()
             fields = layouts.fields_of(average, layout, calls.merged_state.stem, self.unit)
             contents = calls.contents(average, dtype)
@@ -701,40 +719,13 @@ class ShardedEMA:
                 ``include_frozen``, a module has extra state that is not a tensor.
         """
 
-        def given() -> dict[str, Any]:
-            return {
-                "path": absolute(folder, "save"),
-                "include_frozen": bool(include_frozen),
-                "overwrite": bool(overwrite),
-                "wait": bool(wait),
-            }
-
-        calls, averages = self._calls, self._averages
-        calls.finish_save()
-        calls.begin(
-            Call(
-                "save",
-                every=True,
-                given=given,
-                files=True,
-                compared=lambda _: list(averages.values()),
-            )
+        return saving.save(
+            self._calls,
+            folder,
+            include_frozen=include_frozen,
+            overwrite=overwrite,
+            wait=wait,
         )
-        with writable(), calls.ranks.together("save"):
-            module = unwrap(averages.weights.models[0])
-            calls.pending = checkpoint.save_averages(
-                folder,
-                [calls.contents(average) for average in averages.values()],
-                calls.own_contents(),
-                {a.name: checkpoint.progress_of(a) for a in averages.values()},
-                calls.merged_state,
-                averages.weights.averaged_shards,
-                include_frozen=include_frozen,
-                overwrite=overwrite,
-                extra=lambda place: pretrained.write_config(module, place, None),
-                shared=None if wait else averages,
-            )
-        return calls.pending
 
     def load(
         self,

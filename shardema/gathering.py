@@ -1,13 +1,15 @@
-"""Gathers the full tensors of an average, one by one, for `iter_full` and `full_state_dict`."""
+"""Gathers the full tensors of an average, one by one, or into one file."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from shardema.calls import Call, Calls
+from shardema.files import layouts
 from shardema.ranks import transfer
 from shardema.ranks.plan import Contents, Item
 from shardema.ranks.transfer import Iteration, Prepared
@@ -20,6 +22,44 @@ def full_tensors(
     calls: Calls, op: str, name: str | Mixture | None, dtype: Any, *, all_ranks: bool
 ) -> Iterator[tuple[str, Any]]:
     """See `ShardedEMA.iter_full`. Collective, from the first ``next`` on."""
+    _, tensors = begin_full(
+        calls, op, name, dtype, all_ranks=all_ranks, given=lambda: {"all_ranks": bool(all_ranks)}
+    )
+    yield from tensors
+
+
+def export_file(
+    calls: Calls,
+    path: str | os.PathLike[str],
+    layout: str,
+    name: str | Mixture | None,
+    dtype: Any,
+    given: Callable[[], dict[str, Any]],
+) -> None:
+    """`ShardedEMA.export` in a layout of one file, which the first rank writes. Collective."""
+    average, full = begin_full(
+        calls, "export", name, dtype, all_ranks=False, given=given, files=True
+    )
+    with writable(), calls.ranks.together("export"):
+        nbytes = sum(calls.contents(average, dtype).loads())
+        layouts.write_file(path, layout, full, average.num_updates, calls.ranks, nbytes)
+
+
+def begin_full(
+    calls: Calls,
+    op: str,
+    name: str | Mixture | None,
+    dtype: Any,
+    *,
+    all_ranks: bool,
+    given: Callable[[], dict[str, Any]],
+    files: bool = False,
+) -> tuple[Readable, Iterator[tuple[str, Any]]]:
+    """The average, and its full tensors by name; those are collective too. Collective.
+
+    Args:
+        given, files: as of a `Call`.
+    """
     made: list[tuple[Contents, Contents, Prepared]] = []
 
     def prepare(average: Readable) -> None:
@@ -31,18 +71,24 @@ def full_tensors(
         ready = transfer.prepare(gathered, limit=transfer.BUCKET_BYTES, all_ranks=all_ranks)
         made[:] = [(contents, gathered, ready)]
 
-    calls.begin(
+    average = calls.begin(
         Call(
             op,
             name,
             dtype=dtype,
-            given=lambda: {"all_ranks": bool(all_ranks)},
+            given=given,
+            files=files,
             compared=lambda average: average.components,
             prepare=prepare,
         )
     )
+    return average, _stream(calls, op, *made.pop(), all_ranks)
+
+
+def _stream(
+    calls: Calls, op: str, contents: Contents, gathered: Contents, ready: Prepared, all_ranks: bool
+) -> Iterator[tuple[str, Any]]:
     merged_state, values = calls.merged_state, calls.own.values
-    contents, gathered, ready = made.pop()
     with writable():
         arriving = transfer.stream(ready, op)
         if not (all_ranks or calls.ranks.leader):

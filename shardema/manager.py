@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ class CheckpointManager:
         self._keep_last = None if keep_last is None else _positive_int("keep_last", keep_last)
         self._keep_every = None if keep_every is None else _positive_int("keep_every", keep_every)
         self._include_frozen, self._wait = include_frozen, bool(wait)
-        self._pending: tuple[PendingSave, int, list[int]] | None = None  # and what `_rotate` needs
+        self._pending: _Pending | None = None
         op = "CheckpointManager"
         self._steps = steps_in(op, absolute(dir, op, package=False))
         self._last = -1  # the step that was saved or resumed from
@@ -125,27 +126,29 @@ class CheckpointManager:
         pending = self._ema.save(
             path, include_frozen=self._include_frozen, overwrite=replace, wait=self._wait
         )
-        self._last, abandoned, self._abandoned = step, self._abandoned, []
+        before, abandoned = self._last, self._abandoned
+        self._last, self._abandoned = step, []
         if pending is not None:
-            self._pending = pending, step, abandoned
+            self._pending = _Pending(pending, step, before, abandoned)
         elif self._ranks.leader:
             self._rotate(step, abandoned)
 
     def _finish(self) -> None:
         """Waits for the save that is being written. Collective if there is one."""
-        if self._pending is None:
+        saving = self._pending
+        if saving is None:
             return
-        pending, step, abandoned = self._pending
         try:
-            if not pending.finished:
-                pending.result()
+            if not saving.save.finished:
+                saving.save.result()
         except BaseException:
-            if pending.finished:
-                self._abandoned, self._pending = abandoned, None
+            if saving.save.finished:  # it has failed, and may be made again
+                self._last, self._abandoned = saving.before, saving.abandoned
+                self._pending = None
             raise
         self._pending = None
         if self._ranks.leader:
-            self._rotate(step, abandoned)
+            self._rotate(saving.step, saving.abandoned)
 
     def resume(
         self, step: int | None = None, *, model: Literal["check"] | None = "check"
@@ -175,6 +178,12 @@ class CheckpointManager:
         self._finish()
 
         present, made = self._open("resume", self._look, {"step": step, "model": model})
+        if step is not None and step not in present:
+            raise CheckpointError(
+                f"resume from {self._steps.folder}: there is no step {step}, only "
+                f"{abbreviate([str(s) for s in present]) or 'an empty directory'}",
+                path=self._steps.folder,
+            )
         wanted = present if step is None else [step]
 
         def load(candidate: int) -> None:
@@ -233,10 +242,9 @@ class CheckpointManager:
             return step
         if not skipped:
             return None
-        first, reason = skipped[0]
+        _, reason = skipped[0]
         raise CheckpointError(
-            f"{op} {self._steps.folder}: none of the steps "
-            f"{abbreviate([str(s) for s, _ in skipped])} can be loaded; step {first}: {reason}",
+            f"{op} {self._steps.folder}: {_none_of(skipped)}",
             rank=reason.rank,
             path=self._steps.folder,
             errno=reason.errno,
@@ -354,6 +362,28 @@ class CheckpointManager:
                     step,
                     error,
                 )
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A save that is being written: its step, the one before it, and those not continued from."""
+
+    save: PendingSave
+    step: int
+    before: int
+    abandoned: list[int]
+
+
+def _none_of(skipped: list[tuple[int, CheckpointError]]) -> str:
+    """That none of the steps can be loaded, and why the newest two cannot: they may differ."""
+    (first, reason), *others = skipped
+    if not others:
+        return f"step {first} cannot be loaded: {reason}"
+    second, other = others[0]
+    steps = abbreviate([str(step) for step, _ in skipped])
+    return (
+        f"none of the steps {steps} can be loaded; step {first}: {reason}; step {second}: {other}"
+    )
 
 
 def _positive_int(name: str, value: Any) -> int:

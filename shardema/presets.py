@@ -23,6 +23,7 @@ from shardema.ema import ShardedEMA
 from shardema.schedules import Schedule
 from shardema.schedules.base import check_count, check_positive
 from shardema.schedules.closed import parse_length
+from shardema.update.mixture import Mixture
 
 _RULE = 2 / 3  # exponent of the inverse-gamma warm-up in timm, diffusers and ema-pytorch
 
@@ -407,21 +408,51 @@ def trl_bema(
     min_ema_multiplier: float = 0.0,
     **options: Any,
 ) -> ShardedEMA:
-    """The average in TRL's ``BEMACallback``, without its bias term, one update per step.
+    """The averages of TRL's ``BEMACallback``, one update per step; `bema` mixes them.
 
-    Step ``update_after`` copies. The steps ``update_after + update_freq * m`` decay by
-    ``1 - max(min_ema_multiplier, (lag + multiplier * step) ** -ema_power)``. TRL's result is this
-    average plus ``(lag + multiplier * step) ** -bias_power`` times the way from the weights at
-    ``update_after`` to the current ones, which is no average.
+    ``"ema"``: step ``update_after`` copies; the steps ``update_after + update_freq * m`` decay by
+    ``1 - max(min_ema_multiplier, (lag + multiplier * step) ** -ema_power)``. ``"start"``: the
+    weights at step ``update_after``. Both are saved and loaded, unlike TRL's, which begins again
+    when a run is resumed.
     """
     check_count(update_freq, "presets.trl_bema, update_freq")
     rule: Schedule = schedules.bema(ema_power, lag, multiplier, min_ema_multiplier)
-    if not update_after:
-        return ShardedEMA(model, _at_calls(rule, update_freq, update_freq), **options)
-    check_count(update_after, "presets.trl_bema, update_after")
-    copy = schedules.every(0.0, update_after, first=update_after)
-    rule = _at_calls(schedules.shift(rule, update_after), update_freq, update_freq)
-    return ShardedEMA(model, schedules.join([copy, rule], at=[update_after]), **options)
+    start: Schedule = schedules.constant(1.0)
+    if update_after:
+        check_count(update_after, "presets.trl_bema, update_after")
+        copy = schedules.every(0.0, update_after, first=update_after)
+        rule = _at_calls(schedules.shift(rule, update_after), update_freq, update_freq)
+        rule = schedules.join([copy, rule], at=[update_after])
+        start = schedules.join([copy, start], at=[update_after])
+    else:
+        rule = _at_calls(rule, update_freq, update_freq)
+    return ShardedEMA(model, {"ema": rule, "start": start}, **options)
+
+
+def bema(
+    ema: ShardedEMA, *, bias_power: float = 0.2, lag: int = 10, multiplier: float = 1.0
+) -> Mixture:
+    """The bias-corrected average of `trl_bema` now: ``EMA_t + alpha_t (theta_t - theta_0)``.
+
+    ``alpha_t = (lag + multiplier * t) ** -bias_power``; Block and Zhang 2025, arXiv 2508.00180.
+    Make it anew for each evaluation, since ``alpha_t`` is that of the moment::
+
+        ema = presets.trl_bema(model, update_freq=400)
+        with ema.swap(presets.bema(ema)):
+            evaluate(model)
+
+    At the steps at which TRL updates, the values are TRL's; in between TRL keeps those of its last
+    update.
+
+    Args:
+        ema: with the averages ``"ema"`` and ``"start"``, as `trl_bema` has them.
+        bias_power, lag, multiplier: as in TRL; lag and multiplier as given to `trl_bema`.
+
+    Raises:
+        ValueError: ``ema`` has other averages.
+    """
+    alpha = float((lag + multiplier * ema.t) ** -bias_power)
+    return ema.mix({"raw": alpha, "ema": 1.0, "start": -alpha})
 
 
 def olmo_merge(

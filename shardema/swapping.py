@@ -22,12 +22,15 @@ from typing import Any
 
 from torch import Tensor
 
-from shardema.calls import Calls
+from shardema.calls import Call, Calls
 from shardema.errors import SwapError, abbreviate
 from shardema.exchange import Exchange
+from shardema.files import loading
+from shardema.files.sources import Imported
 from shardema.model.replicas import AllGatherSlices
 from shardema.scopes import to_the_end, uninterrupted, writable
 from shardema.shards.shard import Shard, materialized
+from shardema.update.average import Average
 from shardema.update.averages import Readable
 from shardema.update.mixture import MixedAverage, Mixture
 
@@ -91,7 +94,7 @@ class Swaps:
         self._averages, self._weights = calls.averages, calls.weights
         self._updates = calls.updates
 
-    def block(self, name: str | Mixture | None) -> Block:
+    def block(self, name: str | Mixture | Imported | None) -> Block:
         """See `ShardedEMA.swap`."""
         dropped = functools.partial(
             self._calls.notices.once,
@@ -101,8 +104,9 @@ class Swaps:
         return Block(functools.partial(self._swapped, name), dropped)
 
     @contextlib.contextmanager
-    def _swapped(self, name: str | Mixture | None) -> Iterator[None]:
-        average, shards, exchange, gather = self._calls.write_model("swap", name, self._ready)
+    def _swapped(self, name: str | Mixture | Imported | None) -> Iterator[None]:
+        given = self._read(name) if isinstance(name, Imported) else name
+        average, shards, exchange, gather = self._calls.write_model("swap", given, self._ready)
         put_back = functools.partial(self._put_back, exchange, shards, gather)
         state = self._calls.swap
         guards: list[Any] = []
@@ -133,6 +137,19 @@ class Swaps:
                 raise interrupt
         if written:
             self._refuse_writes(written, exchange)
+
+    def _read(self, source: Imported) -> Average:
+        """Reads an average that is kept elsewhere, this rank's part of it. Collective."""
+        calls, made = self._calls, list[Average]()
+        calls.begin(Call("swap", every=True, given=lambda: {"source": source.path}, warns=False))
+
+        def read() -> None:
+            label, beside = f"swap of {source.path}", calls.merged_state.ignored
+            made.append(loading.read_beside(label, source, self._averages, calls.plan, beside))
+
+        with writable():
+            calls.ranks.agree("swap (reading)", read, nbytes=source.nbytes)
+        return made[0]
 
     def _refuse_writes(self, written: Sequence[str], exchange: Exchange) -> None:
         lost = (

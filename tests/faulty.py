@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ CALLS = (
     "fsync",
     "posix_fallocate",
     "getcwd",
+    "flock",
 )
 
 
@@ -54,36 +56,62 @@ def interrupting() -> None:
     raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def at_call(number: int, fault: Callable[[], None] | None = None) -> Iterator[list[str]]:
-    """Inside, call ``number`` of the library to the system has a fault; none has without one.
+Instead = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
-    Yields:
-        The calls that were made, as ``name path``.
-    """
-    made: list[str] = []
-    real = {name: getattr(os, name) for name in CALLS}
+
+@contextlib.contextmanager
+def intercepted(instead: Instead) -> Iterator[None]:
+    """Inside, ``instead(name, real, args, options)`` is what the library's calls come to."""
+    homes = {name: fcntl if name == "flock" else os for name in CALLS}
+    real = {name: getattr(homes[name], name) for name in CALLS}
 
     def wrapped(name: str) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             if not _is_ours():
                 return real[name](*args, **options)
-            made.append(f"{name} {_path(args)}")
-            if fault is not None and len(made) - 1 == number:
-                if name == "close":
-                    real[name](*args, **options)  # it is closed, whatever it reports
-                fault()
-            return real[name](*args, **options)
+            return instead(name, real[name], args, options)
 
         return call
 
     for name in CALLS:
-        setattr(os, name, wrapped(name))
+        setattr(homes[name], name, wrapped(name))
     try:
-        yield made
+        yield
     finally:
         for name in CALLS:
-            setattr(os, name, real[name])
+            setattr(homes[name], name, real[name])
+
+
+@contextlib.contextmanager
+def at_call(
+    number: int,
+    fault: Callable[[], None] | None = None,
+    *,
+    sticky: bool = False,
+    closes: bool = True,
+) -> Iterator[list[str]]:
+    """Inside, call ``number`` of the library to the system has a fault; none has without one.
+
+    Args:
+        sticky: so have all later ones.
+        closes: a close that has a fault has closed its file all the same.
+
+    Yields:
+        The calls that were made, as ``name path``.
+    """
+    made: list[str] = []
+
+    def instead(name: str, real: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        made.append(f"{name} {_path(args)}")
+        at = len(made) - 1
+        if fault is not None and (at == number or (sticky and at > number)):
+            if name == "close" and closes:
+                real(*args, **options)
+            fault()
+        return real(*args, **options)
+
+    with intercepted(instead):
+        yield made
 
 
 def _is_ours() -> bool:
@@ -103,3 +131,18 @@ def _path(args: tuple[Any, ...]) -> str:
         with contextlib.suppress(OSError):
             return os.readlink(f"/proc/self/fd/{first}")
     return str(first)
+
+
+def killed(work: Callable[[], object]) -> bool:
+    """Whether a child process that does ``work`` ends by SIGKILL; otherwise it ends well."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL

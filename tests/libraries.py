@@ -45,6 +45,51 @@ def walk(model: nn.Module, n: int) -> None:
             param.normal_()
 
 
+def train_by_lightning(
+    model: nn.Module,
+    loss: Callable[[Any, int], Tensor],
+    batches: Any,
+    after: Callable[[Any, nn.Module], None],
+    **given: Any,
+) -> None:
+    """Trains ``model`` for one epoch with Lightning's EMAWeightAveraging, by SGD with lr=1.
+
+    Args:
+        loss: of a batch and its number.
+        after: called after each batch with the trainer and the averaged model.
+        given: arguments of EMAWeightAveraging.
+    """
+    pl = pytest.importorskip("lightning.pytorch")
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+
+    class Trains(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return loss(batch, batch_idx)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    class Beside(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            after(trainer, theirs._average_model.module.net)
+
+    theirs = callbacks.EMAWeightAveraging(**given)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[theirs, Beside()],
+    )
+    trainer.fit(Trains(), torch.utils.data.DataLoader(batches))
+
+
 class Formula:
     """An average by its published decays: ``rule(n)`` at call n = 1, 2, ..."""
 

@@ -395,21 +395,36 @@ def a_state_is_overwritten(folder: str) -> None:
     assert ema.num_updates == 15
 
 
-def names_of_its_own(folder: str) -> None:
+def names_of_its_own(kind: str, folder: str) -> None:
     """automatic_checkpoint_naming: a new folder each time, the oldest one deleted."""
     project = ProjectConfiguration(folder, automatic_checkpoint_naming=True, total_limit=2)
-    run = started("ddp", project_config=project)
-    ema = attach(run.accelerator, run.model, run.optimizer, schedule=DECAY)
+    run = started(kind, project_config=project)
+    ema = attach(run.accelerator, run.model, run.optimizer, schedule=DECAY, wait=False)
+    expected = []
     for _ in range(3):
         run.epoch()
         run.accelerator.save_state()
-    dist.barrier()
-    found = sorted(path.parent.name for path in Path(folder).glob("checkpoints/*/ema"))
-    assert found == ["checkpoint_1", "checkpoint_2"]
+        expected.append(oracle(run.seen))
+        dist.barrier()
+        assert len(list(Path(folder).glob("checkpoints/*/ema"))) >= min(len(expected) - 1, 1)
     ema.reset()
     run.accelerator.load_state()
+    found = sorted(path.parent.name for path in Path(folder).glob("checkpoints/*/ema"))
+    assert found == ["checkpoint_1", "checkpoint_2"]
     assert ema.num_updates == 15
-    check_average(ema, oracle(run.seen))
+    check_average(ema, expected[-1])
+    # one that was killed while it was written
+    place = Path(folder) / "checkpoints/checkpoint_2"
+    dist.barrier()
+    if run.accelerator.is_main_process:
+        (place / "ema").rename(place / ".ema.01234567.tmp")
+    dist.barrier()
+    run.accelerator.load_state()
+    assert ema.num_updates == 10
+    check_average(ema, expected[-2])
+    run.accelerator.project_configuration.total_limit = 1
+    with pytest.raises(ValueError, match=r"wait=False.*total_limit=1, so the only state would"):
+        run.accelerator.save_state()
 
 
 def the_main_process_saves_alone(kind: str, folder: str) -> None:
@@ -616,7 +631,10 @@ def facts(folder: str) -> list[Fact]:
         Fact("arguments", passes_arguments_on),
         Fact("two models", two_models_have_two_averages, (at("two"),)),
         Fact("overwritten", a_state_is_overwritten, (at("over"),)),
-        Fact("own names", names_of_its_own, (at("named"),)),
+        *(
+            Fact(f"own names/{k}", names_of_its_own, (k, at(f"named-{k}")))
+            for k in ("ddp", "fsdp2")
+        ),
         *(Fact(f"bad/{k}", bad_states_are_refused, (k, at(f"bad-{k}"))) for k in ("ddp", "fsdp2")),
         Fact("another model", a_state_of_another_model_is_refused, (at("model"),)),
         Fact("user's folder", a_folder_of_the_user_is_kept, (at("mine"),)),

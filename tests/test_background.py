@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from shardema import CheckpointError, CheckpointManager, RankError, ShadowPolicy, ShardedEMA
+from shardema.files.folder import NewFolder
 from shardema.files.safetensors import NewFile
 from shardema.update.copy_on_write import CopyOnWrite
 from tests import world
@@ -354,6 +355,10 @@ def a_rank_that_does_not_write_is_named_in_time() -> None:
             pending.join()
         assert time.monotonic() - start < 3 + 5
         assert list(folder.iterdir()) == []
+        # it is not waited for once more
+        with pytest.raises(RankError, match=r"ranks \[1\] did not call .* within 2 s") as caught:
+            pending.result()
+        assert caught.value.rank == 1
     dist.barrier()
     gate.opened.set()  # it finds its folder gone
     with pytest.raises(RankError, match=r"ranks \[1\] did not write their part in time"):
@@ -361,8 +366,31 @@ def a_rank_that_does_not_write_is_named_in_time() -> None:
     ema.save(folder / "ema")
 
 
+def an_interrupt_of_the_first_rank_in_the_commit_leaves_the_ranks_in_step() -> None:
+    folder = shared()
+    _, ema = sharded()
+    first = dist.get_rank() == 0
+    real = NewFolder.finish
+
+    def interrupted(*_: Any) -> None:
+        NewFolder.finish = real  # type: ignore[method-assign]
+        raise KeyboardInterrupt
+
+    if first:
+        NewFolder.finish = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt if first else RankError):
+        ema.save(folder / "ema")
+    assert list(folder.iterdir()) == []
+    dist.barrier()
+    ema.save(folder / "ema")
+    ema.load(folder / "ema")
+
+
 def test_on_two_ranks() -> None:
     facts = [
+        world.Fact(
+            "interrupt", an_interrupt_of_the_first_rank_in_the_commit_leaves_the_ranks_in_step
+        ),
         world.Fact("training", training_goes_on),
         world.Fact("error", an_error_of_one_rank_is_raised_on_all),
         world.Fact("late", a_rank_that_does_not_write_is_named_in_time),

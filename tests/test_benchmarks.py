@@ -33,7 +33,10 @@ ON_TWO_RANKS = {
     "step": [*TWICE, "--mib", "1", "--tokens", "4", "--steps", "1", "--dtype", "bf16"],
     "swap": [*TWICE, "--mib", "1"],
     "gather": [*TWICE, "--mib", "1"],
+    "merge": [*TWICE, "--mib", "1", "--sources", "2"],
     "memory": ["--mib", "1", "--dtype", "bf16"],
+    "replicas": [*TWICE, "--mib", "1"],
+    "checkpoint": [*TWICE, "--mib", "1", "--train-mib", "1", "--tokens", "4", "--steps", "1"],
 }
 ON_ONE = {
     "scale": [*TWICE, "--ranks", "2", "4", "--tensors", "2", "4", "--layers", "1"],

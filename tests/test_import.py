@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from shardema import CheckpointError, ShadowPolicy, ShardedEMA, presets, schedules
 from tests import world
+from tests.libraries import train_by_lightning
 from tests.test_checkpoint import bits
 from tests.test_presets import CASES, IDS, one_weight, truth, weights
 
@@ -210,43 +211,22 @@ def test_after_ema_pytorchs_karras() -> None:
     "given", [{}, {"decay": 0.9, "update_every_n_steps": 4, "update_starting_at_step": 6}]
 )
 def test_after_lightning(given: dict[str, Any]) -> None:
-    pl = pytest.importorskip("lightning.pytorch")
-    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    model = one_weight()
 
-    class Walk(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            return self.weight.sum() * weights(batch_idx)
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=1.0)
-
-    class Beside(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-            average = theirs._average_model.module.weight
-            if trainer.global_step == 20:
-                ours.append(presets.lightning(module, **given))
-                ours[0].load_full({"weight": average.detach().clone()}, t=trainer.global_step)
-            elif ours:
-                ours[0].update()
-                told.append((ours[0].full_state_dict()["weight"].item(), average.item()))
+    def after(trainer: Any, averaged: nn.Module) -> None:
+        average = averaged.state_dict()["weight"]
+        if trainer.global_step == 20:
+            ours.append(presets.lightning(model, **given))
+            ours[0].load_full({"weight": average.clone()}, t=trainer.global_step)
+        elif ours:
+            ours[0].update()
+            told.append((ours[0].full_state_dict()["weight"].item(), average.item()))
 
     ours: list[ShardedEMA] = []
     told: list[tuple[float, float]] = []
-    theirs = callbacks.EMAWeightAveraging(**given)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[theirs, Beside()],
+    train_by_lightning(
+        model, lambda _, n: model.weight.sum() * weights(n), range(50), after, **given
     )
-    trainer.fit(Walk(), torch.utils.data.DataLoader(range(50)))
     assert len(told) == 30
     for got, expected in told:
         assert got == pytest.approx(expected, rel=1e-12, abs=1e-12)

@@ -30,7 +30,7 @@ from shardema.files.layouts import FILES, LAYOUTS, ema_model_fields
 from shardema.files.offline import export_checkpoint
 from tests import world
 from tests.contract import shared_folder
-from tests.libraries import CALLS, LIBRARIES, doubles, net, walk
+from tests.libraries import CALLS, LIBRARIES, doubles, net, train_by_lightning, walk
 from tests.test_checkpoint import bits
 from tests.test_import import unet
 
@@ -76,52 +76,29 @@ def test_20_updates_after_the_import_are_the_librarys(
 
 
 def test_20_updates_after_a_lightning_checkpoint(tmp_path: Path, in_doubles: None) -> None:
-    pl = pytest.importorskip("lightning.pytorch")
-    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
     given = {"decay": 0.9, "update_every_n_steps": 2}
+    model = net()
 
-    class Walk(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net()
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.net(batch).square().mean()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    class Beside(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-            average = theirs._average_model.module.net.state_dict()
-            if trainer.global_step == CALLS:
-                path = tmp_path / "last.ckpt"
-                trainer.save_checkpoint(path)
-                imported = importers.read(path, prefix="net.")
-                assert imported.format == "lightning"
-                assert imported.metadata["n_averaged"] == (CALLS + 1) // 2
-                ours.append(presets.lightning(module.net, **given))
-                ours[0].load_full(imported)
-                assert ours[0].num_updates == CALLS
-            elif ours:
-                ours[0].update()
-            if ours:
-                same(ours[0].full_state_dict(), average, trainer.global_step)
-                compared.append(trainer.global_step)
+    def after(trainer: Any, averaged: nn.Module) -> None:
+        if trainer.global_step == CALLS:
+            path = tmp_path / "last.ckpt"
+            trainer.save_checkpoint(path)
+            imported = importers.read(path, prefix="net.")
+            assert imported.format == "lightning"
+            assert imported.metadata["n_averaged"] == (CALLS + 1) // 2
+            ours.append(presets.lightning(model, **given))
+            ours[0].load_full(imported)
+            assert ours[0].num_updates == CALLS
+        elif ours:
+            ours[0].update()
+        if ours:
+            same(ours[0].full_state_dict(), averaged.state_dict(), trainer.global_step)
+            compared.append(trainer.global_step)
 
     ours: list[ShardedEMA] = []
     compared: list[int] = []
-    theirs = callbacks.EMAWeightAveraging(**given)
-    trainer = pl.Trainer(
-        max_steps=CALLS + 20,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[theirs, Beside()],
-    )
-    trainer.fit(Walk(), torch.utils.data.DataLoader(torch.randn(60, 3)))
+    batches = torch.randn(CALLS + 20, 3)
+    train_by_lightning(model, lambda x, _: model(x).square().mean() / 10, batches, after, **given)
     assert compared == list(range(CALLS, CALLS + 21))
 
 
@@ -470,6 +447,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "torch_ema, count": ({"shadow_params": [], "num_updates": -3, "decay": 0.9}, "num_updates"),
     "ema_pytorch, count": ({"initted": torch.tensor(True), "step": "a"}, "step: expected"),
     "ema_pytorch, fresh": ({"initted": torch.tensor(False), "step": 3}, "step is 3 before the f"),
+    "ema_pytorch, many": ({"initted": torch.ones(2), "step": 3}, "expected a number, got a tensor"),
+    "ema_pytorch, meta": (
+        {"initted": torch.ones((), device="meta"), "step": 3},
+        "expected a number, got a tensor",
+    ),
+    "lit_ema, endless": ({"decay": 10**400, "num_updates": 7, "w": torch.ones(1)}, "too large"),
+    "lit_ema, many": (
+        {"decay": torch.ones(2), "num_updates": 7, "w": torch.ones(1)},
+        "expected a number, got a tensor",
+    ),
     "lit_ema, count": ({"decay": torch.ones(1), "num_updates": -7, "w": torch.ones(1)}, "num_upd"),
     "lit_ema, decay": ({"decay": "x", "num_updates": 7, "w": torch.ones(1)}, "broken lit_ema"),
     "lightning, count": ({"current_model_state": {}, "state_dict": {}}, "broken lightning state"),

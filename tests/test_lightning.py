@@ -37,9 +37,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from shardema import ShardedEMA, schedules
+from shardema import CheckpointError, ShardedEMA, schedules
 from shardema.files.recognize import recognize
-from shardema.integrations.lightning import EMACallback
+from shardema.integrations.lightning import EMACallback, newest_checkpoint
 from tests import world
 from tests.test_stories import RUN, TORCHRUN, finish, killed_after, note, text  # noqa: F401
 from tests.world import Fact
@@ -685,6 +685,64 @@ def test_a_removed_checkpoint_takes_its_average_along(tmp_path: Path) -> None:
     trainer.fit(Module(), data(4), ckpt_path=str(tmp_path / "c/last.ckpt"))  # a link
     assert again.ema is not None
     assert again.ema.num_updates == 8
+
+
+def test_until_an_average_is_written_no_checkpoint_is_removed(tmp_path: Path) -> None:
+    class Looks(pl.Callback):
+        """After each save: all checkpoints but the last have their average."""
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            paths = sorted(place.glob("*.ckpt"))
+            seen.append(paths)
+            assert all(not folders(path)[0].startswith(".") for path in paths[:-1])
+
+    seen: list[list[Path]] = []
+    place = tmp_path / "c"
+    saving = ModelCheckpoint(place, "{step}", every_n_train_steps=1)
+    ema = EMACallback(DECAY, wait=False)
+    trainer = trainer_of(tmp_path, ema, saving, Looks())
+    trainer.fit(Module(), data(4))
+    assert [len(paths) for paths in seen] == [0, 1, 2, 2]
+    assert [path.name for path in place.glob("*.ckpt")] == ["step=4.ckpt"]
+    (token,) = folders(place / "step=4.ckpt")
+    assert torch.load(place / "step=4.ckpt", weights_only=False)["shardema"] == token
+    trainer.save_checkpoint(place / "step=4.ckpt")  # one that is there is replaced at once
+    assert folders(place / "step=4.ckpt") != [token]
+    assert ema.ema is not None
+    straight = EMACallback(DECAY)
+    trainer_of(tmp_path, straight).fit(Module(), data(4))
+    assert straight.ema is not None
+    resumed = EMACallback(DECAY)
+    trainer = trainer_of(tmp_path, resumed)
+    trainer.validate(Module(), data(1), ckpt_path=newest_checkpoint(place))
+    assert resumed.ema is not None
+    assert_equal(resumed.ema.full_state_dict(), straight.ema.full_state_dict())
+
+
+def test_the_newest_checkpoint_whose_average_is_whole_is_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(CheckpointError, match=r"has no \*.ckpt"):
+        newest_checkpoint(tmp_path)
+    place = tmp_path / "c"
+    saving = ModelCheckpoint(place, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer_of(tmp_path, EMACallback(DECAY), saving).fit(Module(), data(4))
+    at = [place / f"step={step}.ckpt" for step in range(1, 5)]
+    (token,) = folders(at[3])
+    Path(f"{at[3]}.ema", token).rename(Path(f"{at[3]}.ema", f".{token}.01234567.tmp"))
+    (stored,) = Path(f"{at[2]}.ema").glob("*/*.safetensors")
+    stored.write_bytes(stored.read_bytes()[:-1] + bytes([stored.read_bytes()[-1] ^ 1]))
+    at[1].unlink()
+    at[1].mkdir()  # sharded, and not complete
+    for number, path in enumerate(at):
+        os.utime(path, (number, number))
+    caplog.clear()
+    assert newest_checkpoint(place) == str(at[0])
+    said = [record.message for record in caplog.records]
+    assert [str(path) in line for path, line in zip(at[:0:-1], said, strict=True)] == [True] * 3
+    assert "was being written when the run ended" in said[0]
+    assert "its average is damaged" in said[1]
+    assert "it has no meta.pt or latest, which is written last" in said[2]
 
 
 def test_a_checkpoint_that_is_written_over_keeps_one_average(tmp_path: Path) -> None:

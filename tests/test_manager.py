@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -20,7 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from shardema import CheckpointError, CheckpointManager, ShardedEMA
-from tests import world
+from tests import faulty, world
 
 
 def averaged(start: float = 0.0) -> tuple[nn.Module, ShardedEMA]:
@@ -142,6 +143,27 @@ def test_a_step_that_cannot_be_removed_is_a_warning(
     assert names(tmp_path) == ["step-00000003"]
 
 
+def test_a_save_in_the_background_that_failed_may_be_made_again(tmp_path: Path) -> None:
+    model, ema = averaged()
+    manager = CheckpointManager(ema, tmp_path, wait=False)
+    train(model, ema, manager, range(1, 2))
+    manager.close()
+    with faulty.intercepted(no_shards):
+        manager.save(2)
+        with pytest.raises(CheckpointError) as caught:
+            manager.close()
+    assert caught.value.errno == errno.ENOSPC
+    manager.save(2)
+    manager.close()
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def no_shards(name: str, real: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    if name == "open" and str(args[0]).endswith(".safetensors"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), args[0])
+    return real(*args, **options)
+
+
 # ---- resuming -----------------------------------------------------------------------------------
 
 
@@ -171,18 +193,31 @@ def test_a_damaged_newest_step_is_skipped_told_and_made_anew(
     assert torch.equal(last.full_state_dict()["weight"], again.full_state_dict()["weight"])
 
 
-def test_where_no_step_can_be_loaded_it_raises_and_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_where_no_step_can_be_loaded_it_raises_and_changes_nothing(
+    tmp_path: Path, damaged: int
+) -> None:
+    """Steps that are damaged, or of other weights: without the model's checkpoint all are."""
     model, ema = averaged()
     with CheckpointManager(ema, tmp_path) as manager:
         train(model, ema, manager, range(1, 3))
-    for folder in tmp_path.glob("step-*"):
-        flip(shards(folder))
+    why = ["load from .* 2 of 2 weights of the model are not those"] * 2
+    for number, folder in enumerate(sorted(tmp_path.glob("step-*"), reverse=True)[:damaged]):
+        flip(folder / "shardema.json")
+        why[number] = "reading .*/shardema.json: "
     _, again = averaged(9.0)
-    with (
-        CheckpointManager(again, tmp_path) as manager,
-        pytest.raises(CheckpointError, match="none of the steps 2, 1 can be loaded; step 2: "),
-    ):
-        manager.resume()
+    text = f"none of the steps 2, 1 can be loaded; step 2: .*{why[0]}.*; step 1: .*{why[1]}"
+    with CheckpointManager(again, tmp_path) as manager:
+        with pytest.raises(CheckpointError, match=text):
+            manager.resume()
+        with pytest.raises(CheckpointError, match=f"step 1 cannot be loaded: .*{why[1]}"):
+            manager.resume(step=1)
+        with pytest.raises(CheckpointError, match="there is no step 3, only 1, 2"):
+            manager.resume(step=3)
+    with CheckpointManager(again, tmp_path / "empty") as manager:
+        with pytest.raises(CheckpointError, match="there is no step 3, only an empty directory"):
+            manager.resume(step=3)
+        assert manager.resume() is None
     assert again.t == 0
     assert (again.full_state_dict()["weight"] == 9.0).all()
 
@@ -206,18 +241,27 @@ def test_the_step_of_the_models_weights_is_resumed(
     assert again.num_updates == 3
 
 
-def test_without_the_models_checkpoint_nothing_is_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", ["lstat", "flock"])
+def test_a_disk_that_fails_is_not_taken_for_one_without_steps(tmp_path: Path, call: str) -> None:
     model, ema = averaged()
     with CheckpointManager(ema, tmp_path) as manager:
         train(model, ema, manager, range(1, 3))
-    _, again = averaged(9.0)
-    with (
-        CheckpointManager(again, tmp_path) as manager,
-        pytest.raises(CheckpointError, match=r"none of the steps 2, 1 can be loaded; step 2: "),
-    ):
-        manager.resume()
-    assert again.t == 0
-    assert (again.full_state_dict()["weight"] == 9.0).all()
+
+    def fails(name: str, real: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if name == call:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args, **options)
+
+    with faulty.intercepted(fails), pytest.raises(CheckpointError) as caught:
+        CheckpointManager(ema, tmp_path).resume()
+    assert (caught.value.errno, caught.value.path) == (errno.EIO, str(tmp_path))
+
+
+def test_the_directory_is_durable_before_a_step_is_in_it(tmp_path: Path) -> None:
+    with faulty.at_call(-1) as made, CheckpointManager(averaged()[1], tmp_path / "a/b") as manager:
+        manager.save(1)
+    place = made.index(f"mkdir {tmp_path / 'a/b'}")
+    assert f"fsync {tmp_path / 'a'}" in made[place : place + 4]
 
 
 def test_a_checkpoint_of_another_model_is_not_skipped(tmp_path: Path) -> None:
@@ -477,7 +521,7 @@ def on_two_ranks() -> None:
         if first:
             os.unlink(f"{name[0]}/step-00000006/shardema.json")
         dist.barrier()
-        with pytest.raises(CheckpointError, match="none of the steps 6 can be loaded"):
+        with pytest.raises(CheckpointError, match="step 6 cannot be loaded"):
             manager.resume()
         again = ema.full_state_dict(all_ranks=True)
         assert all(torch.equal(saved[k], again[k]) for k in saved)

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from shardema import ShardedEMA, presets
 from tests import world
+from tests.libraries import train_by_lightning
 
 # the decay at call n = 1, 2, ..., written as the library counts; None leaves the average alone
 Rule = Callable[[int], float | None]
@@ -241,7 +242,7 @@ def averages(ema: ShardedEMA, model: nn.Module, values: list[float]) -> Iterator
     for value in values:
         nn.init.constant_(model.weight, value)
         ema.update()
-        yield ema.full_state_dict()["weight"].item()
+        yield ema.full_state_dict(ema.names[0])["weight"].item()
 
 
 @pytest.mark.parametrize(("name", "given", "rule"), CASES, ids=IDS)
@@ -252,8 +253,41 @@ def test_a_preset_follows_its_formula(name: str, given: dict[str, Any], rule: Ru
         nn.init.constant_(model.weight, weights(n))
         ema.update()
         if n <= 40 or n % 29 == 0 or n == 1000:  # a gather takes longer than an update
-            got = ema.full_state_dict()["weight"].item()
+            got = ema.full_state_dict(ema.names[0])["weight"].item()
             assert got == pytest.approx(expected, rel=0, abs=1e-12), f"at call {n}"
+
+
+def test_bema_is_that_of_trl_and_survives_a_resume(tmp_path: Any) -> None:
+    """TRL's ``BEMACallback`` by its formula, in float64, at each of its updates."""
+    given: dict[str, Any] = {"update_freq": 4, "update_after": 6, "lag": 3, "multiplier": 0.5}
+    model = nn.Linear(2, 3, dtype=torch.float64)
+    ema = presets.trl_bema(model, **given)
+    theirs: dict[str, Tensor] = {}
+    start: dict[str, Tensor] = {}
+    for step in range(1, 201):
+        torch.manual_seed(step)
+        for param in model.parameters():
+            nn.init.normal_(param)
+        ema.update()
+        now = {name: value.clone() for name, value in model.state_dict().items()}
+        if step == 6:
+            theirs, start = dict(now), dict(now)
+        if step > 6 and (step - 6) % 4 == 0:
+            beta, alpha = (3 + 0.5 * step) ** -0.5, (3 + 0.5 * step) ** -0.2
+            theirs = {k: (1 - beta) * theirs[k] + beta * now[k] for k in now}
+            expected = {k: theirs[k] + alpha * (now[k] - start[k]) for k in now}
+            got = ema.full_state_dict(presets.bema(ema, lag=3, multiplier=0.5))
+            for name, value in expected.items():
+                torch.testing.assert_close(got[name], value, rtol=0, atol=1e-13)
+        if step == 100:  # a run that is killed and resumed
+            ema.save(tmp_path / "ema")
+            ema = presets.trl_bema(model, **given)
+            ema.load(tmp_path / "ema")
+
+
+def test_bema_needs_its_averages() -> None:
+    with pytest.raises(ValueError, match="got 'start', expected one of"):
+        presets.bema(ShardedEMA(nn.Linear(2, 2), 0.9))
 
 
 def every_preset_on_shards() -> None:
@@ -265,7 +299,7 @@ def every_preset_on_shards() -> None:
         for n in range(1, 121):
             nn.init.constant_(model.weight, weights(n))
             ema.update()
-        got = ema.full_state_dict(all_ranks=True)["weight"]
+        got = ema.full_state_dict(ema.names[0], all_ranks=True)["weight"]
         expected = torch.full_like(got, truth(rule, 120)[-1])
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12, msg=f"{name}, {given}")
 
@@ -463,7 +497,7 @@ def test_karras_has_its_width_at_any_interval(interval: int) -> None:
         row[(n - 1) // interval] = 1  # weight i is 1 at the i-th of them, and else 0
         ema.update()
         row[(n - 1) // interval] = 0
-    share = ema.full_state_dict()["weight"][0]
+    share = ema.full_state_dict(ema.names[0])["weight"][0]
     assert share.sum().item() == pytest.approx(1)
     mean = (share * calls).sum()
     std = (share * (calls - mean).square()).sum().sqrt() / end
@@ -474,43 +508,18 @@ def test_karras_has_its_width_at_any_interval(interval: int) -> None:
     "given", [{}, {"decay": 0.9, "update_every_n_steps": 4, "update_starting_at_step": 6}]
 )
 def test_lightning_is_lightnings_own(given: dict[str, Any]) -> None:
-    pl = pytest.importorskip("lightning.pytorch")
-    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    model, ended = one_weight(), []
+    ours = presets.lightning(model, **given)
 
-    class Walk(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    def after(_: Any, averaged: nn.Module) -> None:
+        ours.update()
+        if ours.num_updates > given.get("update_starting_at_step", 0) + 4:
+            average = averaged.state_dict()["weight"].item()
+            ended.append((ours.full_state_dict()["weight"].item(), average))
 
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            return self.weight.sum() * weights(batch_idx)
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=1.0)
-
-    class Beside(pl.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            ours.update()
-            if ours.num_updates > given.get("update_starting_at_step", 0) + 4:
-                ended.append(
-                    (ours.full_state_dict()["weight"].item(), average_of(theirs).weight.item())
-                )
-
-    def average_of(callback: Any) -> Any:
-        return callback._average_model.module
-
-    walk, ended = Walk(), []
-    theirs, ours = callbacks.EMAWeightAveraging(**given), presets.lightning(walk, **given)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[theirs, Beside()],
+    train_by_lightning(
+        model, lambda _, n: model.weight.sum() * weights(n), range(50), after, **given
     )
-    trainer.fit(walk, torch.utils.data.DataLoader(range(50)))
     assert len(ended) >= 40
     for got, expected in ended:
         assert got == pytest.approx(expected, rel=1e-12, abs=1e-12)

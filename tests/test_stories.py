@@ -9,16 +9,23 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
+import json
 import os
+import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "benchmarks/results/stories.csv"
@@ -87,7 +94,7 @@ def command(launcher: list[str], ranks: int, backend: str, text: Path, out: Path
 
 def finish(words: list[str]) -> str:
     done = subprocess.run(
-        words, cwd=ROOT, capture_output=True, text=True, timeout=200, env=one_thread()
+        words, cwd=ROOT, capture_output=True, text=True, timeout=400, env=one_thread()
     )
     wrong = [line for line in done.stderr.splitlines() if "rror" in line]
     assert done.returncode == 0, "\n".join([*wrong, done.stderr[-3000:]])
@@ -110,6 +117,11 @@ def descendants(parent: int) -> list[int]:
 
 def killed_after(words: list[str], sign: Path) -> None:
     """Starts it and kills all its processes, SIGKILL, as soon as ``sign`` is there."""
+    killed_once(words, sign.exists)
+
+
+def killed_once(words: list[str], happened: Callable[[], bool], delay: float = 0.0) -> None:
+    """Starts it and kills all its processes, SIGKILL, ``delay`` seconds after it happened."""
     process = subprocess.Popen(
         words,
         cwd=ROOT,
@@ -117,14 +129,17 @@ def killed_after(words: list[str], sign: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    end = time.monotonic() + 120
-    while not sign.exists() and time.monotonic() < end and process.poll() is None:
+    end = time.monotonic() + 900
+    while not (seen := happened()) and time.monotonic() < end and process.poll() is None:
         time.sleep(0.002)
+    time.sleep(delay)
+    ended = process.poll()
     for pid in [*descendants(process.pid), process.pid]:  # torchrun's workers have own sessions
         with contextlib.suppress(ProcessLookupError):  # gone since we looked
             os.kill(pid, signal.SIGKILL)
     process.wait()
-    assert sign.exists()
+    assert ended is None, f"it ended by itself, with status {ended}"
+    assert seen, "what was waited for did not happen in time"
 
 
 @pytest.mark.timeout(600)
@@ -142,8 +157,9 @@ def test_a_killed_run_goes_on_to_the_same_average(
     start = time.monotonic()
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     finish(command(LAUNCHERS[launcher], ranks, backend.split()[0], text, straight))
-    words = command(LAUNCHERS[launcher], ranks, backend, text, broken)
-    killed_after(words, broken / "step-000008")
+    words = [*command(LAUNCHERS[launcher], ranks, backend, text, broken), "--async-save"]
+    killed_after(words, broken / "average/step-00000008")
+    killed_after([*words, "--resume"], broken / "step-000020")
     assert not (broken / "export").exists()
     finish([*words, "--resume"])
     files = [folder / "export/model.safetensors" for folder in (straight, broken)]
@@ -165,7 +181,85 @@ def test_a_killed_run_goes_on_to_the_same_average(
         note(backend, ranks, launcher, start)
 
 
-def note(backend: str, ranks: int, launcher: str, start: float) -> None:
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("backend", ["fsdp2", "zero3", "ddp"])
+def test_ten_kills_in_asynchronous_saves_leave_no_trace(
+    backend: str, text: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if backend == "zero3":
+        request.getfixturevalue("deepspeed_operators")
+    start = time.monotonic()
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    finish([*many_steps(backend, text, straight), "--save-every", str(MANY)])
+    words = [*many_steps(backend, text, broken), "--async-save", "--keep-last", "2"]
+    rng = random.Random(backend)
+    for _ in range(10):
+        killed_once(*kill_of(words, broken, rng))
+    finish(resuming(words, broken))
+    assert facts_of(straight) == facts_of(broken)
+    kept = sorted(path.name for path in broken.glob("*/step-*"))
+    assert kept == [f"step-{MANY - back:08d}" for back in (SAVE_EVERY, 0)]
+    kept = sorted(path.name for path in broken.glob("step-*"))
+    assert kept == [f"step-{MANY - back:06d}" for back in (SAVE_EVERY, 0)]
+    assert not [*broken.glob(".*"), *broken.glob("*/.step-*")]
+    note(backend, 2, "torchrun", start, "train, ten SIGKILLs in asynchronous saves")
+
+
+MANY, SAVE_EVERY = 300, 4
+
+
+def many_steps(backend: str, text: Path, out: Path) -> list[str]:
+    words = command(TORCHRUN, 2, backend, text, out)
+    return [*words, "--steps", str(MANY), "--eval-every", "50"]
+
+
+def resuming(words: list[str], out: Path) -> list[str]:
+    """The command line that goes on; from the beginning, if no pair was complete."""
+    if any(out.glob("average/step-*")):
+        return [*words, "--resume"]
+    shutil.rmtree(out, ignore_errors=True)
+    return words
+
+
+def kill_of(
+    words: list[str], out: Path, rng: random.Random
+) -> tuple[list[str], Callable[[], bool], float]:
+    """What to start, and the moment to kill it: at a stage of a save that is drawn, or later."""
+    words = resuming(words, out)
+    pattern = rng.choice(["step-*", ".partial-step-*", "average/.step-*", "average/step-*"])
+    reached = newest(out, "*step-*", "average/*step-*") + SAVE_EVERY * rng.randrange(1, 6)
+
+    def happened() -> bool:  # what is there for a moment only may be missed, and then comes again
+        return newest(out, pattern) >= reached or newest(out, "step-*") > reached + SAVE_EVERY
+
+    return words, happened, rng.uniform(0.0, 0.05)
+
+
+def newest(out: Path, *patterns: str) -> int:
+    """The highest step in the names of these files, also of hidden ones; else 0."""
+    names = [path.name for pattern in patterns for path in out.glob(pattern)]
+    return max((int(re.findall("[0-9]{6,}", name)[0]) for name in names), default=0)
+
+
+def facts_of(out: Path) -> list[Any]:
+    """All that a run leaves: losses, the averages' bits and counters, the weights' fingerprints."""
+    (step,) = out.glob(f"average/step-{MANY:08d}")
+    body = json.loads((step / "shardema.json").read_text())["body"]
+    assert body["averages"]["ema"]["num_updates"] == MANY
+    tensors = [load_file(path) for path in sorted(step.glob("*.safetensors"))]
+    held = [{k: v.numpy().tobytes() for k, v in one.items()} for one in tensors]
+    export = (out / "export/model.safetensors").read_bytes()
+    return [(out / "log.csv").read_text(), body["averages"], body["model"], held, export]
+
+
+def note(
+    backend: str,
+    ranks: int,
+    launcher: str,
+    start: float,
+    story: str = "train, SIGKILL, resume, export, evaluate",
+) -> None:
     """Appends a row for the story that was lived."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
@@ -177,7 +271,6 @@ def note(backend: str, ranks: int, launcher: str, start: float) -> None:
             writer.writerow(
                 ["commit", "date", "torch", "device", "backend", "ranks", "launcher", "story", "s"]
             )
-        story = "train, SIGKILL, resume, export, evaluate"
         day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         seconds = round(time.monotonic() - start, 1)
         row = [commit, day, torch.__version__, "cpu", backend, ranks, launcher, story, seconds]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -40,7 +41,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from shardema import ShardedEMA, schedules
+from shardema import CheckpointError, ShardedEMA, schedules
 from shardema.integrations.transformers import FOLDER, EMACallback
 from tests import world
 from tests.test_stories import RUN, TORCHRUN, finish, killed_after, note, text
@@ -629,6 +630,52 @@ def test_a_checkpoint_has_its_average_before_its_other_files(tmp_path: Path) -> 
     assert len(seen) == 4
 
 
+REASONS = (
+    "/ema was being written when the run ended",
+    "it has no trainer_state.json, which the trainer writes last",
+    "its average is damaged: .*: checksum mismatch in bytes 0 to ",
+    "its average is of other weights: [0-9]+ of [0-9]+ weights of .*checkpoint-3",
+)
+
+
+def test_the_newest_checkpoint_whose_average_is_whole_and_of_its_weights_is_resumed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = EMACallback(DECAY, wait=False)  # the same files, by a thread
+    trained(tmp_path, first, max_steps=6, save_total_limit=6, **SAVE)
+    at = [tmp_path / f"checkpoint-{step}" for step in range(7)]
+    (at[6] / FOLDER).rename(at[6] / f".{FOLDER}.01234567.tmp")  # killed while it was written
+    (at[5] / "trainer_state.json").unlink()
+    flip(at[4] / FOLDER)
+    shutil.rmtree(at[3] / FOLDER)
+    shutil.copytree(at[2] / FOLDER, at[3] / FOLDER)
+    callback = EMACallback(DECAY, wait=False)
+    trainer = make(tmp_path, callback, max_steps=6, **SAVE)
+    trainer.train(resume_from_checkpoint=True)
+    said = [record.message for record in caplog.records if "was skipped" in record.message]
+    for folder, line, why in zip(at[:2:-1], said, REASONS, strict=True):
+        begin = f"resume from {tmp_path}: {folder} was skipped, {at[2]} is the newest that can be"
+        assert re.match(f"{begin} resumed from: .*{why}", line)
+    assert same(full(first), full(callback))
+    assert same(loaded(tmp_path), full(first))
+    assert sorted(path.name for path in at[6].glob("*ema*")) == [FOLDER]  # and nothing is left
+    for folder in at[1:]:
+        flip(folder / FOLDER)
+    with pytest.raises(CheckpointError, match=r"none of checkpoint-6, checkpoint-5, .* resumed"):
+        make(tmp_path, EMACallback(DECAY), **SAVE).train(resume_from_checkpoint=True)
+    trainer = make(tmp_path, EMACallback(DECAY, wait=False), save_total_limit=1, **SAVE)
+    with pytest.raises(ValueError, match="got wait=False and save_total_limit=1"):
+        trainer.train()
+
+
+def flip(folder: Path) -> None:
+    """Changes the last bit of an average."""
+    (path,) = folder.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 def refused(folder: Path, callback: EMACallback, error: type[Exception], words: str) -> None:
     """Resuming raises, and neither the model nor the callback has changed."""
     trainer = make(folder, callback)
@@ -657,7 +704,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_unless_told(tmp_path: Path) -
     callback = EMACallback(DECAY)
     trainer = make(tmp_path, callback)
     with pytest.raises(ValueError, match="another model"):
-        trainer.train(resume_from_checkpoint=True)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert callback.ema is None
     shutil.rmtree(place)
     refused(tmp_path, EMACallback(DECAY), ValueError, "saved without this callback.*allow_missing")

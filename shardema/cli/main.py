@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-import torch
 
 from shardema import importers
 from shardema.cli import logs, spec
 from shardema.cli.checks import diff, prune, verify
+from shardema.cli.chosen import DTYPES, merge, reconstruct
 from shardema.cli.looks import inspect
 from shardema.cli.tables import Commands, one_line, printable, progress
 from shardema.cli.texts import describe, unit_of
@@ -27,8 +27,6 @@ from shardema.files.profiles import read_profile
 from shardema.importers import converting
 from shardema.profiles import Profile
 from shardema.schedules import Schedule
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,13 +39,15 @@ main.add_command(inspect)
 main.add_command(verify)
 main.add_command(diff)
 main.add_command(prune)
+main.add_command(reconstruct)
+main.add_command(merge)
 
 
 @main.command()
 @click.argument("checkpoint", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option("--average", help="Name of the average, if there are several.")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Dtype of the weights in OUT.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Dtype of the weights in OUT.")
 @click.option(
     "--layout", type=click.Choice(LAYOUTS), default="hf", show_default=True, help="What reads OUT."
 )
@@ -74,7 +74,7 @@ def export(
             checkpoint,
             out,
             average=average,
-            dtype=_DTYPES[dtype] if dtype else None,
+            dtype=DTYPES[dtype] if dtype else None,
             layout=layout,
             max_shard_size=max_shard_size,
             partial=partial,
@@ -92,7 +92,7 @@ def export(
 @click.option("--key", default="", help="The part of IN that holds the average.")
 @click.option("--prefix", default="", help="What names in IN begin with and the model's do not.")
 @click.option("--trust", is_flag=True, help="Allow the pickle in a DCP folder to run code.")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Dtype of the weights in OUT.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Dtype of the weights in OUT.")
 @click.option(
     "--layout", type=click.Choice(LAYOUTS), default="hf", show_default=True, help="What reads OUT."
 )
@@ -120,7 +120,7 @@ def convert(
         converting.write(
             found,
             out,
-            dtype=_DTYPES[dtype] if dtype else None,
+            dtype=DTYPES[dtype] if dtype else None,
             layout=layout,
             max_shard_size=max_shard_size,
             done=bar.update,

@@ -156,6 +156,46 @@ def decay(
     return _finish(figure, axes, clocks)
 
 
+def reached(
+    edges: NDArray[np.float64],
+    wanted: NDArray[np.float64],
+    found: NDArray[np.float64],
+    *,
+    target: str,
+    residual: float,
+    unit: str = "step",
+) -> Figure:
+    """Plots the profile that was wanted and the one that snapshots reach.
+
+    Args:
+        edges: of cells of time, [n + 1].
+        wanted, found: their masses, [n].
+        target, residual: for the title.
+        unit: of the time.
+
+    >>> figure = reached(np.arange(3.0), np.array([0.0, 1.0]), np.array([0.1, 0.9]), target="x",
+    ...                  residual=0.1)
+    >>> figure.axes[0].get_xlabel()
+    'step'
+    """
+    figure, axes = _figure()
+    last = len(edges) - 1
+    coarse = np.unique(np.append(np.arange(0, last, max(1, last // 1000)), last))
+    for number, (label, masses) in enumerate((("wanted", wanted), ("reached", found))):
+        heights = np.diff(np.append(0, np.cumsum(masses))[coarse]) / np.diff(edges[coarse])
+        axes.stairs(heights, edges[coarse], baseline=None, label=label, **_style(number))
+    held = np.flatnonzero(np.abs(wanted) + np.abs(found) > 1e-9)
+    start = edges[held[0]] if len(held) else edges[0]
+    axes.set_xlim(start - 0.05 * (edges[-1] - start), edges[-1])
+    axes.set_title(f"{target} at {edges[-1]:,.0f}: residual {residual:.2g}", parse_math=False)
+    axes.set_ylabel(f"weight of one {unit}", parse_math=False)
+    axes.set_xlabel(unit, parse_math=False)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
 def curves(
     log: str | os.PathLike[str] | Sequence[logs.Row],
     *,

@@ -12,15 +12,19 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from shardema import presets, schedules
+from shardema.posthoc.targets import CURVES, Target, window
 from shardema.schedules import Schedule, as_schedule
 
 _LONGEST = 1000  # characters
+# a curve by its name, bare: minus-sqrt would be a difference
+_CURVE = re.compile(rf"([,=(]\s*)({'|'.join(CURVES)})(\s*[,)])")
 _OPTIONS = {"model", "options"}  # parameters of every preset that are not from the library
 
 
@@ -65,6 +69,30 @@ def preset(text: str) -> dict[str, Schedule]:
     if len(made) == 1:
         return {text: next(iter(made.values()))}
     return {f"{text}, average {name!r}": rule for name, rule in made.items()}
+
+
+def target(text: str) -> Target:
+    """Parses a target of `shardema.posthoc`: a schedule, or a window.
+
+    Args:
+        text: ``"power(0.10)"``, ``"window(20000, minus-sqrt)"``.
+
+    Raises:
+        ValueError: the string cannot be parsed, or an argument is rejected.
+
+    >>> print(target("window(200, minus-sqrt)"))
+    window(200, minus-sqrt)
+    """
+    quoted = _CURVE.sub(r"\1'\2'\3", text) if text.strip().startswith("window") else text
+    found = _value(_parse(quoted), {**_schedules(), "window": window}, text)
+    if isinstance(found, window):
+        return found
+    if isinstance(found, str | list | None | int | float):
+        raise ValueError(
+            f"got {text!r}, expected a target such as power(0.10) or window(20000, minus-sqrt)"
+        )
+    made: Schedule = _made(lambda: as_schedule(found), text)
+    return made
 
 
 def rules(text: str) -> dict[str, Schedule]:

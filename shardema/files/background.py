@@ -33,6 +33,7 @@ from shardema.files.safetensors import reporting
 from shardema.ranks.agree import Ranks, patience
 from shardema.ranks.messages import mark_shared, packed, unpacked
 
+_BEAT = 1.0  # seconds between two signs that the first rank is alive
 _PAUSES = (0.01, 1.0)  # seconds between two looks for the other ranks' files, at first and at most
 
 
@@ -56,6 +57,7 @@ class PendingSave:
         self._work: tuple[Callable[[], Any], Callable[[Sequence[Any]], None]] | None
         self._work = write, commit
         self._error: BaseException | None = None
+        self._late = False  # the thread has waited for other ranks in vain
         _unfinished.append(self)
         # not a daemon: the interpreter waits for it
         self._thread = threading.Thread(target=self._run, name="shardema-save")
@@ -85,6 +87,7 @@ class PendingSave:
             self._outcome,
             lambda told: [error for error in told if error is not None],
             nbytes=self._nbytes,
+            known_late=lambda: self._late,
         )
         self.finished = True
         if errors:
@@ -100,6 +103,9 @@ class PendingSave:
             raise self._error
 
     def _outcome(self) -> dict[str, Any] | None:
+        while self._ranks.leader and self._ranks.size > 1 and self._thread.is_alive():
+            self._ranks.beat()  # it may be waiting for a rank that is gone, and the others for it
+            self._thread.join(_BEAT)
         try:
             self.join()
         except BaseException as error:
@@ -158,7 +164,8 @@ class PendingSave:
                 missing.remove(index)
             if missing:
                 if time.monotonic() > end:
-                    raise self._late(missing)
+                    self._late = True
+                    raise self._of_late(missing)
                 time.sleep(pause)
                 pause = min(2 * pause, _PAUSES[1])
         return [found[index] for index in sorted(found)]
@@ -170,7 +177,7 @@ class PendingSave:
             places.remove(path)
         return entry
 
-    def _late(self, missing: list[int]) -> RankError:
+    def _of_late(self, missing: list[int]) -> RankError:
         ranks = [self._ranks.ranks[index] for index in missing]
         return RankError(
             f"save to {self._new.folder}: ranks {ranks} did not write their part in time; the "

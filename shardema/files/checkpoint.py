@@ -65,6 +65,7 @@ class _Box:
         key: its name in the file.
         number: of its tensor.
         average: name of the average, None for the model's own tensors.
+        dtype: that the values are written in.
     """
 
     key: str
@@ -104,17 +105,19 @@ def save_averages(
     overwrite: bool,
     extra: Callable[[str], None],
     shared: Averages | None,
+    follows: str = "",
 ) -> PendingSave | None:
-    """Writes all averages, the model's buffers and, optionally, frozen parameters. Collective.
+    """Writes averages, the model's buffers and, optionally, frozen parameters. Collective.
 
     Args:
-        averages: every average of the model.
+        averages: those to write, each in the dtype of its contents.
         own: the model's own tensors.
         progress: by name of the average.
         merged_state: how the model's own code changes its state dict.
         weights: this rank's shards of the averaged tensors, whose fingerprints are stored.
         include_frozen: also the parameters that are not averaged.
         overwrite, extra, shared: as for `save`.
+        follows: id of the save before in a chain of snapshots, on the leader; else empty.
     """
     if include_frozen:
         merged_state.check_tensors(
@@ -138,17 +141,21 @@ def save_averages(
     left_out += sorted(merged_state.holders)
     sources = [*(one.only(averaged) for one in averages), own.only(rest)]
     parts = pairing.local_parts(own.plan, weights, own.ranks)
-    saving = _Saving(sources, progress, left_out, parts, own.ranks)
+    saving = _Saving(sources, progress, left_out, parts, own.ranks, follows)
     return save(folder, saving, extra=extra, overwrite=overwrite, shared=shared)
 
 
-def progress_of(average: Average) -> StoredAverage:
-    """Schedule, clock, dtype and history of an average, as the manifest stores them."""
+def progress_of(average: Average, dtype: torch.dtype | None = None) -> StoredAverage:
+    """Schedule, clock, dtype and history of an average, as the manifest stores them.
+
+    Args:
+        dtype: that it is written in; None for its own.
+    """
     return StoredAverage(
         describe(average.schedule),
         average.t,
         average.num_updates,
-        str(average.policy.dtype).removeprefix("torch."),
+        str(dtype or average.policy.dtype).removeprefix("torch."),
         average.moved_at,
         average.ledger.history(),
     )
@@ -164,6 +171,7 @@ class _Saving:
         left_out: names that an export of the full model has and that are not written.
         parts: this rank's fingerprints of the model.
         ranks: the ranks that write.
+        follows: id of the save before in a chain.
     """
 
     sources: Sequence[Contents]
@@ -171,6 +179,7 @@ class _Saving:
     left_out: Sequence[str]
     parts: Sequence[pairing.Part]
     ranks: Ranks
+    follows: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -194,6 +203,7 @@ class _Saving:
             tuple(_stored_file(entry, tensors) for entry, _ in told if entry is not None),
             new.place,
             model=pairing.merged(self.sources[-1].plan, [theirs for _, theirs in told]),
+            follows=self.follows,
         )
         new.finish({manifests.NAME: manifests.pack(manifest)})
 
@@ -285,7 +295,7 @@ def _boxes_of(sources: Sequence[Contents], ranks: Ranks) -> tuple[list[_Box], li
                     key += "#"
                 taken.add(key)
                 tensors.append(source.holdings(index, box))
-                dtype = tensors[-1].dtype
+                dtype = source.dtype(item)
                 found.append(_Box(key, first + number, box, source.name, dtype))
         first += len(source.chosen)
     return found, tensors
@@ -336,7 +346,7 @@ def _chunks(
     yield memoryview(head)
     for i in order:
         limit = max(1, _CHUNK // boxes[i].dtype.itemsize)
-        yield from map(raw_bytes, values.parts(i, limit))
+        yield from (raw_bytes(part.to(dtype=boxes[i].dtype)) for part in values.parts(i, limit))
 
 
 def _tensors(sources: Sequence[Contents]) -> tuple[StoredTensor, ...]:

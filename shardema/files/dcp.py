@@ -7,12 +7,16 @@ boxes: it has the full tensor's shape, stores this rank's part, and implements D
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from shardema.errors import CheckpointError
 from shardema.files import histories
 from shardema.ranks.plan import Plan
 from shardema.schedules import describe
@@ -176,3 +180,34 @@ class BoxedTensor(torch.Tensor):
             if torch.Size(box.offsets) == index.offset:
                 return values
         raise KeyError(f"{index.fqn}: no chunk at {index.offset} on this rank")
+
+
+# ---- folders that others wrote ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """A tensor in a folder of torch.distributed.checkpoint, under the key that it has there."""
+
+    folder: str
+    key: str
+    dtype: torch.dtype
+    shape: Dims
+
+
+def load_chunks(folder: str, state: dict[str, Any]) -> None:
+    """``dcp.load`` on this rank alone. The folder must be trusted: its metadata is a pickle.
+
+    Raises:
+        CheckpointError: it could not be read.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the ranks do not read together
+            load(state, checkpoint_id=os.fspath(folder), no_dist=True)
+    except CheckpointException as error:
+        reasons = [failure for failure, _ in error.failures.values()]
+        raise CheckpointError(f"reading {folder}: {reasons!s:.500}", path=folder) from error

@@ -210,7 +210,7 @@ def export(
         new_folder(folder, "export", ranks) as new,
         Writer(new.path, targets, bar.update) as writer,
     ):
-        direct = _choose_mode(new.path, mode, ranks) == "direct"
+        direct = choose_mode(new.path, mode, ranks) == "direct"
         own, streamed = _divide(contents, direct)
         prepared = _make_room(new.path, targets, streamed)
         with bar:
@@ -311,7 +311,7 @@ def _make_room(folder: str, targets: Sequence[Target], streamed: Contents) -> li
     return prepared
 
 
-def _choose_mode(temporary: str, mode: Mode, ranks: Ranks) -> str:
+def choose_mode(temporary: str, mode: Mode, ranks: Ranks) -> str:
     def facts() -> list[Any]:
         with reporting(temporary, "export to"):
             return [host_id(), is_local(temporary)]

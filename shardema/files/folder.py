@@ -40,7 +40,7 @@ from shardema.files.safetensors import (
     sync_tree,
     write_file,
 )
-from shardema.files.steps import is_folder, lock
+from shardema.files.steps import is_folder, is_locked, lock
 from shardema.ranks.agree import Ranks
 
 _REPLACED = "replaced.json"  # the old manifest, until the new one is durable
@@ -66,6 +66,7 @@ class NewFolder:
         self._made: list[str] = []  # parent folders that were created
         self._lock = -1  # on the temporary folder: a manager removes those that are not locked
         self._moving = False  # the manifest of a replacement may have been renamed
+        self._undone = False  # a rename was undone, and the disk may have either of the two
 
     def begin(self, folder: str | os.PathLike[str], overwrite: bool) -> None:
         """Creates the folder to write to. Collective."""
@@ -178,17 +179,22 @@ class NewFolder:
                     path=self.folder,
                     errno=error.errno,
                 ) from error
+            self._undone = not _synced(parent)
             raise
 
     def _clear(self, old: Manifest, kept: str) -> None:
         """Removes the files of the replaced checkpoint, and those of killed saves."""
         with contextlib.suppress(OSError):
             os.unlink(kept)
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self.folder):
-                path = os.path.join(self.folder, name)
-                if PLACE.fullmatch(name) and name != self.place and is_folder(path):
-                    shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError, CheckpointError):
+            names = {name for name in os.listdir(self.folder) if PLACE.fullmatch(name)}
+            paths = {name: os.path.join(self.folder, name) for name in names - {self.place}}
+            left = [n for n, path in paths.items() if n == old.place or not is_locked(path)]
+            # another save may have replaced this one since; while it did that, it was locked
+            current = manifests.read(self.folder, self._op, files=False).place
+            for name in left:
+                if name != current and is_folder(paths[name]):
+                    shutil.rmtree(paths[name], ignore_errors=True)
         for file in () if old.place else old.files:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self.folder, file.name))
@@ -208,7 +214,8 @@ class NewFolder:
         if not self._ranks.leader:
             return
         moved = self._moving and not os.path.lexists(os.path.join(self.path, NAME))
-        if self.path and not moved:
+        # else a power failure could bring the new name back, without its files
+        if self.path and not moved and not self._undone:
             shutil.rmtree(self.path, ignore_errors=True)
         for path in reversed(self._made):
             with contextlib.suppress(OSError):
@@ -263,6 +270,14 @@ def _exists(path: str) -> bool:
     try:
         os.lstat(path)
     except FileNotFoundError:
+        return False
+    return True
+
+
+def _synced(path: str) -> bool:
+    try:
+        sync_path(path)
+    except OSError:
         return False
     return True
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -185,7 +186,14 @@ def add_fields(folder: str, fields: Mapping[str, Any]) -> None:
             "layout='hf'",
             path=path,
         )
-    config = json.loads(read_whole(path, _MAX_CONFIG)) | fields
+    config = json.loads(read_whole(path, _MAX_CONFIG))
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"export to {folder}: the model's config.json holds {reprlib.repr(config)}, and "
+            "EMAModel needs an object with the model's fields; give layout='hf'",
+            path=path,
+        )
+    config |= fields
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -13,9 +13,10 @@ from shardema.files import checkpoint, histories, manifest, pairing, remote, sou
 from shardema.files.dcp import BoxedTensor
 from shardema.files.manifest import Manifest, ReadRequest
 from shardema.files.sources import Imported
+from shardema.policy import ShadowPolicy
 from shardema.profiles import History
 from shardema.ranks.plan import Plan
-from shardema.schedules import describe
+from shardema.schedules import constant, describe
 from shardema.update.average import Average
 from shardema.update.averages import Averages
 from shardema.update.shadows import Shadows, allocate
@@ -195,16 +196,42 @@ def read_full(
     if known is None and unit == "step":
         known = progress(None, source.num_updates, unit)
     restart = average.check_seed(label, known)
-    chunked = len(averages.weights.models) > 1
-    names = sources.match(label, source, plan, beside, chunked)
-    held = averages.held(average)
-    staging = allocate(held, average.policy, pin=False)
-    with remote.patience(averages.ranks.timeout):
-        sources.read_shards(source, names, held, staging.views)
+    staging = _read_values(label, source, average.policy, averages, plan, beside)
     begin = average.moved_at if restart is None else restart[0]
     history = History(begin, imported=True)
     seed = restart and (*restart, None)
     return StagedAverage(average, staging, seed, history, loaded=True)
+
+
+def read_beside(
+    label: str, source: Imported, averages: Averages, plan: Plan, beside: Collection[str]
+) -> Average:
+    """An average of the same model that no update changes, from full tensors. Local.
+
+    Args:
+        label: begins the error messages.
+        plan, beside: as for `read_full`.
+    """
+    policy, schedule = ShadowPolicy(), constant(1.0, averages.unit)
+    shadows = _read_values(label, source, policy, averages, plan, beside)
+    return Average(source.path, schedule, policy, shadows, loaded=True)
+
+
+def _read_values(
+    label: str,
+    source: Imported,
+    policy: ShadowPolicy,
+    averages: Averages,
+    plan: Plan,
+    beside: Collection[str],
+) -> Shadows:
+    chunked = len(averages.weights.models) > 1
+    names = sources.match(label, source, plan, beside, chunked)
+    held = averages.weights.local_slices(policy)
+    staging = allocate(held, policy, pin=False)
+    with remote.patience(averages.ranks.timeout):
+        sources.read_shards(source, names, held, staging.views)
+    return staging
 
 
 # ---- a state dict -----------------------------------------------------------------------------

@@ -126,6 +126,7 @@ class Manifest:
             forward uses) and ``"masters"`` (an engine's in fp32) and by fqn; empty before 1.2.
         place: name of the subfolder with the files, "" if they are beside the manifest.
         home: path of the folder with the files; set by `read`.
+        follows: ``save_id`` of the snapshot before this one; empty for others.
     """
 
     save_id: str
@@ -137,6 +138,7 @@ class Manifest:
     place: str = ""
     home: str = ""
     model: dict[str, dict[str, Fingerprint]] = field(default_factory=dict)
+    follows: str = ""
 
 
 def pack(manifest: Manifest) -> bytes:
@@ -172,6 +174,7 @@ def pack(manifest: Manifest) -> bytes:
             for t in manifest.tensors
         ],
         "left_out": manifest.left_out,
+        **({"follows": manifest.follows} if manifest.follows else {}),
         "place": manifest.place,
         "model": {
             kind: {fqn: [one.dtype, one.digits] for fqn, one in values.items()}
@@ -291,6 +294,7 @@ def _parse(body: Any, folder: str) -> Manifest:
         place,
         os.path.join(folder, place) if place else folder,
         _model(body.get("model", {}), {tensor.fqn for tensor in tensors if tensor.average}),
+        checked_text(body.get("follows", "")),
     )
 
 

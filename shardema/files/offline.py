@@ -90,7 +90,7 @@ def export_checkpoint(
     targets, indices = plan_targets(tensors, limit)
 
     def configs(place: str) -> None:
-        _copy_configs(stored.home, place, {target.stem for target in targets}, written)
+        copy_configs(stored.home, place, {target.stem for target in targets}, written)
         if fields:
             layouts.add_fields(place, fields)
 
@@ -215,7 +215,7 @@ def choose_average(stored: Manifest, average: str | None) -> str:
     return names[0] if average is None else average
 
 
-def _copy_configs(folder: str, temporary: str, stems: set[str], dtype: torch.dtype | None) -> None:
+def copy_configs(folder: str, temporary: str, stems: set[str], dtype: torch.dtype | None) -> None:
     """Copies the configs that belong to files of these stems, with the dtype of this export."""
     adapters = [os.path.dirname(stem) for stem in stems if stem not in WHOLE]
     for name in [os.path.join(place, _ADAPTER) for place in adapters] or _CONFIGS:

@@ -7,6 +7,7 @@ import re
 
 from shardema.errors import CheckpointError
 from shardema.files import manifest as manifests
+from shardema.files.manifest import Manifest
 from shardema.files.offline import choose_average
 from shardema.profiles import Profile
 
@@ -36,13 +37,22 @@ def read_profile(
     names = [(t.fqn, *t.aliases) for t in tensors if fqn in (t.fqn, *t.aliases)]
     if fqn is not None and not names:
         raise ValueError(f"fqn: got {fqn!r}, expected the name of a tensor of {average!r}")
-    profile = stored.averages[average].profile(names[0] if names else ())
+    return profile_in(stored, os.fspath(folder), average, names[0] if names else ())
+
+
+def profile_in(stored: Manifest, folder: str, average: str, names: tuple[str, ...] = ()) -> Profile:
+    """The profile of an average of a checkpoint that was read; of the tensor with these names.
+
+    Raises:
+        CheckpointError: its history makes no sense.
+    """
+    profile = stored.averages[average].profile(names)
     try:
         profile.retained([profile.start])  # applies every schedule once
     except _NONSENSE as error:
         raise CheckpointError(
-            f"reading {os.fspath(folder)}: {error!r:.300} in the history of {average!r}; it was "
-            "not written by ema.save",
-            path=os.fspath(folder),
+            f"reading {folder}: {error!r:.300} in the history of {average!r}; it was not written "
+            "by ema.save",
+            path=folder,
         ) from error
     return profile

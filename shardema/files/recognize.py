@@ -45,7 +45,8 @@ _LATEST = "latest"
 _TAG = re.compile(r"[^/\x00-\x1f]{1,200}")
 _MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
 _OPTIM_STATES = re.compile(r"(\w+_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
-_STEP_PROGRESS = re.compile(rb"([\w.]{1,200}\.)?progress\.[\w.-]{1,200}\.num_updates")
+_PROGRESS, _COUNT = b"progress.", b".num_updates"  # in a key, around the average's name
+_LONGEST = 200  # bytes of a name in such a key
 _HEAD = 1 << 20  # bytes of a pickle that are looked at
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # the number that torch.save began with
@@ -250,25 +251,38 @@ def _dcp(path: str) -> Recognized:
         head = bytes(read_at(fd, 0, min(size, 16 * _HEAD), path))
     with reporting(path, "reading"):
         files = [name for name in os.listdir(path) if name.endswith(".distcp")]
-    # keys are plain text in the pickle, which is not unpickled
-    match = _STEP_PROGRESS.search(head)
+    key = _key_of_averages(head)
     facts: dict[str, Any] = {
         "files": len(files),
         "bytes": _size_of(path),
-        "holds_averages": match is not None,
+        "holds_averages": key is not None,
     }
     what = f"a checkpoint of torch.distributed.checkpoint (DCP) in {len(files)} file(s)"
-    if match is None:
+    if key is None:
         advice = (
             "read it into the model by dcp.load, then make the ShardedEMA; no average of shardema "
             "is in it"
         )
     else:
-        key = (match[1] or b"").decode().removesuffix(".") or "ema"
         facts["key"] = key
         what += f", with averages of shardema as {key!r}"
         advice = f"dcp.load({{{key!r}: ema}}, checkpoint_id=folder) reads them"
     return Recognized(path, DCP, what, f"{advice}. DCP unpickles: load only what you trust", facts)
+
+
+def _key_of_averages(head: bytes) -> str | None:
+    """The key in ``KEY.progress.NAME.num_updates``; keys are plain text in the metadata's pickle.
+
+    In time that grows with the length alone, whatever the bytes are.
+    """
+    at = -1
+    while (at := head.find(_COUNT, at + 1)) >= 0:
+        start = head.rfind(_PROGRESS, max(0, at - _LONGEST), at)
+        name = head[start + len(_PROGRESS) : at]
+        if start >= 0 and re.fullmatch(rb"[\w.-]+", name):
+            before = re.search(rb"([\w.]*)\.\Z", head[max(0, start - _LONGEST) : start])
+            return before[1].decode() if before and before[1] else "ema"
+    return None
 
 
 def _deepspeed(path: str) -> Recognized:

@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,31 +18,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from shardema.errors import CheckpointError, abbreviate
-from shardema.files import consolidated
+from shardema.errors import abbreviate
+from shardema.files import blending, consolidated
+from shardema.files.blending import Blend, Stored, Value, dtype_of
 from shardema.files.consolidated import Place
-from shardema.files.dcp import BoxedTensor
+from shardema.files.dcp import BoxedTensor, Chunks, load_chunks
 from shardema.ranks.plan import Plan
-from shardema.shards.boxes import Dims
+from shardema.shards.boxes import Box, Dims, split_box
 from shardema.shards.shard import Shard
 
 _EXTRA = "_extra_state"  # the name that torch gives to a module's get_extra_state()
 # children that wrappers insert into names, wherever the wrapped module is
 _INSERTED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_BUCKET = 1 << 24  # elements of a rank's part of a blend that are computed at a time
 _WRAPPED = "module."  # what DDP and timm put before all names
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """A tensor in a folder of torch.distributed.checkpoint, under the key that it has there."""
-
-    folder: str
-    key: str
-    dtype: torch.dtype
-    shape: Dims
-
-
-Value = Tensor | Place | Chunks
 
 
 @dataclass(frozen=True)
@@ -70,6 +57,12 @@ class Imported:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     path: str = ""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read for all of it."""
+        kinds = Tensor | Place | Chunks | Stored | Blend  # extra state may be anything
+        return blending.nbytes_of(v for v in self.tensors.values() if isinstance(v, kinds))
+
     def shapes(self, label: str) -> dict[str, Dims]:
         """The shape of each tensor; without extra state, and what else is not a tensor.
 
@@ -80,7 +73,7 @@ class Imported:
         for name, value in self.tensors.items():
             if isinstance(value, Place):
                 shapes[name] = value.entry.shape
-            elif isinstance(value, Chunks):
+            elif isinstance(value, Chunks | Stored | Blend):
                 shapes[name] = value.shape
             elif isinstance(value, Tensor) and not name.endswith(_EXTRA):
                 _check_plain(label, name, value)
@@ -124,16 +117,12 @@ def match(
         found = consolidated.match(label, plan, {n: shapes[g] for n, g in given.items()}, beside)
         found = {fqn: given[name] for fqn, name in found.items()}
     for fqn, name in found.items():
-        dtype = _dtype(imported.tensors[name])
+        dtype = dtype_of(imported.tensors[name])
         if not dtype.is_floating_point:
             raise ValueError(
                 f"{label}: {fqn}: got {dtype}, expected a floating-point tensor; it is no average"
             )
     return found
-
-
-def _dtype(value: Value) -> torch.dtype:
-    return value.entry.dtype if isinstance(value, Place) else value.dtype
 
 
 def _unwrapped(label: str, names: Collection[str], known: Collection[str]) -> dict[str, str]:
@@ -227,8 +216,12 @@ def read_shards(
     """
     chunks: dict[str, BoxedTensor] = {}
     folder = ""
+    blended: list[Shard] = []
     for shard in shards:
         value = imported.tensors[names[shard.fqn]]
+        if isinstance(value, Stored | Blend):
+            blended.append(shard)
+            continue
         if isinstance(value, Chunks):
             folder = value.folder
             chunks[value.key] = BoxedTensor.of(shard, targets[shard.fqn])
@@ -240,21 +233,25 @@ def read_shards(
                 target.copy_(box.view(value))
     if chunks:
         load_chunks(folder, chunks)
+    _read_blended(imported, names, blended, targets)
 
 
-def load_chunks(folder: str, state: dict[str, Any]) -> None:
-    """``dcp.load`` on this rank alone. The folder must be trusted: its metadata is a pickle.
-
-    Raises:
-        CheckpointError: it could not be read.
-    """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the ranks do not read together
-            load(state, checkpoint_id=os.fspath(folder), no_dist=True)
-    except CheckpointException as error:
-        reasons = [failure for failure, _ in error.failures.values()]
-        raise CheckpointError(f"reading {folder}: {reasons!s:.500}", path=folder) from error
+def _read_blended(
+    imported: Imported,
+    names: Mapping[str, str],
+    shards: Sequence[Shard],
+    targets: Mapping[str, Tensor],
+) -> None:
+    """`read_shards` of what is in checkpoints, as many shards at a time as fit into a bucket."""
+    group: dict[str, list[tuple[Box, Tensor]]] = {}
+    used = 0
+    for shard in shards:
+        for box, target in shard.local_boxes(targets[shard.fqn]):
+            for part in split_box(box, _BUCKET):
+                if group and used + part.numel > _BUCKET:
+                    blending.fill(imported.tensors, group)
+                    group, used = {}, 0
+                inside = part.relative_to(box.offsets).view(target)
+                group.setdefault(names[shard.fqn], []).append((part, inside))
+                used += part.numel
+    blending.fill(imported.tensors, group)

@@ -25,6 +25,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,6 +34,7 @@ from shardema.files.safetensors import (
     BROKEN,
     checked_int,
     close_quietly,
+    make_folders,
     parse_json,
     read_whole,
     reporting,
@@ -86,19 +88,33 @@ class Steps:
         """
         if self._lock >= 0:
             return
-        path = os.path.join(self.folder, LOCK)
         with reporting(self.folder, "opening"):
-            os.makedirs(self.folder, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            free = lock(fd)
-        except BaseException:
-            close_quietly(fd)
-            raise
+            self._make()
+            fd = os.open(
+                os.path.join(self.folder, LOCK),
+                os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+                0o666,
+            )
+            try:
+                free = lock(fd)
+            except BaseException:
+                close_quietly(fd)
+                raise
         if not free:
             close_quietly(fd)
             raise opened_elsewhere(self.folder)
         self._lock = fd
+
+    def _make(self) -> None:
+        """Creates the directory durably, or not at all."""
+        made: list[str] = []
+        try:
+            make_folders(self.folder, made)
+        except BaseException:
+            for path in reversed(made):
+                with contextlib.suppress(OSError):
+                    os.rmdir(path)
+            raise
 
     def close(self) -> None:
         """Unlocks the directory."""
@@ -124,16 +140,24 @@ class Steps:
                 names = os.listdir(self.folder)
             except FileNotFoundError:
                 return []
-        found = [int(match[1]) for match in map(STEP.fullmatch, names) if match]
-        return sorted({step for step in found if is_folder(self.path(step))})
+            found = [int(match[1]) for match in map(STEP.fullmatch, names) if match]
+            return sorted({step for step in found if self._has_folder(step)})
+
+    def _has_folder(self, step: int) -> bool:
+        try:  # `is_folder` would take a disk that fails for a step that is not there
+            return stat.S_ISDIR(os.lstat(self.path(step)).st_mode)
+        except FileNotFoundError:  # removed since it was listed
+            return False
 
     def recorded(self) -> list[int]:
         """The steps that a manager saved here, or began to save, ascending."""
         path = os.path.join(self.folder, RECORD)
-        if not os.path.lexists(path):
-            return []
         try:
             return steps_of(parse_json(read_whole(path, MAX_RECORD)))
+        except CheckpointError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return []
         except BROKEN as error:
             raise damaged_record(path, error) from error
 
@@ -156,7 +180,7 @@ class Steps:
 
         Each folder is renamed first, so no reader finds half a checkpoint.
         """
-        gone = []
+        gone = {}
         for step in steps:
             hidden = os.path.join(self.folder, f".{name_of(step)}.{secrets.token_hex(4)}.old")
             try:
@@ -166,24 +190,45 @@ class Steps:
             except OSError as error:
                 log.warning("%s: cannot be removed: %s", self.path(step), error.strerror)
                 continue
-            gone.append(step)
-            _remove_tree(hidden)
-        return gone
+            gone[step] = hidden
+        _remove_hidden(self.folder, list(gone.values()))
+        return list(gone)
 
     def sweep(self) -> None:
         """Removes what killed writers left; the temporary folders of running ones are locked."""
-        try:
-            names = os.listdir(self.folder)
-        except OSError as error:
-            log.warning("%s: cannot be cleaned up: %s", self.folder, error.strerror)
-            return
-        for name in filter(_TEMPORARY.fullmatch, names):
-            path = os.path.join(self.folder, name)
-            if name.endswith(".old") or not _is_locked(path):
-                _remove_tree(path)
-        for name in filter(_TEMPORARY_RECORD.fullmatch, names):  # only who has the lock writes it
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self.folder, name))
+        for name in sweep(self.folder, _TEMPORARY):
+            if _TEMPORARY_RECORD.fullmatch(name):  # only who has the lock writes it
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self.folder, name))
+
+
+def sweep(folder: str, temporary: re.Pattern[str]) -> list[str]:
+    """Removes the temporary folders in ``folder`` whose writers were killed; returns all names.
+
+    Args:
+        temporary: matches their names; those on ".old" are being removed, and have no writer.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        log.warning("%s: cannot be cleaned up: %s", folder, error.strerror)
+        return []
+    paths = [os.path.join(folder, name) for name in filter(temporary.fullmatch, names)]
+    _remove_hidden(folder, [p for p in paths if p.endswith(".old") or not is_locked(p)])
+    return names
+
+
+def _remove_hidden(folder: str, paths: list[str]) -> None:
+    """Removes folders whose names have changed, once a power failure cannot undo that."""
+    if not paths:
+        return
+    try:
+        sync_path(folder)
+    except OSError as error:
+        log.warning("%s: cannot be cleaned up: %s", folder, error.strerror)
+        return
+    for path in paths:
+        _remove_tree(path)
 
 
 def steps_of(record: Any) -> list[int]:
@@ -229,7 +274,7 @@ def is_folder(path: str) -> bool:
     return os.path.isdir(path) and not os.path.islink(path)
 
 
-def _is_locked(path: str) -> bool:
+def is_locked(path: str) -> bool:
     """Whether the writer of a temporary folder is running, or may be."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY)

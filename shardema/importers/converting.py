@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from shardema.files import consolidated, layouts, sources
+from shardema.files import consolidated, layouts
+from shardema.files.blending import dtype_of
 from shardema.files.consolidated import Place
+from shardema.files.dcp import Chunks, load_chunks
 from shardema.files.export import Writer, parse_size, plan_targets, reserve
 from shardema.files.folder import new_folder
 from shardema.files.safetensors import MODEL, local_path
-from shardema.files.sources import Chunks, Imported
+from shardema.files.sources import Imported
 from shardema.ranks.agree import Ranks
 from shardema.shards.boxes import Box, Dims, split_box, whole
 
@@ -75,13 +77,8 @@ def write(
         new.finish(indices)
 
 
-def _dtype(value: Any) -> torch.dtype:
-    found: torch.dtype = value.entry.dtype if isinstance(value, Place) else value.dtype
-    return found
-
-
 def _out_dtype(value: Any, dtype: torch.dtype | None) -> torch.dtype:
-    own = _dtype(value)
+    own = dtype_of(value)
     return own if dtype is None or not own.is_floating_point else dtype
 
 
@@ -95,7 +92,7 @@ def _parts(value: Any, shape: Dims) -> Iterator[tuple[Box, Tensor]]:
                 yield part, values
         elif isinstance(value, Chunks):
             full = torch.empty(shape, dtype=value.dtype, device="cpu")
-            sources.load_chunks(value.folder, {value.key: full})
+            load_chunks(value.folder, {value.key: full})
             yield box, full
         else:
             yield box, value.detach().cpu()

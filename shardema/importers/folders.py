@@ -10,9 +10,10 @@ from typing import Any
 
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import consolidated
+from shardema.files.dcp import Chunks, load_chunks
 from shardema.files.places import any_path, is_file, names_in
 from shardema.files.safetensors import reporting
-from shardema.files.sources import Chunks, Imported, load_chunks
+from shardema.files.sources import Imported
 from shardema.importers import states, torchfile
 
 SAYS = {

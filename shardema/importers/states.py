@@ -71,7 +71,7 @@ def read(
         raise ValueError(f"{label}: got {_found(part)}, expected format {name!r}: {known}")
     try:
         found = replace(STATES[name].read(part), format=name, path=path)
-    except BROKEN as error:
+    except (*BROKEN, OverflowError) as error:  # the latter of an endless number
         refuse(f"broken {name} state ({error!s:.300})")
     return renamed(label, found, prefix, names)
 
@@ -149,12 +149,18 @@ def _numbered(state: _State) -> dict[str, Tensor]:
 
 def count_of(value: Any, what: str) -> int:
     """A count that is a number or a tensor of one element. Raises ValueError."""
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
-        value = value.item()
     try:
-        return checked_int(value)
+        return checked_int(_number(value))
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
+
+
+def _number(value: Any) -> Any:
+    """``value``, of a tensor the one number in it. Raises ValueError."""
+    try:
+        return value.item() if isinstance(value, Tensor) else value
+    except RuntimeError as error:  # several elements, none, or no values
+        raise ValueError(f"expected a number, got a tensor: {error!s:.100}") from error
 
 
 def _words(state: _State, leave: Sequence[str] = ()) -> dict[str, Any]:
@@ -190,17 +196,16 @@ def _read_torch_ema(state: _State) -> Imported:
 
 def _read_ema_pytorch(state: _State) -> Imported:
     count = count_of(state["step"], "step")
-    if not bool(state["initted"]) and count:
+    if count and not _number(state["initted"]):
         raise ValueError(f"step is {count} before the first update")
     return Imported("", _within(state, "ema_model."), num_updates=count)
 
 
 def _read_lit_ema(state: _State) -> Imported:
     given = state["num_updates"]
-    counts = not (isinstance(given, Tensor) and given.numel() == 1 and given.item() == -1)
-    count = count_of(given, "num_updates") if counts else None
+    count = None if _number(given) == -1 else count_of(given, "num_updates")
     tensors = {n: v for n, v in _tensors(state).items() if n not in ("decay", "num_updates")}
-    return Imported("", tensors, "dotless", count, {"decay": float(state["decay"])})
+    return Imported("", tensors, "dotless", count, {"decay": float(_number(state["decay"]))})
 
 
 def _read_lightning(state: _State) -> Imported:

@@ -16,6 +16,7 @@ from shardema.errors import CheckpointError
 from shardema.files.safetensors import opened, read_at
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_BUFFER = b"bytearray\n"  # the end of its name in a pickle
 _HARMLESS = (argparse.Namespace,)  # an object without code; timm saves the arguments in one
 # what torch says of an object that it does not build, and around what it says of others
 _FOREIGN = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
@@ -57,15 +58,21 @@ def load(path: str) -> Any:
 
 
 def _check_zip(path: str) -> None:
-    """What is packed could fill the memory, so all must lie in the file as it is."""
+    """Refuses what could fill the memory: what is packed, and a buffer of any size.
+
+    Raises:
+        CheckpointError: not all lies in the file as it is, or the pickle makes a bytearray.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-        size = os.stat(path).st_size
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if packed or sum(entry.file_size for entry in entries) > size:
-            raise ValueError("it is compressed, or its parts overlap")
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            if packed or sum(entry.file_size for entry in entries) > os.stat(path).st_size:
+                raise ValueError("it is compressed, or its parts overlap")
+            pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
+            if any(_BUFFER in archive.read(entry) for entry in pickles):
+                raise ValueError("it holds a bytearray, which may be of any size")
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(_why(path, error), path=path) from error
 
 

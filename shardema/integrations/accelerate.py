@@ -33,8 +33,10 @@ from shardema.calls import Call
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError
 from shardema.files import loading, manifest
+from shardema.files.background import PendingSave
 from shardema.files.safetensors import reporting, sync_path
 from shardema.integrations.callers import only_main
+from shardema.integrations.newest import Candidate, choose
 from shardema.schedules import Schedule
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ def attach(
     schedule: float | Schedule | Callable[..., float] | Mapping[str, Any],
     dt: float | Callable[[], float] | None = None,
     name: str = "ema",
+    wait: bool = True,
     **options: Any,
 ) -> AttachedEMA:
     """Builds an EMA of a prepared model that needs no further call in the loop. Local.
@@ -81,6 +84,8 @@ def attach(
         schedule: as for `ShardedEMA`.
         dt: as for `ShardedEMA.attach`; a callable is called at every update.
         name: folder in the state; each EMA of an accelerator needs another one.
+        wait: if False, a thread writes the average of a new state while training goes on; see
+            `ShardedEMA.save`. ``total_limit`` must not be 1.
         options: every other keyword argument of `ShardedEMA`.
 
     Returns:
@@ -100,7 +105,7 @@ def attach(
     _refuse_registered(accelerator._custom_objects)
     ema = AttachedEMA(model, schedule, **options)
     handle: Any = ema.attach(*((model,) if engine else optimizers), dt=dt)
-    carrier = _Carrier(accelerator, entry, ema, name)
+    carrier = _Carrier(accelerator, entry, ema, name, wait)
     ema._handles = [handle, accelerator.register_save_state_pre_hook(carrier.save)]
     _guard_registration(accelerator)
     _wrap_state_methods(accelerator)
@@ -115,9 +120,10 @@ class _Carrier:
     """
 
     def __init__(
-        self, accelerator: Accelerator, entry: nn.Module, ema: ShardedEMA, name: str
+        self, accelerator: Accelerator, entry: nn.Module, ema: ShardedEMA, name: str, wait: bool
     ) -> None:
-        self.name = name
+        self.name, self.wait = name, wait
+        self._pending: PendingSave | None = None
         self._accelerator = weakref.ref(accelerator)
         self._entry = weakref.ref(entry)
         self._ema = weakref.ref(ema)
@@ -143,18 +149,46 @@ class _Carrier:
         if ema is None:
             return
         folder, partial = self._places(output_dir)
+
+        def clean_up(_: Any = None) -> bool:
+            _clean_up(folder, partial)
+            return os.path.lexists(folder)
+
         if self.alone():
             calls = ema.internal.calls
             calls.check_allowed("save")
             if self._ranks.leader:
                 with calls.alone():
-                    _clean_up(folder, partial)
-                    ema.save(os.path.join(partial, "new"))
-                    _replace(folder, partial)
+                    if clean_up() or self.wait:
+                        ema.save(os.path.join(partial, "new"))
+                        _replace(folder, partial)
+                    else:
+                        self._pending = ema.save(folder, wait=False)
             return
-        self._ranks.agree("save_state (clearing)", None, lambda _: _clean_up(folder, partial))
-        ema.save(os.path.join(partial, "new"))
-        self._ranks.agree("save_state (replacing)", None, lambda _: _replace(folder, partial))
+        replaces = self._ranks.agree("save_state (clearing)", None, clean_up)
+        if replaces or self.wait:
+            ema.save(os.path.join(partial, "new"))
+            self._ranks.agree("save_state (replacing)", None, lambda _: _replace(folder, partial))
+        else:
+            self._pending = ema.save(folder, wait=False)
+
+    def finish_on_all(self) -> None:
+        """`finish_save`, whose error is raised on all ranks. Collective."""
+        if self.alone():
+            self._ranks.agree("load_state (finishing a save)", self.finish_save)
+        else:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Waits for an average that is being written. Collective if all ranks write it."""
+        if self._pending is not None and not self._pending.finished:
+            self._pending.result()
+        self._pending = None
+
+    def choose(self, find: Callable[[Any], str | None]) -> str | None:
+        """What ``find`` returns on the first rank. Collective."""
+        chosen: str | None = self._ranks.agree("load_state (choosing a state)", None, find)
+        return chosen
 
     def look(self, state: str) -> str | None:
         """Path of the average in a state; None if there is no such state. Collective.
@@ -359,13 +393,17 @@ def _wrap_state_methods(accelerator: Accelerator) -> None:
 
     @functools.wraps(save)
     def saved(*args: Any, **kwargs: Any) -> Any:
-        together = [carrier for carrier in _carriers(accelerator) if not carrier.alone()]
+        carriers = _carriers(accelerator)
+        together = [carrier for carrier in carriers if not carrier.alone()]
         if together:
             _check_all_call(accelerator, together[0])
+        _finish_saves(accelerator, carriers)
         return save(*args, **kwargs)
 
     @functools.wraps(load)
     def loaded(input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        for carrier in _carriers(accelerator):
+            carrier.finish_on_all()
         state = _state(accelerator, input_dir)
         carriers = _carriers(accelerator) if state is not None else []
         found = [(one, one.look(str(state))) for one in carriers]  # all, before anything is loaded
@@ -395,15 +433,39 @@ def _check_all_call(accelerator: Accelerator, carrier: _Carrier) -> None:
     ranks.agree("save_state")
 
 
+def _finish_saves(accelerator: Accelerator, carriers: Iterable[_Carrier]) -> None:
+    """Waits for averages that are being written, before an older state is removed."""
+    project = accelerator.project_configuration
+    for carrier in carriers:
+        if not carrier.wait and project.automatic_checkpoint_naming and project.total_limit == 1:
+            raise ValueError(
+                f"save_state: got attach(..., name={carrier.name!r}, wait=False) and total_limit=1,"
+                " so the only state would be removed before the next one is complete; set "
+                "total_limit to 2 or more"
+            )
+        carrier.finish_save()
+
+
 def _state(accelerator: Accelerator, input_dir: str | None) -> str | None:
-    """The folder that ``load_state`` will read; None if it will raise."""
+    """The folder that ``load_state`` will read; None if it will raise.
+
+    Of those that accelerate names itself it is the newest one whose averages are whole.
+    """
     project = accelerator.project_configuration
     if input_dir is not None or not project.automatic_checkpoint_naming:
         return None if input_dir is None else os.path.expanduser(input_dir)
     parent = os.path.join(str(accelerator.project_dir), "checkpoints")
-    names = [name for name in os.listdir(parent) if re.search("[0-9]", name)]
-    newest = max(names, key=lambda name: int(re.findall("[0-9]+", name)[0]), default=None)
-    return None if newest is None else os.path.join(parent, newest)
+    carriers = _carriers(accelerator)
+
+    def find(_: Any = None) -> str | None:
+        held = os.listdir(parent) if os.path.isdir(parent) else []
+        names = [name for name in held if re.search("[0-9]", name)]
+        names.sort(key=lambda name: -int(re.findall("[0-9]+", name)[0]))
+        states = [os.path.join(parent, name) for name in names]
+        candidates = [Candidate(s, [os.path.join(s, c.name) for c in carriers]) for s in states]
+        return choose(f"load_state from {parent}", candidates) if candidates else None
+
+    return carriers[0].choose(find) if carriers else find()
 
 
 @contextlib.contextmanager

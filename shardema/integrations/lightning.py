@@ -10,6 +10,7 @@
                 on_*_end            and out again; also in on_exception
     checkpoint  NAME.ckpt           contains a token
                 NAME.ckpt.ema/<token>/   a checkpoint of ShardedEMA.save, written before NAME.ckpt
+                                    or, with wait=False, while training goes on
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ from torch.distributed.fsdp import FSDPModule
 from shardema.arguments import as_schedules
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError
+from shardema.files.background import PendingSave
+from shardema.files.safetensors import reporting
 from shardema.integrations.modes import deferred_modes
+from shardema.integrations.newest import Candidate, choose
 from shardema.ranks.agree import Ranks
 from shardema.schedules import Schedule
 
@@ -71,6 +75,8 @@ class EMACallback(Callback):
         export: folder for ``ema.export`` at the end of `fit`; must not exist.
         allow_missing: start an average if the checkpoint has none, instead of raising.
         new_schedule: continue with this schedule if the checkpoint has another.
+        wait: if False, a thread writes the averages of checkpoints while training goes on; see
+            `ShardedEMA.save`. Until it is done no checkpoint is removed.
         options: every other keyword argument of `ShardedEMA`.
 
     Attributes:
@@ -93,6 +99,7 @@ class EMACallback(Callback):
         export: str | os.PathLike[str] | None = None,
         allow_missing: bool = False,
         new_schedule: bool = False,
+        wait: bool = True,
         **options: Any,
     ) -> None:
         inspect.signature(ShardedEMA).bind(None, schedule, **options)
@@ -108,6 +115,7 @@ class EMACallback(Callback):
         self.export = export
         self.allow_missing = allow_missing
         self.new_schedule = new_schedule
+        self.wait = wait
         self.options = options
         self.ema: ShardedEMA | None = None
         self._averaged: tuple[LightningModule, nn.Module | None] | None = None  # it, its wrapper
@@ -117,6 +125,8 @@ class EMACallback(Callback):
         self._followed: list[tuple[Any, int]] = []  # attached optimizers, number of their groups
         self._plan: list[Side] = []  # of the current evaluation, by dataloader
         self._swap: contextlib.ExitStack | None = None
+        self._pending: PendingSave | None = None
+        self._waiting: list[Callable[[], None]] = []  # removals, until the save is complete
 
     # ---- a run --------------------------------------------------------------------------------
 
@@ -217,7 +227,9 @@ class EMACallback(Callback):
         return engine or self.ema.internal.averages.weights.held_by(optimizer)
 
     def _finish(self, trainer: Trainer) -> None:
-        """Exports if `fit` had nothing to do, since the job was killed after its last step."""
+        """Waits for a save; exports if the job was killed after its last step."""
+        if trainer.state.status == TrainerStatus.RUNNING:
+            self._finish_save()
         fitting = trainer.state.fn == TrainerFn.FITTING and self._handle is None
         if not fitting or trainer.state.status != TrainerStatus.RUNNING:
             return
@@ -315,6 +327,7 @@ class EMACallback(Callback):
         """Called when the checkpoint's weights are loaded; loads their average. Collective."""
         if self._resume is None:
             return
+        self._finish_save()
         (path, token), self._resume = self._resume, None
         before, self._before = self._before, None
         raw = trainer.state.fn != TrainerFn.FITTING and "ema" not in self._sides(0)
@@ -445,8 +458,9 @@ class EMACallback(Callback):
     ) -> None:
         """Writes the average, then the checkpoint, then removes replaced averages. Collective."""
         ranks = self._ranks()
+        self._finish_save()
 
-        def where(_: list[None]) -> list[str]:
+        def where(_: list[None]) -> list[Any]:
             if "://" in path:
                 raise ValueError(f"save_checkpoint: got {path}, expected a local path")
             if self._swap is not None:
@@ -454,9 +468,11 @@ class EMACallback(Callback):
                     "save_checkpoint during an evaluation, while the model holds the average; put "
                     "the EMACallback first in callbacks=, and save in on_validation_end"
                 )
-            return [os.path.abspath(path), secrets.token_hex(4)]
+            # one that is replaced is lost at once, and the average of the new one must be there
+            wait = self.wait or os.path.lexists(path)
+            return [os.path.abspath(path), secrets.token_hex(4), wait]
 
-        path, token = ranks.agree("save_checkpoint", None, where)
+        path, token, wait = ranks.agree("save_checkpoint", None, where)
         self._restored(trainer)  # in on_fit_start a checkpoint's weights may be loaded already
         ema = self._average_of(trainer.lightning_module)
         if ema is None:
@@ -464,16 +480,81 @@ class EMACallback(Callback):
         else:
             token = f"{ema.num_updates:06d}-{token}"
             with _on_device(trainer):
-                ema.save(_folder(path, token))
+                self._pending = ema.save(_folder(path, token), wait=wait)
         checkpoint[_KEY] = token
         write()
         trainer.strategy.barrier("shardema")  # the other ranks may still be writing
-        if ranks.leader:
+        if ranks.leader and self._pending is None:
             _keep_only(path, token)
 
-    def _remove(self, path: str) -> None:
-        if self._ranks().leader:
-            _keep_only(os.path.abspath(path), "")
+    def _finish_save(self) -> None:
+        """Waits for an average that is being written, then removes what may go. Collective then."""
+        if self._pending is not None and not self._pending.finished:
+            self._pending.result()
+        self._pending, waiting, self._waiting = None, self._waiting, []
+        for remove in waiting:
+            remove()
+
+    def _remove(self, path: str, remove: Callable[[], None]) -> None:
+        """Removes a checkpoint and its average, once a newer one is complete."""
+
+        def both() -> None:
+            remove()
+            if self._ranks().leader:
+                _keep_only(os.path.abspath(path), "")
+
+        if self._pending is None:
+            both()
+        else:
+            self._waiting.append(both)
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> str:
+    """The newest checkpoint in a folder whose average is whole, for ``ckpt_path=``.
+
+    By the time of its last change. One that was not completed, or whose average is damaged, is
+    skipped, with a warning that gives the reason; one without an average is taken. Collective,
+    unless it is called before the process group is initialised: then each rank looks itself.
+
+    Args:
+        folder: with checkpoints ``*.ckpt``, such as ``dirpath`` of a `ModelCheckpoint`.
+
+    Raises:
+        CheckpointError: there is none.
+        RankError: not all ranks call it.
+    """
+
+    def find(_: list[None]) -> str:
+        place = os.path.abspath(folder)
+        with reporting(place, "reading"):
+            names = [name for name in os.listdir(place) if name.endswith(".ckpt")]
+            paths = list(filter(os.path.exists, (os.path.join(place, name) for name in names)))
+            paths.sort(key=os.path.getmtime, reverse=True)
+            candidates = [_candidate(path) for path in paths]
+        if not candidates:
+            raise CheckpointError(f"resume from {place}: it has no *.ckpt", path=place)
+        return choose(f"resume from {place}", candidates)
+
+    newest: str = Ranks().agree("newest_checkpoint", None, find)
+    return newest
+
+
+def _candidate(path: str) -> Candidate:
+    place = _folder(os.path.realpath(path), "")
+    names = sorted(os.listdir(place)) if os.path.isdir(place) else []
+    # a hidden one is .TOKEN.XXXXXXXX.tmp: if there are others, it was to replace one of them
+    tokens = [name for name in names if not name.startswith(".")] or [
+        name.split(".")[1] for name in names
+    ]
+    # a sharded checkpoint is a folder, to which FSDP writes meta.pt last, and DeepSpeed latest
+    whole = os.path.isfile(path) or any(
+        os.path.isfile(os.path.join(path, name)) for name in ("meta.pt", "latest")
+    )
+    return Candidate(
+        path,
+        [os.path.join(place, token) for token in tokens],
+        incomplete="" if whole else "it has no meta.pt or latest, which is written last",
+    )
 
 
 def _callbacks(trainer: Any) -> list[EMACallback]:
@@ -544,9 +625,10 @@ def _wrap_checkpoints(trainer: Trainer, strategy: Any) -> None:
         return checkpoint
 
     def remove_too(filepath: Any) -> None:
-        remove(filepath)
         for callback in _callbacks(trainer):
-            callback._remove(os.fspath(filepath))
+            callback._remove(os.fspath(filepath), lambda: remove(filepath))
+            return
+        remove(filepath)
 
     strategy.save_checkpoint, strategy.load_checkpoint = save_too, load_too
     strategy.remove_checkpoint = remove_too

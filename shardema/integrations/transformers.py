@@ -3,7 +3,7 @@
 Callbacks of the Trainer receive the unwrapped model, no event before an evaluation, no path to
 resume from, and no exceptions. So `EMACallback.bind` also wraps methods of the trainer::
 
-    train            finds the checkpoint to resume from; detaches, also after an error
+    train            chooses the checkpoint to resume from; detaches, also after an error
     on_train_begin   builds the ShardedEMA of the wrapped model, loads, attaches
     evaluate         runs once per pass, reports one evaluation
     evaluation_loop  of evaluate and predict: runs inside ema.swap()
@@ -19,25 +19,29 @@ import functools
 import inspect
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import transformers
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from shardema.arguments import as_schedules
 from shardema.backends.tree import unwrap
 from shardema.ema import ShardedEMA
 from shardema.files import manifest
+from shardema.files.background import PendingSave
 from shardema.integrations.modes import deferred_modes
+from shardema.integrations.newest import Candidate, choose, sweep_beside
 from shardema.ranks.agree import Ranks
 from shardema.schedules import Schedule, describe
 
 log = logging.getLogger(__name__)
 
 FOLDER = "ema"  # inside a checkpoint of the trainer
+_STATE = "trainer_state.json"  # of a checkpoint, which the trainer writes last
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 _WRAPPED = (
     "train",
     "evaluate",
@@ -68,6 +72,8 @@ class EMACallback(TrainerCallback):
             ``push_to_hub``: the average of this name, or ``"raw"``: as without this callback.
         allow_missing: start an average if the checkpoint has none, instead of raising.
         new_schedule: continue with this schedule if the checkpoint has another.
+        wait: if False, a thread writes the averages of checkpoints while training goes on; see
+            `ShardedEMA.save`. ``save_total_limit`` must not be 1.
         timeout: seconds that a rank waits for the others in a collective call.
         options: other keyword arguments of `ShardedEMA`: ``select``, ``shadow``, ...
 
@@ -88,6 +94,7 @@ class EMACallback(TrainerCallback):
         save_with: str = "ema",
         allow_missing: bool = False,
         new_schedule: bool = False,
+        wait: bool = True,
         timeout: float = 300.0,
         **options: Any,
     ) -> None:
@@ -115,6 +122,8 @@ class EMACallback(TrainerCallback):
         self._saved = None if save_with == "raw" else save_with
         self._allow_missing = allow_missing
         self._new_schedule = new_schedule
+        self._wait = bool(wait)
+        self._pending: PendingSave | None = None
         self._rules = rules
         self._options: dict[str, Any] = {"schedule": schedule, "timeout": timeout, **options}
         self._trainer: Any = None
@@ -184,18 +193,41 @@ class EMACallback(TrainerCallback):
         **kwargs: Any,
     ) -> Any:
         self._resume = None
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self._trainer.args.output_dir)  # type: ignore[no-untyped-call]
+        self._finish_save()
+        if not self._wait and self._trainer.args.save_total_limit == 1:
+            raise ValueError(
+                "train: got wait=False and save_total_limit=1, so the only checkpoint would be "
+                "removed while the average of the next one is written; set save_total_limit to 2 "
+                "or more, or wait=True"
+            )
+        if resume_from_checkpoint is True:  # if there is none, the trainer says so
+            resume_from_checkpoint = self._newest(self._trainer.args.output_dir) or True
+        folder = None if resume_from_checkpoint is True else resume_from_checkpoint
         if folder:
             found = self._ranks.agree("train (resuming)", lambda: self._look(str(folder)), all)
             if found:
                 self._resume = os.path.join(str(folder), FOLDER)
         self.ema = None  # the weights of a checkpoint are loaded before their average is
         try:
-            return original(resume_from_checkpoint, *args, **kwargs)
+            result = original(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._detach()
+        self._finish_save()
+        return result
+
+    def _newest(self, output_dir: str) -> str | None:
+        """The newest checkpoint that can be resumed from; None if there is none at all."""
+
+        def find(_: list[None]) -> str | None:
+            names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+            found = [match for match in map(_CHECKPOINT.fullmatch, names) if match]
+            newest_first = sorted(found, key=lambda match: -int(match[1]))
+            folders = [os.path.join(output_dir, match[0]) for match in newest_first]
+            op = f"resume from {output_dir}"
+            return choose(op, [_candidate(folder) for folder in folders]) if folders else None
+
+        newest: str | None = self._ranks.agree("train (choosing a checkpoint)", None, find)
+        return newest
 
     def _look(self, checkpoint: str) -> bool:
         """Whether a checkpoint has an average; raises if it cannot be resumed from."""
@@ -367,11 +399,23 @@ class EMACallback(TrainerCallback):
 
     def _save_ema(self, ema: ShardedEMA, place: str) -> None:
         def clear() -> None:  # left by an earlier run; the trainer overwrites its own files too
-            if self._trainer.is_world_process_zero() and os.path.isdir(place):
+            if not self._trainer.is_world_process_zero():
+                return
+            if os.path.isdir(place):
                 shutil.rmtree(place)
+            if os.path.isdir(os.path.dirname(place)):
+                sweep_beside(place)
 
+        self._finish_save()
         self._ranks.agree(f"save_model (clearing {place})", clear)
-        ema.save(place)
+        # what is pushed to the hub must be complete
+        self._pending = ema.save(place, wait=self._wait or self._trainer.args.push_to_hub)
+
+    def _finish_save(self) -> None:
+        """Waits for an average that is being written. Collective if there is one."""
+        pending, self._pending = self._pending, None
+        if pending is not None and not pending.finished:
+            pending.result()
 
     def _write(self, name: str, folder: str) -> None:
         """Writes an average as the trainer writes a model. Collective.
@@ -390,6 +434,7 @@ class EMACallback(TrainerCallback):
 
     def _load_best_model(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         best = str(self._trainer.state.best_model_checkpoint)
+        self._finish_save()
 
         def look() -> bool | None:
             return self._look(best) if os.path.isdir(best) else None
@@ -413,6 +458,12 @@ class EMACallback(TrainerCallback):
     ) -> None:
         self.ema = None  # it was of other weights
         original(*args, **kwargs)
+
+
+def _candidate(folder: str) -> Candidate:
+    whole = os.path.isfile(os.path.join(folder, _STATE))
+    incomplete = "" if whole else f"it has no {_STATE}, which the trainer writes last"
+    return Candidate(folder, [os.path.join(folder, FOLDER)], folder, incomplete)
 
 
 def _named(key: str, plain: str, prefix: str) -> str:

@@ -52,8 +52,10 @@ def fingerprint(fqn: str, shape: Dims, boxes: Iterable[tuple[Box, Tensor]]) -> T
     Returns:
         int64 scalar on the values' device; 0 for no element.
     """
-    blocks = _odd(xxhash.xxh3_64_intdigest(fqn.encode()), -(-math.prod(shape) // _BLOCK))
-    sums = [one for box, values in boxes for one in _of_box(shape, box, values, blocks)]
+    seed = xxhash.xxh3_64_intdigest(fqn.encode())
+    sums = [one for box, values in boxes for one in _of_box(shape, box, values, seed)]
+    if len(sums) == 1:
+        return sums[0]
     return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64)
 
 
@@ -73,15 +75,17 @@ def total(sums: Sequence[Tensor]) -> int:
     return sum(to_host(sums)) % (1 << 64)
 
 
-def _of_box(shape: Dims, box: Box, values: Tensor, blocks: Tensor) -> Iterator[Tensor]:
+def _of_box(shape: Dims, box: Box, values: Tensor, seed: int) -> Iterator[Tensor]:
     if box.numel == 0:
         return
     code = _library() if values.device.type == "cpu" else None
     run, starts = contiguous_runs(shape, box)
     if code is not None:
         bits = _bits(values).contiguous()
-        yield torch.tensor(_compiled(code, bits, run, starts, blocks), device="cpu")
-    elif len(starts) == 1 and values.is_contiguous():
+        yield torch.tensor(_compiled(code, bits, run, starts, seed), device="cpu")
+        return
+    blocks = _odd(seed, -(-math.prod(shape) // _BLOCK))
+    if len(starts) == 1 and values.is_contiguous():
         yield from _of_run(_bits(values).view(-1), starts[0], blocks)
     else:
         for part in split_box(box, _MOST):
@@ -150,13 +154,12 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio
 # ---- compiled -----------------------------------------------------------------------------------
 
 
-def _compiled(code: Any, bits: Tensor, run: int, starts: Sequence[int], blocks: Tensor) -> int:
+def _compiled(code: Any, bits: Tensor, run: int, starts: Sequence[int], seed: int) -> int:
     """The sum as a signed integer. ``bits`` [len(starts) * run] is contiguous."""
     places = (ctypes.c_int64 * len(starts))(*starts)
-    table = _table(bits.device)
+    table = _table(bits.device).data_ptr()
     size, count = bits.element_size(), len(starts)
-    addresses = table.data_ptr(), blocks.data_ptr()
-    value: int = code(bits.data_ptr(), size, run, count, places, *addresses)
+    value: int = code(bits.data_ptr(), size, run, count, places, table, seed)
     return value
 
 
@@ -178,5 +181,5 @@ def _load() -> Any:
         return None
     address, number = ctypes.c_void_p, ctypes.c_int64
     code.restype = number
-    code.argtypes = [address, number, number, number, address, address, address]
+    code.argtypes = [address, number, number, number, address, address, ctypes.c_uint64]
     return code

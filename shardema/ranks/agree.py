@@ -257,6 +257,7 @@ class Ranks:
         *,
         same: Mapping[str, Any] | None = None,
         nbytes: int = 0,
+        known_late: Callable[[], bool] = lambda: False,
     ) -> Any:
         """Runs ``work`` here and ``reply`` on the leader; raises on all ranks if any raised.
 
@@ -270,6 +271,8 @@ class Ranks:
             same: what must be equal on all ranks, by name; ``work`` may add to it.
             nbytes: bytes that ``work`` reads or writes, on the rank with most; if they take longer
                 than the timeout at 20 MB/s, the ranks wait that long.
+            known_late: asked on the leader after ``work``: whether that has waited for the others
+                already, who then have a moment only.
 
         Returns:
             The result of ``reply``, on every rank; None without it.
@@ -293,7 +296,8 @@ class Ranks:
             raised = error
             message["error"] = packed(error, self.rank)
         message["same"] = same
-        answer = self._exchange(op, message, reply, patience(self.timeout, nbytes))
+        limit = GRACE if self.leader and known_late() else patience(self.timeout, nbytes)
+        answer = self._exchange(op, message, reply, limit)
         if raised is not None and not isinstance(raised, Exception):
             raise mark_shared(raised)
         if "error" in answer:
@@ -417,6 +421,7 @@ class Ranks:
                 failed = {"error": packed(error, self.rank)}
                 with contextlib.suppress(_StoreGone):
                     self._ask(rounds, lambda: rounds.answer(failed, messages))
+                mark_shared(error)  # the others have it: `together` must not tell it once more
             raise
         self._ask(rounds, lambda: rounds.answer(answer, messages))
         return answer

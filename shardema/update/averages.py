@@ -88,8 +88,10 @@ class Averages(Mapping[str, Average]):
                 return shard.names
         raise ValueError(f"fqn: got {fqn!r}, expected the name of an averaged tensor on this rank")
 
-    def readable(self, name: str | Mixture | None) -> Readable:
-        """The average or mixture of this name. Raises ValueError."""
+    def readable(self, name: str | Mixture | Average | None) -> Readable:
+        """The average or mixture of this name, or an average itself. Raises ValueError."""
+        if isinstance(name, Average):
+            return name
         if not isinstance(name, Mixture):
             return self.named(name)
         coefficients = check_coefficients(name.coefficients, self.names, check_sum=False)

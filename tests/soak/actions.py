@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardema import CheckpointError, CheckpointManager, RankError
+from shardema import CheckpointError, CheckpointManager, RankError, importers
 from tests import zoo
 from tests.soak import models, peek
 from tests.soak.layouts import ALL
@@ -463,16 +463,27 @@ def iter_full(at: Scene, *, name: str, stop: int) -> None:
 
 
 @action
-def export(at: Scene, *, name: str, mode: str) -> None:
+def export(at: Scene, *, name: str, mode: str, layout: str = "hf") -> None:
     at.close_round()
     folder = at.path("export")
-    at.ema.export(folder, name, mode=mode, progress=False)
+    at.ema.export(folder, name, mode=mode, layout=layout, progress=False)  # type: ignore[arg-type]
     params = peek.full_parameters(at.twin)
     if dist.get_rank() == 0:
-        stored = load_file(os.path.join(folder, "model.safetensors"))
-        for second, first in at.aliases().items():
-            stored[second] = stored[first]
-        _assert_full(at, name, stored, None, params)
+        _assert_full(at, name, _exported(at, name, folder, layout), None, params)
+
+
+def _exported(at: Scene, name: str, folder: str, layout: str) -> dict[str, Tensor]:
+    """What the library of the layout finds in an export."""
+    if layout == "timm":
+        return dict(torch.load(os.path.join(folder, "checkpoint.pth.tar"))["state_dict_ema"])
+    if layout == "torch_averaged":
+        state = torch.load(os.path.join(folder, "averaged_model.pth"))
+        assert state.pop("n_averaged").item() == at.truths[name].num_updates
+        return {fqn.removeprefix("module."): value for fqn, value in state.items()}
+    stored = load_file(os.path.join(folder, "model.safetensors"))
+    for second, first in at.aliases().items():
+        stored[second] = stored[first]
+    return stored
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
@@ -498,34 +509,64 @@ def load(at: Scene, *, back: int, stepped: bool, check: bool) -> None:
     if stepped and at.engine is None:
         _open_round(at)
     saved = at.saved[-1 - back % len(at.saved)]
-    now = at.averaged_weights()
-    same = [peek.equal(now[k], v) for k, v in saved.weights.items() if now[k].dtype == v.dtype]
-    if check and not all(same):
+    if check and not _is_of_now(at, saved):
         with refuse(CheckpointError, "are not those that its averages were saved with"):
             at.ema.load(saved.folder, model="check")
         return
     at.ema.load(saved.folder, model="check" if check else None)
-    at.truths = {name: truth.copy() for name, truth in saved.truths.items()}
-    at.take_first_ranks_buffers()
-    at.loaded()
+    _took(at, saved)
 
 
 @action
-def managed(at: Scene, *, damaged: bool, wait: bool) -> None:
-    """Three steps of a manager that keeps two, and a resume from the newest that is whole."""
+def managed(at: Scene, *, damaged: bool, check: bool, saves: int, wait: bool) -> None:
+    """The directory that the case keeps: a run resumes from it, and saves to it with rotation."""
     at.close_round()
-    folder = at.path("steps")
-    with CheckpointManager(at.ema, folder, keep_last=2, wait=wait) as manager:
-        for step in (1, 2, 3):
-            manager.save(step)
-        manager.close()
+    folder = os.path.join(at.folder, "steps")
+    if damaged and len(at.managed) > 1:  # it goes with the first save: no step follows it
+        newest = max(at.managed)
+        del at.managed[newest]
+        saves = max(saves, 1)
         if dist.get_rank() == 0:
-            kept = [name for name in sorted(os.listdir(folder)) if "step-" in name]
-            assert kept == ["step-00000002", "step-00000003"], kept
-            if damaged:
-                os.truncate(os.path.join(folder, kept[-1], "shardema.json"), 100)
+            os.truncate(os.path.join(folder, f"step-{newest:08d}", "shardema.json"), 100)
         dist.barrier()
-        assert manager.resume() == (2 if damaged else 3)
+    with CheckpointManager(at.ema, folder, keep_last=2, keep_every=3, wait=wait) as manager:
+        last = _resume(at, manager, check)
+        for step in range(last + 1, last + 1 + saves):
+            manager.save(step)
+            held = {s: saved for s, saved in at.managed.items() if s < step}  # later ones go
+            held[step] = Saved(folder, _truths(at), at.averaged_weights())
+            at.managed = {s: held[s] for s in held if s in sorted(held)[-2:] or s % 3 == 0}
+    if dist.get_rank() == 0:
+        there = [name for name in sorted(os.listdir(folder)) if "step-" in name]
+        assert there == [f"step-{step:08d}" for step in sorted(at.managed)], there
+    dist.barrier()
+
+
+def _resume(at: Scene, manager: CheckpointManager, check: bool) -> int:
+    """Resumes from the newest step, with ``check`` from that of the model's weights."""
+    steps = sorted(at.managed, reverse=True)
+    fitting = [step for step in steps if not check or _is_of_now(at, at.managed[step])]
+    if steps and not fitting:
+        with refuse(CheckpointError, "can be loaded|cannot be loaded"):
+            manager.resume()
+        fitting, check = steps, False
+    step = manager.resume(model="check" if check else None)
+    assert step == (fitting[0] if fitting else None), (step, fitting)
+    if step is None:
+        return 0
+    _took(at, at.managed[step])
+    return step
+
+
+def _is_of_now(at: Scene, saved: Saved) -> bool:
+    """Whether it was saved with the weights that the model has now. Collective."""
+    now = at.averaged_weights()
+    return all(peek.equal(now[k], v) for k, v in saved.weights.items() if now[k].dtype == v.dtype)
+
+
+def _took(at: Scene, saved: Saved) -> None:
+    """The truth after a load."""
+    at.truths = {name: truth.copy() for name, truth in saved.truths.items()}
     at.take_first_ranks_buffers()
     at.loaded()
 
@@ -563,20 +604,17 @@ def load_elsewhere(at: Scene, *, layout: str) -> None:
 
 
 @action
-def load_full(at: Scene, *, name: str, file: bool, clock: str, steps: int) -> None:
+def load_full(at: Scene, *, name: str, form: str, clock: str, steps: int) -> None:
+    """An export, full tensors, or what another library has saved of them, with its counter."""
     at.close_round()
-    full = at.ema.full_state_dict(name, all_ranks=True)
-    if file:
-        source: Any = at.path("export")
-        at.ema.export(source, name, progress=False)
-    else:
-        source = full
     truth = at.truths[name]
+    source = _full_source(at, name, form, steps)
     kept = truth.copy()
     if clock == "begins":  # what another library kept goes into a new EMA
         at.ema.reset(name)
         truth.set(at.weights())
-    if clock in ("begins", "unknown"):
+    counted = form in COUNTED
+    if clock in ("begins", "unknown") and not counted:
         if truth.begins_with_a_copy():
             with refuse(ValueError, "discards all of what is loaded"):
                 at.ema.load_full(source, name)
@@ -584,11 +622,61 @@ def load_full(at: Scene, *, name: str, file: bool, clock: str, steps: int) -> No
         at.ema.load_full(source, name)
         truth.full, truth.moves, truth.largest = kept.full, kept.moves, kept.largest
     else:
+        given = clock in ("as_it_is", "another")  # else the counter in the source counts
         now = (truth.t, truth.num_updates) if clock == "as_it_is" else (steps, steps)
-        at.ema.load_full(source, name, t=now[0], num_updates=now[1])
+        numbers = {"t": now[0], "num_updates": now[1]} if given else {}
+        at.ema.load_full(source, name, **numbers)
+        truth.full, truth.moves, truth.largest = kept.full, kept.moves, kept.largest
         truth.t, truth.num_updates, truth.moved_at = *now, now[0]
     at.take_first_ranks_buffers(name)
     at.loaded()
+
+
+# what other libraries make of full tensors and a counter
+STATES: dict[str, Callable[[dict[str, Tensor], int], dict[str, Any]]] = {
+    "torch_averaged": lambda full, count: {
+        "n_averaged": torch.tensor(count),
+        **{f"module.{fqn}": value for fqn, value in full.items()},
+    },
+    "timm": lambda full, count: {"state_dict_ema": full},
+    "ema_pytorch": lambda full, count: {
+        "initted": torch.tensor(True),
+        "step": torch.tensor(count),
+        **{f"ema_model.{fqn}": value for fqn, value in full.items()},
+    },
+    "lit_ema": lambda full, count: {
+        "decay": torch.tensor(0.9),
+        "num_updates": torch.tensor(count),
+        **{fqn.replace(".", ""): value for fqn, value in full.items()},
+    },
+    "diffusers": lambda full, count: {
+        "shadow_params": [*full.values()],
+        "optimization_step": count,
+    },
+    "state_dict": lambda full, count: full,
+}
+COUNTED = ("torch_averaged", "ema_pytorch", "lit_ema", "diffusers")
+
+
+def _full_source(at: Scene, name: str, form: str, steps: int) -> Any:
+    """What `load_full` is given: the average as it is, in one of the forms. Collective."""
+    folder = at.path("full")
+    if form == "export":
+        at.ema.export(folder, name, progress=False)
+        return folder
+    full = at.ema.full_state_dict(name, all_ranks=True)
+    if form in ("diffusers", "lit_ema"):  # which have no buffers and no second names
+        if at.truths[name].settings["buffers"] == "average":
+            form = "torch_averaged"
+        else:
+            full = {fqn: full[fqn] for fqn in at.truths[name].full}
+    state = STATES[form](full, steps)
+    if form in ("diffusers", "state_dict", "ema_pytorch"):
+        return importers.read(state, names=[*full] if form == "diffusers" else None)
+    if dist.get_rank() == 0:
+        torch.save(state, folder)
+    dist.barrier()
+    return folder
 
 
 @action

@@ -18,6 +18,8 @@ from tests.soak.layouts import ALL, ENGINES
 FLAT = ("fsdp1-flat",)  # a flat parameter trains, freezes and is stepped as one
 WHOLE = ("plain", "ddp", "ddp-slices", "ddp-device-offload-slices")
 FSDP2 = ("fsdp2", "fsdp2-keep", "fsdp2-offload", "hsdp", "hsdp-slices")
+# of what is loaded from full tensors
+FORMS = ("export", "state_dict", "torch_averaged", "timm", "ema_pytorch", "lit_ema", "diffusers")
 FSDP1 = tuple(name for name in LAYOUTS if name.startswith("fsdp1"))
 
 
@@ -147,7 +149,9 @@ def _grow(rng: random.Random, case: Case) -> dict[str, Any]:
 
 
 def _export(rng: random.Random, case: Case) -> dict[str, Any]:
-    return {**_named(rng, case), "mode": rng.choice(["direct", "stream", "auto"])}
+    layout = rng.choice(["hf", "hf", "timm", "torch_averaged"])
+    mode = rng.choice(["direct", "stream", "auto"]) if layout == "hf" else "auto"
+    return {**_named(rng, case), "mode": mode, "layout": layout}
 
 
 def _unit(rng: random.Random, case: Case) -> dict[str, Any]:
@@ -174,9 +178,18 @@ def _import(rng: random.Random, case: Case) -> dict[str, Any]:
     clocks = ["as_it_is", "another", "unknown", "begins", "begins"]
     return {
         **_named(rng, case),
-        "file": rng.random() < 0.5,
+        "form": rng.choice(FORMS),
         "clock": "as_it_is" if case.layout in ENGINES else rng.choice(clocks),
         "steps": rng.randrange(20),
+    }
+
+
+def _managed(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {
+        "damaged": rng.random() < 0.3,
+        "check": rng.random() < 0.5,
+        "saves": rng.randrange(4),
+        "wait": rng.random() < 0.5,
     }
 
 
@@ -224,9 +237,7 @@ KINDS: dict[str, Kind] = {
     "export": Kind(1, _export),
     "save": Kind(2, lambda rng, case: {"frozen": rng.random() < 0.3, "wait": rng.random() < 0.6}),
     "load": Kind(2, _older),
-    "managed": Kind(
-        0.7, lambda rng, case: {"damaged": rng.random() < 0.5, "wait": rng.random() < 0.5}
-    ),
+    "managed": Kind(1.5, _managed),
     "load_elsewhere": Kind(0.7, _other, layouts=tuple(n for n in ALL if n != "fsdp2-tp")),
     "load_full": Kind(3, _import),
     "dcp": Kind(1.5),

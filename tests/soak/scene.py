@@ -94,6 +94,7 @@ class Scene:
         checkpoints: of the engine.
         applied: number of the engine's last step, if it moved the weights.
         counted: the one that the average has counted last.
+        managed: by step, what a manager keeps.
         emas: all that were built.
         pending: the last save, where it may be being written.
     """
@@ -110,6 +111,7 @@ class Scene:
     attached: tuple[int, ...] | None = None
     open: set[int] = field(default_factory=set)
     saved: list[Saved] = field(default_factory=list)
+    managed: dict[int, Saved] = field(default_factory=dict)
     count: int = 0
     grown: int = 2
     other: torch.optim.Optimizer = field(default_factory=_elsewhere)

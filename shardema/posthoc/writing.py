@@ -1,0 +1,105 @@
+"""Writes blends as an export, by one process or by ranks side by side.
+
+::
+
+    rank 0   part 0, part 2, ...   -> their bytes in model.safetensors
+    rank 1   part 1, part 3, ...   -> theirs, in the same file
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shardema.files import blending, offline
+from shardema.files.blending import Blend, Value, dtype_of, shape_of
+from shardema.files.export import Writer, choose_mode, parse_size, plan_targets, reserve
+from shardema.files.folder import new_folder
+from shardema.files.safetensors import local_path
+from shardema.ranks.agree import Ranks
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to write.
+
+    Attributes:
+        stem: of its file.
+        name: in it.
+        cast: whether the dtype that is asked for concerns it; buffers keep theirs.
+    """
+
+    stem: str
+    name: str
+    value: Value
+    cast: bool = True
+
+    def dtype(self, asked: torch.dtype | None) -> torch.dtype:
+        own = dtype_of(self.value)
+        cast = asked is not None and self.cast and own.is_floating_point
+        return asked if cast and asked is not None else own
+
+
+def write(
+    outputs: Sequence[Output],
+    out: str | os.PathLike[str],
+    *,
+    op: str,
+    ranks: Ranks,
+    dtype: torch.dtype | None,
+    max_shard_size: int | str,
+    configs: str,
+    done: Callable[[int], object],
+) -> None:
+    """Writes a folder in the Hugging Face layout. Collective over ``ranks``.
+
+    On one host with a local file system the ranks share the parts; elsewhere, where two hosts must
+    not write to one file, the first rank writes all.
+
+    Args:
+        out: must not exist.
+        op: for messages.
+        dtype: of what `Output.cast` says; None keeps the stored ones.
+        max_shard_size: of a file: bytes, or a size such as ``"5GB"``.
+        configs: a folder whose config.json and the like belong beside it; may be empty.
+        done: called with the number of bytes after each part.
+
+    Raises:
+        CheckpointError: on all ranks, if any could not read or write; nothing is left behind.
+    """
+    out = local_path(op, out)
+    targets, indices = plan_targets(
+        [(o.stem, o.name, o.dtype(dtype), shape_of(o.value)) for o in outputs],
+        parse_size(max_shard_size),
+    )
+    values = {f"{o.stem}/{o.name}": o.value for o in outputs}
+    places = {f"{o.stem}/{o.name}": (o.stem, o.name) for o in outputs}
+    stems = {target.stem for target in targets}
+    written = next((o.dtype(dtype) for o in outputs if isinstance(o.value, Blend)), dtype)
+    with new_folder(out, op, ranks) as new, Writer(new.path, targets, done) as writer:
+        share = choose_mode(new.path, "auto", ranks) == "direct"
+        parts = blending.parts_of(values)
+
+        def make_room() -> None:
+            if ranks.leader:
+                reserve(new.path, targets)
+
+        def work() -> None:
+            for number, part in enumerate(parts):
+                if number % ranks.size == ranks.index if share else ranks.leader:
+                    for key, boxes in blending.read(values, part).items():
+                        for box, found in boxes:
+                            writer.write(*places[key], box, found)
+            writer.sync()
+
+        def finish(_: list[None]) -> None:
+            if configs:
+                new.add(lambda at: offline.copy_configs(configs, at, stems, written))
+            new.finish(indices)
+
+        ranks.agree(f"{op} (reserving)", make_room)
+        nbytes = blending.nbytes_of(values.values())
+        ranks.agree(f"{op} (writing)", work, finish, nbytes=nbytes)
