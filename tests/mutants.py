@@ -317,7 +317,7 @@ def contract(ranks: int, layout: str) -> tuple[str, ...]:
     """All facts of the contract in one world; a layout's name may begin as another one's."""
     longer = [name for name in LAYOUTS if name.startswith(f"{layout}-")]
     but = "".join(f" and not {ranks}-{name}-" for name in longer)
-    return ("tests/test_backends.py", "-k", f"{ranks}-{layout}-{but}")
+    return ("tests/test_backends.py", "--full", "-k", f"{ranks}-{layout}-{but}")
 
 
 def files(*names: str) -> tuple[str, ...]:
@@ -356,8 +356,9 @@ STORIES = {
     ),
     **{
         f"{name}.py": Story(count, GATHERING, "gather.py")
-        for name, count in (("ranks/plan", 2), ("model/replica_check", 1), ("ranks/transfer", 5))
+        for name, count in (("ranks/plan", 2), ("ranks/transfer", 5))
     },
+    "model/replica_check.py": Story(1, (contract(2, "ddp"), *GATHERING), "gather.py"),
     "exchange.py": Story(4, SWAPPING, "swap.py"),
     "scopes.py": Story(2, SWAPPING, "swap.py"),
     "swapping.py": Story(3, (*SWAPPING, files("zero_errors"), files("zero")), "swap.py"),

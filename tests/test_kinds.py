@@ -310,6 +310,11 @@ def test_a_trainable_subclass_is_averaged_through_what_it_wraps(dtype: torch.dty
         model.weight = nn.Parameter(model.weight.detach())  # another wrapper of the same values
     ema.update()
     assert ema.num_updates == 2
+    (name,), _ = model.weight.__tensor_flatten__()
+    setattr(model.weight, name, torch.full((4, 4), 5.0, dtype=dtype))  # values in other memory
+    ema.update()
+    moved = ema.full_state_dict()["weight"]
+    assert torch.equal(moved, torch.full((4, 4), (-1.5 + 5.0) / 2))
 
 
 def test_a_subclass_with_memory_of_its_own_is_averaged_as_a_tensor() -> None:

@@ -928,6 +928,14 @@ def test_a_fit_after_an_evaluation_of_a_checkpoint_goes_on_from_the_pair(tmp_pat
     assert ema.ema.num_updates == 2
 
 
+def test_a_checkpoint_of_another_module_holds_no_average(tmp_path: Path) -> None:
+    _, ema = fitted(tmp_path, tmp_path / "a.ckpt")
+    other = trainer_of(tmp_path, ema)
+    other.validate(Module(), data(1), verbose=False)
+    other.save_checkpoint(tmp_path / "b.ckpt")
+    assert torch.load(tmp_path / "b.ckpt", weights_only=False)["shardema"] == ""
+
+
 def averaged(steps: Steps) -> dict[str, Tensor]:
     steps.values[0] = {n: steps.values[0][n] for n in steps.values[1]}
     return steps.average()
@@ -953,6 +961,9 @@ def test_while_weights_are_loaded_there_is_no_average_of_others(tmp_path: Path) 
         trainer.validate(module, data(1), ckpt_path=str(path), verbose=False)
     assert seen == [None, None]
     assert ema.ema is None
+    trainer_of(tmp_path, ema).fit(Module(), data(2))  # which loads nothing
+    assert ema.ema is not None
+    assert ema.ema.num_updates == 2
 
 
 def test_a_tuner_in_mid_fit_leaves_the_average_as_it_was(tmp_path: Path) -> None:
