@@ -607,21 +607,14 @@ class ShardedEMA:
                 ``layout="diffusers"`` with another model or a schedule that ``EMAModel`` does not
                 have, are a ValueError.
         """
-        if isinstance(name, Reconstruction):
-            size = layouts.arguments(path, layout, max_shard_size, mode)["max_shard_size"]
-            if (layout, mode) != ("hf", "auto") or dtype == "model":
-                raise ValueError(
-                    f"export of a reconstruction: got layout={layout!r}, mode={mode!r} and "
-                    f"dtype={dtype!r}, expected 'hf', 'auto' and a dtype or None"
-                )
-            ranks = self._averages.ranks
-            name.export(path, dtype=dtype, max_shard_size=size, ranks=ranks)
-            return
         calls = self._calls
 
         def given() -> dict[str, Any]:
             return layouts.arguments(path, layout, max_shard_size, mode)
 
+        if isinstance(name, Reconstruction):
+            name.export_as(given(), dtype, calls.ranks)
+            return
         if layout in layouts.FILES:
             export_file(calls, path, layout, name, dtype, given)
             return
