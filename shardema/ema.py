@@ -631,8 +631,7 @@ class ShardedEMA:
         with writable(), calls.ranks.together("export"):
             calls.merged_state.check_export()
             fields = layouts.fields_of(average, layout, calls.merged_state.stem, self.unit)
-            contents = calls.contents(average, dtype)
-            module = unwrap(self._averages.weights.models[0])
+            module, contents = unwrap(calls.weights.models[0]), calls.contents(average, dtype)
             exported_dtype = next((contents.dtype(i) for i in contents.items if i.averaged), None)
             exporter.export(
                 path,
