@@ -54,6 +54,7 @@ PICTURES = (
     Picture("swap", "swap", "time", "ms for a swap, in and out"),
     Picture("gather", "gather", "time", "s to the first rank"),
     Picture("checkpoint", "checkpoint", "time_to_raw", "time / the disk alone"),
+    Picture("merge", "merge", "time", "s to merge the checkpoints"),
     Picture("replicas", "replicas", "time_to_limit", "time / one sum of the bits"),
     Picture("export", "export", "time", "s to one file"),
     Picture(

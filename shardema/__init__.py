@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardema import importers, posthoc, presets, schedules
+from shardema import importers, mixtures, posthoc, presets, schedules
 from shardema.batchnorm import update_bn
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError, SwapError
@@ -26,6 +26,7 @@ __all__ = [
     "Snapshots",
     "SwapError",
     "importers",
+    "mixtures",
     "posthoc",
     "presets",
     "read_profile",

@@ -607,21 +607,14 @@ class ShardedEMA:
                 ``layout="diffusers"`` with another model or a schedule that ``EMAModel`` does not
                 have, are a ValueError.
         """
-        if isinstance(name, Reconstruction):
-            size = layouts.arguments(path, layout, max_shard_size, mode)["max_shard_size"]
-            if (layout, mode) != ("hf", "auto") or dtype == "model":
-                raise ValueError(
-                    f"export of a reconstruction: got layout={layout!r}, mode={mode!r} and "
-                    f"dtype={dtype!r}, expected 'hf', 'auto' and a dtype or None"
-                )
-            ranks = self._averages.ranks
-            name.export(path, dtype=dtype, max_shard_size=size, ranks=ranks)
-            return
         calls = self._calls
 
         def given() -> dict[str, Any]:
             return layouts.arguments(path, layout, max_shard_size, mode)
 
+        if isinstance(name, Reconstruction):
+            name.export_as(given(), dtype, calls.ranks)
+            return
         if layout in layouts.FILES:
             export_file(calls, path, layout, name, dtype, given)
             return
@@ -638,8 +631,7 @@ class ShardedEMA:
         with writable(), calls.ranks.together("export"):
             calls.merged_state.check_export()
             fields = layouts.fields_of(average, layout, calls.merged_state.stem, self.unit)
-            contents = calls.contents(average, dtype)
-            module = unwrap(self._averages.weights.models[0])
+            module, contents = unwrap(calls.weights.models[0]), calls.contents(average, dtype)
             exported_dtype = next((contents.dtype(i) for i in contents.items if i.averaged), None)
             exporter.export(
                 path,

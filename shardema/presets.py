@@ -23,7 +23,6 @@ from shardema.ema import ShardedEMA
 from shardema.schedules import Schedule
 from shardema.schedules.base import check_count, check_positive
 from shardema.schedules.closed import parse_length
-from shardema.update.mixture import Mixture
 
 _RULE = 2 / 3  # exponent of the inverse-gamma warm-up in timm, diffusers and ema-pytorch
 
@@ -408,7 +407,7 @@ def trl_bema(
     min_ema_multiplier: float = 0.0,
     **options: Any,
 ) -> ShardedEMA:
-    """The averages of TRL's ``BEMACallback``, one update per step; `bema` mixes them.
+    """The averages of TRL's ``BEMACallback``, one update per step; `mixtures.bema` mixes them.
 
     ``"ema"``: step ``update_after`` copies; the steps ``update_after + update_freq * m`` decay by
     ``1 - max(min_ema_multiplier, (lag + multiplier * step) ** -ema_power)``. ``"start"``: the
@@ -427,32 +426,6 @@ def trl_bema(
     else:
         rule = _at_calls(rule, update_freq, update_freq)
     return ShardedEMA(model, {"ema": rule, "start": start}, **options)
-
-
-def bema(
-    ema: ShardedEMA, *, bias_power: float = 0.2, lag: int = 10, multiplier: float = 1.0
-) -> Mixture:
-    """The bias-corrected average of `trl_bema` now: ``EMA_t + alpha_t (theta_t - theta_0)``.
-
-    ``alpha_t = (lag + multiplier * t) ** -bias_power``; Block and Zhang 2025, arXiv 2508.00180.
-    Make it anew for each evaluation, since ``alpha_t`` is that of the moment::
-
-        ema = presets.trl_bema(model, update_freq=400)
-        with ema.swap(presets.bema(ema)):
-            evaluate(model)
-
-    At the steps at which TRL updates, the values are TRL's; in between TRL keeps those of its last
-    update.
-
-    Args:
-        ema: with the averages ``"ema"`` and ``"start"``, as `trl_bema` has them.
-        bias_power, lag, multiplier: as in TRL; lag and multiplier as given to `trl_bema`.
-
-    Raises:
-        ValueError: ``ema`` has other averages.
-    """
-    alpha = float((lag + multiplier * ema.t) ** -bias_power)
-    return ema.mix({"raw": alpha, "ema": 1.0, "start": -alpha})
 
 
 def olmo_merge(

@@ -354,10 +354,8 @@ STORIES = {
     "ranks/agree.py": Story(
         8, (files("collectives"), files("errors"), contract(2, "fsdp2")), "agree.py"
     ),
-    **{
-        f"{name}.py": Story(count, GATHERING, "gather.py")
-        for name, count in (("ranks/plan", 2), ("ranks/transfer", 5))
-    },
+    "ranks/plan.py": Story(2, (*GATHERING, files("transformers_export")), "gather.py"),
+    "ranks/transfer.py": Story(5, GATHERING, "gather.py"),
     "model/replica_check.py": Story(1, (contract(2, "ddp"), *GATHERING), "gather.py"),
     "exchange.py": Story(4, SWAPPING, "swap.py"),
     "scopes.py": Story(2, SWAPPING, "swap.py"),

@@ -50,6 +50,8 @@ class Faulty:
             what = self._plan.get("what", "") if due else ""
         if what == "kill":
             os.kill(self._plan["pid"], signal.SIGKILL)
+            reply("503 Slow Down", [])  # to nobody: a body that has arrived is not stored either
+            return []
         if what in ("kill after", "deny after"):
             done = list(self._app(environ, lambda *_: None))
             if what == "kill after":

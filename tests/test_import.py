@@ -29,7 +29,7 @@ def seeded(model: nn.Module, name: str, given: dict[str, Any], calls: int, value
     nn.init.constant_(model.weight, weights(calls))
     ema = getattr(presets, name)(model, **given)
     full = {"weight": torch.full(tuple(model.weight.shape), value, dtype=torch.float64)}
-    ema.load_full(full, num_updates=calls)
+    ema.load_full(full, ema.names[0], num_updates=calls)
     assert (ema.t, ema.num_updates) == (calls, calls)
     return ema
 
@@ -46,7 +46,7 @@ def test_a_preset_goes_on_where_its_library_stopped(
             nn.init.constant_(model.weight, weights(n))
             ema.update()
             if n <= calls + 20 or n == calls + AFTER:
-                got = ema.full_state_dict()["weight"].item()
+                got = ema.full_state_dict(ema.names[0])["weight"].item()
                 assert got == pytest.approx(expected[n], rel=0, abs=1e-12), (calls, n)
 
 
@@ -59,7 +59,7 @@ def presets_go_on_on_shards() -> None:
         for n in range(38, 61):
             nn.init.constant_(model.weight, weights(n))
             ema.update()
-        got = ema.full_state_dict(all_ranks=True)["weight"]
+        got = ema.full_state_dict(ema.names[0], all_ranks=True)["weight"]
         want = torch.full_like(got, expected[60])
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12, msg=f"{name}, {given}")
 

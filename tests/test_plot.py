@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import io
 import json
@@ -274,7 +275,13 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         spec.preset("power(0.1)")
 
 
-NEEDED = {"torch_ema": "decay=0.98", "lit_ema": "decay=0.98", "karras": "sigma_rel=0.1"}
+NEEDED = {
+    "torch_ema": "decay=0.98",
+    "lit_ema": "decay=0.98",
+    "karras": "sigma_rel=0.1",
+    "olmo_merge": "merge_interval=100",
+}
+NEEDED["torchtitan"] = "decays=[0.99]"
 NAMES = [n for n, f in inspect.getmembers(presets, inspect.isfunction) if f.__doc__ and n[0] != "_"]
 NAMES = [n for n in NAMES if getattr(presets, n).__module__ == "shardema.presets"]
 
@@ -283,7 +290,10 @@ NAMES = [n for n in NAMES if getattr(presets, n).__module__ == "shardema.presets
 def test_every_preset_can_be_spelled_and_weighs_as_the_preset_does(name: str) -> None:
     given = NEEDED.get(name, "")
     found = spec.preset(f"{name}({given})")
-    keywords = {k: float(v) for k, _, v in [part.partition("=") for part in given.split() if part]}
+    keywords = {
+        k: ast.literal_eval(v)
+        for k, _, v in [part.partition("=") for part in given.split() if part]
+    }
     ema = getattr(presets, name)(nn.Linear(1, 1), **keywords)
     assert len(found) == len(ema.names)
     if len(found) > 1:

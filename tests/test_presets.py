@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from shardema import ShardedEMA, presets
+from shardema import ShardedEMA, mixtures, presets
 from tests import world
 from tests.libraries import train_by_lightning
 
@@ -276,7 +276,7 @@ def test_bema_is_that_of_trl_and_survives_a_resume(tmp_path: Any) -> None:
             beta, alpha = (3 + 0.5 * step) ** -0.5, (3 + 0.5 * step) ** -0.2
             theirs = {k: (1 - beta) * theirs[k] + beta * now[k] for k in now}
             expected = {k: theirs[k] + alpha * (now[k] - start[k]) for k in now}
-            got = ema.full_state_dict(presets.bema(ema, lag=3, multiplier=0.5))
+            got = ema.full_state_dict(mixtures.bema(ema, lag=3, multiplier=0.5))
             for name, value in expected.items():
                 torch.testing.assert_close(got[name], value, rtol=0, atol=1e-13)
         if step == 100:  # a run that is killed and resumed
@@ -287,7 +287,7 @@ def test_bema_is_that_of_trl_and_survives_a_resume(tmp_path: Any) -> None:
 
 def test_bema_needs_its_averages() -> None:
     with pytest.raises(ValueError, match="got 'start', expected one of"):
-        presets.bema(ShardedEMA(nn.Linear(2, 2), 0.9))
+        mixtures.bema(ShardedEMA(nn.Linear(2, 2), 0.9))
 
 
 def every_preset_on_shards() -> None:

@@ -252,7 +252,10 @@ def test_a_part_beside_a_whole_step_goes_and_the_step_stays(url: str) -> None:
     assert len(names_below(f"{url}/step-00000001")) == 2
     write(url, f"step-00000001/{PART}")
     write(url, "step-00000001/shardema.json", b"broken")
-    with CheckpointManager(ema, url) as manager, pytest.raises(CheckpointError, match="none of"):
+    with (
+        CheckpointManager(ema, url) as manager,
+        pytest.raises(CheckpointError, match="step 1 cannot"),
+    ):
         manager.resume()
     assert len(names_below(f"{url}/step-00000001")) == 3  # which part counts is not known
 

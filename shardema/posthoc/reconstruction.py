@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,24 @@ class Reconstruction(sources.Imported):
         """Edges of cells [n + 1], and the masses wanted and reached [n]."""
         count = len(self.fit.edges) - 1
         return self.fit.edges, self.fit.target[-count:], self.fit.reached[-count:]
+
+    def export_as(self, arguments: Mapping[str, Any], dtype: Any, ranks: Ranks) -> None:
+        """`export` with the arguments of ``ema.export``. Collective over ``ranks``.
+
+        Args:
+            arguments: its path, layout, mode and shard size.
+
+        Raises:
+            ValueError: arguments that only the averages of a running EMA can have.
+        """
+        layout, mode = arguments["layout"], arguments["mode"]
+        if (layout, mode) != ("hf", "auto") or dtype == "model":
+            raise ValueError(
+                f"export of a reconstruction: got layout={layout!r}, mode={mode!r} and "
+                f"dtype={dtype!r}, expected 'hf', 'auto' and a dtype or None"
+            )
+        size = arguments["max_shard_size"]
+        self.export(arguments["path"], dtype=dtype, max_shard_size=size, ranks=ranks)
 
     def export(
         self,
