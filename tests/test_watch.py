@@ -56,7 +56,7 @@ def test_a_window_is_at_the_end_what_posthoc_would_make(length: int, curve: str)
         (["window(2.5, linear)"], "got 2.5 steps"),
         (["window(0, linear)"], "--watch .*length"),
         (["window(10, cosine)"], "for the curves linear, mean, minus-sqrt only"),
-        (["window(10, square)"], "got 'square'"),
+        (["window(10, square)"], "got the name 'square'"),
         (["windows(10)"], "got the name 'windows'"),
         (["half_life(100, unit='sample')"], "got a schedule in samples, expected steps"),
         (["import os"], "cannot be read"),
@@ -101,25 +101,19 @@ def test_a_log_with_watched_averages_is_kept_printed_and_drawn(tmp_path: Path) -
     record, curves = script("record"), script("curves")
     log = record.Record(tmp_path, None, 0, ["window-8-linear", "power-0.1"])
     log.add(10, train=3.0, raw=2.5, ema=2.25, distance=0.1, **{"power-0.1": 2.0})
-    log.add(
-        20,
-        train=2.0,
-        raw=1.5,
-        ema=1.25,
-        distance=0.1,
-        **{"power-0.1": 1.0, "window-8-linear": 0.75},
-    )
+    both = {"power-0.1": 1.0, "window-8-linear": 0.75}
+    log.add(20, train=2.0, raw=1.5, ema=1.25, distance=0.1, **both)
     log.close()
     before = (tmp_path / "log.csv").read_text()
     (step := tmp_path / "step-000020").mkdir()
     record.Record(tmp_path, step, 20, record.watched(tmp_path / "log.csv")).close()  # resumed
     assert (tmp_path / "log.csv").read_text() == before
-    made = CliRunner().invoke(
-        curves.main, [str(tmp_path / "log.csv"), str(tmp_path / "curves.png")]
-    )
+    files = [str(tmp_path / name) for name in ("log.csv", "curves.svg")]
+    made = CliRunner().invoke(curves.main, files)
     assert made.exit_code == 0, made.output
     table = [line.split() for line in made.output.splitlines()[:3]]
     assert table[0] == ["step", "raw", "loss", "EMA", "loss", "window-8-linear", "power-0.1"]
     assert table[1] == ["10", "2.500000", "2.250000", "-", "2.000000"]
     assert table[2] == ["20", "1.500000", "1.250000", "0.750000", "1.000000"]
-    assert (tmp_path / "curves.png").stat().st_size > 0
+    drawn = (tmp_path / "curves.svg").read_text()  # a label is a comment above its glyphs
+    assert all(f"<!-- {label} -->" in drawn for label in ("raw", "EMA", *both))
