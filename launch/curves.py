@@ -16,14 +16,22 @@ def main(log: Path, picture: Path) -> None:
     rows = record.read(log)
     if not rows:
         raise click.ClickException(f"{log} has no rows")
-    click.echo(f"{'step':>8}{'raw loss':>12}{'EMA loss':>12}")
+    watched = {f"{name}_loss": name for name in record.watched(log)}
+    titles = {"raw_loss": "raw loss", "ema_loss": "EMA loss", **watched}
+    widths = {column: max(12, len(title) + 2) for column, title in titles.items()}
+    click.echo(f"{'step':>8}" + "".join(f"{titles[c]:>{w}}" for c, w in widths.items()))
     for row in rows:
-        click.echo(f"{row['step']:8.0f}{row['raw_loss']:12.6f}{row['ema_loss']:12.6f}")
+        cells = [f"{row[c]:{w}.6f}" if c in row else f"{'-':>{w}}" for c, w in widths.items()]
+        click.echo(f"{row['step']:8.0f}" + "".join(cells))
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(11, 4), layout="constrained")  # not pyplot: there may be no display
     axes, beside = figure.subplots(1, 2, width_ratios=(3, 2))
     axes.plot(steps, [row["raw_loss"] for row in rows], color="0.6", marker=".", label="raw")
     axes.plot(steps, [row["ema_loss"] for row in rows], color="tab:blue", marker=".", label="EMA")
+    for number, (column, name) in enumerate(watched.items(), 1):  # C0 is the blue of the first
+        points = [(row["step"], row[column]) for row in rows if column in row]
+        places, losses = [s for s, _ in points], [loss for _, loss in points]
+        axes.plot(places, losses, color=f"C{number}", marker=".", label=name)
     axes.set(xlabel="step", ylabel="validation loss (nats per byte)")
     axes.set_title("The same run, evaluated with raw and with averaged weights")
     axes.grid(alpha=0.3)

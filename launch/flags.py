@@ -76,6 +76,12 @@ OPTIONS = {
         callback=checked_schedule,
         help="power:STD, half-life:STEPS, constant:DECAY, warmup:DECAY or ramp:DECAY.",
     ),
+    "watch": click.option(
+        "--watch",
+        multiple=True,
+        metavar="SCHEDULE",
+        help='Evaluate one more average: "power(0.2)", "window(100, linear)".  [repeatable]',
+    ),
     "offload": click.option(
         "--offload", is_flag=True, help="Keep the average in host memory, a step behind."
     ),

@@ -4,7 +4,7 @@
 
 What shardema adds to a training script are the lines with "ema" in train(). The model is in gpt.py,
 the text in chars.py, what differs between backends in parallel.py, steps on disk in checkpoint.py,
-curves in record.py, the command line in flags.py.
+curves in record.py, the command line in flags.py, averages beside the first in watch.py.
 """
 
 import shutil
@@ -26,12 +26,14 @@ from tqdm import tqdm
 import chars
 import checkpoint
 import parallel
+import watch
 from flags import NEWEST, options, refuse_unused, schedule
 from gpt import GPT, GPTConfig
 from parallel import Layout, agreed
 from record import Record
 
-MUST_MATCH = {"layers", "width", "heads", "context", "vocabulary", "ema"}  # on resume
+# on resume; steps only where a window of --watch ends with them
+MUST_MATCH = {"layers", "width", "heads", "context", "vocabulary", "ema", "watch", "steps"}
 LR_WARMUP = 20  # steps; the learning rate is constant afterwards: the average takes the noise out
 
 
@@ -41,7 +43,8 @@ def train(flags: SimpleNamespace) -> None:
         config = GPTConfig(flags.layers, flags.width, flags.heads, flags.context)
         layout = parallel.layout(flags.backend, flags.device, flags.tp, flags.replicas, flags.heads)
         corpus = chars.read(flags.data, config.context)
-        about = describe(flags, config, corpus)
+        watched = watch.averages(flags.watch, flags.steps)
+        about = describe(flags, config, corpus) | watch.facts(watched, flags.steps)
         candidates = start_from(flags, about, checkpoint.pairs(flags.out))
     digests = [""] * dist.get_world_size()
     dist.all_gather_object(digests, corpus.digest)
@@ -52,7 +55,8 @@ def train(flags: SimpleNamespace) -> None:
     torch.manual_seed(flags.seed)  # every rank builds the same weights; nothing else is random
     model, optimizer = parallel.prepare(GPT(config), layout, flags)
     policy = ShadowPolicy(device="cpu" if flags.offload else "model", shard_replicas=flags.slices)
-    ema = ShardedEMA(model, schedule(flags.ema), shadow=policy)
+    rules = {"ema": schedule(flags.ema)} | {k: one.schedule for k, one in watched.items()}
+    ema = ShardedEMA(model, rules, shadow=policy)
     manager = CheckpointManager(
         ema, flags.out / "average", keep_last=flags.keep_last, wait=not flags.async_save
     )
@@ -62,7 +66,7 @@ def train(flags: SimpleNamespace) -> None:
         resume = checkpoint.resume(candidates, model, optimizer, ema, own)
         start = checkpoint.step_of(resume)
     with agreed():
-        record = Record(flags.out, resume, start) if rank == 0 else None
+        record = Record(flags.out, resume, start, list(watched)) if rank == 0 else None
     with agreed():
         if not flags.out.is_dir():
             raise ValueError(f"{flags.out} is not on a file system that all nodes share")
@@ -79,9 +83,11 @@ def train(flags: SimpleNamespace) -> None:
             dist.all_reduce(loss)
             row = {"train": loss.item() / dist.get_world_size()}
             row["raw"] = validate(model, config, flags, corpus, layout)
-            with ema.swap():
-                row["ema"] = validate(model, config, flags, corpus, layout)
-            row["distance"] = ema.metrics()["distance"]
+            for name in ema.names:
+                if name == "ema" or step > watched[name].begin:  # before, it equals the weights
+                    with ema.swap(name):
+                        row[name] = validate(model, config, flags, corpus, layout)
+            row["distance"] = ema.metrics("ema")["distance"]
             if record is not None:
                 record.add(step, **row)
                 bar.write(f"step {step:6d}  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
@@ -93,7 +99,7 @@ def train(flags: SimpleNamespace) -> None:
     with agreed():
         if rank == 0 and export.exists():  # of this run, before it was given more steps
             shutil.rmtree(export)
-    ema.export(export)
+    ema.export(export, "ema")
     if record is not None:
         record.close()
         click.echo(f"averaged weights are in {export}")
@@ -192,8 +198,9 @@ def start_from(flags: SimpleNamespace, about: dict[str, Any], held: list[Path]) 
         )
     for name in changed:
         if name in MUST_MATCH:
-            was, wanted = before.get(name), about[name]
-            raise ValueError(f"{resume} was made with --{name} {was}, not {wanted}")
+            was, wanted = before.get(name) or "nothing", about[name] or "nothing"
+            why = ": its windows of --watch end with its steps" if name == "steps" else ""
+            raise ValueError(f"{resume} was made with --{name} {was}, not {wanted}{why}")
     if at > flags.steps or (at == flags.steps and (out / "export").exists()):
         raise ValueError(f"{resume} has nothing left to do: --steps is {flags.steps}")
     if changed and dist.get_rank() == 0:

@@ -23,15 +23,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from shardema import posthoc, read_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "benchmarks/results/stories.csv"
 SMALL = ["--layers", "2", "--width", "32", "--context", "32", "--batch", "2"]
 SMALL += ["--val-windows", "8", "--eval-every", "10"]
 RUN = [*SMALL, "--steps", "40", "--save-every", "4", "--device", "cpu"]
+WATCH = ["--watch", "power(0.1)", "--watch", "window(30, minus-sqrt)"]  # the first is --ema's
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ACCELERATE = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
@@ -156,8 +160,9 @@ def test_a_killed_run_goes_on_to_the_same_average(
         request.getfixturevalue("deepspeed_operators")
     start = time.monotonic()
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    finish(command(LAUNCHERS[launcher], ranks, backend.split()[0], text, straight))
-    words = [*command(LAUNCHERS[launcher], ranks, backend, text, broken), "--async-save"]
+    plain = command(LAUNCHERS[launcher], ranks, backend.split()[0], text, straight)
+    finish([*plain, *WATCH])
+    words = [*command(LAUNCHERS[launcher], ranks, backend, text, broken), *WATCH, "--async-save"]
     killed_after(words, broken / "average/step-00000008")
     killed_after([*words, "--resume"], broken / "step-000020")
     assert not (broken / "export").exists()
@@ -177,8 +182,20 @@ def test_a_killed_run_goes_on_to_the_same_average(
     said = finish([*evaluate, "--data", str(text), "--val-windows", "8", "--device", "cpu"])
     assert float(said.split()[-1]) == pytest.approx(float(last["ema_loss"]), abs=1e-5)
     assert float(last["ema_loss"]) != float(last["raw_loss"])
+    assert_watched(rows, broken / "average/step-00000040")
     if request.config.getoption("--full"):
         note(backend, ranks, launcher, start)
+
+
+def assert_watched(rows: list[dict[str, str]], average: Path) -> None:
+    """A column for each, empty until a window begins; the window is the published merge."""
+    assert [row["power-0.1_loss"] for row in rows] == [row["ema_loss"] for row in rows]
+    seen = {int(row["step"]): row["window-30-minus-sqrt_loss"] for row in rows}
+    assert [step for step, loss in seen.items() if loss] == [20, 30, 40]
+    assert float(seen[40]) not in [float(rows[-1][name]) for name in ("raw_loss", "ema_loss")]
+    masses = read_profile(average, "window-30-minus-sqrt").mass(range(41))
+    merged = posthoc.merge_weights(30, "minus-sqrt")
+    assert np.abs(masses - [*[0] * 10, *merged]).max() < 1e-12
 
 
 @pytest.mark.full

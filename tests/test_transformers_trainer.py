@@ -250,6 +250,18 @@ def test_each_pass_of_an_evaluation_has_its_weights_and_its_names(tmp_path: Path
         assert alone["eval_loss"] == by_hand[f"eval_{name}_loss" if name else "eval_loss"]
 
 
+def test_a_list_says_which_averages_are_evaluated_beside_the_weights(tmp_path: Path) -> None:
+    rules = {"ema": DECAY, "slow": 0.9, "fast": 0.1}
+    losses = [
+        trained(tmp_path / str(number), EMACallback(rules, eval_with=sides)).evaluate()
+        for number, sides in enumerate(("both", ["raw", "fast", "slow"]))
+    ]
+    every, some = [{k: v for k, v in m.items() if k.endswith("loss")} for m in losses]
+    assert list(some) == ["eval_loss", "eval_fast_loss", "eval_slow_loss"]
+    assert every.pop("eval_ema_loss") not in some.values()
+    assert every == some
+
+
 def test_several_sets_are_evaluated_and_predicted_with_the_average(tmp_path: Path) -> None:
     callback = EMACallback(DECAY)
     trainer = trained(tmp_path, callback)
@@ -991,6 +1003,9 @@ def test_a_killed_trainer_goes_on_to_the_same_average(
     [
         (lambda: EMACallback(1.5), ValueError, r"decay=1.5, expected a number in \[0, 1\]"),
         (lambda: EMACallback(0.9, eval_with="best"), ValueError, "eval_with: got 'best', expected"),
+        (lambda: EMACallback(0.9, eval_with=["ema"]), ValueError, r"\['ema'\], expected a list"),
+        (lambda: EMACallback(0.9, eval_with=["raw", "b"]), ValueError, "and then some of .*'ema'"),
+        (lambda: EMACallback(0.9, eval_with=["raw", "ema", "ema"]), ValueError, "expected a list"),
         (lambda: EMACallback(0.9, save_with="both"), ValueError, "save_with: got 'both', expected"),
         (lambda: EMACallback({"a": 0.9}), ValueError, r"got 'ema', expected .*'raw', 'both', 'a'"),
         (lambda: EMACallback({"raw": 0.9}), ValueError, "are values of eval_with="),

@@ -21,7 +21,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -67,7 +67,7 @@ class EMACallback(TrainerCallback):
         eval_with: what ``evaluate`` and ``predict`` use: ``"raw"`` weights, the average of this
             name (a single average is called ``"ema"``), or ``"both"``: ``eval_*`` are the metrics
             of the raw weights, ``eval_NAME_*`` those of an average, and ``predict`` uses the last
-            average.
+            average. ``["raw", NAME, ...]`` is ``"both"`` with these averages only.
         save_with: what is written to ``output_dir`` at the end, by ``save_model`` and
             ``push_to_hub``: the average of this name, or ``"raw"``: as without this callback.
         allow_missing: start an average if the checkpoint has none, instead of raising.
@@ -90,7 +90,7 @@ class EMACallback(TrainerCallback):
         self,
         schedule: float | Schedule | Callable[..., float] | Mapping[str, Any],
         *,
-        eval_with: str = "ema",
+        eval_with: str | Sequence[str] = "ema",
         save_with: str = "ema",
         allow_missing: bool = False,
         new_schedule: bool = False,
@@ -111,14 +111,9 @@ class EMACallback(TrainerCallback):
                 f"schedule: got averages {list(rules)}; 'raw' and 'both' are values of eval_with=, "
                 "give them other names"
             )
-        for word, value, others in (
-            ("eval_with", eval_with, ("raw", "both")),
-            ("save_with", save_with, ("raw",)),
-        ):
-            if value not in (*rules, *others):
-                raise ValueError(f"{word}: got {value!r}, expected one of {[*others, *rules]}")
-        passes: dict[str, list[str | None]] = {"raw": [None], "both": [None, *rules]}
-        self._evaluated = passes.get(eval_with, [eval_with])
+        self._evaluated = _passes_of(eval_with, list(rules))
+        if save_with not in ("raw", *rules):
+            raise ValueError(f"save_with: got {save_with!r}, expected one of {['raw', *rules]}")
         self._saved = None if save_with == "raw" else save_with
         self._allow_missing = allow_missing
         self._new_schedule = new_schedule
@@ -458,6 +453,24 @@ class EMACallback(TrainerCallback):
     ) -> None:
         self.ema = None  # it was of other weights
         original(*args, **kwargs)
+
+
+def _passes_of(eval_with: str | Sequence[str], names: list[str]) -> list[str | None]:
+    """The averages that ``eval_with`` stands for, None for the weights. Raises ValueError."""
+    if isinstance(eval_with, str):
+        if eval_with not in ("raw", "both", *names):
+            raise ValueError(
+                f"eval_with: got {eval_with!r}, expected one of {['raw', 'both', *names]}, or a "
+                "list of 'raw' and averages"
+            )
+        whole: dict[str, list[str | None]] = {"raw": [None], "both": [None, *names]}
+        return whole.get(eval_with, [eval_with])
+    first, *others = eval_with or [""]
+    if first != "raw" or not set(others) <= set(names) or len(set(others)) < len(others):
+        raise ValueError(
+            f"eval_with: got {eval_with!r}, expected a list of 'raw', and then some of {names}"
+        )
+    return [None, *others]
 
 
 def _candidate(folder: str) -> Candidate:
