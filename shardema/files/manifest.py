@@ -492,8 +492,10 @@ def parts(manifest: Manifest, found: list[ReadRequest]) -> Iterator[tuple[int, B
     Raises:
         CheckpointError: a file is missing, cut short or damaged.
     """
+    buffer = bytearray(BLOCK)  # used again: a fresh one costs more than to copy it
     for request in found:
-        yield from _read_file(os.path.join(manifest.home, request.file.name), request, manifest)
+        path = os.path.join(manifest.home, request.file.name)
+        yield from _read_file(path, request, manifest, memoryview(buffer))
 
 
 def _reach(stored: StoredBox, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
@@ -513,7 +515,7 @@ def _reach(stored: StoredBox, boxes: list[Box] | tuple[()]) -> tuple[int, int] |
 
 
 def _read_file(
-    path: str, request: ReadRequest, manifest: Manifest
+    path: str, request: ReadRequest, manifest: Manifest, buffer: memoryview
 ) -> Iterator[tuple[int, Box, torch.Tensor]]:
     file, needed = request.file, request.needed
     with reading(path) as opened:
@@ -521,7 +523,8 @@ def _read_file(
         for block in request.blocks:
             begin = block * BLOCK
             end = min(begin + BLOCK, file.size)
-            data = opened.read_at(begin, end - begin)
+            data = buffer[: end - begin]
+            opened.read_into(begin, data)
             if xxhash.xxh3_128_hexdigest(data) != file.blocks[block]:
                 raise CheckpointError(
                     f"reading {path}: checksum mismatch in bytes {begin} to {end} "
@@ -546,7 +549,7 @@ def _names_in(
 
 
 def _part(
-    stored: StoredBox, start: int, stop: int, begin: int, data: bytearray, manifest: Manifest
+    stored: StoredBox, start: int, stop: int, begin: int, data: memoryview, manifest: Manifest
 ) -> Iterator[tuple[int, Box, torch.Tensor]]:
     """The elements of ``stored`` in bytes ``[start, stop)``; ``data`` begins at ``begin``."""
     dtype = manifest.tensors[stored.tensor].dtype
