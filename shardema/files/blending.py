@@ -177,6 +177,7 @@ class Room:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.block = bytearray(BLOCK)  # for `manifest.parts`
         self._used = 0  # bytes that the tensors since `clear` take, also those in fresh memory
 
     def clear(self) -> None:
@@ -226,7 +227,7 @@ def fill(values: Mapping[str, Value], targets: Targets, room: Room) -> None:
             blends[name] = value
         else:
             plain[name] = value
-    for name, box, stored in _stored(plain, _boxes(targets, plain)):
+    for name, box, stored in _stored(plain, _boxes(targets, plain), room):
         for place, target in targets[name]:
             _put(place, box, stored, target)
     _fill_blends(blends, {name: targets[name] for name in blends}, room)
@@ -256,13 +257,14 @@ def _fill_blends(blends: Mapping[str, Blend], targets: Targets, room: Room) -> N
     scratch = room.empty((BLOCK,), torch.uint8)
     boxes = _boxes(targets, blends)
     last = {name: blend.sources[-1][1] for name, blend in blends.items()}
-    for name, box, stored in _stored(last, boxes):
+    for name, box, stored in _stored(last, boxes, room):
         for place, target in base[name]:
             _put(place, box, stored, target)
     for number in range(max((len(b.sources) for b in blends.values()), default=1) - 1):
         there = {n: b.sources[number] for n, b in blends.items() if number < len(b.sources) - 1}
         sources = {name: source for name, (_, source) in there.items()}
-        for name, box, stored in _stored(sources, {name: boxes[name] for name in sources}):
+        wanted = {name: boxes[name] for name in sources}
+        for name, box, stored in _stored(sources, wanted, room):
             for (place, first), (_, total) in zip(base[name], rest[name], strict=True):
                 _add(place, box, stored, first, total, there[name][0], scratch)
     for name, blend in blends.items():
@@ -317,7 +319,7 @@ def _add(
 
 
 def _stored(
-    sources: Mapping[str, Source], boxes: Mapping[str, Sequence[Box]]
+    sources: Mapping[str, Source], boxes: Mapping[str, Sequence[Box]], room: Room
 ) -> Iterator[tuple[str, Box, Tensor]]:
     """Values as they are stored, in boxes that cover the wanted ones and may extend beyond."""
     groups: dict[int, tuple[Manifest, dict[int, str]]] = {}
@@ -332,7 +334,7 @@ def _stored(
     for stored, names in groups.values():
         wanted = {number: list(boxes[name]) for number, name in names.items()}
         requests = manifest.read_requests(stored, wanted)
-        for number, box, values in manifest.parts(stored, requests):
+        for number, box, values in manifest.parts(stored, requests, room.block):
             yield names[number], box, values
     for folder, keys in folders.items():
         full = {
