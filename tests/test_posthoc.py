@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from shardema import CheckpointError, ShadowPolicy, ShardedEMA, Snapshots, posthoc
 from shardema.cli.main import main
+from shardema.files import blending
 from shardema.posthoc import fitting, masses, planning
 from shardema.posthoc.targets import Wanted
 from shardema.profiles import Profile
@@ -538,7 +539,10 @@ def test_a_merge_is_the_weighted_sum(tmp_path: Path, style: str) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"number": 2}
 
 
-def test_many_parts_in_threads_merge_as_one_sum(tmp_path: Path) -> None:
+def test_many_parts_in_threads_merge_as_one_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blending, "PART_BLOCKS", 1)  # memory is used again from the third part on
     torch.manual_seed(0)
     model = nn.ParameterList(torch.randn(n, 1001) for n in (700, 5, 4100, 3000))
     paths, weights = [], []
