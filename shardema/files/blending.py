@@ -26,7 +26,7 @@ from shardema.files.dcp import Chunks, load_chunks
 from shardema.files.manifest import BLOCK, Manifest, StoredFile
 from shardema.shards.boxes import Box, Dims, flat_boxes, split_box, whole
 
-PART_BLOCKS = 2  # of the last source, in a part: what a processor's cache holds
+PART_BLOCKS = 1  # of the last source, in a part: what a processor's cache holds
 _ALIGNED = 64  # bytes, of the tensors in a `Room`
 _READ = 1 << 20  # elements of a safetensors file that are read at a time
 
