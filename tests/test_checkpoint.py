@@ -657,17 +657,17 @@ def each_rank_reads_what_it_needs(folder: str) -> None:
     ema.internal.averages.ranks.agree = noted
     ema.save(f"{folder}/ema")
     seen = []
-    original = safetensors.read_at
+    original = safetensors.read_into
 
-    def counted(fd: int, offset: int, size: int, path: str) -> bytearray:
-        seen.append((path, offset, size))
-        return original(fd, offset, size, path)
+    def counted(fd: int, offset: int, view: memoryview, path: str) -> None:
+        seen.append((path, offset, len(view)))
+        original(fd, offset, view, path)
 
-    safetensors.read_at = counted
+    safetensors.read_into = counted
     try:
         ema.load(f"{folder}/ema")
     finally:
-        safetensors.read_at = original
+        safetensors.read_into = original
     assert moved_bytes["save (writing)"] == 16 << 20
     assert 16 << 20 <= moved_bytes["load (reading)"] <= (16 << 20) + BLOCK
     blocks = [s for s in seen if s[0].endswith(".safetensors")]

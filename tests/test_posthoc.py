@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from shardema import CheckpointError, ShadowPolicy, ShardedEMA, Snapshots, posthoc
 from shardema.cli.main import main
+from shardema.files import blending
 from shardema.posthoc import fitting, masses, planning
 from shardema.posthoc.targets import Wanted
 from shardema.profiles import Profile
@@ -536,6 +537,33 @@ def test_a_merge_is_the_weighted_sum(tmp_path: Path, style: str) -> None:
         assert torch.allclose(got[name].double(), truth, rtol=3e-7, atol=3e-7)
     assert got["n"].item() == 2
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"number": 2}
+
+
+def test_many_parts_in_threads_merge_as_one_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blending, "PART_BLOCKS", 1)  # memory is used again from the third part on
+    torch.manual_seed(0)
+    model = nn.ParameterList(torch.randn(n, 1001) for n in (700, 5, 4100, 3000))
+    paths, weights = [], []
+    for number, dtype in enumerate((torch.float32, torch.float64, torch.float32)):
+        for param in model:
+            param.data.add_(torch.randn_like(param))
+        ema = ShardedEMA(model, {"a": 0.5}, shadow=ShadowPolicy(dtype=dtype))
+        paths.append(tmp_path / f"{number}")
+        ema.save(paths[-1])
+        weights.append(ema.full_state_dict("a"))
+    got = merged(paths, tmp_path / "out", "--weights", "0.25,0.25,0.5")
+    for name, last in weights[-1].items():
+        rest = sum(0.25 * (one[name].double() - last.double()) for one in weights[:2])
+        assert torch.allclose(got[name].double(), last.double() + rest, rtol=0, atol=1e-12)
+    (path,) = paths[1].glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="checksum"):
+        posthoc.merge(paths, tmp_path / "bad", style="mean")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2", "out"]
 
 
 def test_checkpoints_folders_and_dcp_merge(tmp_path: Path) -> None:

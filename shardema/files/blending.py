@@ -26,7 +26,8 @@ from shardema.files.dcp import Chunks, load_chunks
 from shardema.files.manifest import BLOCK, Manifest, StoredFile
 from shardema.shards.boxes import Box, Dims, flat_boxes, split_box, whole
 
-PART_BLOCKS = 8  # of the last source, in a part
+PART_BLOCKS = 1  # of the last source, in a part: what a processor's cache holds
+_ALIGNED = 64  # bytes, of the tensors in a `Room`
 _READ = 1 << 20  # elements of a safetensors file that are read at a time
 
 
@@ -83,6 +84,12 @@ def dtype_of(value: Value) -> torch.dtype:
 def shape_of(value: Value) -> Dims:
     """The shape of the full tensor."""
     return value.entry.shape if isinstance(value, Place) else tuple(value.shape)
+
+
+def is_dcp(value: Value) -> bool:
+    """Whether any of it is read by torch.distributed.checkpoint."""
+    sources = [s for _, s in value.sources] if isinstance(value, Blend) else [value]
+    return any(isinstance(source, Chunks) for source in sources)
 
 
 def nbytes_of(values: Iterable[Value]) -> int:
@@ -146,8 +153,7 @@ def _parts_by_size(values: Mapping[str, Value]) -> Iterator[dict[str, list[Box]]
     part: dict[str, list[Box]] = {}
     used = 0
     for name, value in values.items():
-        sources = [s for _, s in value.sources] if isinstance(value, Blend) else [value]
-        cut = math.inf if any(isinstance(s, Chunks) for s in sources) else limit // 4
+        cut = math.inf if is_dcp(value) else limit // 4
         for full in whole(shape_of(value)):
             for box in split_box(full, min(full.numel, int(min(cut, 1 << 62)))):
                 nbytes = box.numel * dtype_of(value).itemsize
@@ -163,18 +169,52 @@ def _parts_by_size(values: Mapping[str, Value]) -> Iterator[dict[str, list[Box]]
 # ---- their values -------------------------------------------------------------------------------
 
 
-def read(values: Mapping[str, Value], part: Mapping[str, Sequence[Box]]) -> Targets:
-    """The values of a part, in new tensors; of a `Blend` in float32, or float64 if a source is."""
+class Room:
+    """Memory for tensors, which the next part uses again: fresh memory costs as much as the sums.
+
+    Not for several threads.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.block = bytearray(BLOCK)  # for `manifest.parts`
+        self._used = 0  # bytes that the tensors since `clear` take, also those in fresh memory
+
+    def clear(self) -> None:
+        """The tensors are no longer needed. As much as they took is kept."""
+        if self._used > self._memory.numel():
+            self._memory = torch.empty(self._used, dtype=torch.uint8, device="cpu")
+        self._used = 0
+
+    def empty(self, sizes: Dims, dtype: torch.dtype) -> Tensor:
+        """A tensor whose values are not set, valid until `clear`."""
+        nbytes, start = math.prod(sizes) * dtype.itemsize, self._used
+        self._used += -(-nbytes // _ALIGNED) * _ALIGNED
+        if self._used > self._memory.numel():
+            return torch.empty(sizes, dtype=dtype, device="cpu")
+        return self._memory[start : start + nbytes].view(dtype).view(sizes)
+
+
+def read(values: Mapping[str, Value], part: Mapping[str, Sequence[Box]], room: Room) -> Targets:
+    """The values of a part; of a `Blend` in float32, or float64 if a source is.
+
+    Args:
+        room: is cleared, and then has the values.
+    """
+    room.clear()
     found = {
-        name: [(box, torch.empty(box.sizes, dtype=_wide(values[name]))) for box in boxes]
+        name: [(box, room.empty(box.sizes, _wide(values[name]))) for box in boxes]
         for name, boxes in part.items()
     }
-    fill(values, found)
+    fill(values, found, room)
     return found
 
 
-def fill(values: Mapping[str, Value], targets: Targets) -> None:
+def fill(values: Mapping[str, Value], targets: Targets, room: Room) -> None:
     """Sets the targets; those of a `Blend` are float32 or float64 tensors on any device.
+
+    Args:
+        room: for the sums.
 
     Raises:
         CheckpointError: a source is missing, cut short or damaged.
@@ -187,10 +227,10 @@ def fill(values: Mapping[str, Value], targets: Targets) -> None:
             blends[name] = value
         else:
             plain[name] = value
-    for name, box, stored in _stored(plain, _boxes(targets, plain)):
+    for name, box, stored in _stored(plain, _boxes(targets, plain), room):
         for place, target in targets[name]:
             _put(place, box, stored, target)
-    _fill_blends(blends, {name: targets[name] for name in blends})
+    _fill_blends(blends, {name: targets[name] for name in blends}, room)
 
 
 def _boxes(targets: Targets, names: Mapping[str, object]) -> dict[str, list[Box]]:
@@ -204,27 +244,29 @@ def _wide(value: Value) -> torch.dtype:
     return torch.promote_types(value.dtype, torch.float32)
 
 
-def _fill_blends(blends: Mapping[str, Blend], targets: Targets) -> None:
+def _fill_blends(blends: Mapping[str, Blend], targets: Targets, room: Room) -> None:
     """Sums the differences from the last source, which are small: so float32 loses nothing."""
     rest = {
-        name: [(box, torch.zeros(box.sizes, dtype=_wide(blends[name]))) for box, _ in boxes]
+        name: [(box, room.empty(box.sizes, _wide(blends[name])).zero_()) for box, _ in boxes]
         for name, boxes in targets.items()
     }
     base = {
-        name: [(box, _host(target, _wide(blends[name]))) for box, target in boxes]
+        name: [(box, _host(target, _wide(blends[name]), room)) for box, target in boxes]
         for name, boxes in targets.items()
     }
+    scratch = room.empty((BLOCK,), torch.uint8)
     boxes = _boxes(targets, blends)
     last = {name: blend.sources[-1][1] for name, blend in blends.items()}
-    for name, box, stored in _stored(last, boxes):
+    for name, box, stored in _stored(last, boxes, room):
         for place, target in base[name]:
             _put(place, box, stored, target)
     for number in range(max((len(b.sources) for b in blends.values()), default=1) - 1):
         there = {n: b.sources[number] for n, b in blends.items() if number < len(b.sources) - 1}
         sources = {name: source for name, (_, source) in there.items()}
-        for name, box, stored in _stored(sources, {name: boxes[name] for name in sources}):
+        wanted = {name: boxes[name] for name in sources}
+        for name, box, stored in _stored(sources, wanted, room):
             for (place, first), (_, total) in zip(base[name], rest[name], strict=True):
-                _add(place, box, stored, first, total, there[name][0])
+                _add(place, box, stored, first, total, there[name][0], scratch)
     for name, blend in blends.items():
         scale = math.fsum(c for c, _ in blend.sources)
         for (_, target), (_, first), (_, total) in zip(
@@ -237,11 +279,11 @@ def _fill_blends(blends: Mapping[str, Blend], targets: Targets) -> None:
                 target.copy_(first)
 
 
-def _host(target: Tensor, dtype: torch.dtype) -> Tensor:
+def _host(target: Tensor, dtype: torch.dtype, room: Room) -> Tensor:
     """The target itself if sums can be made in it, else a tensor of its size in host memory."""
     if target.device.type == "cpu" and target.dtype == dtype:
         return target
-    return torch.empty(target.shape, dtype=dtype)
+    return room.empty(tuple(target.shape), dtype)
 
 
 def _put(place: Box, box: Box, values: Tensor, target: Tensor) -> None:
@@ -252,19 +294,32 @@ def _put(place: Box, box: Box, values: Tensor, target: Tensor) -> None:
 
 
 def _add(
-    place: Box, box: Box, values: Tensor, base: Tensor, total: Tensor, coefficient: float
+    place: Box,
+    box: Box,
+    values: Tensor,
+    base: Tensor,
+    total: Tensor,
+    coefficient: float,
+    scratch: Tensor,
 ) -> None:
     """``total += coefficient (values - base)`` where the boxes overlap."""
-    common = place.intersect(box)
-    if common is None:
+    overlap = place.intersect(box)
+    if overlap is None:
         return
-    inner = common.relative_to(place.offsets)
-    wide = common.relative_to(box.offsets).view(values).to(total.dtype)
-    inner.view(total).add_(wide.sub(inner.view(base)), alpha=coefficient)
+    room = scratch.view(total.dtype)
+    for common in split_box(overlap, room.numel()):
+        inner = common.relative_to(place.offsets)
+        found = common.relative_to(box.offsets).view(values)
+        change = room[: common.numel].view(common.sizes)
+        if found.dtype == change.dtype:
+            torch.sub(found, inner.view(base), out=change)
+        else:
+            change.copy_(found).sub_(inner.view(base))
+        inner.view(total).add_(change, alpha=coefficient)
 
 
 def _stored(
-    sources: Mapping[str, Source], boxes: Mapping[str, Sequence[Box]]
+    sources: Mapping[str, Source], boxes: Mapping[str, Sequence[Box]], room: Room
 ) -> Iterator[tuple[str, Box, Tensor]]:
     """Values as they are stored, in boxes that cover the wanted ones and may extend beyond."""
     groups: dict[int, tuple[Manifest, dict[int, str]]] = {}
@@ -279,7 +334,7 @@ def _stored(
     for stored, names in groups.values():
         wanted = {number: list(boxes[name]) for number, name in names.items()}
         requests = manifest.read_requests(stored, wanted)
-        for number, box, values in manifest.parts(stored, requests):
+        for number, box, values in manifest.parts(stored, requests, room.block):
             yield names[number], box, values
     for folder, keys in folders.items():
         full = {

@@ -41,7 +41,8 @@ from shardema.files.manifest import (
 )
 from shardema.files.places import new_file
 from shardema.files.prefix import NewPrefix
-from shardema.files.safetensors import make_header, reporting
+from shardema.files.remote import NewObject
+from shardema.files.safetensors import NewFile, make_header, reporting
 from shardema.model.own_state import MergedState
 from shardema.ranks.agree import Ranks
 from shardema.ranks.plan import Contents, Item, refuse_opaque
@@ -53,6 +54,7 @@ from shardema.update.average import Average
 from shardema.update.averages import Averages
 from shardema.update.copy_on_write import CopyOnWrite
 
+_SMALL = 1 << 18  # bytes; smaller chunks of a file are written together
 _CHUNK = BLOCK  # bytes copied from a device at a time
 _Told = tuple[dict[str, Any] | None, list[pairing.Part]]  # entry of a file, fingerprints
 
@@ -312,32 +314,46 @@ def _write_rank(
     size = len(head) + sum(entries[one.key].nbytes for one in boxes)
     name = f"rank-{ranks.index:05d}-of-{ranks.size:05d}.safetensors"
     path = os.path.join(temporary, name)
-    blocks: list[str] = []
     with reporting(path, "writing"), new_file(path, size) as file:
-        offset = 0
-        for block in _in_blocks(_chunks(head, boxes, values, order)):
-            blocks.append(xxhash.xxh3_128_hexdigest(block))
-            file.write_at(offset, block)
-            offset += len(block)
+        blocks = _write_chunks(file, _joined(_chunks(head, boxes, values, order)))
         file.sync()
     pieces = [[boxes[i].number, boxes[i].box.offsets, boxes[i].box.sizes] for i in order]
     return {"name": name, "size": size, "head": len(head), "blocks": blocks, "pieces": pieces}
 
 
-def _in_blocks(chunks: Iterator[memoryview]) -> Iterator[memoryview]:
-    """The bytes of a file in blocks of `BLOCK`, the last one shorter."""
-    block = bytearray(BLOCK)
-    view, used = memoryview(block), 0
+def _write_chunks(file: NewFile | NewObject, chunks: Iterator[memoryview]) -> list[str]:
+    """Writes the bytes of a file; returns the checksum of each `BLOCK`, the last one shorter."""
+    blocks: list[str] = []
+    offset = 0
+    checksum = xxhash.xxh3_128()
     for chunk in chunks:
+        file.write_at(offset, chunk)
         while chunk:
-            n = min(len(chunk), BLOCK - used)
-            view[used : used + n] = chunk[:n]
-            chunk, used = chunk[n:], used + n
-            if used == BLOCK:
-                yield view
-                used = 0
-    if used:
-        yield view[:used]
+            piece = chunk[: BLOCK - offset % BLOCK]
+            checksum.update(piece)
+            chunk, offset = chunk[len(piece) :], offset + len(piece)
+            if offset % BLOCK == 0:
+                blocks.append(checksum.hexdigest())
+                checksum.reset()
+    if offset % BLOCK:
+        blocks.append(checksum.hexdigest())
+    return blocks
+
+
+def _joined(chunks: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The same bytes, with small chunks together: a store is slow at many small writes."""
+    small = bytearray()
+    for chunk in chunks:
+        large = len(chunk) >= _SMALL
+        if not large:
+            small += chunk
+        if small and (large or len(small) >= _SMALL):
+            yield memoryview(small)
+            small = bytearray()
+        if large:
+            yield chunk
+    if small:
+        yield memoryview(small)
 
 
 def _chunks(

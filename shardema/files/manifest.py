@@ -15,6 +15,7 @@ import reprlib
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -139,6 +140,15 @@ class Manifest:
     home: str = ""
     model: dict[str, dict[str, Fingerprint]] = field(default_factory=dict)
     follows: str = ""
+
+    @cached_property
+    def held(self) -> dict[int, list[tuple[int, StoredBox]]]:
+        """By number of a tensor its boxes, each with the number of its file."""
+        found: dict[int, list[tuple[int, StoredBox]]] = {}
+        for number, file in enumerate(self.files):
+            for stored in file.boxes:
+                found.setdefault(stored.tensor, []).append((number, stored))
+        return found
 
 
 def pack(manifest: Manifest) -> bytes:
@@ -468,22 +478,27 @@ def read_requests(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[Read
     Args:
         wanted: boxes by number of the tensor.
     """
-    found = []
-    for file in manifest.files:
-        needed = []
-        for stored in file.boxes:
-            reach = _reach(stored, wanted.get(stored.tensor, ()))
+    needed: dict[int, list[tuple[int, int, StoredBox]]] = {}
+    for tensor, boxes in wanted.items():
+        itemsize = manifest.tensors[tensor].dtype.itemsize
+        for file, stored in manifest.held.get(tensor, ()):
+            reach = _reach(stored, boxes)
             if reach is not None:
-                itemsize = manifest.tensors[stored.tensor].dtype.itemsize
                 start, stop = (stored.start + edge * itemsize for edge in reach)
-                needed.append((start, stop, stored))
-        if needed:
-            found.append(ReadRequest(file, tuple(needed)))
-    return found
+                needed.setdefault(file, []).append((start, stop, stored))
+    return [
+        ReadRequest(manifest.files[file], tuple(sorted(needed[file], key=lambda one: one[0])))
+        for file in sorted(needed)
+    ]
 
 
-def parts(manifest: Manifest, found: list[ReadRequest]) -> Iterator[tuple[int, Box, torch.Tensor]]:
+def parts(
+    manifest: Manifest, found: list[ReadRequest], buffer: bytearray | None = None
+) -> Iterator[tuple[int, Box, torch.Tensor]]:
     """Reads and verifies each block once, in the files' order.
+
+    Args:
+        buffer: of `BLOCK` bytes, for who reads often: a fresh one costs as much as to read it.
 
     Yields:
         ``(tensor, box, values)``: values ``[*box.sizes]`` of a box of that tensor, valid until
@@ -492,11 +507,13 @@ def parts(manifest: Manifest, found: list[ReadRequest]) -> Iterator[tuple[int, B
     Raises:
         CheckpointError: a file is missing, cut short or damaged.
     """
+    room = memoryview(bytearray(BLOCK) if buffer is None else buffer)
     for request in found:
-        yield from _read_file(os.path.join(manifest.home, request.file.name), request, manifest)
+        path = os.path.join(manifest.home, request.file.name)
+        yield from _read_file(path, request, manifest, room)
 
 
-def _reach(stored: StoredBox, boxes: list[Box] | tuple[()]) -> tuple[int, int] | None:
+def _reach(stored: StoredBox, boxes: list[Box]) -> tuple[int, int] | None:
     """First element of the stored box that any of the boxes overlaps, and the end."""
     low, high = stored.box.numel, 0
     for box in boxes:
@@ -513,7 +530,7 @@ def _reach(stored: StoredBox, boxes: list[Box] | tuple[()]) -> tuple[int, int] |
 
 
 def _read_file(
-    path: str, request: ReadRequest, manifest: Manifest
+    path: str, request: ReadRequest, manifest: Manifest, buffer: memoryview
 ) -> Iterator[tuple[int, Box, torch.Tensor]]:
     file, needed = request.file, request.needed
     with reading(path) as opened:
@@ -521,7 +538,8 @@ def _read_file(
         for block in request.blocks:
             begin = block * BLOCK
             end = min(begin + BLOCK, file.size)
-            data = opened.read_at(begin, end - begin)
+            data = buffer[: end - begin]
+            opened.read_into(begin, data)
             if xxhash.xxh3_128_hexdigest(data) != file.blocks[block]:
                 raise CheckpointError(
                     f"reading {path}: checksum mismatch in bytes {begin} to {end} "
@@ -546,7 +564,7 @@ def _names_in(
 
 
 def _part(
-    stored: StoredBox, start: int, stop: int, begin: int, data: bytearray, manifest: Manifest
+    stored: StoredBox, start: int, stop: int, begin: int, data: memoryview, manifest: Manifest
 ) -> Iterator[tuple[int, Box, torch.Tensor]]:
     """The elements of ``stored`` in bytes ``[start, stop)``; ``data`` begins at ``begin``."""
     dtype = manifest.tensors[stored.tensor].dtype

@@ -59,6 +59,17 @@ class OpenFile:
             return remote.read_at(self.path, offset, size)
         return safetensors.read_at(self._fd, offset, size, self.path)
 
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fills ``view`` with the bytes from ``offset``.
+
+        Raises:
+            CheckpointError: the file ends before.
+        """
+        if self._fd is None:
+            view[:] = remote.read_at(self.path, offset, len(view))
+        else:
+            safetensors.read_into(self._fd, offset, view, self.path)
+
     def header(self) -> dict[str, Entry]:
         """As `safetensors.read_header`."""
         return parse_header(self.read_at, self.size, self.path)

@@ -227,8 +227,17 @@ def read_at(fd: int, offset: int, size: int, path: str) -> bytearray:
         CheckpointError: the file is shorter.
     """
     data = bytearray(size)
-    view = memoryview(data)
-    done = 0
+    read_into(fd, offset, memoryview(data), path)
+    return data
+
+
+def read_into(fd: int, offset: int, view: memoryview, path: str) -> None:
+    """Fills ``view`` with the bytes from ``offset``.
+
+    Raises:
+        CheckpointError: the file is shorter.
+    """
+    size, done = len(view), 0
     with reporting(path, "reading"):
         while done < size:
             n = os.preadv(fd, [view[done:]], offset + done)
@@ -239,7 +248,6 @@ def read_at(fd: int, offset: int, size: int, path: str) -> bytearray:
                     path=path,
                 )
             done += n
-    return data
 
 
 def read_whole(path: str, limit: int, *, follow: bool = False, start: bytes = b"") -> bytearray:

@@ -245,13 +245,15 @@ def _read_blended(
     """`read_shards` of what is in checkpoints, as many shards at a time as fit into a bucket."""
     group: dict[str, list[tuple[Box, Tensor]]] = {}
     used = 0
+    room = blending.Room()
     for shard in shards:
         for box, target in shard.local_boxes(targets[shard.fqn]):
             for part in split_box(box, _BUCKET):
                 if group and used + part.numel > _BUCKET:
-                    blending.fill(imported.tensors, group)
+                    blending.fill(imported.tensors, group, room)
+                    room.clear()
                     group, used = {}, 0
                 inside = part.relative_to(box.offsets).view(target)
                 group.setdefault(names[shard.fqn], []).append((part, inside))
                 used += part.numel
-    blending.fill(imported.tensors, group)
+    blending.fill(imported.tensors, group, room)

@@ -9,7 +9,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,9 @@ from shardema.files.export import Writer, choose_mode, parse_size, plan_targets,
 from shardema.files.folder import new_folder
 from shardema.files.safetensors import local_path
 from shardema.ranks.agree import Ranks
+from shardema.shards.boxes import Box
+
+_THREADS = 2  # of one process: one reads or writes while the other computes
 
 
 @dataclass(frozen=True)
@@ -82,17 +88,24 @@ def write(
     with new_folder(out, op, ranks) as new, Writer(new.path, targets, done) as writer:
         share = choose_mode(new.path, "auto", ranks) == "direct"
         parts = blending.parts_of(values)
+        writing = threading.Lock()
+        # several ranks already compute side by side, and DCP changes the process's warnings
+        alone = not share or ranks.size == 1
+        threads = _THREADS if alone and not any(map(blending.is_dcp, values.values())) else 1
 
         def make_room() -> None:
             if ranks.leader:
                 reserve(new.path, targets)
 
+        def write_part(part: dict[str, list[Box]], room: blending.Room) -> None:
+            for key, boxes in blending.read(values, part, room).items():
+                for box, found in boxes:
+                    with writing:
+                        writer.write(*places[key], box, found)
+
         def work() -> None:
-            for number, part in enumerate(parts):
-                if number % ranks.size == ranks.index if share else ranks.leader:
-                    for key, boxes in blending.read(values, part).items():
-                        for box, found in boxes:
-                            writer.write(*places[key], box, found)
+            own = parts[ranks.index :: ranks.size] if share else parts if ranks.leader else []
+            _in_threads(own, write_part, threads)
             writer.sync()
 
         def finish(_: list[None]) -> None:
@@ -103,3 +116,32 @@ def write(
         ranks.agree(f"{op} (reserving)", make_room)
         nbytes = blending.nbytes_of(values.values())
         ranks.agree(f"{op} (writing)", work, finish, nbytes=nbytes)
+
+
+def _in_threads(
+    parts: Sequence[dict[str, list[Box]]],
+    work: Callable[[dict[str, list[Box]], blending.Room], None],
+    threads: int,
+) -> None:
+    """Calls ``work`` for each part; after an error no further part is begun, and it is raised."""
+    left = iter(parts)
+
+    def run() -> None:
+        room = blending.Room()
+        try:
+            for part in left:
+                work(part, room)
+        finally:
+            stop()
+
+    def stop() -> None:
+        for _ in left:
+            pass
+
+    with ThreadPoolExecutor(threads) as pool:
+        running = [pool.submit(copy_context().run, run) for _ in range(threads)]
+        try:
+            for one in running:
+                one.result()
+        finally:
+            stop()  # also if this thread is interrupted while it waits
