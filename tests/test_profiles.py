@@ -116,6 +116,16 @@ def test_the_profile_of_every_preset() -> None:
         assert len(life.check(life.ema.names[0]).segments) == 1, name
 
 
+def test_a_run_that_is_resumed_has_the_history_of_one_that_is_not(tmp_path: Path) -> None:
+    whole, parts = Life(schedules.power(0.1)), Life(schedules.power(0.1))
+    whole.run(10).run(7, dt=2).run(9)
+    parts.run(4).resume(tmp_path / "a", schedules.power(0.1)).run(6).run(3, dt=2)
+    parts.resume(tmp_path / "b", schedules.power(0.1)).run(4, dt=2)
+    parts.resume(tmp_path / "c", schedules.power(0.1)).run(9)
+    assert parts.check().segments == whole.check().segments
+    assert [run.count for run in parts.check().segments[0].runs] == [10, 7, 9]
+
+
 def test_the_profile_with_any_batch_sizes() -> None:
     life = Life(lambda model: presets.edm2(model, stds=[0.1, 0.05]))
     life.run(20, dt=64).run(7, dt=48).run(20, dt=64).run(1, dt=0.5).run(3, dt=0).run(9, dt=0.1)

@@ -48,6 +48,11 @@ class Ledger:
             self._begin, self._closed = last.begin, list(last.runs)
         self._count, self._distance = 0, 0.0  # of the open run: updates and their distance
         self._decays: tuple[float, ...] = ()
+        if self._closed and self._closed[-1].even and self._closed[-1].kept is None:
+            last_run = self._closed.pop()  # open again, so that a resume leaves no trace
+            start = self._closed[-1].end if self._closed else self._begin
+            self._count = last_run.count
+            self._distance = (last_run.end - start) / last_run.count
 
     def record(self, t: float, decays: tuple[float, ...]) -> None:
         """Writes down an update at time ``t``, with the decay of each schedule of the rule."""
