@@ -92,9 +92,19 @@ def save(
             partial.rename(final)
             sync(out)
     manager.save(step)  # perhaps in the background; removes the averages that are not kept
+    tidy(out, final)
+
+
+def tidy(out: Path, newest: Path | None = None) -> None:
+    """Remove the steps that have no average, and what a killed removal left. Collective.
+
+    Args:
+        newest: stays, since its average may still be written.
+    """
     with agreed():
         if dist.get_rank() == 0:
-            for other in {*steps(out)} - {*pairs(out), final}:
+            kept = {*pairs(out), newest}
+            for other in {path for path in out.iterdir() if NAME.fullmatch(path.name)} - kept:
                 remove(other)
 
 

@@ -94,6 +94,7 @@ def train(flags: SimpleNamespace) -> None:
         if step % flags.save_every == 0 or last:
             checkpoint.save(flags.out, step, model, optimizer, manager, about)
     manager.close()  # waits for the last average to be written
+    checkpoint.tidy(flags.out)
 
     export = flags.out / "export"
     with agreed():
