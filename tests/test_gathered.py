@@ -755,6 +755,24 @@ def neighbours_of_other_schedules_are_averaged_once() -> None:
         }
 
 
+def a_model_on_a_part_of_the_ranks_is_gathered_by_these(wrapper: str) -> None:
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]  # two runs, say, in one job
+    pair = dist.get_rank() // 2
+    torch.manual_seed(pair)
+    plain = nn.Linear(5, 3)
+    first = {fqn: value.detach().clone() for fqn, value in plain.state_dict().items()}
+    if wrapper == "ddp":
+        model: nn.Module = DistributedDataParallel(plain, process_group=pairs[pair])
+    else:
+        model = FSDP(plain, process_group=pairs[pair], device_id=torch.device("cpu"))
+    ema = ShardedEMA(model, 0.5, timeout=10)
+    if pair == 0:  # the others make no call
+        full = ema.full_state_dict(all_ranks=True)
+        assert full.keys() == first.keys()
+        assert all(torch.equal(full[fqn], value) for fqn, value in first.items())
+    dist.barrier()
+
+
 FACTS = [
     *(Fact(f"swap while {case}", a_swap_is_seen_and_undone_while, (case,)) for case in PENDING),
     *(Fact(f"update while {case}", an_update_reads_the_weights_while, (case,)) for case in PENDING),
@@ -795,6 +813,14 @@ ON_FOUR = [
         parts_that_say_where_they_are_are_taken_at_their_word,
         a_trainable_subclass_is_averaged_when_sharded,
     )
+]
+ON_FOUR += [
+    Fact(
+        f"part of the ranks, {wrapper}",
+        a_model_on_a_part_of_the_ranks_is_gathered_by_these,
+        (wrapper,),
+    )
+    for wrapper in ("ddp", "fsdp1")
 ]
 
 
