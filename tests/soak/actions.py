@@ -11,6 +11,7 @@ import copy
 import gc
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -521,6 +522,7 @@ def load(at: Scene, *, back: int, stepped: bool, check: bool) -> None:
 def managed(at: Scene, *, damaged: bool, check: bool, saves: int, wait: bool) -> None:
     """The directory that the case keeps: a run resumes from it, and saves to it with rotation."""
     at.close_round()
+    _ = at.ema.num_updates  # which closes it: a directory without a step reads no average
     folder = os.path.join(at.folder, "steps")
     if damaged and len(at.managed) > 1:  # it goes with the first save: no step follows it
         newest = max(at.managed)
@@ -863,6 +865,10 @@ def grow(at: Scene, *, gathered: dict[str, Any] | None) -> None:
         inner.queue = torch.zeros(at.grown, dtype=inner.queue.dtype)
     at.checkpoints.clear()  # of another shape
     if at.case.averages[at.ema.names[0]]["buffers"] == "average":
+        at.managed.clear()
+        if dist.get_rank() == 0:
+            shutil.rmtree(os.path.join(at.folder, "steps"), ignore_errors=True)
+        dist.barrier()
         rebuild(at)
     if gathered:
         full_state_dict(at, **gathered)
