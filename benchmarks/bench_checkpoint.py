@@ -41,6 +41,7 @@ from harness import (
     rank,
     ratio,
     say,
+    shared_folder,
     turns,
     world,
 )
@@ -547,19 +548,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with world(), torch.no_grad():
         table = Table()
-        told = [tempfile.mkdtemp(prefix="checkpoint-", dir=args.out) if rank() == 0 else ""]
-        dist.broadcast_object_list(told)
-        out = Path(told[0])
         group = dist.new_group(backend="gloo")
-        try:
+        with shared_folder("checkpoint-", args.out) as out:
             ways = usable(table, args, group, out)
             case = make_case(args.mib, group)
             measure_saves(table, args, case, ways, out)
             measure_starts(table, args, case, ways, out)
             measure_loads(table, args, case, ways, out)
-        finally:
-            if rank() == 0:
-                shutil.rmtree(out, ignore_errors=True)
         return finish(table, args, TARGETS)
 
 

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import models
-from harness import Table, Target, arguments, everywhere, finish, say, turns, world
+from harness import Table, Target, arguments, everywhere, finish, say, shared_folder, turns, world
 from rows import MIB, PeakMemory
 from shardema import ShardedEMA
 from shardema.ranks.transfer import BUCKET_BYTES
@@ -320,18 +320,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, appends the rows, and returns the exit code, the same on every rank."""
     args = parse(argv)
     with world():
-        told = [tempfile.mkdtemp(prefix="export-", dir=args.out) if dist.get_rank() == 0 else ""]
-        dist.broadcast_object_list(told)
-        out = Path(told[0])
-        try:
+        with shared_folder("export-", args.out) as out:
             names = warm_up(out)
             case = make_case(args.mib)
             verifier = Verifier()
             look = verifier.look if args.verify else lambda name, folder: None
             samples = measure(case, names, args.repeats, out, look)
-        finally:
-            if dist.get_rank() == 0:
-                shutil.rmtree(out, ignore_errors=True)
         missed = finish(to_rows(samples, f"fsdp2 fp32 {args.mib} MiB"), args, TARGETS)
         differing = everywhere(verifier.differing())[0]
         over = over_the_limit(samples, args.limit_mib * MIB)

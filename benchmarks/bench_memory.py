@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from torch import distributed as dist
 import models
 from bench_swap import PROVIDERS as SWAPPERS
 from bench_swap import use
-from harness import Table, Target, arguments, everywhere, finish, rank, say, world
+from harness import Table, Target, arguments, everywhere, finish, say, shared_folder, world
 from models import MIB
 from rivals import DTYPES, OTHERS, Average, Build, shardema
 from rows import PeakMemory
@@ -123,18 +122,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with world(), torch.no_grad():
         table = Table()
-        told = [tempfile.mkdtemp(prefix="memory-", dir=args.out) if rank() == 0 else ""]
-        dist.broadcast_object_list(told)
-        try:
+        with shared_folder("memory-", args.out) as out:
             for word in args.dtype:
                 case = f"fsdp2 {word}/fp32 {args.mib} MiB"
                 make = lambda: models.Blocks(args.mib)  # noqa: E731
                 model = models.build(make, "fsdp2", DTYPES[word])
                 averages(table, case, model)
-                ours(table, case, model, Path(told[0]) / word)
-        finally:
-            if rank() == 0:
-                shutil.rmtree(told[0], ignore_errors=True)
+                ours(table, case, model, out / word)
         return finish(table, args, TARGETS)
 
 

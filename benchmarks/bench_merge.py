@@ -24,7 +24,19 @@ import torch
 from torch import distributed as dist
 
 import models
-from harness import Table, Target, arguments, everywhere, finish, rank, ranks, say, turns, world
+from harness import (
+    Table,
+    Target,
+    arguments,
+    everywhere,
+    finish,
+    rank,
+    ranks,
+    say,
+    shared_folder,
+    turns,
+    world,
+)
 from rows import MIB, PeakMemory
 from shardema import ShardedEMA, posthoc
 from shardema.ranks.transfer import BUCKET_BYTES
@@ -134,15 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, appends the rows, and returns the exit code, the same on every rank."""
     args = parse(argv)
     with world():
-        told = [tempfile.mkdtemp(prefix="merge-", dir=args.out) if rank() == 0 else ""]
-        dist.broadcast_object_list(told)
-        folder = Path(told[0])
-        try:
+        with shared_folder("merge-", args.out) as folder:
             sources = make_sources(args.mib, args.sources, folder)
             samples = measure(sources, args.repeats, folder)
-        finally:
-            if rank() == 0:
-                shutil.rmtree(folder, ignore_errors=True)
         case = f"fp32 {args.mib} MiB, {args.sources} sources"
         return finish(to_rows(samples, case), args, TARGETS)
 

@@ -19,7 +19,9 @@ import io
 import math
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,6 +59,18 @@ def world() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def shared_folder(prefix: str, parent: str) -> Iterator[Path]:
+    """A new folder in ``parent`` that all ranks use; the first one removes it. Collective."""
+    told = [tempfile.mkdtemp(prefix=prefix, dir=parent) if rank() == 0 else ""]
+    dist.broadcast_object_list(told)
+    try:
+        yield Path(told[0])
+    finally:
+        if rank() == 0:
+            shutil.rmtree(told[0], ignore_errors=True)
 
 
 def rank() -> int:

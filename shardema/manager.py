@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal
 
 from shardema.ema import ShardedEMA
@@ -16,13 +14,13 @@ from shardema.files import manifest, remote, verify
 from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
 from shardema.files.places import any_path
-from shardema.files.steps import MAX_STEP, surplus
+from shardema.files.steps import MAX_STEP, StepsWriter, surplus
 from shardema.files.stored_steps import steps_in
 
 log = logging.getLogger(__name__)
 
 
-class CheckpointManager:
+class CheckpointManager(StepsWriter):
     """Saves averages every ``every`` steps, removes old checkpoints, and resumes from the newest.
 
     ::
@@ -276,24 +274,6 @@ class CheckpointManager:
             self._finish()
         finally:
             self._steps.close()
-
-    def __enter__(self) -> CheckpointManager:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:  # the other ranks may not come; the thread goes on, and the interpreter waits for it
-            self._steps.abandon()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # its constructor raised
-            self._steps.abandon()
 
     # ---- on the leader ------------------------------------------------------------------------
 

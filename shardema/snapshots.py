@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from shardema.files import manifest
 from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
 from shardema.files.safetensors import local_path
-from shardema.files.steps import MAX_STEP, Steps, name_of, surplus
+from shardema.files.steps import MAX_STEP, Steps, StepsWriter, name_of, surplus
 from shardema.posthoc.planning import Plan, default_targets, planned_profile, residuals
 from shardema.schedules import block_mean
 from shardema.update.average import Average
@@ -29,7 +27,7 @@ log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Snapshots:
+class Snapshots(StepsWriter):
     """Saves averages at intervals, from which `shardema.posthoc` makes others after the run.
 
     ::
@@ -237,24 +235,6 @@ class Snapshots:
             self._finish()
         finally:
             self._steps.close()
-
-    def __enter__(self) -> Snapshots:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:  # the other ranks may not come
-            self._steps.abandon()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # its constructor raised
-            self._steps.abandon()
 
     def _finish(self) -> None:
         pending, self._pending = self._pending, None

@@ -32,7 +32,7 @@ from shardema.scopes import to_the_end, uninterrupted, writable
 from shardema.shards.shard import Shard, materialized
 from shardema.update.average import Average
 from shardema.update.averages import Readable
-from shardema.update.mixture import MixedAverage, Mixture
+from shardema.update.mixture import Mixture
 
 log = logging.getLogger(__name__)
 
@@ -172,11 +172,7 @@ class Swaps:
         self._updates.refresh()
         self._updates.flush("swap")
         self._averages.lending.detach()
-        held = self._averages.held(average)
-        if isinstance(average, MixedAverage):
-            exchange = Exchange(held, {}, average.fill)
-        else:
-            exchange = Exchange(held, average.shadows.views, average.fill)
+        exchange = Exchange(self._averages.held(average), average.stored, average.fill)
         return average, self._weights.averaged_shards, exchange, self._all_gather_slices(average)
 
     def _all_gather_slices(

@@ -27,7 +27,8 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files.safetensors import (
@@ -200,6 +201,41 @@ class Steps:
             if _TEMPORARY_RECORD.fullmatch(name):  # only who has the lock writes it
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.folder, name))
+
+
+class StepsWriter:
+    """An object that writes steps, and unlocks their directory at the end of a ``with`` block.
+
+    Attributes:
+        _steps: the directory, set by the constructor.
+    """
+
+    _steps: Steps
+
+    def close(self) -> None:
+        """Waits for a step that is being written, and unlocks the directory."""
+        raise NotImplementedError
+
+    def __enter__(self: _Writer) -> _Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:  # the other ranks may not come; a thread goes on, and the interpreter waits for it
+            self._steps.abandon()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # its constructor raised
+            self._steps.abandon()
+
+
+_Writer = TypeVar("_Writer", bound=StepsWriter)
 
 
 def sweep(folder: str, temporary: re.Pattern[str]) -> list[str]:

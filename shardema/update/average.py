@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -48,6 +48,11 @@ class Average:
     def components(self) -> list[Average | None]:
         """What it is read from: itself; see `MixedAverage`."""
         return [self]
+
+    @property
+    def stored(self) -> Mapping[str, Tensor]:
+        """Its tensors by fqn, which a swap may exchange with the model's; see `MixedAverage`."""
+        return self.shadows.views
 
     def fill(self, out: Tensor, shard: Shard) -> None:
         """Writes the average of one shard to ``out``, of the same sizes and strides."""

@@ -106,6 +106,11 @@ class MixedAverage:
         """What it is computed from; None stands for the weights."""
         return [average for _, average in self.parts]
 
+    @property
+    def stored(self) -> Mapping[str, Tensor]:
+        """Nothing: it is computed, so a swap copies the model's tensors."""
+        return {}
+
     def fill(self, out: Tensor, shard: Shard) -> None:
         """Writes the mixture of one shard to ``out``, of the same sizes and strides.
 

@@ -39,6 +39,9 @@ class Updater:
         held: returns the shards that this rank averages, for one average.
         bind: the kernel.
         detach: called by worker threads before they change averages.
+
+    Attributes:
+        changes_here: whether a call changes averages itself, not only worker threads.
     """
 
     def __init__(
@@ -63,17 +66,14 @@ class Updater:
             else DeviceOffload(*those, bind, staging_bytes=size)
             for (compute, size), those in pairs.items()
         ]
+        by_host = (isinstance(behind, HostOffload) for behind in self._behind)
+        self.changes_here = bool(self._inline) or not all(by_host)
 
     @property
     def kernel_names(self) -> tuple[str, ...]:
         """Names of the kernels that run, or ``"host_offload"`` and ``"device_offload"``."""
         inline = dict.fromkeys(name for lerp_ in self._inline for name in lerp_.kernel_names)
         return (*inline, *(behind.name for behind in self._behind))
-
-    @property
-    def changes_here(self) -> bool:
-        """Whether a call changes averages itself, not only worker threads."""
-        return not all(isinstance(behind, HostOffload) for behind in [*self._inline, *self._behind])
 
     @property
     def behind(self) -> bool:
