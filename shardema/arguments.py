@@ -13,27 +13,28 @@ from torch import nn
 
 from shardema.policy import ShadowPolicy
 from shardema.schedules import Schedule, as_schedule, by_pattern, constant, custom, half_life
+from shardema.shards.patterns import Rename
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of an average, and of its folder
 _DEFAULT = "ema"  # the name of an average that was not given one
 
 
-def as_models(model: Any) -> tuple[nn.Module, ...]:
+def as_models(model: Any, argument: str = "model") -> tuple[nn.Module, ...]:
     """``model`` as modules. Raises TypeError, or ValueError for an empty list."""
     models = tuple(model) if isinstance(model, list | tuple) else (model,)
     for one in models:
         if type(one).__module__.startswith("deepspeed.inference"):
             raise TypeError(
-                f"model: got DeepSpeed's {type(one).__name__}, which does not train, expected the "
-                "engine that deepspeed.initialize returned"
+                f"{argument}: got DeepSpeed's {type(one).__name__}, which does not train, expected "
+                "the engine that deepspeed.initialize returned"
             )
         if not isinstance(one, nn.Module):
             raise TypeError(
-                f"model: got {type(one).__name__}, expected a torch.nn.Module, wrapped as the "
+                f"{argument}: got {type(one).__name__}, expected a torch.nn.Module, wrapped as the "
                 "training loop holds it, or a list of them"
             )
     if not models:
-        raise ValueError("model: got an empty list, expected one module or more")
+        raise ValueError(f"{argument}: got an empty list, expected one module or more")
     return models
 
 
@@ -71,6 +72,43 @@ def as_policies(shadow: Any, schedules: Mapping[str, Rule]) -> dict[str, ShadowP
     if not isinstance(shadow, ShadowPolicy):
         raise TypeError(f"shadow: got {shadow!r}, expected a ShadowPolicy or {{name: policy}}")
     return dict.fromkeys(schedules, shadow)
+
+
+def as_teachers(into: Any, schedules: Mapping[str, Rule]) -> dict[str, tuple[nn.Module, ...]]:
+    """``into`` as teachers by name of the average. Raises ValueError or TypeError."""
+    if into is None:
+        return {}
+    if not isinstance(into, Mapping):
+        if len(schedules) > 1:
+            raise ValueError(
+                f"into: got one teacher for the averages {sorted(schedules)}, expected one for "
+                "each that is kept in a teacher: {name: teacher}"
+            )
+        into = dict.fromkeys(schedules, into)
+    odd = sorted(set(into) - set(schedules))
+    if odd or not into:
+        raise ValueError(f"into: got teachers for {odd}, expected some of {sorted(schedules)}")
+    return {name: as_models(models, "into") for name, models in into.items()}
+
+
+def as_rename(rename: Any, into: Any) -> Rename | None:
+    """``rename``, checked. Raises ValueError or TypeError."""
+    if rename is None or callable(rename):
+        found: Rename | None = rename
+    elif isinstance(rename, Mapping) and rename:
+        for part, other in rename.items():
+            texts = isinstance(part, str) and isinstance(other, str)
+            if not texts or not part or "." in part:
+                raise ValueError(
+                    f"rename: got {part!r}: {other!r}, expected parts of names between dots, such "
+                    'as {"default": "old"}; for other changes a callable fqn -> fqn'
+                )
+        found = dict(rename)
+    else:
+        raise TypeError(f"rename: got {rename!r}, expected {{part: part}} or a callable")
+    if found is not None and into is None:
+        raise ValueError("rename: got it without into=, expected both: into=model, rename=...")
+    return found
 
 
 def refuse_positional(op: str, given: tuple[Any, ...]) -> None:

@@ -211,7 +211,7 @@ class Calls:
             return self._ready(call)
 
         found: list[list[str]] | None
-        if self.weights.gathers:
+        if self.averages.gathers:
             # all ranks free what a forward has gathered, or none: else the next forward would
             # gather on some ranks only
             self.ranks.agree(op, arrive, same=same)

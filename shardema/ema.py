@@ -24,7 +24,9 @@ from shardema import backends, importers, kernels, metrics, saving
 from shardema.arguments import (
     as_models,
     as_policies,
+    as_rename,
     as_schedules,
+    as_teachers,
     increment,
     refuse_positional,
 )
@@ -47,6 +49,7 @@ from shardema.scopes import writable
 from shardema.shards.patterns import Pattern
 from shardema.swapping import Swaps
 from shardema.update.averages import Averages
+from shardema.update.homes import agree_on_homes
 from shardema.update.mixture import Mixture, check_coefficients
 from shardema.update.notices import Notices
 from shardema.update.updates import Updates
@@ -101,6 +104,12 @@ class ShardedEMA:
             in them, a list of these, or ``(fqn, shape) -> bool``, called with the full shape;
             every trainable floating-point parameter if None. With a list of chunks a pattern may
             match on other ranks only; the first collective call checks that some rank has a match.
+        into: a second module, a teacher, that the average is kept in, so that its forward computes
+            with it; its parameters, matched by name, are the average's memory. Or
+            ``{name: teacher}`` for some of several averages; or the model itself, with ``rename``.
+            See `Teachers <teachers.html>`_. The constructor is then collective.
+        rename: the names of the averaged tensors in ``into``: ``{part: part}`` of a name between
+            its dots, such as ``{"default": "old"}``, or a callable ``fqn -> fqn``.
         source: with a DeepSpeed engine, ``"master"`` averages the fp32 masters, which the optimizer
             steps, and ``"model"`` the 16-bit weights, which the forward uses. Without an engine
             the two are the same tensors.
@@ -121,7 +130,8 @@ class ShardedEMA:
             not match, names that are not unique, a layout that cannot be averaged.
         TypeError: an argument of the wrong type.
 
-    The constructor is not collective: the ranks first communicate in the first collective call.
+    Without ``into`` the constructor is not collective: the ranks first communicate in the first
+    collective call.
 
     Example:
         >>> import torch
@@ -142,6 +152,8 @@ class ShardedEMA:
         shadow: ShadowPolicy | Mapping[str, ShadowPolicy] = ShadowPolicy(),  # noqa: B008
         buffers: Buffers | Mapping[Pattern, Buffers] = "copy",
         select: Select | None = None,
+        into: nn.Module | Sequence[nn.Module] | Mapping[str, Any] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
         source: Literal["master", "model"] = "master",
         on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore",
         group: dist.ProcessGroup | None = None,
@@ -152,6 +164,7 @@ class ShardedEMA:
         models = as_models(model)
         schedules = as_schedules(schedule)
         policies = as_policies(shadow, schedules)
+        teachers, renamed = as_teachers(into, schedules), as_rename(rename, into)
         if source not in ("master", "model"):
             raise ValueError(f"source: got {source!r}, expected 'master' or 'model'")
         if on_nonfinite not in ("ignore", "skip", "raise"):
@@ -171,7 +184,8 @@ class ShardedEMA:
             for name, rule in schedules.items():
                 selection.check_rule(name, rule, weights.averaged_shards, weights.unmatched)
             ranks = Ranks(None if group is not None else weights.ranks(), group, timeout)
-            self._averages = Averages(weights, ranks, schedules, policies)
+            homes = agree_on_homes(teachers, renamed, weights, policies, ranks, chosen=select)
+            self._averages = Averages(weights, ranks, schedules, policies, homes)
             notices = Notices(self._averages)
             self._updates = Updates(self._averages, bind, on_nonfinite, notices)
         self._calls = Calls(self._averages, self._updates, notices)
@@ -322,12 +336,13 @@ class ShardedEMA:
         Raises:
             TypeError: an argument that is not a torch optimizer, an optimizer inside an engine, or
                 one whose ``step`` does not run torch's step hooks.
-            ValueError: no optimizer, none that steps an averaged tensor, or ``dt`` missing where
-                the clock does not count steps.
+            ValueError: no optimizer, none that steps an averaged tensor, one that holds parameters
+                of a teacher (``into``), or ``dt`` missing where the clock does not count steps.
             RuntimeError: an optimizer is attached already.
         """
         if not callable(dt):
             increment(dt, self.unit)
+        self._averages.refuse_stepped(optimizers)
 
         def update() -> None:
             self._advance(dt)

@@ -13,6 +13,7 @@ from lightning.fabric.strategies import SingleDeviceStrategy
 from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -712,6 +713,25 @@ def fabrics_module_is_seen_through_to_its_wrapper() -> None:
         assert torch.equal(forward(module), before)
 
 
+# ---- activation checkpointing -----------------------------------------------------------------
+
+
+def checkpointed_units_of_fsdp1_have_their_own_names() -> None:
+    for keep in (True, False):
+        net = made()
+        wrap = functools.partial(FSDP, use_orig_params=keep, device_id=torch.device("cpu"))
+        net.l1 = wrap(checkpoint_wrapper(net.l1))
+        model = wrap(net)
+        ema = ShardedEMA(model, 0.5)
+        train(model, ema)
+        full = ema.full_state_dict(all_ranks=True)
+        assert sorted(full) == sorted(made().state_dict())
+        plain = made()
+        plain.load_state_dict(full)
+        with ema.swap():
+            assert torch.equal(forward(model), forward(plain))
+
+
 # ---- DDP --------------------------------------------------------------------------------------
 
 
@@ -802,6 +822,7 @@ FACTS = [
             a_quantised_base_that_is_cut_is_refused_where_it_is_gathered,
             a_trainable_subclass_is_averaged_when_sharded,
             fabrics_module_is_seen_through_to_its_wrapper,
+            checkpointed_units_of_fsdp1_have_their_own_names,
             neighbours_of_other_schedules_are_averaged_once,
         )
     ),

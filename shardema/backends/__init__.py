@@ -100,6 +100,7 @@ _LATE = {
     "zero": _Late("zero", "deepspeed"),
 }
 BACKENDS: dict[str, Backend] = {"plain": plain, **cast("dict[str, Backend]", _LATE)}
+_FROZEN = _Late("zero_frozen", "deepspeed")
 
 
 def refuse_unknown(models: Models) -> None:
@@ -138,4 +139,13 @@ def find(models: Models, name: str = "auto") -> tuple[str, Backend]:
     return found, BACKENDS[found]
 
 
-__all__ = ["BACKENDS", "Backend", "Engine", "Handle", "find", "refuse_unknown"]
+def find_teacher(models: Models) -> tuple[str, Backend]:
+    """The backend of models that nothing steps, and its name; they may be an engine without
+    optimizer. Raises as `find`.
+    """
+    if _FROZEN.matches(models):
+        return "zero", cast("Backend", _FROZEN)
+    return find(models)
+
+
+__all__ = ["BACKENDS", "Backend", "Engine", "Handle", "find", "find_teacher", "refuse_unknown"]

@@ -25,7 +25,7 @@ from torch.distributed.fsdp._common_utils import _is_fsdp_flattened, _no_dispatc
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.utils import _free_storage
 
-from shardema.backends.passes import in_backward, in_forward
+from shardema.backends.passes import refuse_inside
 from shardema.backends.tree import (
     FLAT,
     named_tensors,
@@ -66,6 +66,7 @@ def read(models: Sequence[nn.Module]) -> list[Shard]:
     for owner, handle in _handles(models):
         skip.add((id(handle._fully_sharded_module), FLAT))
         skip.add((id(owner), FLAT))
+        skip.add((id(owner.module), FLAT))  # inside a checkpoint wrapper
         same = _replicas(owner, handle)
         flat_shards = _flat_shards(handle, prefixes, skip)
         shards += [replace(shard, replicas=same) for shard in flat_shards]
@@ -197,18 +198,13 @@ def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
 
 def _refuse_busy(models: Sequence[nn.Module], handles: Sequence[Any]) -> None:
     states = {handle._training_state.name for handle in handles} - {"IDLE"}
-    rank = f"rank {dist.get_rank()}"
     if "SUMMON_FULL_PARAMS" in states:
         raise RuntimeError(
-            f"{rank}: inside FSDP.summon_full_params, which holds the weights gathered and writes "
-            "them back when it ends; leave the with block first"
+            f"rank {dist.get_rank()}: inside FSDP.summon_full_params, which holds the weights "
+            "gathered and writes them back when it ends; leave the with block first"
         )
-    if states and (in_backward() or in_forward(models)):
-        raise RuntimeError(
-            f"{rank}: a forward or backward of the model is under way and needs "
-            "the weights that it has gathered; call this outside of the model's forward and of "
-            "backward, their hooks included: after optimizer.step()"
-        )
+    if states:
+        refuse_inside(models)
 
 
 def _gathered(handle: Any) -> bool:

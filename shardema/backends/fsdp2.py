@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from shardema.backends.passes import in_backward, in_forward
+from shardema.backends.passes import refuse_inside
 from shardema.backends.subclasses import kind_of, mark_wrapped, pointer, values_of
 from shardema.backends.tree import (
     Named,
@@ -215,12 +215,8 @@ def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
     """
     groups = list(_groups(models))
     busy = [group for group in groups if group._training_state.name != "IDLE"]
-    if busy and not force and (in_backward() or in_forward(models)):
-        raise RuntimeError(
-            f"rank {dist.get_rank()}: a forward or backward of the model is under way and needs "
-            "the weights that it has gathered; call this outside of the model's forward and of "
-            "backward, their hooks included: after optimizer.step()"
-        )
+    if busy and not force:
+        refuse_inside(models)
     for group in groups:
         _forget_pending(group)
         # `reshard` leaves some gathered after a forward that raised

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
 _CALL = nn.Module._call_impl.__code__
@@ -29,3 +30,13 @@ def in_forward(models: Sequence[nn.Module]) -> bool:
             called.add(id(frame.f_locals["self"]))
         frame = frame.f_back  # type: ignore[assignment]
     return bool(called) and any(id(m) in called for model in models for m in model.modules())
+
+
+def refuse_inside(models: Sequence[nn.Module]) -> None:
+    """Raises RuntimeError inside a forward of a model, or inside any backward."""
+    if in_backward() or in_forward(models):
+        raise RuntimeError(
+            f"rank {dist.get_rank()}: a forward or backward of the model is under way and needs "
+            "the weights that it has gathered; call this outside of the model's forward and of "
+            "backward, their hooks included: after optimizer.step()"
+        )

@@ -35,14 +35,15 @@ from shardema.shards.shard import REPLACED, OffloadedStorage, Shard
 # ---- which models ---------------------------------------------------------------------------
 
 
-def _engines(models: Sequence[nn.Module]) -> list[Any]:
+def engines(models: Sequence[nn.Module]) -> list[Any]:
+    """The engines among the models."""
     home = sys.modules.get("deepspeed.runtime.engine")
     return [] if home is None else [m for m in models if isinstance(m, home.DeepSpeedEngine)]
 
 
 def matches(models: Sequence[nn.Module]) -> bool:
     """An engine, or a module whose parameters an engine has taken over."""
-    if _engines(models):
+    if engines(models):
         return True
     if not any(name.startswith("deepspeed") for name in sys.modules):
         return False
@@ -74,8 +75,8 @@ def _stepped_elsewhere(models: Sequence[nn.Module], parameters: Sequence[Tensor]
 
 def _engine(models: Sequence[nn.Module]) -> Any:
     """The one engine. Raises ValueError for anything else, and for unsupported features."""
-    engines = _engines(models)
-    if not engines:
+    found = engines(models)
+    if not found:
         raise ValueError(
             "model: got a module whose parameters DeepSpeed has partitioned, or steps in its "
             "engine, expected the engine that deepspeed.initialize returned: "
@@ -86,11 +87,11 @@ def _engine(models: Sequence[nn.Module]) -> Any:
             f"model: got a list of {len(models)} modules with a DeepSpeed engine in it; keep one "
             "ShardedEMA for each engine"
         )
-    _check_supported(engines[0])
-    return engines[0]
+    _check_supported(found[0])
+    return found[0]
 
 
-def _check_supported(engine: Any) -> None:
+def refuse_unsupported(engine: Any) -> None:
     """Raises ValueError for features that are not supported (untested), by name."""
     found = [what for what, is_on in _UNSUPPORTED.items() if is_on(engine)]
     if type(engine).__name__ != "DeepSpeedEngine":
@@ -100,6 +101,11 @@ def _check_supported(engine: Any) -> None:
             f"model: a DeepSpeed engine with {', '.join(found)}: not supported (untested); turn it "
             "off in the DeepSpeed config, or average without an engine (FSDP2)"
         )
+
+
+def _check_supported(engine: Any) -> None:
+    """Raises ValueError for unsupported features, and for an engine that steps no masters."""
+    refuse_unsupported(engine)
     if engine.basic_optimizer is None:
         raise ValueError(
             "model: a DeepSpeed engine without an optimizer steps nothing; give "
@@ -394,7 +400,7 @@ def read(models: Sequence[nn.Module]) -> list[Shard]:
         if slot is not None:
             shards.append(_shard(named, slot, partitions))
         elif hasattr(named.tensor, "ds_id"):
-            shards.append(_frozen_part(named))
+            shards.append(frozen_part(named))
         else:
             owned = named.role != "parameter" or id(named.tensor) in stepped
             rest.append(whole_shard(named if owned else replace(named, role="frozen")))
@@ -438,8 +444,8 @@ def _address(named: Named, partitions: _PartitionMap, group: int) -> Callable[[]
     return address
 
 
-def _frozen_part(named: Named) -> Shard:
-    """This rank's part of a ZeRO-3 parameter that no optimizer steps."""
+def frozen_part(named: Named) -> Shard:
+    """This rank's part of a ZeRO-3 parameter that no optimizer steps; the padding is left out."""
     param: Any = named.tensor
     start, numel = _part(param)
     shape = tuple(param.ds_shape)

@@ -13,6 +13,7 @@ from shardema.ranks.plan import Holdings, Plan
 from shardema.schedules import Schedule, by_pattern
 from shardema.shards.boxes import Box
 from shardema.shards.shard import Shard
+from shardema.update.homes import Home
 from shardema.update.shadows import Shadows
 
 _LOOKAHEAD = 1 << 20  # updates within which a schedule's first decay below 1 is searched
@@ -27,6 +28,7 @@ class Average:
         moved_at: progress when it last changed; before ``t`` between updates of ``update_every``.
         decays: of the last change, one for each of `schedules`; None before the first.
         loaded: its values were loaded, so they are not the initial weights.
+        home: the teacher that it is kept in; None if its shadows have memory of their own.
         ledger: the updates that made it what it is.
     """
 
@@ -39,6 +41,7 @@ class Average:
     moved_at: float = 0
     decays: tuple[float, ...] | None = None
     loaded: bool = False
+    home: Home | None = None
     ledger: Ledger = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,8 +54,11 @@ class Average:
 
     @property
     def stored(self) -> Mapping[str, Tensor]:
-        """Its tensors by fqn, which a swap may exchange with the model's; see `MixedAverage`."""
-        return self.shadows.views
+        """Its tensors by fqn, which a swap may exchange with the model's; see `MixedAverage`.
+
+        Not those of a teacher: inside the swap it would compute with the weights.
+        """
+        return self.shadows.views if self.home is None else self.home.apart
 
     def fill(self, out: Tensor, shard: Shard) -> None:
         """Writes the average of one shard to ``out``, of the same sizes and strides."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, ValuesView
+from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from shardema.schedules import Schedule, by_pattern
 from shardema.shards.shard import Shard
 from shardema.update.average import Average
 from shardema.update.copy_on_write import Lending
+from shardema.update.homes import Home
 from shardema.update.mixture import RAW, MixedAverage, Mixture, check_coefficients
 from shardema.update.shadows import allocate
 
@@ -29,9 +30,11 @@ class Averages(Mapping[str, Average]):
         weights: the model's weights.
         ranks: the ranks that share the model.
         schedules, policies: by name of the average.
+        homes: the averages that are kept in another module.
 
     Attributes:
         lending: what a save that is being written reads of them.
+        homes: the teachers that averages are kept in.
     """
 
     def __init__(
@@ -40,16 +43,19 @@ class Averages(Mapping[str, Average]):
         ranks: Ranks,
         schedules: Mapping[str, Schedule | by_pattern],
         policies: Mapping[str, ShadowPolicy],
+        homes: Mapping[str, Home],
     ) -> None:
         self.weights, self.ranks = weights, ranks
+        self.homes = tuple(homes.values())
         self.lending = Lending()
         self._handed_out = False
         self._by_name: dict[str, Average] = {}
         for name, rule in schedules.items():
-            held = weights.local_slices(policies[name])
-            shadows = allocate(held, policies[name])
+            held, home = weights.local_slices(policies[name]), homes.get(name)
+            shadows = allocate(held, policies[name]) if home is None else home.allocate()
             shadows.copy_from(held)
-            self._by_name[name] = Average(name, rule, policies[name], shadows)
+            self._by_name[name] = Average(name, rule, policies[name], shadows, home=home)
+        self.publish()
 
     def __getitem__(self, name: str) -> Average:
         return self._by_name[name]
@@ -111,12 +117,53 @@ class Averages(Mapping[str, Average]):
     def shares(self, average: Average) -> bool:
         """Whether `lending` may be of an average: all that changes it is known."""
         on_host = all(flat.device.type == "cpu" for flat in average.shadows.flats)
-        return on_host and not self._handed_out
+        return on_host and average.home is None and not self._handed_out
 
     def hand_out(self) -> None:
         """The caller of `state_dict` may change the averages at any time from now on."""
         self.lending.detach()
         self._handed_out = True
+
+    # ---- teachers -----------------------------------------------------------------------------
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a forward may leave weights gathered, of the model or of a teacher."""
+        return self.weights.gathers or any(home.teacher.gathers for home in self.homes)
+
+    def follow_homes(self, moved: bool) -> bool:
+        """Frees what teachers have gathered, and follows their storage; before any write to them.
+
+        Args:
+            moved: the weights have other storage now.
+
+        Returns:
+            Whether shadows have other storage now.
+
+        Raises:
+            RuntimeError: a teacher is in use, or has changed.
+        """
+        followed = False
+        for average in self.values() if self.homes else ():
+            if average.home is not None and average.home.refresh(self.ranks.rank, moved):
+                average.shadows = average.home.shadows
+                followed = True
+        return followed
+
+    def refuse_stepped(self, optimizers: Sequence[Any]) -> None:
+        """Raises ValueError if an optimizer steps an average that is kept in a teacher."""
+        stepped = [fqn for home in self.homes for fqn in home.teacher.stepped_by(optimizers)]
+        if stepped:
+            raise ValueError(
+                f"rank {self.ranks.rank}: attach: {abbreviate(stepped)}: of the teacher, and in an "
+                "optimizer, expected only parameters of the student; give the optimizer those "
+                "that train: [p for p in model.parameters() if p.requires_grad]"
+            )
+
+    def publish(self) -> None:
+        """Completes writes to averages that are kept in teachers. Local."""
+        for home in self.homes:
+            home.publish()
 
     # ---- clocks -------------------------------------------------------------------------------
 

@@ -104,11 +104,17 @@ class Updates:
                     self.updater(flat)
                 for group in materialized(self._weights.on_disk):
                     self.lerp_materialized(group, flat)
+                self._averages.publish()
                 self._advance_clocks(weights, step)
                 self._counted = applied
         self.following.seen()
 
     def _capture(self) -> None:
+        if self._averages.homes:
+            raise RuntimeError(
+                "update under CUDA graph capture: not supported with into=, since a replay does "
+                "not free what the teacher has gathered; update outside of the graph"
+            )
         if self._weights.engine is not None or self._nonfinite.policy != "ignore":
             raise RuntimeError(
                 "update under CUDA graph capture: not supported with a DeepSpeed engine, nor with "
@@ -163,8 +169,8 @@ class Updates:
         self.carry_over(self._weights.refresh(self._averages.ranks.rank))
 
     def carry_over(self, moved: bool) -> None:
-        """Binds again if the weights moved, now or before a failed attempt."""
-        if moved:
+        """Binds again if the weights or a teacher moved, now or before a failed attempt."""
+        if self._averages.follow_homes(moved) or moved:
             self._binding = Binding.LOST if self._binding.captured else Binding.MOVED
         if self._binding.moved:
             self.rebind()
@@ -236,10 +242,13 @@ class Updates:
             RuntimeError: ``work`` failed; every call raises until a load or a reset succeeds.
         """
 
+        if self._averages.homes:
+            self.carry_over(False)  # a teacher may have gathered what is written now
         self._averages.lending.detach()
 
         def whole() -> None:
             work()
+            self._averages.publish()
             if counted:
                 self._counted = self._weights.applied()
 

@@ -1,0 +1,864 @@
+"""Averages in a second module: a teacher computes with them, and nothing is stored twice."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import DTensor
+
+from shardema import ShadowPolicy, ShardedEMA, schedules
+from tests import engines, meters, oracle, world, zoo
+from tests.contract import assert_forward, assert_same, forward, parameters_of, shared_folder, write
+from tests.layouts import LAYOUTS, Layout
+
+STEPS = 20
+FP32 = ShadowPolicy(dtype=torch.float32)
+
+
+def second(layout: Layout, **options: bool) -> nn.Module:
+    """A frozen module with the student's layout; DDP takes none, so there it is plain."""
+    if layout.name == "ddp":
+        model: nn.Module = zoo.make(**dict.fromkeys(layout.options, True), **options)
+    else:
+        model = layout.build(**options)
+    return model.requires_grad_(False).eval()
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def storages(model: nn.Module) -> set[int]:
+    """The memory of a model's own parameters and buffers on this rank."""
+    held = [local(t.detach()) for t in (*model.parameters(), *model.buffers())]
+    return {t.untyped_storage().data_ptr() for t in held}
+
+
+def drawn(layout: Layout, step: int, **options: bool) -> dict[str, Tensor]:
+    """What all parameters are at a step; frozen ones stay, in both modules."""
+    model = zoo.make(**dict.fromkeys(layout.options, True), **options)
+    values = zoo.script(parameters_of(model), step)
+    still = {fqn: p.detach() for fqn, p in model.named_parameters() if not p.requires_grad}
+    return {**values, **still}
+
+
+def set_to(student: nn.Module, values: dict[str, Tensor]) -> None:
+    """`write`, also after a forward that has left FSDP2's root gathered."""
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    write(student, values)
+
+
+def plain_with(full: dict[str, Any], layout: Layout, **options: bool) -> nn.Module:
+    """On the CPU torch chooses other kernels, with other roundings, for what requires grad."""
+    model = zoo.make(**dict.fromkeys(layout.options, True), **options).eval()
+    model.load_state_dict(full)
+    return model.requires_grad_(False)
+
+
+# ---- every layout -----------------------------------------------------------------------------
+
+
+def its_forward_is_that_of_the_average(layout: Layout) -> None:
+    student, teacher = layout.build(), second(layout)
+    schedule = schedules.ramp(0.9)
+    ema = ShardedEMA(student, schedule, into=teacher)
+    like = parameters_of(zoo.make(**dict.fromkeys(layout.options, True)))
+    history = [{fqn: like[fqn].clone() for fqn in ema.internal.averages.weights.averaged}]
+    first = forward(teacher)
+    for step in range(STEPS):
+        values = drawn(layout, step)
+        set_to(student, values)
+        history.append({fqn: values[fqn] for fqn in history[0]})
+        ema.update()
+        if step % 7 == 0:
+            forward(teacher)  # leaves gathered what it does
+    seen = forward(teacher)
+    full = ema.full_state_dict(all_ranks=True)
+    truth = oracle.average(history, [1 - schedule.retention(n, n + 1) for n in range(STEPS)])
+    for fqn, value in truth.items():
+        oracle.assert_close(full[fqn], value, STEPS)
+    assert_forward(layout, seen, forward(plain_with(full, layout)))
+    assert not torch.allclose(seen, first)
+
+
+def nothing_is_stored_twice(layout: Layout) -> None:
+    student, teacher = layout.build(), second(layout)
+    ema = ShardedEMA(student, 0.75, into=teacher)
+    average = ema.internal.averages["ema"]
+    assert average.shadows.flats == ()
+    for _ in range(2):  # FSDP1's first forward makes other tensors
+        held = storages(teacher)
+        views = [view for view in average.shadows.views.values() if view.numel()]
+        assert views
+        assert {view.untyped_storage().data_ptr() for view in views} <= held
+        forward(teacher)
+        ema.update()
+    with meters.collectives() as calls:
+        assert meters.allocated(ema.update) == 0
+    assert calls == []
+    assert "0.0 MiB of shadows" in repr(ema)
+
+
+def trained(layout: Layout, *, with_teacher: bool, checkpointed: bool = False) -> list[Tensor]:
+    model = zoo.make(**dict.fromkeys(layout.options, True))
+    if checkpointed:
+        model.module = checkpoint_wrapper(model.module)
+    student = layout.wrap(model)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
+    teacher = second(layout) if with_teacher else None
+    ema = None if teacher is None else ShardedEMA(student, 0.5, into=teacher)
+    said = []
+    for step in range(5):
+        tokens = zoo.tokens(step * dist.get_world_size() + dist.get_rank())
+        loss = student(tokens).square().mean()
+        if teacher is not None:  # between the student's forward and its backward
+            before = forward(teacher)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema is not None and teacher is not None:
+            ema.update()
+            assert not torch.equal(forward(teacher), before)
+        said.append(loss.detach().clone())
+    return [*said, *(local(p.detach()).clone() for p in student.parameters())]
+
+
+def the_student_trains_as_without_it(layout: Layout) -> None:
+    for checkpointed in (False, True)[: 1 + layout.exact]:  # tensor parallel goes by names
+        alone = trained(layout, with_teacher=False, checkpointed=checkpointed)
+        beside = trained(layout, with_teacher=True, checkpointed=checkpointed)
+        assert len(alone) == len(beside)
+        assert all(map(torch.equal, alone, beside))
+
+
+def every_call_does_with_it_what_it_does_without(layout: Layout) -> None:
+    """And the teacher is the average after each of them, the weights of a swap never in it."""
+    student, teacher = layout.build(), second(layout)
+    twin = layout.build()
+    ema, alone = ShardedEMA(student, 0.75, into=teacher), ShardedEMA(twin, 0.75)
+    student.eval()
+    twin.eval()
+
+    def step(number: int) -> None:
+        for model, average in ((student, ema), (twin, alone)):
+            set_to(model, drawn(layout, number))
+            average.update()
+
+    def same() -> None:
+        full = ema.full_state_dict(all_ranks=True)
+        assert_same(full, alone.full_state_dict(all_ranks=True))
+        assert_forward(layout, forward(teacher), forward(plain_with(full, layout)))
+        assert torch.equal(forward(student), forward(twin))
+
+    def both(call: Callable[[ShardedEMA, str], object]) -> None:
+        for name, average in (("a", ema), ("b", alone)):
+            call(average, name)
+        same()
+
+    step(0)
+    same()
+    with shared_folder() as folder:
+        both(lambda average, name: average.save(f"{folder}/{name}"))
+        both(lambda average, name: average.export(f"{folder}/full-{name}", progress=False))
+        full, state = ema.full_state_dict(all_ranks=True), copy.deepcopy(snapshot(ema))
+        step(1)
+        both(lambda average, name: average.load(f"{folder}/{name}"))
+        step(2)
+        same()
+        both(lambda average, name: average.load_full(full, t=1))
+        step(3)
+        forward(teacher)
+        both(lambda average, _: average.load_state_dict(put(average, state)))
+        step(4)
+        both(lambda average, _: average.reset())
+        step(5)
+        both(lambda average, name: average.load_full(f"{folder}/full-a", num_updates=3))
+    before = forward(teacher)
+    with ema.swap(), alone.swap():
+        assert torch.equal(forward(student), forward(twin))
+        assert torch.equal(forward(teacher), before)
+    same()
+    mixture = {"raw": 0.5, "ema": 0.5}
+    with ema.swap(ema.mix(mixture)), alone.swap(alone.mix(mixture)):
+        assert torch.equal(forward(student), forward(twin))
+        assert torch.equal(forward(teacher), before)
+    assert ema.metrics() == alone.metrics()
+    both(lambda average, _: average.copy_to_model())
+    assert torch.equal(forward(teacher), before)
+    step(6)
+    same()
+
+
+def snapshot(ema: ShardedEMA) -> dict[str, Tensor]:
+    state = ema.state_dict()
+    return {fqn: value.local.clone() for fqn, value in state["averages"]["ema"].items()}
+
+
+def put(ema: ShardedEMA, values: dict[str, Tensor]) -> dict[str, Any]:
+    """As ``dcp.load`` does: into the tensors of the state dict."""
+    state = ema.state_dict()
+    with torch.no_grad():
+        for fqn, value in state["averages"]["ema"].items():
+            value.local.copy_(values[fqn])
+    return state
+
+
+FACTS = [
+    its_forward_is_that_of_the_average,
+    nothing_is_stored_twice,
+    the_student_trains_as_without_it,
+    every_call_does_with_it_what_it_does_without,
+]
+
+
+def of_layout(fact: str, name: str) -> None:
+    next(f for f in FACTS if f.__name__ == fact)(LAYOUTS[name])
+
+
+SWEPT = {
+    1: ("plain",),
+    2: ("ddp", "fsdp1", "fsdp1-flat", "fsdp1-grad-op", "fsdp1-no-shard", "fsdp2", "fsdp2-keep"),
+    4: ("hsdp", "fsdp2-tp"),
+}
+NAMES = [
+    (ranks, name, f.__name__) for ranks, names in SWEPT.items() for name in names for f in FACTS
+]
+
+
+@pytest.fixture(scope="module")
+def verdicts(request: pytest.FixtureRequest) -> Callable[[int], world.Verdicts]:
+    chosen = world.selected(request, "ranks", "layout", "fact")
+
+    @functools.cache
+    def judged(ranks: int) -> world.Verdicts:
+        facts = [
+            world.Fact(f"{layout} {fact}", of_layout, (fact, layout))
+            for count, layout, fact in NAMES
+            if count == ranks
+        ]
+        only = {f"{layout} {fact}" for count, layout, fact in chosen if count == ranks}
+        return world.judge(facts, ranks, only=only)
+
+    return judged
+
+
+@pytest.mark.parametrize(("ranks", "layout", "fact"), NAMES)
+def test_a_teacher(
+    verdicts: Callable[[int], world.Verdicts], ranks: int, layout: str, fact: str
+) -> None:
+    verdicts(ranks).check(f"{layout} {fact}")
+
+
+# ---- other pairs of layouts, dtypes and averages ----------------------------------------------
+
+
+def with_bf16_compute_the_shards_are_the_average() -> None:
+    """FSDP2's mixed precision: fp32 shards, a forward in bf16."""
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+
+    def build() -> nn.Module:
+        return fully_shard(made(), mp_policy=precision)
+
+    student, teacher = build(), build().requires_grad_(False)
+    ema = ShardedEMA(student, 0.75, into=teacher)
+    x = torch.ones(2, 6, dtype=torch.bfloat16)
+    for step in range(3):
+        write(
+            student,
+            zoo.script(parameters_of(made()), step),
+        )
+        ema.update()
+        seen = teacher(x)
+    full = ema.full_state_dict(all_ranks=True)
+    plain = made()
+    plain.load_state_dict(full)
+    assert torch.equal(seen, plain.bfloat16()(x))
+    assert ema.internal.averages["ema"].shadows.flats == ()
+
+
+def where_both_hold_the_same_boxes_the_wrapper_does_not_matter() -> None:
+    """FSDP1 holds flat ranges, FSDP2 rows: the same elements if the rows divide evenly."""
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 8, bias=False))
+
+    wrap = functools.partial(FSDP, use_orig_params=True, device_id=torch.device("cpu"))
+
+    def fsdp1() -> nn.Module:
+        model = copy.deepcopy(start)
+        return wrap(nn.Sequential(*map(wrap, model)))
+
+    def fsdp2() -> nn.Module:
+        model = copy.deepcopy(start)
+        for unit in model:
+            fully_shard(unit)
+        return fully_shard(model)
+
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    for student, teacher in ((fsdp1(), fsdp2()), (fsdp2(), fsdp1())):
+        teacher.requires_grad_(False)
+        ema = ShardedEMA(student, 0.5, into=teacher)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+        ema.attach(optimizer)
+        for _ in range(3):
+            student(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen = teacher(x)
+        plain = copy.deepcopy(start).requires_grad_(False)
+        plain.load_state_dict(ema.full_state_dict(all_ranks=True))
+        assert torch.equal(seen, plain(x))
+        assert not torch.equal(seen, start(x))
+        assert ema.internal.averages["ema"].shadows.flats == ()
+
+
+def a_16_bit_teacher_is_written_from_a_shadow_in_fp32() -> None:
+    layout = LAYOUTS["fsdp2"]
+    student, teacher = layout.build(bf16=True), second(layout, bf16=True)
+    ema = ShardedEMA(student, 0.999, into=teacher, shadow=FP32, buffers="ignore")
+    trainable = [(fqn, p) for fqn, p in zoo.make(bf16=True).named_parameters() if p.requires_grad]
+    start = {fqn: param.detach().clone() for fqn, param in trainable}
+    for step in range(30):
+        write(student, {fqn: value + 0.01 * (step + 1) for fqn, value in start.items()})
+        ema.update()
+    rounded = ema.full_state_dict(dtype=torch.bfloat16, all_ranks=True)
+    for fqn, param in teacher.named_parameters():
+        full = param.full_tensor() if isinstance(param, DTensor) else param
+        assert torch.equal(full, rounded[fqn]), fqn
+    assert ema.full_state_dict(all_ranks=True)["out.weight"].dtype == torch.float32
+    plain = zoo.make(bf16=True).eval()
+    plain.load_state_dict(rounded, strict=False)
+    with ema.swap():
+        assert torch.equal(forward(teacher), forward(plain))
+    ema.reset()
+    plain.load_state_dict(start, strict=False)
+    plain.load_state_dict(ema.full_state_dict(dtype=torch.bfloat16, all_ranks=True), strict=False)
+    assert torch.equal(forward(teacher), forward(plain))
+
+
+def two_of_three_averages_have_teachers() -> None:
+    layout = LAYOUTS["fsdp2"]
+    rules = {"fast": 0.5, "slow": 0.9, "own": 0.75}
+    student, fast, slow = layout.build(), second(layout), second(layout)
+    ema = ShardedEMA(student, rules, into={"fast": fast, "slow": slow})
+    alone = ShardedEMA(student, rules)
+    for step in range(3):
+        write(student, drawn(layout, step))
+        ema.update()
+        alone.update()
+    for name in rules:
+        full = ema.full_state_dict(name, all_ranks=True)
+        assert_same(full, alone.full_state_dict(name, all_ranks=True))
+        if name != "own":
+            teacher = {"fast": fast, "slow": slow}[name]
+            assert torch.equal(forward(teacher), forward(plain_with(full, layout)))
+    ema.reset("fast")
+    full = ema.full_state_dict("fast", all_ranks=True)
+    assert torch.equal(forward(fast), forward(plain_with(full, layout)))
+
+
+def buffers_follow_the_rules() -> None:
+    """Copied from the student, averaged, or left to the teacher."""
+    for rule in ("copy", "average", "ignore"):
+        student, teacher = LAYOUTS["fsdp2"].build(), second(LAYOUTS["fsdp2"])
+        ema = ShardedEMA(student, 0.75, into=teacher, buffers=rule)
+        start = student.norm.running_mean.clone()
+        for _ in range(2):
+            with torch.no_grad():
+                student.norm.running_mean.add_(1)
+            ema.update()
+        moved = {"copy": 2.0, "average": 0.25 + 0.25 * (2 - 0.25), "ignore": 0.0}[rule]
+        assert torch.allclose(teacher.norm.running_mean, start + moved), rule
+        assert torch.equal(teacher.mask, student.mask)
+        if rule == "copy":  # another tensor of the same name
+            student.norm.running_mean = torch.full_like(start, 5.0)
+            ema.update()
+            assert torch.equal(teacher.norm.running_mean, torch.full_like(start, 5.0))
+
+
+def replaced_storage_of_the_teacher_is_followed() -> None:
+    layout = LAYOUTS["ddp"]
+    student, teacher = layout.build(), second(layout)
+    ema = ShardedEMA(student, 0.75, into=teacher)
+    for step in range(3):
+        write(student, drawn(layout, step))
+        for param in teacher.parameters():
+            param.data = param.data.clone()
+        ema.update()
+        full = ema.full_state_dict(all_ranks=True)
+        assert torch.equal(forward(teacher), forward(plain_with(full, layout)))
+    teacher.bfloat16()
+    with pytest.raises(RuntimeError, match=r"got torch.bfloat16 on cpu, expected that of the aver"):
+        ema.update()
+
+
+ODD = [
+    with_bf16_compute_the_shards_are_the_average,
+    where_both_hold_the_same_boxes_the_wrapper_does_not_matter,
+    a_16_bit_teacher_is_written_from_a_shadow_in_fp32,
+    two_of_three_averages_have_teachers,
+    buffers_follow_the_rules,
+    replaced_storage_of_the_teacher_is_followed,
+]
+
+
+# ---- bad input --------------------------------------------------------------------------------
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+
+def frozen(model: nn.Module | None = None) -> nn.Module:
+    return (net() if model is None else model).requires_grad_(False)
+
+
+def sharing(student: nn.Module) -> nn.Module:
+    teacher = frozen()
+    teacher[1].bias.data = student[1].bias.data
+    return teacher
+
+
+def untied() -> tuple[nn.Module, nn.Module]:
+    student, teacher = net(), frozen()
+    student.append(nn.Linear(4, 3))
+    student[2].weight = student[0].weight
+    teacher.append(nn.Linear(4, 3).requires_grad_(False))
+    return student, teacher
+
+
+def grown(student: nn.Module) -> nn.Module:
+    return frozen(nn.Sequential(*net(), nn.Linear(2, 2)))
+
+
+def halves(student: nn.Module) -> Any:
+    return {"a": (one := frozen()), "b": one}
+
+
+BAD: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], type[Exception], str]] = {
+    "shape": (
+        lambda s: frozen(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))),
+        {},
+        ValueError,
+        r"into: 1.weight: got shape \(5, 3\) in the teacher, expected \(2, 3\) as 1.weight of",
+    ),
+    "missing": (
+        lambda s: frozen(nn.Sequential(nn.Linear(4, 3))),
+        {},
+        ValueError,
+        r"into: 1.weight: the teacher has no tensor '1.weight', expected one of shape \(2, 3\)",
+    ),
+    "surplus": (grown, {}, ValueError, r"2.weight, 2.bias: only the teacher has it"),
+    "empty": (
+        lambda s: s,
+        {"rename": {"default": "old"}},
+        ValueError,
+        r"into: 0.weight: rename= leaves its name as it is",
+    ),
+    "itself": (lambda s: s, {}, ValueError, r"into: got the model itself"),
+    "nowhere": (
+        lambda s: frozen(),
+        {"rename": lambda fqn: f"x.{fqn}"},
+        ValueError,
+        r"the teacher has no tensor 'x.0.weight', expected one of shape \(3, 4\) \(it has 0.w",
+    ),
+    "twice": (
+        lambda s: frozen(nn.Sequential(nn.Linear(4, 3))),
+        {"rename": lambda fqn: "0.bias", "select": "*.bias"},
+        ValueError,
+        r"0.bias and 1.bias both match|got shape \(3,\) in the teacher, expected \(2,\)",
+    ),
+    "sharing": (sharing, {}, ValueError, r"1.bias: the teacher shares its storage with 1.bias of"),
+    "trains": (
+        lambda s: net(),
+        {},
+        ValueError,
+        r"into: 0.weight: the teacher's parameter requires",
+    ),
+    "16 bits": (
+        lambda s: frozen(net().bfloat16()),
+        {},
+        ValueError,
+        r"0.weight: got torch.bfloat16 on cpu in the teacher, expected torch.float32 on cpu",
+    ),
+    "offload": (
+        lambda s: frozen(),
+        {"shadow": ShadowPolicy(device="cpu")},
+        ValueError,
+        r"into: average 'ema' has ShadowPolicy\(device='cpu'\)",
+    ),
+    "slices": (
+        lambda s: frozen(),
+        {"shadow": ShadowPolicy(shard_replicas=True)},
+        ValueError,
+        r"into: average 'ema' has ShadowPolicy\(shard_replicas=True\)",
+    ),
+    "several": (
+        lambda s: frozen(),
+        {"schedule": {"a": 0.5, "b": 0.9}},
+        ValueError,
+        r"into: got one teacher for the averages \['a', 'b'\], expected one for each",
+    ),
+    "one for two": (
+        halves,
+        {"schedule": {"a": 0.5, "b": 0.9}},
+        ValueError,
+        r"into: 0.weight: averages 'a' and 'b' would both be kept in it",
+    ),
+    "unknown": (
+        lambda s: {"c": frozen()},
+        {},
+        ValueError,
+        r"into: got teachers for \['c'\], expected some of \['ema'\]",
+    ),
+    "no module": (lambda s: "net", {}, TypeError, r"into: got str, expected a torch.nn.Module"),
+    "parts": (
+        lambda s: frozen(),
+        {"rename": {"a.b": "c"}},
+        ValueError,
+        r"rename: got 'a.b': 'c', expected parts of names between dots",
+    ),
+    "no rename": (lambda s: frozen(), {"rename": 3}, TypeError, r"rename: got 3, expected"),
+    "rename alone": (lambda s: None, {"rename": {"a": "b"}}, ValueError, r"without into="),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_anything_is_written(case: str) -> None:
+    make, options, error, text = BAD[case]
+    student = net()
+    into = make(student)
+    with torch.no_grad():
+        student[0].bias.add_(1)  # else a copy of the student's weights could not be seen
+    models = [student, *(into.values() if isinstance(into, dict) else [into])]
+    tensors = [t for m in models if isinstance(m, nn.Module) for t in m.parameters()]
+    before = [t.detach().clone() for t in tensors]
+    options = {"schedule": 0.5, **options}
+    with pytest.raises(error, match=text):
+        ShardedEMA(student, into=into, **options)
+    assert all(map(torch.equal, before, tensors))
+
+
+def test_tied_weights_of_the_student_are_tied_in_the_teacher() -> None:
+    student, teacher = untied()
+    with pytest.raises(ValueError, match=r"0.weight: tied to 2.weight in the student, and the te"):
+        ShardedEMA(student, 0.5, into=teacher)
+    teacher[2].weight = teacher[0].weight
+    ema = ShardedEMA(student, 0.5, into=teacher)
+    with torch.no_grad():
+        student[0].weight.add_(2)
+    ema.update()
+    assert torch.equal(teacher[2].weight, student[0].weight - 1)
+
+
+def test_a_buffer_that_the_teacher_lacks_is_named() -> None:
+    student = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    teacher = frozen(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)))
+    with pytest.raises(ValueError, match=r"1.running_mean: got none in the teacher under"):
+        ShardedEMA(student, 0.5, into=teacher)
+    ShardedEMA(student, 0.5, into=teacher, buffers="ignore").update()
+
+
+def test_an_optimizer_that_holds_the_teacher_is_refused() -> None:
+    student, teacher = net(), frozen()
+    ema = ShardedEMA(student, 0.5, into=teacher)
+    both = torch.optim.SGD([*student.parameters(), *teacher.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match=r"attach: 0.weight, 0.bias, .*: of the teacher, and in"):
+        ema.attach(both)
+    ema.attach(torch.optim.SGD(student.parameters(), lr=0.1)).remove()
+
+
+def bad_input_on_one_rank_is_raised_on_all() -> None:
+    teacher = frozen(net().bfloat16() if dist.get_rank() == 1 else net())
+    before = [p.clone() for p in teacher.parameters()]
+    with pytest.raises(ValueError, match=r"^rank 1: into: 0.weight: got torch.bfloat16 on cpu"):
+        ShardedEMA(net(), 0.5, into=teacher)
+    assert all(map(torch.equal, before, teacher.parameters()))
+    sharded = fully_shard(net())
+    with pytest.raises(ValueError, match=r"rank 0: into: 0.weight: got a teacher of which this ra"):
+        ShardedEMA(sharded, 0.5, into=frozen())
+    with pytest.raises(ValueError, match=r"rank 0: into: 0.weight: got a teacher of which this ra"):
+        ShardedEMA(net(), 0.5, into=frozen(fully_shard(net())))
+
+
+def an_update_in_the_teachers_forward_raises() -> None:
+    student, teacher = fully_shard(net()), fully_shard(frozen())
+    ema = ShardedEMA(student, 0.5, into=teacher)
+    handle = teacher[1].register_forward_hook(lambda *_: ema.update())
+    with pytest.raises(RuntimeError, match=r"a forward or backward of the model is under way"):
+        teacher(torch.ones(1, 4))
+    handle.remove()
+    assert ema.num_updates == 0
+
+
+ODD += [bad_input_on_one_rank_is_raised_on_all, an_update_in_the_teachers_forward_raises]
+
+
+@pytest.fixture(scope="module")
+def odd_verdicts(request: pytest.FixtureRequest) -> world.Verdicts:
+    facts = [world.Fact(fact.__name__, fact) for fact in ODD]
+    return world.judge(facts, 2, only=set(world.selected(request, "fact")))
+
+
+@pytest.mark.parametrize("fact", [fact.__name__ for fact in ODD])
+def test_of_two_ranks(odd_verdicts: world.Verdicts, fact: str) -> None:
+    odd_verdicts.check(fact)
+
+
+# ---- DeepSpeed --------------------------------------------------------------------------------
+
+
+def zero3_teacher(**more: Any) -> Any:
+    """An engine without an optimizer, as for an engine that only computes."""
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 1 << 30,
+        "zero_optimization": {"stage": 3, **engines.SPLIT},
+        **more,
+    }
+    engine, *_ = deepspeed.initialize(model=frozen(engines.model()), config=settings)
+    return engine.eval()
+
+
+def parts_of(engine: Any) -> list[Tensor]:
+    """What this rank holds of an engine without an optimizer."""
+    return [param.ds_tensor.detach().clone() for param in engine.module.parameters()]
+
+
+def of_zero3(kind: str) -> None:
+    """20 real steps: the teacher computes with the average of the masters, from its own parts."""
+    engines.prepare()
+    bits = kind == "3-bf16"
+    engine, more = engines.CONFIGS[kind].engine(), engines.BF16 if bits else {}
+    twin = engines.CONFIGS[kind].engine()
+    teacher = zero3_teacher(**more)
+    schedule = schedules.ramp(0.9)
+    if bits:
+        before = parts_of(teacher)
+        with pytest.raises(ValueError, match=r"got torch.bfloat16 on cpu in the teacher, expected"):
+            ShardedEMA(engine, schedule, into=teacher)
+        assert all(map(torch.equal, before, parts_of(teacher)))
+    ema = ShardedEMA(engine, schedule, into=teacher, shadow=FP32)
+    history = [engines.masters(engine)]
+    first = engines.forward(teacher)
+    for number in range(STEPS):
+        tokens = zoo.tokens(number * dist.get_world_size() + dist.get_rank())
+        loss = engine(tokens).float().square().mean()
+        engines.forward(teacher)  # between the student's forward and its backward
+        engine.backward(loss)
+        engine.step()
+        assert float(loss.item()) == engines.step(twin, number)
+        with meters.collectives() as calls:
+            ema.update()
+        assert calls == []
+        history.append(engines.masters(engine))
+    assert_same(engines.masters(engine), engines.masters(twin))
+    seen = engines.forward(teacher)
+    full = ema.full_state_dict(dtype="model", all_ranks=True)
+    plain = engines.model().to(next(engine.module.parameters()).dtype).eval()
+    plain.load_state_dict(full, strict=True)
+    with torch.no_grad():
+        assert torch.equal(seen, plain(zoo.tokens()))
+    assert not torch.allclose(seen, first)
+    truth = oracle.average(history, [1 - schedule.retention(n, n + 1) for n in range(STEPS)])
+    kept = ema.full_state_dict(all_ranks=True)
+    for fqn, value in truth.items():
+        oracle.assert_close(kept[fqn], value, STEPS)
+    average = ema.internal.averages["ema"]
+    if not bits:  # its own parts are the average
+        assert average.shadows.flats == ()
+        held = {p.ds_tensor.untyped_storage().data_ptr() for p in teacher.module.parameters()}
+        views = [view for view in average.shadows.views.values() if view.numel()]
+        assert {view.untyped_storage().data_ptr() for view in views} <= held
+    with ema.swap():
+        assert torch.equal(engines.forward(teacher), seen)
+        assert torch.equal(engines.forward(engine), seen)
+    with shared_folder() as folder:
+        ema.save(f"{folder}/ema")
+        engines.step(engine, 50)
+        ema.update()
+        assert not torch.equal(engines.forward(teacher), seen)
+        ema.load(f"{folder}/ema")
+        assert torch.equal(engines.forward(teacher), seen)
+
+
+@pytest.fixture(scope="module")
+def zero_verdicts(request: pytest.FixtureRequest, deepspeed_operators: None) -> world.Verdicts:
+    facts = [world.Fact(kind, of_zero3, (kind,)) for kind in ZERO]
+    return world.judge(facts, 2, only=set(world.selected(request, "kind")))
+
+
+ZERO = ("3-bf16", "3-fp32")
+
+
+@pytest.mark.parametrize("kind", ZERO)
+def test_a_zero3_teacher(zero_verdicts: world.Verdicts, kind: str) -> None:
+    zero_verdicts.check(kind)
+
+
+# ---- a second adapter of the same module ------------------------------------------------------
+
+
+def adapted() -> Any:
+    """A GPT-2 with a trained adapter and a frozen one, both not zero."""
+    import peft
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 11, "n_positions": 16}
+    config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    lora = peft.LoraConfig(
+        r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False
+    )
+    model = peft.get_peft_model(GPT2LMHeadModel(config), lora)
+    model.add_adapter("old", lora)
+    return model
+
+
+IDS = torch.arange(12).reshape(2, 6) % 11
+
+
+@contextlib.contextmanager
+def active(model: Any, adapter: str) -> Iterator[None]:
+    model.set_adapter(adapter)
+    try:
+        yield
+    finally:
+        model.set_adapter("default")
+
+
+def said_by(model: Any, called: Any, adapter: str) -> Tensor:
+    with torch.no_grad(), active(model, adapter):
+        return called(IDS).logits.clone()
+
+
+def wrapped(model: Any, kind: str) -> Any:
+    if kind == "fsdp1":
+        return FSDP(model, use_orig_params=True, device_id=torch.device("cpu"))
+    if kind == "fsdp2":
+        for block in model.base_model.model.transformer.h:
+            fully_shard(block)
+        return fully_shard(model)
+    return model
+
+
+def steps_of(kind: str, *, with_teacher: bool, checkpointed: bool) -> tuple[Any, Any, Any, list]:
+    model = adapted().train()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    called = wrapped(model, kind)
+    trains = [p for p in called.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trains, lr=0.5)
+    rename = {"default": "old"}
+    ema = ShardedEMA(called, 0.75, into=called, rename=rename) if with_teacher else None
+    said = []
+    for step in range(3):
+        ids = (IDS + step + dist.get_rank()) % 11
+        loss = called(ids, labels=ids).loss
+        said_by(model, called, "old")  # between the student's forward and its backward
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema is not None:
+            ema.update()
+        said.append(loss.detach().clone())
+    return model, called, ema, said
+
+
+def the_second_adapter_is_the_average_of_the_first(kind: str) -> None:
+    for checkpointed in (False, True):
+        model, called, ema, said = steps_of(kind, with_teacher=True, checkpointed=checkpointed)
+        twin, alone, _, expected = steps_of(kind, with_teacher=False, checkpointed=checkpointed)
+        assert all(map(torch.equal, said, expected))
+        model.eval()
+        twin.eval()
+        raw = said_by(model, called, "default")
+        assert torch.equal(raw, said_by(twin, alone, "default"))
+        seen = said_by(model, called, "old")
+        full = ema.full_state_dict(all_ranks=True)
+        loras = [fqn for fqn in full if ".lora_" in fqn and ".default." in fqn]
+        assert len(loras) == 4
+        for fqn in loras:
+            assert torch.equal(full[fqn], full[fqn.replace(".default.", ".old.")])
+        plain = adapted().eval()
+        plain.load_state_dict(full)
+        assert torch.equal(seen, said_by(plain, plain, "default"))
+        assert not torch.equal(seen, raw)
+        with ema.swap():
+            assert torch.equal(said_by(model, called, "default"), seen)
+            assert torch.equal(said_by(model, called, "old"), seen)
+        assert torch.equal(said_by(model, called, "default"), raw)
+        assert ema.internal.averages["ema"].shadows.flats == ()
+        with shared_folder() as folder:
+            ema.export(f"{folder}/export", progress=False)
+            assert_exported(f"{folder}/export", seen)
+            ema.save(f"{folder}/ema")
+            ema.reset()
+            assert torch.equal(said_by(model, called, "old"), raw)
+            ema.load(f"{folder}/ema")
+            assert torch.equal(said_by(model, called, "old"), seen)
+
+
+def assert_exported(folder: str, seen: Tensor) -> None:
+    """PEFT reads the average under either name of its adapter."""
+    import peft
+
+    for place in (folder, f"{folder}/old"):
+        base = adapted().unload()
+        read = peft.PeftModel.from_pretrained(base, place).eval()
+        with torch.no_grad():
+            assert torch.equal(read(IDS).logits, seen)
+
+
+def a_trained_second_adapter_is_refused() -> None:
+    model = adapted()
+    for name, param in model.named_parameters():
+        param.requires_grad_(".lora_" in name)
+    with pytest.raises(ValueError, match=r"lora_A.old.weight: the teacher's parameter requires"):
+        ShardedEMA(model, 0.5, select="*.default.*", into=model, rename={"default": "old"})
+    model = adapted()
+    with pytest.raises(ValueError, match=r"the teacher has no tensor '.*lora_A.odl.weight'"):
+        ShardedEMA(model, 0.5, into=model, rename={"default": "odl"})
+    ema = ShardedEMA(model, 0.5, into=model, rename={"default": "old"})
+    with pytest.raises(ValueError, match=r"attach: .*lora_A.old.weight"):
+        ema.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+ADAPTERS = ("plain", "fsdp1", "fsdp2")
+
+
+@pytest.fixture(scope="module")
+def adapter_verdicts(request: pytest.FixtureRequest) -> world.Verdicts:
+    pytest.importorskip("peft")
+    fact = the_second_adapter_is_the_average_of_the_first
+    facts = [world.Fact(kind, fact, (kind,)) for kind in ADAPTERS]
+    return world.judge(facts, 2, only=set(world.selected(request, "kind")))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_as_a_teacher(adapter_verdicts: world.Verdicts, kind: str) -> None:
+    adapter_verdicts.check(kind)
+
+
+def test_an_adapter_that_trains_is_refused() -> None:
+    pytest.importorskip("peft")
+    a_trained_second_adapter_is_refused()
