@@ -111,6 +111,16 @@ def as_rename(rename: Any, into: Any) -> Rename | None:
     return found
 
 
+def check_choices(source: Any, on_nonfinite: Any) -> None:
+    """Raises ValueError for values that `ShardedEMA` does not know."""
+    if source not in ("master", "model"):
+        raise ValueError(f"source: got {source!r}, expected 'master' or 'model'")
+    if on_nonfinite not in ("ignore", "skip", "raise"):
+        raise ValueError(
+            f"on_nonfinite: got {on_nonfinite!r}, expected 'ignore', 'skip' or 'raise'"
+        )
+
+
 def refuse_positional(op: str, given: tuple[Any, ...]) -> None:
     """Raises TypeError for positional arguments, which other libraries' updates accept."""
     if given:

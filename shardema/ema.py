@@ -27,6 +27,7 @@ from shardema.arguments import (
     as_rename,
     as_schedules,
     as_teachers,
+    check_choices,
     increment,
     refuse_positional,
 )
@@ -165,12 +166,7 @@ class ShardedEMA:
         schedules = as_schedules(schedule)
         policies = as_policies(shadow, schedules)
         teachers, renamed = as_teachers(into, schedules), as_rename(rename, into)
-        if source not in ("master", "model"):
-            raise ValueError(f"source: got {source!r}, expected 'master' or 'model'")
-        if on_nonfinite not in ("ignore", "skip", "raise"):
-            raise ValueError(
-                f"on_nonfinite: got {on_nonfinite!r}, expected 'ignore', 'skip' or 'raise'"
-            )
+        check_choices(source, on_nonfinite)
         bind = kernels.find(kernel)
         with writable():
             weights = Weights(
