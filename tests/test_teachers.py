@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from shardema import ShadowPolicy, ShardedEMA, schedules
+from shardema.backends.tree import unwrap
 from tests import engines, meters, oracle, world, zoo
 from tests.contract import assert_forward, assert_same, forward, parameters_of, shared_folder, write
 from tests.layouts import LAYOUTS, Layout
@@ -184,6 +185,10 @@ def every_call_does_with_it_what_it_does_without(layout: Layout) -> None:
         forward(teacher)
         both(lambda average, _: average.load_state_dict(put(average, state)))
         step(4)
+        alone.reset()
+        forward(teacher)  # still gathered when another average is written into it
+        ema.load_state_dict(alone.state_dict())
+        same()
         both(lambda average, _: average.reset())
         step(5)
         both(lambda average, name: average.load_full(f"{folder}/full-a", num_updates=3))
@@ -409,7 +414,38 @@ def replaced_storage_of_the_teacher_is_followed() -> None:
         ema.update()
 
 
+def a_backward_through_the_teacher_across_an_update_raises() -> None:
+    """Gradients of its input, as in adversarial views: they would mix two averages."""
+    for layout in (LAYOUTS["ddp"], LAYOUTS["fsdp1"], LAYOUTS["fsdp2-keep"]):
+        student, teacher = layout.build(), second(layout)
+        ema = ShardedEMA(student, 0.5, into=teacher)
+        x = torch.randn(2, 7, requires_grad=True)
+        inner = unwrap(teacher)
+        hook = inner.norm.register_forward_hook(lambda *a, x=x: a[2] + x.sum())
+        loss = teacher(zoo.tokens()).sum()
+        ema.update()
+        with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
+            loss.backward()
+        hook.remove()
+
+
+def a_save_in_the_background_has_the_average_of_its_call() -> None:
+    """Though the teacher's tensors are in the hands of the caller."""
+    student, teacher = net(), frozen()
+    ema = ShardedEMA(student, 0.5, into=teacher)
+    ema.update()
+    before = teacher[0].weight.clone()
+    with shared_folder() as folder:
+        pending = ema.save(f"{folder}/ema", wait=False)
+        teacher[0].weight.zero_()
+        pending.result()
+        ema.load(f"{folder}/ema")
+    assert torch.equal(teacher[0].weight, before)
+
+
 ODD = [
+    a_backward_through_the_teacher_across_an_update_raises,
+    a_save_in_the_background_has_the_average_of_its_call,
     with_bf16_compute_the_shards_are_the_average,
     where_both_hold_the_same_boxes_the_wrapper_does_not_matter,
     a_16_bit_teacher_is_written_from_a_shadow_in_fp32,
@@ -479,12 +515,6 @@ BAD: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], type[Exception]
         {"rename": lambda fqn: f"x.{fqn}"},
         ValueError,
         r"the teacher has no tensor 'x.0.weight', expected one of shape \(3, 4\) \(it has 0.w",
-    ),
-    "twice": (
-        lambda s: frozen(nn.Sequential(nn.Linear(4, 3))),
-        {"rename": lambda fqn: "0.bias", "select": "*.bias"},
-        ValueError,
-        r"0.bias and 1.bias both match|got shape \(3,\) in the teacher, expected \(2,\)",
     ),
     "sharing": (sharing, {}, ValueError, r"1.bias: the teacher shares its storage with 1.bias of"),
     "trains": (
@@ -567,6 +597,13 @@ def test_tied_weights_of_the_student_are_tied_in_the_teacher() -> None:
         student[0].weight.add_(2)
     ema.update()
     assert torch.equal(teacher[2].weight, student[0].weight - 1)
+
+
+def test_two_tensors_into_one_are_refused() -> None:
+    student = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    options = {"rename": lambda fqn: f"0.{fqn[2:]}", "select": "*.bias"}
+    with pytest.raises(ValueError, match=r"into: 0.bias and 1.bias both match '0.bias' of the tea"):
+        ShardedEMA(student, 0.5, into=frozen(copy.deepcopy(student)), **options)
 
 
 def test_a_buffer_that_the_teacher_lacks_is_named() -> None:
@@ -678,6 +715,11 @@ def of_zero3(kind: str) -> None:
     full = ema.full_state_dict(dtype="model", all_ranks=True)
     plain = engines.model().to(next(engine.module.parameters()).dtype).eval()
     plain.load_state_dict(full, strict=True)
+    engines.forward(teacher)  # leaves gathered what is small
+    with pytest.raises(ValueError, match=r"rank 1: name: got 'nope', expected one of"):
+        # a call that one rank refuses leaves both gathering alike
+        ema.metrics("nope" if dist.get_rank() == 1 else None)
+    assert torch.equal(engines.forward(teacher), seen)
     swapped = forward(plain)
     assert torch.equal(seen, forward(frozen(plain)))
     assert not torch.allclose(seen, first)
@@ -705,16 +747,26 @@ def of_zero3(kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def zero_verdicts(request: pytest.FixtureRequest, deepspeed_operators: None) -> world.Verdicts:
-    facts = [world.Fact(kind, of_zero3, (kind,)) for kind in ZERO]
-    return world.judge(facts, 2, only=set(world.selected(request, "kind")))
+    facts = [world.Fact(f"{fact} {kind}", of_engine, (fact, kind)) for fact, kind in ZERO]
+    chosen = world.selected(request, "fact", "kind")
+    return world.judge(facts, 2, only={" ".join(pair) for pair in chosen})
 
 
-ZERO = ("3-bf16", "3-fp32")
+def of_engine(fact: str, kind: str) -> None:
+    {"teacher": of_zero3, "adapters": of_zero3_adapters}[fact](kind)
 
 
-@pytest.mark.parametrize("kind", ZERO)
-def test_a_zero3_teacher(zero_verdicts: world.Verdicts, kind: str) -> None:
-    zero_verdicts.check(kind)
+ZERO = [
+    ("teacher", "3-bf16"),
+    ("teacher", "3-fp32"),
+    ("adapters", "3-fp32"),
+    ("adapters", "3-persistent"),
+]
+
+
+@pytest.mark.parametrize(("fact", "kind"), ZERO)
+def test_a_zero3_teacher(zero_verdicts: world.Verdicts, fact: str, kind: str) -> None:
+    zero_verdicts.check(f"{fact} {kind}")
 
 
 # ---- a second adapter of the same module ------------------------------------------------------
@@ -849,6 +901,45 @@ def a_trained_second_adapter_is_refused() -> None:
 ADAPTERS = ("ddp", "fsdp1", "fsdp2")
 
 
+def of_zero3_adapters(kind: str) -> None:
+    """In the student's own engine, whose small parameters are gathered for good."""
+    engines.prepare()
+    said = []
+    for with_teacher in (True, False):
+        model = adapted().train()
+        engine = engines.CONFIGS[kind].engine(module=model)
+        ema = None
+        if with_teacher:
+            options = {"into": engine, "rename": {"default": "old"}, "shadow": FP32}
+            ema = ShardedEMA(engine, 0.75, **options)
+        for step in range(3):
+            ids = (IDS + step + dist.get_rank()) % 11
+            loss = engine(ids, labels=ids).loss
+            said_by(model, engine, "old")  # between the student's forward and its backward
+            engine.backward(loss)
+            engine.step()
+            if ema is not None:
+                with meters.collectives() as calls:
+                    ema.update()
+                assert calls == []
+        said += [engines.masters(engine), said_by(model, engine, "default")]
+        if ema is None:
+            break
+        model.eval()
+        full = ema.full_state_dict(dtype="model", all_ranks=True)
+        plain = adapted().to(full[next(iter(full))].dtype).eval()
+        plain.load_state_dict(full)
+        seen = said_by(model, engine, "old")
+        assert torch.equal(seen, said_by(plain, plain, "default"))
+        assert not torch.equal(seen, said_by(model, engine, "default"))
+        for fqn in ema.internal.averages.weights.averaged:
+            assert torch.equal(full[fqn], full[fqn.replace(".default.", ".old.")]), fqn
+        model.train()
+    (masters, raw), (alone, expected) = said[:2], said[2:]
+    assert_same(masters, alone)
+    assert torch.equal(raw, expected)
+
+
 @pytest.fixture(scope="module")
 def adapter_verdicts(request: pytest.FixtureRequest) -> world.Verdicts:
     pytest.importorskip("peft")
@@ -865,3 +956,165 @@ def test_an_adapter_as_a_teacher(adapter_verdicts: world.Verdicts, kind: str) ->
 def test_an_adapter_that_trains_is_refused() -> None:
     pytest.importorskip("peft")
     a_trained_second_adapter_is_refused()
+
+
+# ---- recipes ----------------------------------------------------------------------------------
+
+
+def images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scikit-learn's digits: 1,200 to train on, the rest to test."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order]
+    return x[:1200], y[:1200], x[1200:], y[1200:]
+
+
+def view(x: Tensor, generator: torch.Generator) -> Tensor:
+    """An image with noise and missing pixels."""
+    noise = 0.1 * torch.randn(x.shape, generator=generator)
+    return (x + noise) * (torch.rand(x.shape, generator=generator) > 0.2)
+
+
+def encoder() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 24))
+
+
+def probed(features: Callable[[Tensor], Tensor]) -> float:
+    """Accuracy of a linear map from features to digits, fitted by least squares."""
+    x, y, test_x, test_y = images()
+    with torch.no_grad():
+        a, b = (nn.functional.pad(features(each), (0, 1), value=1.0) for each in (x, test_x))
+    ridge = a.T @ a + 1e-2 * torch.eye(a.shape[1])
+    weights = torch.linalg.solve(ridge, a.T @ nn.functional.one_hot(y).float())
+    return float(((b @ weights).argmax(1) == test_y).float().mean())
+
+
+def byol_on_digits() -> None:
+    """Two views of an image; only the student has a predictor (arXiv 2006.07733)."""
+    x, *_ = images()
+    torch.manual_seed(0)
+    student = nn.ModuleDict({"encoder": encoder(), "predictor": nn.Linear(24, 24)})
+    teacher = nn.ModuleDict({"encoder": frozen(copy.deepcopy(student["encoder"]))})
+    for part in (*student.children(), *teacher.children()):
+        fully_shard(part)
+    untrained = probed(teacher["encoder"].eval())
+    teacher.train()
+    before = [local(p.detach()).clone() for p in teacher.parameters()]
+    ema = ShardedEMA(student, 0.98, into=teacher, select="encoder.*", buffers="ignore")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    ema.attach(optimizer)
+    draws = torch.Generator().manual_seed(dist.get_rank())
+    losses = []
+    for _ in range(60):
+        batch = x[torch.randint(len(x), (128,), generator=draws)]
+        one, other = view(batch, draws), view(batch, draws)
+        with torch.no_grad():
+            target = teacher["encoder"](other)
+        said = student["predictor"](student["encoder"](one))
+        loss = 2 - 2 * nn.functional.cosine_similarity(said, target).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    teacher.eval()
+    after = [local(p.detach()) for p in teacher.parameters()]
+    assert not any(torch.allclose(a, b) for a, b in zip(before, after, strict=True))
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    with torch.no_grad():  # no collapse to one point
+        spread = nn.functional.normalize(teacher["encoder"](x), dim=1).std(0).mean()
+    assert spread > 0.05, spread
+    assert probed(teacher["encoder"]) > max(0.8, untrained - 0.05), (untrained, spread)
+
+
+def a_mean_teacher_on_digits() -> None:
+    """Few labels, and consistency with the teacher on the rest (arXiv 1703.01780)."""
+    x, y, test_x, test_y = images()
+    torch.manual_seed(0)
+    base = nn.Sequential(encoder(), nn.Linear(24, 10))
+    student = DistributedDataParallel(base)
+    teacher = copy.deepcopy(base).requires_grad_(False)
+    ema = ShardedEMA(student, schedules.ramp(0.95), into=teacher)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    ema.attach(optimizer)
+    draws = torch.Generator().manual_seed(dist.get_rank())
+    for step in range(80):
+        batch = x[torch.randint(len(x), (128,), generator=draws)]
+        with torch.no_grad():
+            target = teacher(view(batch, draws)).softmax(1)
+        said = student(torch.cat([view(batch, draws), view(x[:40], draws)]))
+        loss = nn.functional.cross_entropy(said[128:], y[:40])
+        loss = loss + min(1.0, step / 40) * nn.functional.mse_loss(said[:128].softmax(1), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    teacher.eval()
+    accuracy = float((teacher(test_x).argmax(1) == test_y).float().mean())
+    assert accuracy > 0.7, accuracy
+    assert_same({"bias": teacher[1].bias}, {"bias": ema.full_state_dict(all_ranks=True)["1.bias"]})
+
+
+def a_policy_with_an_anchor() -> None:
+    """A tiny GPT's policy gradient, with the KL to its own average (EMA-PG, arXiv 2602.04417)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 8, "n_positions": 12}
+        drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id"))
+        model = GPT2LMHeadModel(GPT2Config(**sizes, **drops, **tokens))
+        for block in model.transformer.h:
+            fully_shard(block)
+        return fully_shard(model)
+
+    policy, anchor, start = build(), frozen(build()), frozen(build())
+    ema = ShardedEMA(policy, 0.9, into=anchor)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    ema.attach(optimizer)
+    torch.manual_seed(dist.get_rank())
+
+    def log_probs(model: Any, ids: Tensor) -> Tensor:  # [batch, length - 1, vocabulary]
+        return model(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+
+    def kl(said: Tensor, other: Tensor) -> Tensor:
+        return (said.exp() * (said - other)).sum(-1).mean()
+
+    rewards, ids = [], torch.zeros(16, 1, dtype=torch.long)
+    for _ in range(25):
+        ids = ids[:, :1]
+        with torch.no_grad():
+            for _ in range(6):
+                probs = policy(ids, use_cache=False).logits[:, -1].softmax(-1)
+                ids = torch.cat([ids, torch.multinomial(probs, 1)], 1)
+        reward = (ids[:, 1:] == 3).float().mean(1)
+        advantage = (reward - reward.mean()) / (reward.std() + 1e-4)
+        said = log_probs(policy, ids)
+        with torch.no_grad():
+            anchored = log_probs(anchor, ids)
+        taken = said.gather(-1, ids[:, 1:, None]).squeeze(-1).sum(1)
+        (0.1 * kl(said, anchored) - (advantage * taken).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rewards.append(reward.mean().item())
+    assert sum(rewards[-5:]) > 2 * sum(rewards[:5]), rewards
+    with torch.no_grad():
+        near = kl(log_probs(policy, ids), log_probs(anchor, ids))
+        far = kl(log_probs(policy, ids), log_probs(start, ids))
+    assert 0 < near < 0.5 * far, (near, far)
+
+
+RECIPES = [byol_on_digits, a_mean_teacher_on_digits, a_policy_with_an_anchor]
+
+
+@pytest.fixture(scope="module")
+def recipe_verdicts(request: pytest.FixtureRequest) -> world.Verdicts:
+    facts = [world.Fact(recipe.__name__, recipe) for recipe in RECIPES]
+    return world.judge(facts, 2, only=set(world.selected(request, "recipe")))
+
+
+@pytest.mark.parametrize("recipe", [recipe.__name__ for recipe in RECIPES])
+def test_a_recipe(recipe_verdicts: world.Verdicts, recipe: str) -> None:
+    recipe_verdicts.check(recipe)
