@@ -41,7 +41,6 @@ def _close_round(at: Scene) -> None:
 
 def profile(at: Scene, *, name: str, of: str, tensor: int | None) -> None:
     """The share of each past step in an average, or in a checkpoint of it."""
-    at.close_round()
     truth = at.truths[name]
     held = sorted({fqn for fqn, _, _ in peek.shadows(at.ema, name)})
     fqn = held[tensor % len(held)] if tensor is not None and held else None
@@ -52,6 +51,7 @@ def profile(at: Scene, *, name: str, of: str, tensor: int | None) -> None:
         with refuse(ValueError, "expected the name of a tensor"):
             read_profile(at.saved[-1].folder, name, fqn="no.such.tensor")
     else:
+        at.close_round()
         found = at.ema.profile(name, fqn=fqn)
         with refuse(ValueError, "fqn: got 'no.such.tensor'"):
             at.ema.profile(name, fqn="no.such.tensor")

@@ -6,6 +6,7 @@ sequence may be cut anywhere, and a case prints as the Python that makes it agai
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Mapping, Sequence
@@ -405,9 +406,12 @@ def possible(layout: str) -> list[str]:
 
 def possible_pairs(layouts: Sequence[str] = tuple(ALL)) -> set[tuple[str, str]]:
     """Kinds that may follow each other on some layout."""
-    return {
-        pair for layout in layouts for pair in itertools.product(possible(layout), possible(layout))
-    }
+    return {pair for layout in layouts for pair in _pairs_of(layout)}
+
+
+@functools.cache
+def _pairs_of(layout: str) -> frozenset[tuple[str, str]]:
+    return frozenset(itertools.product(possible(layout), possible(layout)))
 
 
 def draw(
@@ -477,7 +481,7 @@ def draw(
 def _layout(rng: random.Random, layouts: Sequence[str], seen: set[tuple[str, str]] | None) -> str:
     if seen is None or rng.random() < 0.7:
         return rng.choice(list(layouts))
-    lacks = {name: len(possible_pairs([name]) - seen) for name in layouts}
+    lacks = {name: len(_pairs_of(name) - seen) for name in layouts}
     return rng.choice([name for name in layouts if lacks[name] == max(lacks.values())])
 
 
@@ -488,6 +492,8 @@ def _next(
     if seen is None or not last:
         return rng.choices(among, weights)[0]
     unseen = [kind for kind in among if (last, kind) not in seen]
+    if not unseen:  # what leads to such a pair
+        unseen = [kind for kind in among if any((kind, after) not in seen for after in among)]
     if unseen and rng.random() < _UNSEEN:
         kind = rng.choice(unseen)
     else:

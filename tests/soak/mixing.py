@@ -28,7 +28,8 @@ def mix(
     else:
         at.close_round()  # it asks for the time
         mixture = mixtures.bema(at.ema, **bema)
-        alpha = (bema["lag"] + bema["multiplier"] * at.truths["ema"].t) ** -bema["bias_power"]
+        t = max(truth.t for truth in at.truths.values())
+        alpha = (bema["lag"] + bema["multiplier"] * t) ** -bema["bias_power"]
         expected = {"raw": alpha, "ema": 1.0, "start": -alpha}
         assert dict(mixture.coefficients) == expected, mixture
     CALLS[call](at, mixture, args)
