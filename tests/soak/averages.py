@@ -160,14 +160,11 @@ class Truth:
 
     def continues(self, other: Truth) -> bool:
         """Whether it is what the other one became by updates alone."""
-        same = (self.begin, self.imported) == (other.begin, other.imported)
+        if self.first is not other.first or self.t < other.t:
+            return False
         count = len(other.history)
-        return (
-            same
-            and self.t >= other.t
-            and all(a is b for a, b in zip(self.history, other.history, strict=False))
-            and len(self.history) >= count
-        )
+        pairs = zip(self.history[:count], other.history, strict=False)
+        return len(self.history) >= count and all(a is b for a, b in pairs)
 
     def begins_with_a_copy(self) -> bool:
         """Whether nothing is left of it at the next move, if each update is one step."""
