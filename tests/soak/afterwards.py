@@ -368,8 +368,9 @@ def _in_span(wanted: _Wanted, used: Sequence[Snapshot]) -> bool:
 
 def _check_fit(found: Reconstruction, wanted: _Wanted, used: Sequence[Snapshot]) -> None:
     """Its shares and their distance from the target are those of its coefficients."""
-    coefficients = found.coefficients
-    assert sum(coefficients.values()) == pytest.approx(1, abs=1e-9)
+    coefficients, amplified = found.coefficients, max(1.0, found.fit.amplification)
+    total = sum(coefficients.values())
+    assert total == pytest.approx(1, abs=1e-12 * amplified), (total, amplified)
     edges, target, reached = (part.tolist() for part in found.profile)
     mine = [0.0] * (len(edges) - 1)
     sources: dict[tuple[bool, float], float] = {(False, 0.0): -wanted.initial}
@@ -382,7 +383,7 @@ def _check_fit(found: Reconstruction, wanted: _Wanted, used: Sequence[Snapshot])
             if mass:
                 mine[bisect.bisect_left(edges, move.t - 1e-6) - 1] += c * mass
     assert not coefficients, f"coefficients of other snapshots: {coefficients}"
-    close = 1e-8 * max(1.0, found.fit.amplification)
+    close = 1e-8 * amplified
     assert reached == pytest.approx(mine, abs=close)
     assert target == pytest.approx(wanted.masses(edges), abs=close)
     apart = [a - b for a, b in zip(mine, wanted.masses(edges), strict=True)]
