@@ -250,7 +250,7 @@ PATCHES = {
         ),
         Patch(
             "staging",
-            "ranks",
+            "errors",
             "files/loading.py",
             "    staging = allocate(held, average.policy, pin=False)\n    if average.name not in",
             "    staging = average.shadows\n    if average.name not in",
@@ -269,9 +269,8 @@ PATCHES = {
             "data of another save",
             "writers",
             "files/folder.py",
-            "            left = [n for n, path in paths.items() if n == old.place or not "
-            "is_locked(path)]\n",
-            "            left = list(paths)\n",
+            "                    if (free or name == old.place) and not self._is_current(name):\n",
+            "                    if not self._is_current(name):\n",
             "a save removes the files of one that runs beside it",
         ),
         Patch(
