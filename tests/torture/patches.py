@@ -249,15 +249,6 @@ PATCHES = {
             "save",
         ),
         Patch(
-            "staging",
-            "errors",
-            "files/loading.py",
-            "    staging = allocate(held, average.policy, pin=False)\n    if average.name not in",
-            "    staging = average.shadows\n    if average.name not in",
-            "a load writes into the average before all is verified",
-            "load",
-        ),
-        Patch(
             "lock of a manager",
             "writers",
             "files/steps.py",
