@@ -209,6 +209,8 @@ def reconstruct(
     mixed = _mixed(found, book, used)
     _check_direct(found, wanted, used, mixed)
     values = _export(at, found, book, mixed)
+    if found.fit.amplification > _LARGEST:  # no weights to compute with
+        return
     if read == "swap":
         _swap(at, found, values)
     elif read == "load_full":
