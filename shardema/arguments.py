@@ -41,6 +41,23 @@ def as_models(model: Any, argument: str = "model") -> tuple[nn.Module, ...]:
 Rule = Schedule | by_pattern
 
 
+def one_of(schedule: Any, **numbers_by_name: Any) -> Any:
+    """``schedule``, or a decay that was given under another name. Raises TypeError."""
+    named = {word: value for word, value in numbers_by_name.items() if value is not None}
+    given = [*(["schedule"] if schedule is not None else []), *named]
+    if not given:
+        raise TypeError(
+            "schedule: got None, expected a decay or another schedule, as in ShardedEMA(model, 0.999)"
+        )
+    if len(given) > 1:
+        raise TypeError(f"ShardedEMA: got {' and '.join(given)}, expected one of them")
+    for word, value in named.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{word}: got {value!r}, expected a number; give others as schedule=")
+        return value
+    return schedule
+
+
 def as_schedules(schedule: Any) -> dict[str, Rule]:
     """``schedule`` as schedules by name. Raises ValueError or TypeError."""
     given = schedule if isinstance(schedule, Mapping) else {_DEFAULT: schedule}

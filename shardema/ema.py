@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import distributed as dist
@@ -29,6 +29,7 @@ from shardema.arguments import (
     as_teachers,
     check_choices,
     increment,
+    one_of,
     refuse_positional,
 )
 from shardema.backends.tree import unwrap
@@ -37,6 +38,7 @@ from shardema.files import dcp, layouts, loading
 from shardema.files import export as exporter
 from shardema.files.background import PendingSave
 from shardema.gathering import export_file, full_tensors
+from shardema.habits import missing
 from shardema.importers import Imported
 from shardema.model import selection
 from shardema.model.selection import Buffers, Select
@@ -81,6 +83,9 @@ class Internal:
     swaps: Swaps
 
 
+Given = float | Schedule | by_pattern | Callable[..., float] | Mapping[str, Any]
+
+
 class ShardedEMA:
     """An exponential moving average of a sharded model's weights.
 
@@ -95,6 +100,7 @@ class ShardedEMA:
         schedule: a decay in [0, 1] per step, a schedule of `shardema.schedules`, a callable
             ``(t, dt) -> decay``, `schedules.by_pattern` for several schedules in one average, or
             ``{name: schedule}`` for several averages from one read of the weights.
+        decay, beta: a number for ``schedule``, under the names that other libraries give it.
         shadow: how the averages are stored; a policy, or ``{name: policy}``.
         buffers: how persistent buffers are treated: ``"copy"``, gathered results contain the
             model's own buffers; ``"average"``, floating-point buffers without inf and NaN are
@@ -148,8 +154,10 @@ class ShardedEMA:
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
-        schedule: float | Schedule | by_pattern | Callable[..., float] | Mapping[str, Any],
+        schedule: Given | None = None,
         *,
+        decay: float | None = None,
+        beta: float | None = None,
         shadow: ShadowPolicy | Mapping[str, ShadowPolicy] = ShadowPolicy(),  # noqa: B008
         buffers: Buffers | Mapping[Pattern, Buffers] = "copy",
         select: Select | None = None,
@@ -163,7 +171,7 @@ class ShardedEMA:
         timeout: float = 300.0,
     ) -> None:
         models = as_models(model)
-        schedules = as_schedules(schedule)
+        schedules = as_schedules(one_of(schedule, decay=decay, beta=beta))
         policies = as_policies(shadow, schedules)
         teachers, renamed = as_teachers(into, schedules), as_rename(rename, into)
         check_choices(source, on_nonfinite)
@@ -231,6 +239,11 @@ class ShardedEMA:
             f"{size / 2**20:.1f} MiB of shadows; kernel={'+'.join(names)}; "
             f"t={self._averages.t} {self.unit}s)"
         )
+
+    if not TYPE_CHECKING:  # where any name would be an attribute
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise missing(name)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         dcp.refuse_pickle("ShardedEMA")
