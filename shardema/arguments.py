@@ -47,7 +47,8 @@ def one_of(schedule: Any, **numbers_by_name: Any) -> Any:
     given = [*(["schedule"] if schedule is not None else []), *named]
     if not given:
         raise TypeError(
-            "schedule: got None, expected a decay or another schedule, as in ShardedEMA(model, 0.999)"
+            "schedule: got None, expected a decay or another schedule, such as "
+            "ShardedEMA(model, 0.999)"
         )
     if len(given) > 1:
         raise TypeError(f"ShardedEMA: got {' and '.join(given)}, expected one of them")
