@@ -42,7 +42,5 @@ def test_the_decay_may_be_named(word: str) -> None:
 
 
 def test_a_decay_is_needed() -> None:
-    with pytest.raises(
-        TypeError, match=r"ShardedEMA: got None, expected a decay .*ShardedEMA\(model, 0.999\)"
-    ):
+    with pytest.raises(TypeError, match="schedule: got None, expected a decay"):
         ShardedEMA(nn.Linear(2, 2))
