@@ -32,6 +32,7 @@ _NEGLIGIBLE = 1e-9  # of the largest coefficient
 # long averages, which cancel, lose more than one digit.
 MAX_AMPLIFICATION = 8.0
 MAX_RESIDUAL = 0.1
+_RANK = 1e-14  # of the largest singular value of the profiles
 _RIDGES = (1e-12, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
@@ -139,7 +140,10 @@ def _solve(matrix: Vector, wanted: Vector, ridge: float) -> Vector:
     weight = np.sqrt(ridge) * np.linalg.norm(wanted)
     system = np.vstack([small @ basis, weight * basis])
     aim = np.concatenate([right - small @ mean, -weight * mean])
-    found: Vector = mean + basis @ np.linalg.lstsq(system, aim, rcond=1e-14)[0]
+    # differences of equal profiles are rounding errors: small beside the profiles, not each other
+    largest = np.linalg.norm(system, 2)
+    rank = _RANK * np.linalg.norm(small, 2) / largest if largest else 1.0
+    found: Vector = mean + basis @ np.linalg.lstsq(system, aim, rcond=rank)[0]
     return found
 
 
