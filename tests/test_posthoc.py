@@ -419,6 +419,15 @@ def test_a_run_that_goes_back_goes_on_in_the_same_snapshots(tmp_path: Path) -> N
     assert kept(book)[-1] == "step-00000040"
 
 
+def test_equal_snapshots_share_their_coefficient() -> None:
+    """Their differences are rounding errors, which no coefficient may amplify."""
+    begun = np.array([[1.0] * 4, *[[0.0] * 4] * 4]) * np.array([1.0, 1 - 1e-16, 1, 1 + 2e-16])
+    wanted = np.array([0.6561, 0.0729, 0.081, 0.09, 0.1])
+    found = fitting.fit(begun, wanted, np.arange(5.0), limited=False)
+    assert found.coefficients == pytest.approx([0.25] * 4)
+    assert found.residual == pytest.approx(1 - 0.6561)
+
+
 def test_the_plan_says_bytes_and_residuals(tmp_path: Path) -> None:
     ema = ShardedEMA(nn.Linear(2, 2), {"a": power(0.05), "b": power(0.1), "m": block_mean(100)})
     book = Snapshots(ema, tmp_path, every=200, keep=8)

@@ -141,9 +141,11 @@ def _solve(matrix: Vector, wanted: Vector, ridge: float) -> Vector:
     system = np.vstack([small @ basis, weight * basis])
     aim = np.concatenate([right - small @ mean, -weight * mean])
     # differences of equal profiles are rounding errors: small beside the profiles, not each other
+    negligible = _RANK * np.linalg.norm(small, 2)
     largest = np.linalg.norm(system, 2)
-    rank = _RANK * np.linalg.norm(small, 2) / largest if largest else 1.0
-    found: Vector = mean + basis @ np.linalg.lstsq(system, aim, rcond=rank)[0]
+    if largest <= negligible:
+        return mean
+    found: Vector = mean + basis @ np.linalg.lstsq(system, aim, rcond=negligible / largest)[0]
     return found
 
 
