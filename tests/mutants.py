@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.layouts import LAYOUTS
+from tests.world import ONE_IS_ENOUGH
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ("shardema", "tests", "launch", "docs", "benchmarks", "pyproject.toml", "README.md")
@@ -292,6 +293,7 @@ class Bench:
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",
+                ONE_IS_ENOUGH: "1",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -561,6 +561,13 @@ def a_mesh_of_some_ranks_makes_those_the_ranks_of_the_model() -> None:
         assert set(ema.full_state_dict()) == {"weight", "bias"}
 
 
+def a_sharded_container_of_one_child_is_no_unknown_wrapper() -> None:
+    """``fully_shard`` renames its class to FSDPSequential, as a sharding wrapper may be named."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    net = fully_shard(nn.Sequential(nn.Linear(4, 4)), mesh=mesh)
+    assert set(ShardedEMA(net, 0.5).full_state_dict(all_ranks=True)) == {"0.weight", "0.bias"}
+
+
 def an_unshard_that_is_under_way_is_waited_for() -> None:
     """Another rank comes late to it: it cannot have ended by itself."""
     net = fsdp2()
@@ -791,6 +798,7 @@ FACTS = [
             a_part_that_is_sharded_by_itself_is_averaged,
             an_empty_dtensor_is_gathered_saved_and_loaded,
             a_mesh_of_some_ranks_makes_those_the_ranks_of_the_model,
+            a_sharded_container_of_one_child_is_no_unknown_wrapper,
             an_unshard_that_is_under_way_is_waited_for,
             a_tied_parameter_that_ddp_ignores_under_one_name_is_a_replica,
             a_chunk_that_ran_is_read_as_its_shards_beside_one_that_did_not,
