@@ -888,6 +888,34 @@ def test_a_rank_that_is_late_for_a_roll_call_hears_that_the_group_is_broken(
     assert (error.rank, store.num_keys()) == (0, 3)
 
 
+def test_what_failed_in_a_transfer_is_told_in_the_roll_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = dist.HashStore()
+    first, second = (rounds.Rounds(store, (0, 1), index) for index in range(2))
+    monkeypatch.setattr(agree, "rounds_of", lambda *_: first)
+    mark = {"op": "gathering", "error": agree.packed(OSError(5, "a link is down"), 1)}
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(second.call_roll, mark)
+        error = Ranks((0, 1))._roll_call("gathering", None)
+    assert "rank 1: OSError: [Errno 5] a link is down" in str(error)
+    assert error.rank == 1
+
+
+def test_the_others_hear_of_the_leader_before_it_computes_the_reply(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = dist.HashStore()
+    leader, second = (rounds.Rounds(store, (0, 1), index) for index in range(2))
+    monkeypatch.setattr(agree, "rounds_of", lambda *_: leader)
+    message = {"op": "save", "payload": None, "same": None, "who": [None, 0]}
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(second.follow, message, 15.0, threading.Event())
+        heard = Ranks((0, 1), timeout=15.0).agree("save", reply=lambda _: second.beats())
+        assert heard == 1
+        assert (reply.result() or {})["reply"] == 1
+
+
 # ---- on an accelerator, of which this counts what is asked --------------------------------------
 
 
