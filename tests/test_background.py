@@ -317,23 +317,25 @@ def training_goes_on() -> None:
     assert ema.num_updates == 1
 
 
-def an_error_of_one_rank_is_raised_on_all() -> None:
+def an_error_of_one_rank_is_raised_on_all(no_room_for: str) -> None:
     folder = shared()
-    model, ema = sharded()
+    model, ema = sharded(timeout=20.0)
     move(model, ema)
     if dist.get_rank() == 1:
         real = NewFile.write_at
 
         def fails(file: NewFile, offset: int, data: Any) -> None:
-            if file.path.endswith(".safetensors"):
+            if data and no_room_for in file.path:
                 raise OSError(28, "No space left on device", file.path)
             real(file, offset, data)
 
         NewFile.write_at = fails  # type: ignore[method-assign]
+    start = time.monotonic()
     pending = ema.save(folder / "ema", wait=False)
     assert pending is not None
     with pytest.raises(CheckpointError, match=r"rank 1: .*No space left on device") as caught:
         pending.result()
+    assert time.monotonic() - start < 10  # nobody waits for the rank
     assert (caught.value.rank, caught.value.errno) == (1, 28)
     assert list(folder.iterdir()) == []
     if dist.get_rank() == 1:
@@ -396,7 +398,8 @@ def test_on_two_ranks() -> None:
             "interrupt", an_interrupt_of_the_first_rank_in_the_commit_leaves_the_ranks_in_step
         ),
         world.Fact("training", training_goes_on),
-        world.Fact("error", an_error_of_one_rank_is_raised_on_all),
+        world.Fact("error", an_error_of_one_rank_is_raised_on_all, (".safetensors",)),
+        world.Fact("no room for its error", an_error_of_one_rank_is_raised_on_all, ("",)),
         world.Fact("late", a_rank_that_does_not_write_is_named_in_time),
     ]
     world.hold(facts, 2)

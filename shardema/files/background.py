@@ -3,7 +3,8 @@
 ::
 
     call      the ranks agree, create the folder, and keep the values as they are
-    thread    writes this rank's file, then .rank-00001.json beside it: its entry, or its error
+    thread    writes this rank's file, then .rank-00001.json beside it: its entry, or its error,
+              or nothing where no room is left to say it
     leader's  writes its file, waits for the others' entries, and commits
     result    the ranks agree on whether it was committed
 
@@ -58,6 +59,7 @@ class PendingSave:
         self._work = write, commit
         self._error: BaseException | None = None
         self._late = False  # the thread has waited for other ranks in vain
+        self._unsaid = False  # a rank has failed and could not write why
         _unfinished.append(self)
         # not a daemon: the interpreter waits for it
         self._thread = threading.Thread(target=self._run, name="shardema-save")
@@ -85,7 +87,7 @@ class PendingSave:
         errors = self._ranks.agree(
             "save (finishing)",
             self._outcome,
-            lambda told: [error for error in told if error is not None],
+            self._reasons,
             nbytes=self._nbytes,
             known_late=lambda: self._late,
         )
@@ -111,8 +113,13 @@ class PendingSave:
         except BaseException as error:
             if error is not self._error:
                 raise
-            return packed(error, self._ranks.rank)
+            return {**packed(error, self._ranks.rank), "unsaid": self._unsaid}
         return None
+
+    def _reasons(self, told: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+        """The ranks' errors, the one that tells the cause first."""
+        errors = [error for error in told if error is not None]
+        return sorted(errors, key=lambda error: bool(error.get("unsaid")))
 
     def _run(self) -> None:
         try:
@@ -134,19 +141,26 @@ class PendingSave:
         try:
             told = write()
         except BaseException as error:
-            with contextlib.suppress(CheckpointError):  # then the first rank waits in vain
-                self._tell({"error": packed(error, self._ranks.rank)})
+            self._tell_failure(error)
             raise
-        self._tell({"told": told})
+        self._tell(json.dumps({"told": told}).encode())
+
+    def _tell_failure(self, error: BaseException) -> None:
+        """Where not even that can be written, the first rank waits in vain."""
+        why = json.dumps({"error": packed(error, self._ranks.rank)}).encode()
+        for entry in (why, b""):  # a full disk still takes a name
+            with contextlib.suppress(CheckpointError):
+                self._tell(entry)
+                return
 
     def _entry(self, index: int) -> str:
         return os.path.join(self._new.path, f".rank-{index:05d}.json")
 
-    def _tell(self, entry: dict[str, Any]) -> None:
+    def _tell(self, entry: bytes) -> None:
         """Writes this rank's entry, whole from the moment that it is there."""
         path = self._entry(self._ranks.index)
         with reporting(path, "writing"):
-            places.put(path, json.dumps(entry).encode())
+            places.put(path, entry)
 
     def _entries(self) -> list[Any]:
         """On the first rank: what the others have told of their files. Removes the entries."""
@@ -158,6 +172,9 @@ class PendingSave:
                 names = places.names_in(self._new.path)
             for index in [i for i in missing if os.path.basename(self._entry(i)) in names]:
                 entry = self._taken(self._entry(index))
+                if not entry:
+                    self._unsaid = True
+                    raise self._of_failed(self._ranks.ranks[index])
                 if "error" in entry:
                     raise unpacked(entry["error"], self._ranks.rank)
                 found[index] = entry["told"]
@@ -171,11 +188,23 @@ class PendingSave:
         return [found[index] for index in sorted(found)]
 
     def _taken(self, path: str) -> dict[str, Any]:
-        """A rank's entry, which is removed: left in a store that denies it, it does no harm."""
-        entry: dict[str, Any] = json.loads(places.read_whole(path, MAX_MANIFEST))
+        """A rank's entry, which is removed: left in a store that denies it, it does no harm.
+
+        Empty from a rank that could not write why it has failed; `result` will tell.
+        """
+        data = places.read_whole(path, MAX_MANIFEST)
+        entry: dict[str, Any] = json.loads(data) if data else {}
         with contextlib.suppress(OSError, CheckpointError):
             places.remove(path)
         return entry
+
+    def _of_failed(self, rank: int) -> RankError:
+        return RankError(
+            f"rank {rank}: save to {self._new.folder}: it could not write its part, nor why; the "
+            "checkpoint was abandoned, and earlier ones are unchanged",
+            rank=rank,
+            path=self._new.folder,
+        )
 
     def _of_late(self, missing: list[int]) -> RankError:
         ranks = [self._ranks.ranks[index] for index in missing]

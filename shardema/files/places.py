@@ -129,8 +129,16 @@ def put(path: str, data: bytes) -> None:
     if is_remote(path):
         remote.put(path, data)
         return
-    safetensors.write_file(f"{path}.tmp", data)
-    os.rename(f"{path}.tmp", path)
+    temporary = f"{path}.tmp"
+    try:
+        safetensors.write_file(temporary, data)
+        os.rename(temporary, path)
+    except FileExistsError:  # another's
+        raise
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def remove(path: str) -> None:
