@@ -356,7 +356,9 @@ STORIES = {
     "ranks/agree.py": Story(
         8, (files("collectives"), files("errors"), contract(2, "fsdp2")), "agree.py"
     ),
-    "ranks/plan.py": Story(2, (*GATHERING, files("transformers_export")), "gather.py"),
+    "ranks/plan.py": Story(
+        2, (files("errors"), *GATHERING, files("transformers_export")), "gather.py"
+    ),
     "ranks/transfer.py": Story(5, GATHERING, "gather.py"),
     "model/replica_check.py": Story(1, (contract(2, "ddp"), *GATHERING), "gather.py"),
     "exchange.py": Story(4, SWAPPING, "swap.py"),
