@@ -363,7 +363,9 @@ STORIES = {
     "model/replica_check.py": Story(1, (contract(2, "ddp"), *GATHERING), "gather.py"),
     "exchange.py": Story(4, SWAPPING, "swap.py"),
     "scopes.py": Story(2, SWAPPING, "swap.py"),
-    "swapping.py": Story(3, (*SWAPPING, files("zero_errors"), files("zero")), "swap.py"),
+    "swapping.py": Story(
+        3, (*SWAPPING, files("gathered"), files("zero_errors"), files("zero")), "swap.py"
+    ),
     "files/safetensors.py": Story(
         8, (files("files"), files("checkpoint", "cli"), contract(2, "ddp")), "files.py"
     ),

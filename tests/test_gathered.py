@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -174,6 +175,22 @@ def a_forward_that_fails_inside_a_swap_leaves_nothing_gathered() -> None:
         ema.update()  # FSDP still thinks that it is in that forward
         with ema.swap():
             pass
+        assert torch.equal(forward(net), before)
+
+
+def a_swap_that_ends_inside_a_forward_is_undone() -> None:
+    """As when a generator with the block in it is collected there."""
+    for make in (fsdp2, functools.partial(fsdp2, keep=True), fsdp1):
+        net = make()
+        ema = ShardedEMA(net, 0.5)
+        train(net, ema)
+        before = forward(net)
+        inner = net.module if isinstance(net, FSDP) else net
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(ema.swap())
+            inner.inside = stack.close
+            forward(net)
+        inner.inside = lambda: None
         assert torch.equal(forward(net), before)
 
 
@@ -788,6 +805,7 @@ FACTS = [
         for fact in (
             what_a_user_lets_all_gathers_wait_for_is_cleared_by_a_write,
             a_forward_that_fails_inside_a_swap_leaves_nothing_gathered,
+            a_swap_that_ends_inside_a_forward_is_undone,
             a_call_that_one_rank_refuses_leaves_all_ranks_gathering_alike,
             a_call_that_one_rank_misses_leaves_all_ranks_gathering_alike,
             a_call_that_one_rank_refuses_ends_the_open_round_of_all,
