@@ -381,6 +381,7 @@ STORIES = {
         6,
         (
             (*POLICIES, *files("selection", "kernels_triton")),
+            (*files("background"), "-k", "state_at_the_call"),
             contract(2, "fsdp2-offload"),
             contract(3, "ddp-slices"),
         ),

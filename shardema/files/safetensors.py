@@ -153,14 +153,13 @@ def close_quietly(fd: int) -> None:
 
 
 def _reserve(fd: int, size: int) -> None:
-    if size == 0:
-        return
     if not hasattr(os, "posix_fallocate"):  # macOS
         os.ftruncate(fd, size)
         return
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
+        # EINVAL: also for an empty file
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(fd, size)
