@@ -148,6 +148,8 @@ def test_a_manifest_over_the_limit_is_not_read(
 def test_a_folder_without_a_checkpoint_says_what_it_lacks(tmp_path: Path, saved: Path) -> None:
     assert_refused(tmp_path / "nowhere", "no such folder")
     assert_refused(tmp_path, r"no shardema.json in it.*did you mean .*/ema\?")
+    (tmp_path / "empty").mkdir()
+    assert_refused(tmp_path / "empty", "no shardema.json in it")
 
 
 def signed(body: object) -> bytes:
