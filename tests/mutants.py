@@ -393,7 +393,7 @@ STORIES = {
         "shadows.py",
     ),
     "update/attach.py": Story(6, (files("attach"), files("rounds"), POLICIES), "attach.py"),
-    "update/offload.py": Story(7, (files("offload"), POLICIES), "offload.py"),
+    "update/offload.py": Story(7, (files("offload"), POLICIES, files("background")), "offload.py"),
     "backends/fsdp1.py": Story(
         6,
         (
