@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.layouts import LAYOUTS
+from tests.world import ONE_IS_ENOUGH
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ("shardema", "tests", "launch", "docs", "benchmarks", "pyproject.toml", "README.md")
@@ -292,6 +293,7 @@ class Bench:
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",
+                ONE_IS_ENOUGH: "1",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -354,12 +356,16 @@ STORIES = {
     "ranks/agree.py": Story(
         8, (files("collectives"), files("errors"), contract(2, "fsdp2")), "agree.py"
     ),
-    "ranks/plan.py": Story(2, (*GATHERING, files("transformers_export")), "gather.py"),
+    "ranks/plan.py": Story(
+        2, (files("errors"), *GATHERING, files("transformers_export")), "gather.py"
+    ),
     "ranks/transfer.py": Story(5, GATHERING, "gather.py"),
     "model/replica_check.py": Story(1, (contract(2, "ddp"), *GATHERING), "gather.py"),
     "exchange.py": Story(4, SWAPPING, "swap.py"),
     "scopes.py": Story(2, SWAPPING, "swap.py"),
-    "swapping.py": Story(3, (*SWAPPING, files("zero_errors"), files("zero")), "swap.py"),
+    "swapping.py": Story(
+        3, (*SWAPPING, files("gathered"), files("zero_errors"), files("zero")), "swap.py"
+    ),
     "files/safetensors.py": Story(
         8, (files("files"), files("checkpoint", "cli"), contract(2, "ddp")), "files.py"
     ),
@@ -375,6 +381,7 @@ STORIES = {
         6,
         (
             (*POLICIES, *files("selection", "kernels_triton")),
+            (*files("background"), "-k", "state_at_the_call"),
             contract(2, "fsdp2-offload"),
             contract(3, "ddp-slices"),
         ),
@@ -386,7 +393,7 @@ STORIES = {
         "shadows.py",
     ),
     "update/attach.py": Story(6, (files("attach"), files("rounds"), POLICIES), "attach.py"),
-    "update/offload.py": Story(7, (files("offload"), POLICIES), "offload.py"),
+    "update/offload.py": Story(7, (files("offload"), POLICIES, files("background")), "offload.py"),
     "backends/fsdp1.py": Story(
         6,
         (

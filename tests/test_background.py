@@ -214,6 +214,7 @@ if sys.argv[2] == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
 ema = ShardedEMA(torch.nn.Linear(100, 100), 0.5)
 pending = ema.save(sys.argv[1] + "/ema", wait=False)
+print("a last word")
 if sys.argv[2] == "raises":
     raise SystemExit(3)
 """
@@ -222,8 +223,10 @@ if sys.argv[2] == "raises":
 @pytest.mark.parametrize(("how", "status"), [("well", 0), ("full", 1), ("raises", 3)])
 def test_the_interpreter_ends_after_the_save(tmp_path: Path, how: str, status: int) -> None:
     words = [sys.executable, "-c", PROGRAM, str(tmp_path), how]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, env=env)
     assert ended.returncode == status, ended.stderr
+    assert ended.stdout == "a last word\n"  # which the program has not flushed
     if how == "full":
         assert "\nshardema: writing " in ended.stderr
         assert "File too large" in ended.stderr

@@ -29,6 +29,7 @@ import xxhash
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from shardema import CheckpointError, ShadowPolicy, ShardedEMA, schedules
 from shardema.files import manifest, places, safetensors
@@ -147,6 +148,8 @@ def test_a_manifest_over_the_limit_is_not_read(
 def test_a_folder_without_a_checkpoint_says_what_it_lacks(tmp_path: Path, saved: Path) -> None:
     assert_refused(tmp_path / "nowhere", "no such folder")
     assert_refused(tmp_path, r"no shardema.json in it.*did you mean .*/ema\?")
+    (tmp_path / "empty").mkdir()
+    assert_refused(tmp_path / "empty", "no shardema.json in it")
 
 
 def signed(body: object) -> bytes:
@@ -675,9 +678,21 @@ def each_rank_reads_what_it_needs(folder: str) -> None:
     assert 16 << 20 <= sum(size for _, _, size in blocks) <= (16 << 20) + BLOCK
 
 
+def replicas_divide_the_writing(folder: str) -> None:
+    net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    ShardedEMA(DistributedDataParallel(net), 0.5).save(f"{folder}/ema")
+    first, second = sorted(Path(folder, "ema").glob("rank-*"))
+    assert first.stat().st_size == second.stat().st_size  # one of two equal tensors each
+
+
 def test_ranks_fail_and_read_together(tmp_path: Path) -> None:
     facts = []
-    for check in (full_disk, damage_seen_by_one_rank, each_rank_reads_what_it_needs):
+    for check in (
+        full_disk,
+        damage_seen_by_one_rank,
+        each_rank_reads_what_it_needs,
+        replicas_divide_the_writing,
+    ):
         folder = tmp_path / check.__name__
         folder.mkdir()
         facts.append(world.Fact(check.__name__, check, (str(folder),)))

@@ -435,6 +435,27 @@ def no_room(contents: Any, arriving: Any) -> Iterator[Any]:
     yield
 
 
+def a_leader_that_came_and_does_not_answer_is_named() -> None:
+    ranks = Ranks(timeout=15.0 if dist.get_rank() == 0 else 2.0)
+    store = dist.distributed_c10d._get_default_store()
+
+    def slow(_: list[Any]) -> None:
+        while not store.check([f"given up/{rank}" for rank in ranks.ranks[1:]]):
+            time.sleep(0.01)
+
+    dist.barrier()
+    with mock.patch.object(rounds, "GRACE", 0.1):
+        kind, rank, text = told(lambda: ranks.agree("save", reply=slow))
+    if ranks.leader:
+        assert kind == "returned", text
+    else:
+        store.set(f"given up/{ranks.rank}", "")
+        assert (kind, rank) == ("RankError", 0), (kind, text)
+        assert "rank 0 called save and did not answer within 2 s" in text
+    ranks.timeout = 15.0
+    ranks.agree("save")
+
+
 def ranks_that_missed_a_call_are_in_step_again() -> None:
     """Caught on the ranks that called; then every call of any EMA works, and of new ones."""
     ema, other = sharded(timeout=15.0), sliced(timeout=15.0)
@@ -714,6 +735,7 @@ FACTS = [
     arguments_that_differ_are_named,
     what_one_rank_refuses_all_refuse,
     ranks_out_of_step_are_told_their_counts,
+    a_leader_that_came_and_does_not_answer_is_named,
     all_errors_are_told,
     an_interrupt_is_raised_again_and_told,
     ranks_in_different_calls_are_told,
@@ -886,6 +908,34 @@ def test_a_rank_that_is_late_for_a_roll_call_hears_that_the_group_is_broken(
     error = Ranks((0, 1))._roll_call("metrics", None)  # there is no second one, which it would miss
     assert "metrics: the process group is broken" in str(error)
     assert (error.rank, store.num_keys()) == (0, 3)
+
+
+def test_what_failed_in_a_transfer_is_told_in_the_roll_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = dist.HashStore()
+    first, second = (rounds.Rounds(store, (0, 1), index) for index in range(2))
+    monkeypatch.setattr(agree, "rounds_of", lambda *_: first)
+    mark = {"op": "gathering", "error": agree.packed(OSError(5, "a link is down"), 1)}
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(second.call_roll, mark)
+        error = Ranks((0, 1))._roll_call("gathering", None)
+    assert "rank 1: OSError: [Errno 5] a link is down" in str(error)
+    assert error.rank == 1
+
+
+def test_the_others_hear_of_the_leader_before_it_computes_the_reply(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = dist.HashStore()
+    leader, second = (rounds.Rounds(store, (0, 1), index) for index in range(2))
+    monkeypatch.setattr(agree, "rounds_of", lambda *_: leader)
+    message = {"op": "save", "payload": None, "same": None, "who": [None, 0]}
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(second.follow, message, 15.0, threading.Event())
+        heard = Ranks((0, 1), timeout=15.0).agree("save", reply=lambda _: second.beats())
+        assert heard == 1
+        assert (reply.result() or {})["reply"] == 1
 
 
 # ---- on an accelerator, of which this counts what is asked --------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -175,6 +176,22 @@ def a_forward_that_fails_inside_a_swap_leaves_nothing_gathered() -> None:
         ema.update()  # FSDP still thinks that it is in that forward
         with ema.swap():
             pass
+        assert torch.equal(forward(net), before)
+
+
+def a_swap_that_ends_inside_a_forward_is_undone() -> None:
+    """As when a generator with the block in it is collected there."""
+    for make in (fsdp2, functools.partial(fsdp2, keep=True), fsdp1):
+        net = make()
+        ema = ShardedEMA(net, 0.5)
+        train(net, ema)
+        before = forward(net)
+        inner = net.module if isinstance(net, FSDP) else net
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(ema.swap())
+            inner.inside = stack.close
+            forward(net)
+        inner.inside = lambda: None
         assert torch.equal(forward(net), before)
 
 
@@ -562,6 +579,13 @@ def a_mesh_of_some_ranks_makes_those_the_ranks_of_the_model() -> None:
         assert set(ema.full_state_dict()) == {"weight", "bias"}
 
 
+def a_sharded_container_of_one_child_is_no_unknown_wrapper() -> None:
+    """``fully_shard`` renames its class to FSDPSequential, as a sharding wrapper may be named."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    net = fully_shard(nn.Sequential(nn.Linear(4, 4)), mesh=mesh)
+    assert set(ShardedEMA(net, 0.5).full_state_dict(all_ranks=True)) == {"0.weight", "0.bias"}
+
+
 def an_unshard_that_is_under_way_is_waited_for() -> None:
     """Another rank comes late to it: it cannot have ended by itself."""
     net = fsdp2()
@@ -801,6 +825,7 @@ FACTS = [
         for fact in (
             what_a_user_lets_all_gathers_wait_for_is_cleared_by_a_write,
             a_forward_that_fails_inside_a_swap_leaves_nothing_gathered,
+            a_swap_that_ends_inside_a_forward_is_undone,
             a_call_that_one_rank_refuses_leaves_all_ranks_gathering_alike,
             a_call_that_one_rank_misses_leaves_all_ranks_gathering_alike,
             a_call_that_one_rank_refuses_ends_the_open_round_of_all,
@@ -811,6 +836,7 @@ FACTS = [
             a_part_that_is_sharded_by_itself_is_averaged,
             an_empty_dtensor_is_gathered_saved_and_loaded,
             a_mesh_of_some_ranks_makes_those_the_ranks_of_the_model,
+            a_sharded_container_of_one_child_is_no_unknown_wrapper,
             an_unshard_that_is_under_way_is_waited_for,
             a_tied_parameter_that_ddp_ignores_under_one_name_is_a_replica,
             a_chunk_that_ran_is_read_as_its_shards_beside_one_that_did_not,

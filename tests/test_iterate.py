@@ -50,6 +50,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "BUCKET_BYTES", 16)
 
 
+def test_a_bucket_takes_all_that_fits() -> None:
+    ema = ShardedEMA(nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))), 0.5)
+    ema.full_state_dict()  # makes the plan
+    contents = ema.internal.calls.contents(ema.internal.averages["ema"])
+    for limit, expected in {
+        200: [[64, 16, 64, 16], [64, 16, 64, 16], [64, 16]],
+        40: [[32], [32], [16]] * 5,
+    }.items():
+        made = transfer.buckets(contents, limit)
+        assert [[4 * chunk.box.numel for chunk in bucket] for bucket in made] == expected
+
+
 # ---- leaving ----------------------------------------------------------------------------------
 
 

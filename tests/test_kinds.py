@@ -120,6 +120,16 @@ def test_neighbours_with_padding_between_them_are_one_stretch() -> None:
     assert told(ema) == {name: {0.5} for name in "abc"}
 
 
+def test_neighbours_with_an_empty_tensor_between_them_are_one_stretch() -> None:
+    model = flat_model({"a": 64, "empty": 0, "b": 8})  # a rank may hold nothing of a parameter
+    ema = ShardedEMA(model, 0.5)
+    average, shards = ema.internal.averages["ema"], ema.internal.averages.weights.averaged_shards
+    assert len(list(average.merged_pairs(shards))) == 1
+    fill(model, 1.0)
+    ema.update()
+    assert told(ema) == {"a": {0.5}, "empty": set(), "b": {0.5}}
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("policy", [ShadowPolicy(), ShadowPolicy(device="cpu")])
 def test_interleaved_views_are_averaged_each_by_itself(kernel: str, policy: ShadowPolicy) -> None:

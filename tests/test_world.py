@@ -53,6 +53,18 @@ def test_a_fact_that_fails_hides_no_other() -> None:
         world.hold(facts, 2)
 
 
+def test_where_one_is_enough_none_is_run_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a mutant needs it: what it breaks is often all of a file."""
+    monkeypatch.setenv(world.ONE_IS_ENOUGH, "1")
+    facts = [Fact("first", holds), Fact("wrong", fails_on_one_rank), Fact("after", holds)]
+    verdicts = world.judge(facts, 2)
+    verdicts.check("first")
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        verdicts.check("wrong")
+    with pytest.raises(AssertionError, match="not run: one failed"):
+        verdicts.check("after")
+
+
 def dies() -> None:
     os._exit(7)
 

@@ -154,14 +154,13 @@ def close_quietly(fd: int) -> None:
 
 
 def _reserve(fd: int, size: int) -> None:
-    if size == 0:
-        return
     if not hasattr(os, "posix_fallocate"):  # macOS
         os.ftruncate(fd, size)
         return
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
+        # EINVAL: also for an empty file
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(fd, size)
@@ -407,7 +406,7 @@ def _entries(header: Any, begin: int, size: int) -> dict[str, Entry]:
         places.append((start, stop, checked_text(name), value))
     entries = {}
     at = 0
-    for start, stop, name, value in sorted(places, key=lambda place: place[:3]):
+    for start, stop, name, value in sorted(places):  # names differ: no values are compared
         if start != at:
             raise ValueError(f"{name:.100}: it begins at byte {start}, expected {at}")
         if value["dtype"] not in DTYPES:

@@ -286,7 +286,7 @@ class Rounds:
                 if cancel is not None and self.called():
                     return False
                 look = now + LOOK
-            time.sleep(min(pause, end - now))
+            time.sleep(pause)
             pause = min(1.5 * pause, last)
 
 
