@@ -102,8 +102,10 @@ class GroupSink:
     """
 
     def __init__(self, group: Connection | dist.ProcessGroup) -> None:
-        mine = isinstance(group, Connection)
-        index, size = (group.index, group.size) if mine else (group.rank(), group.size())
+        if isinstance(group, Connection):
+            index, size = group.index, group.size
+        else:
+            index, size = group.rank(), group.size()
         if size < 2:
             raise ValueError("GroupSink: got a group of one process, expected one with readers")
         self._channel = _Channel(group, index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from shardema import saving
 from shardema.calls import Calls
+from shardema.errors import RankError
 from shardema.gathering import Full, begin_full
 from shardema.publishing.folder import FolderSink
 from shardema.publishing.loader import Load, Loader
@@ -17,6 +20,8 @@ from shardema.publishing.publication import Header, Publication, Sink, version_n
 from shardema.ranks.messages import is_shared
 from shardema.ranks.plan import refuse_opaque
 from shardema.update.mixture import Mixture
+
+log = logging.getLogger(__name__)
 
 _OP = "publish"
 
@@ -90,27 +95,57 @@ def _publish_stream(
         for item in full.contents.items
         for key in full.names(item)
     )
+    sink = sinks[0] if ranks.leader else _Nowhere()
     publication = Publication(text, full.average.name, headers, ranks.timeout)
-
-    def prepare() -> None:
-        _check_streamable(calls, full)
-        if ranks.leader:
-            sinks[0].prepare(publication)
-
     try:
-        ranks.agree(f"{_OP} (preparing the sink)", prepare)
-        failed = _write(sinks[0] if ranks.leader else None, publication, full.tensors)
-
-        def finish() -> None:
-            if failed is not None:
-                raise failed
-
-        ranks.agree(f"{_OP} (committing)", finish, lambda _: sinks[0].commit(publication))
+        _send(calls, full, sink, publication)
     except BaseException:
-        if ranks.leader:
-            sinks[0].discard(publication)
+        try:
+            sink.discard(publication)
+        except Exception as error:  # the first error is raised
+            log.warning("version %s: the sink could not discard it: %s", text, error)
         raise
     return text
+
+
+def _send(calls: Calls, full: Full, sink: Sink, publication: Publication) -> None:
+    """The steps of publication.py. Collective."""
+    failed: list[BaseException] = []
+
+    def prepare() -> None:
+        calls.merged_state.check_tensors(_OP, "make it a tensor")
+        refuse_opaque(_OP, full.contents.plan, full.contents.chosen, "use ema.iter_full()")
+        with _sink_errors():
+            sink.prepare(publication)
+
+    def finish() -> None:
+        for error in failed:
+            raise error
+
+    def commit(_: list[None]) -> None:
+        with _sink_errors():
+            sink.commit(publication)
+
+    calls.ranks.agree(f"{_OP} (preparing the sink)", prepare)
+    failed += _write(sink, publication, full.tensors, calls.ranks.leader)
+    calls.ranks.agree(f"{_OP} (committing)", finish, commit)
+
+
+class _Nowhere:
+    """The sink of a rank that gets no tensors."""
+
+    def prepare(self, publication: Publication) -> None:
+        pass
+
+    def write(self, publication: Publication, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        for _ in tensors:
+            raise AssertionError("only the first rank gets tensors")
+
+    def commit(self, publication: Publication) -> None:
+        pass
+
+    def discard(self, publication: Publication) -> None:
+        pass
 
 
 def as_sink(sink: Any) -> Sink:
@@ -127,36 +162,41 @@ def as_sink(sink: Any) -> Sink:
     return Loader(sink)
 
 
-def _check_streamable(calls: Calls, full: Full) -> None:
-    """Raises RuntimeError or ValueError if the model has more than tensors of numbers."""
-    calls.merged_state.check_tensors(_OP, "make it a tensor")
-    refuse_opaque(_OP, full.contents.plan, full.contents.chosen, "use ema.iter_full()")
-
-
 def _write(
-    sink: Sink | None, publication: Publication, tensors: Generator[tuple[str, Tensor]]
-) -> BaseException | None:
-    """Gives the tensors to the first rank's sink; returns its error, to be raised on all ranks."""
-    if sink is None:
-        for _ in tensors:
-            raise AssertionError("only the first rank gets tensors")
-        return None
+    sink: Sink, publication: Publication, tensors: Generator[tuple[str, Tensor]], receives: bool
+) -> list[BaseException]:
+    """Gives the tensors to the sink; returns its error, to be raised on all ranks."""
     counted = _Counted(tensors)
-    failed: BaseException | None = None
+    failed: list[BaseException] = []
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _sink_errors():
             sink.write(publication, counted)
-        if counted.count < len(publication.headers):
+        if receives and counted.count < len(publication.headers):
             raise RuntimeError(
                 f"{_OP}: the sink took {counted.count} of {len(publication.headers)} tensors, "
                 "expected all; it must loop over what it is given before it returns"
             )
     except BaseException as error:  # also an interrupt: it must be raised on all ranks
-        failed = counted.error or error
+        failed.append(counted.error or error)
     tensors.close()  # receives what the sink did not take
-    if failed is not None and is_shared(failed):  # the other ranks have it
-        raise failed
+    for error in failed:
+        if is_shared(error):  # the other ranks have it
+            raise error
     return failed
+
+
+@contextlib.contextmanager
+def _sink_errors() -> Iterator[None]:
+    """Says of an error that is none of this library that the sink raised it."""
+    try:
+        yield
+    except (RankError, ValueError):
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"{_OP}: the sink raised {type(error).__name__}: {error}; readers have the version "
+            "before, but a callable's engine has what it has taken: see publishing.Loader(staged=)"
+        ) from error
 
 
 class _Counted(Iterator[tuple[str, Tensor]]):

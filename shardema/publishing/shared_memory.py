@@ -44,6 +44,7 @@ class SharedMemorySink:
     def __init__(self, name: str) -> None:
         self._place = Place(_folder(name))
         self._entries: dict[str, Entry] = {}
+        self._hidden = ""  # path of a version that is being written
 
     def prepare(self, publication: Publication) -> None:
         """Reserves the memory."""
@@ -51,21 +52,21 @@ class SharedMemorySink:
         if current(self._place.folder) == publication.version:
             refuse_existing(publication.version, self._place.folder)
         head, self._entries = make_header(publication.headers)
-        path = self._hidden(publication)
+        path = os.path.join(self._place.folder, f".{publication.version}.tmp")
         with reporting(path, "publishing to"):
             with contextlib.suppress(FileNotFoundError):  # of a killed publisher
                 os.unlink(path)
             # reserved, since a write to memory that the host does not have kills the process
+            self._hidden = path
             with NewFile(path, len(head) + publication.nbytes) as file:
                 file.write_at(0, head)
 
     def write(self, publication: Publication, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Copies the tensors."""
-        path = self._hidden(publication)
-        fd = open_existing(path, write=True)
+        fd = open_existing(self._hidden, write=True)
         try:
             for name, tensor in tensors:
-                with reporting(path, "publishing to"):
+                with reporting(self._hidden, "publishing to"):
                     write_all(fd, self._entries[name].start, raw_bytes(tensor))
         finally:
             close_quietly(fd)
@@ -74,7 +75,8 @@ class SharedMemorySink:
         """Renames the link to the new version, and removes the others."""
         folder, version = self._place.folder, publication.version
         with reporting(folder, "publishing to"):
-            os.rename(self._hidden(publication), os.path.join(folder, version))
+            os.rename(self._hidden, os.path.join(folder, version))
+            self._hidden = ""
         self._place.point(version, durable=False)
         for name in os.listdir(folder):
             if name not in (version, CURRENT, LOCK):
@@ -83,8 +85,10 @@ class SharedMemorySink:
 
     def discard(self, publication: Publication) -> None:
         """Frees what was reserved."""
-        with contextlib.suppress(OSError):
-            os.unlink(self._hidden(publication))
+        hidden, self._hidden = self._hidden, ""
+        if hidden:
+            with contextlib.suppress(OSError):
+                os.unlink(hidden)
 
     def close(self, *, remove: bool = False) -> None:
         """Lets another publisher write here.
@@ -95,9 +99,6 @@ class SharedMemorySink:
         if remove:
             shutil.rmtree(self._place.folder, ignore_errors=True)
         self._place.close()
-
-    def _hidden(self, publication: Publication) -> str:
-        return os.path.join(self._place.folder, f".{publication.version}.tmp")
 
 
 class SharedMemoryReader(Reader):
