@@ -101,7 +101,10 @@ class MergedState:
 
     def names(self, item: Item) -> tuple[str, ...]:
         """The keys that a tensor has in the unwrapped model's state dict."""
-        return self.keys.get(item.fqn, (item.fqn, *item.aliases))
+        if item.fqn in self.keys:
+            return self.keys[item.fqn]
+        _, in_file = (self.files or {}).get(item.fqn, ("", ""))  # PEFT's, an alias in `applied`
+        return (item.fqn, *(name for name in item.aliases if name != in_file))
 
     def averages_adapters(self, plan: Plan) -> bool:
         """Whether the model has PEFT adapters, and nothing else is averaged."""

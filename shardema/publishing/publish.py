@@ -179,9 +179,9 @@ def _write(
     except BaseException as error:  # also an interrupt: it must be raised on all ranks
         failed.append(counted.error or error)
     tensors.close()  # receives what the sink did not take
-    for error in failed:
-        if is_shared(error):  # the other ranks have it
-            raise error
+    for told in failed:
+        if is_shared(told):  # the other ranks have it
+            raise told
     return failed
 
 
