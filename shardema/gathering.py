@@ -26,7 +26,7 @@ class Full:
     Attributes:
         contents: the tensors that are gathered.
         names: the keys of each of them.
-        tensors: by key; collective, and every rank must exhaust or close it.
+        tensors: by key; collective, and every rank must exhaust it, or begin and close it.
     """
 
     average: Readable

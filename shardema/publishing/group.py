@@ -35,9 +35,9 @@ from shardema.files.safetensors import (
     parse_json,
 )
 from shardema.publishing.publication import Header, Publication, Version, refuse_existing
+from shardema.ranks import transfer
 from shardema.ranks.agree import device_for
 from shardema.ranks.deadline import Task
-from shardema.ranks.transfer import BUCKET_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class GroupSink:
                     f"publish: {header.name}: got {header.dtype}, which a GroupSink does not send; "
                     "give dtype="
                 )
-        size = min(BUCKET_BYTES, _place(publication.headers)[1])
+        size = min(transfer.BUCKET_BYTES, _place(publication.headers)[1])
         if size > self._bucket.numel():
             self._bucket = torch.empty(size, dtype=torch.uint8)
 

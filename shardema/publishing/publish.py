@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -163,7 +163,7 @@ def as_sink(sink: Any) -> Sink:
 
 
 def _write(
-    sink: Sink, publication: Publication, tensors: Generator[tuple[str, Tensor]], receives: bool
+    sink: Sink, publication: Publication, tensors: Iterator[tuple[str, Tensor]], receives: bool
 ) -> list[BaseException]:
     """Gives the tensors to the sink; returns its error, to be raised on all ranks."""
     counted = _Counted(tensors)
@@ -178,7 +178,10 @@ def _write(
             )
     except BaseException as error:  # also an interrupt: it must be raised on all ranks
         failed.append(counted.error or error)
-    tensors.close()  # receives what the sink did not take
+    for (
+        _
+    ) in tensors:  # what the sink did not take; to close an iterator that never ran does nothing
+        pass
     for told in failed:
         if is_shared(told):  # the other ranks have it
             raise told
