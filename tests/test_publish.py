@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from shardema import RankError, ShardedEMA
+from shardema import CheckpointError, RankError, ShardedEMA
 from shardema.publishing import (
     Connection,
     FolderSink,
@@ -37,7 +37,7 @@ from shardema.publishing import (
     receive,
 )
 from shardema.ranks import transfer
-from tests import meters, world, zoo
+from tests import faulty, meters, world, zoo
 from tests.contract import assert_same
 
 VERSIONS, MANY = 20, 200  # published under a serving model; MANY with --full
@@ -502,3 +502,131 @@ def verdicts(
 @pytest.mark.parametrize("fact", [fact.__name__ for fact in ON_RANKS])
 def test_on_two_ranks(verdicts: world.Verdicts, fact: str) -> None:
     verdicts.check(fact)
+
+
+# ---- a publisher that is killed ---------------------------------------------------------------
+
+
+def small(value: float) -> ShardedEMA:
+    """An average of a small model, all of whose values are ``value``, in one process."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    for param in model.parameters():
+        nn.init.constant_(param, value)
+    return ShardedEMA(model, 0.9)
+
+
+SINKS: dict[str, Callable[[Place], Any]] = {
+    "folder": lambda place: FolderSink(f"{place.folder}/w", max_shard_size=40),
+    "memory": lambda place: SharedMemorySink(place.memory),
+}
+
+
+def reader(kind: str, place: Place) -> Watched | SharedMemoryReader:
+    return Watched(f"{place.folder}/w") if kind == "folder" else SharedMemoryReader(place.memory)
+
+
+def shown(kind: str, place: Place) -> tuple[str, set[float]]:
+    """The version that a reader finds, and the different values in it."""
+    found = reader(kind, place).latest()
+    assert found is not None
+    assert len(found.tensors) == 4
+    values = [value for tensor in found.tensors.values() for value in tensor.flatten().tolist()]
+    return found.version, set(values)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(str(tmp_path))
+    yield made
+    made.clear()
+
+
+def publish(kind: str, place: Place, version: str, value: float) -> None:
+    """As a process of its own would: the sink is new, and closed."""
+    sink = SINKS[kind](place)
+    small(value).publish(sink, version=version)
+    sink.close()
+
+
+def changing_calls(kind: str, place: Place) -> list[tuple[int, str]]:
+    """Those of one publish after another that change a file: number and text."""
+    for number in range(3):  # until old versions are removed, too
+        publish(kind, place, f"first-{number}", 1.0)
+    with faulty.at_call(0) as made:
+        publish(kind, place, "recorded", 1.0)
+    calls = [(n, call) for n, call in enumerate(made) if call.split()[0] in faulty.CHANGING]
+    assert len(calls) > (25 if kind == "folder" else 5)
+    return calls
+
+
+@pytest.mark.parametrize("kind", SINKS)
+def test_a_killed_publisher_leaves_one_version_whole(kind: str, place: Place) -> None:
+    """At every call that changes a file: readers have the old version or the new one, and the
+    publisher that comes after it publishes the new one, and clears up.
+    """
+    versions = []
+    for point, call in changing_calls(kind, place):
+        publish(kind, place, f"old-{point}", 1.0)
+
+        def work(point: int = point) -> None:
+            with faulty.at_call(point, faulty.killing):
+                publish(kind, place, f"new-{point}", 2.0)
+
+        assert faulty.killed(work), call
+        found = shown(kind, place)
+        assert found in ((f"old-{point}", {1.0}), (f"new-{point}", {2.0})), call
+        versions.append(found[0][:3])
+        again = f"new-{point}" if versions[-1] == "old" else f"next-{point}"
+        publish(kind, place, again, 3.0)
+        assert shown(kind, place) == (again, {3.0})
+        left = set(os.listdir(reader(kind, place).folder)) - {".lock", "current"}
+        assert len(left) == {"folder": 2, "memory": 1}[kind], (left, call)
+    assert set(versions) == {"old", "new"}
+    assert versions == sorted(versions, reverse=True)
+
+
+@pytest.mark.parametrize("kind", SINKS)
+def test_a_full_disk_leaves_the_old_version(kind: str, place: Place) -> None:
+    """Or, once readers may see it, the new one."""
+    for point, call in changing_calls(kind, place):
+        publish(kind, place, f"old-{point}", 1.0)
+        ema, sink = small(2.0), SINKS[kind](place)
+        raised = ""
+        with faulty.at_call(point, faulty.raising(28)):
+            try:
+                ema.publish(sink, version=f"new-{point}")
+            except CheckpointError as error:
+                raised = str(error)
+        expected = (f"old-{point}", {1.0}) if raised else (f"new-{point}", {2.0})
+        assert shown(kind, place) == expected, (call, raised)
+        again = f"new-{point}" if raised else f"next-{point}"
+        ema.publish(sink, version=again)
+        assert shown(kind, place) == (again, {2.0})
+        sink.close()
+
+
+# ---- readers ----------------------------------------------------------------------------------
+
+
+def test_a_version_that_is_held_is_not_removed(place: Place) -> None:
+    """Until its reader lets go of it, or is killed."""
+    files = FolderSink(f"{place.folder}/w", keep=1)
+    small(0.0).publish(files, version=0)
+    watched = Watched(f"{place.folder}/w")
+
+    with running((holds_until_it_is_killed, (place.folder,))) as processes, watched.hold() as path:
+        until(lambda: Path(f"{place.folder}/held").exists())
+        for version in (1, 2):
+            small(float(version)).publish(files, version=version)
+        assert path == f"{place.folder}/w/0"
+        assert sorted(os.listdir(f"{place.folder}/w")) == [".lock", "0", "2", "current"]
+        os.kill(processes[0].pid, signal.SIGKILL)
+        processes[0].join()
+    small(3.0).publish(files, version=3)
+    assert sorted(os.listdir(f"{place.folder}/w")) == [".lock", "3", "current"]
+
+
+def holds_until_it_is_killed(folder: str) -> None:
+    with Watched(f"{folder}/w").hold() as path:
+        Path(f"{folder}/held").write_text(str(path))
+        time.sleep(600)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
@@ -31,6 +32,8 @@ from shardema.files.safetensors import (
 from shardema.files.steps import is_folder, lock, sweep
 from shardema.publishing.place import Place, Reader, current, mapped
 from shardema.publishing.publication import refuse_existing
+
+log = logging.getLogger(__name__)
 
 _NOTE = "published.json"  # in the folder of a version
 _MAX_NOTE = 10_000  # bytes
@@ -103,7 +106,11 @@ class FolderSink:
             if current(self.folder) != version:
                 self._remove(version)
             raise
-        numbers = self._numbers()
+        try:
+            numbers = self._numbers()
+        except CheckpointError as error:  # readers have the new version all the same
+            log.warning("%s: old versions are not removed: %s", self.folder, error)
+            return
         by_age = sorted(numbers, key=numbers.__getitem__, reverse=True)
         for old in by_age[self._keep :] if self._keep is not None else ():
             if old != version:

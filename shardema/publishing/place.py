@@ -69,15 +69,29 @@ class Place:
 
         Args:
             durable: sync the folder, so that the link survives a power failure.
+
+        Raises:
+            CheckpointError: a system call failed; the link leads to where it led before.
         """
-        new = os.path.join(self.folder, _NEW_LINK)
+        before = current(self.folder)
         with reporting(self.folder, "publishing to"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(new)
-            os.symlink(version, new)
-            os.rename(new, os.path.join(self.folder, CURRENT))
-            if durable:
-                sync_path(self.folder)
+            self._lead_to(version)
+            try:
+                if durable:
+                    sync_path(self.folder)
+            except OSError:
+                if before is None:
+                    os.unlink(os.path.join(self.folder, CURRENT))
+                else:
+                    self._lead_to(before)
+                raise
+
+    def _lead_to(self, version: str) -> None:
+        new = os.path.join(self.folder, _NEW_LINK)
+        with contextlib.suppress(FileNotFoundError):  # of a killed publisher
+            os.unlink(new)
+        os.symlink(version, new)
+        os.rename(new, os.path.join(self.folder, CURRENT))
 
     def close(self) -> None:
         """Unlocks the folder."""

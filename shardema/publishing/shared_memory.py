@@ -78,10 +78,9 @@ class SharedMemorySink:
             os.rename(self._hidden, os.path.join(folder, version))
             self._hidden = ""
         self._place.point(version, durable=False)
-        for name in os.listdir(folder):
-            if name not in (version, CURRENT, LOCK):
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(folder, name))
+        with contextlib.suppress(OSError):  # readers have the new version all the same
+            for name in set(os.listdir(folder)) - {version, CURRENT, LOCK}:
+                os.unlink(os.path.join(folder, name))
 
     def discard(self, publication: Publication) -> None:
         """Frees what was reserved."""
