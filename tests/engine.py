@@ -14,6 +14,7 @@ Neither can be imported on the machine of these tests. Their contract, as their 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class PackedLinear(nn.Module):
     def __init__(self, rows: list[int], columns: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(sum(rows), columns), requires_grad=False)
-        self.weight.weight_loader = self.load  # type: ignore[attr-defined]
+        self.weight.weight_loader = self.load
         self._rows = rows
 
     def load(self, param: nn.Parameter, loaded: Tensor, shard: int) -> None:
@@ -43,21 +44,19 @@ class PackedLinear(nn.Module):
 class EngineModel(nn.Module):
     """The parameters of a Llama as an engine has them."""
 
-    def __init__(self, config: object, tied: bool) -> None:
+    def __init__(self, config: Any, tied: bool) -> None:
         super().__init__()
-        c: object = config
-        width, hidden = c.hidden_size, c.intermediate_size  # type: ignore[attr-defined]
-        kv = width * c.num_key_value_heads // c.num_attention_heads  # type: ignore[attr-defined]
+        width, hidden = config.hidden_size, config.intermediate_size
+        kv = width * config.num_key_value_heads // config.num_attention_heads
         self.tied = tied
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(c.vocab_size, width)  # type: ignore[attr-defined]
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.model.norm = nn.RMSNorm(width)
         self.model.layers = nn.ModuleList()
-        for _ in range(c.num_hidden_layers):  # type: ignore[attr-defined]
+        for _ in range(config.num_hidden_layers):
             layer = nn.Module()
-            layer.input_layernorm, layer.post_attention_layernorm = (
-                nn.RMSNorm(width) for _ in range(2)
-            )
+            layer.input_layernorm = nn.RMSNorm(width)
+            layer.post_attention_layernorm = nn.RMSNorm(width)
             layer.self_attn, layer.mlp = nn.Module(), nn.Module()
             layer.self_attn.qkv_proj = PackedLinear([width, kv, kv], width)
             layer.self_attn.o_proj = nn.Linear(width, width, bias=False)
@@ -65,7 +64,7 @@ class EngineModel(nn.Module):
             layer.mlp.down_proj = nn.Linear(hidden, width, bias=False)
             self.model.layers.append(layer)
         if not tied:
-            self.lm_head = nn.Linear(width, c.vocab_size, bias=False)  # type: ignore[attr-defined]
+            self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         params, loaded = dict(self.named_parameters()), set[str]()

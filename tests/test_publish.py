@@ -10,8 +10,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -37,8 +40,9 @@ from shardema.publishing import (
     receive,
 )
 from shardema.ranks import transfer
-from tests import faulty, meters, world, zoo
+from tests import faulty, meters, test_pretrained, world, zoo
 from tests.contract import assert_same
+from tests.engine import EngineModel
 
 VERSIONS, MANY = 20, 200  # published under a serving model; MANY with --full
 KINDS = ("folder", "group", "memory")
@@ -630,3 +634,119 @@ def holds_until_it_is_killed(folder: str) -> None:
     with Watched(f"{folder}/w").hold() as path:
         Path(f"{folder}/held").write_text(str(path))
         time.sleep(600)
+
+
+def test_the_link_leads_nowhere_else(tmp_path: Path) -> None:
+    watched = Watched(tmp_path)
+    assert (watched.version, watched.latest()) == (None, None)
+    with watched.hold() as path:
+        assert path is None
+    with pytest.raises(TimeoutError, match=r"no version was published within 0\.02 s"):
+        watched.wait(timeout=0.02)
+    (tmp_path / "current").symlink_to("../elsewhere")
+    with pytest.raises(CheckpointError, match="leads out of the folder"):
+        watched.latest()
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to("gone")
+    for read in (watched.latest, lambda: watched.hold().__enter__()):
+        with pytest.raises(CheckpointError, match="No such file or directory"):
+            read()
+
+
+def test_a_reader_waits_for_the_next_version(place: Place) -> None:
+    publish("memory", place, "1", 1.0)
+    found = SharedMemoryReader(place.memory).wait()
+    thread = threading.Timer(0.1, publish, ("memory", place, "2", 2.0))
+    thread.start()
+    later = SharedMemoryReader(place.memory).wait(after=found.version)
+    thread.join()
+    assert (found.version, later.version) == ("1", "2")
+    later.tensors["0.weight"].fill_(7.0)  # of this process alone
+    assert shown("memory", place) == ("2", {2.0})
+    assert set(found.tensors["0.weight"].flatten().tolist()) == {1.0}
+
+
+@pytest.mark.parametrize("kind", SINKS)
+def test_two_publishers_do_not_write_to_one_place(kind: str, place: Place) -> None:
+    first, second = SINKS[kind](place), SINKS[kind](place)
+    small(1.0).publish(first, version=1)
+    with pytest.raises(CheckpointError, match="another publisher writes to it"):
+        small(2.0).publish(second, version=2)
+    assert shown(kind, place) == ("1", {1.0})
+    first.close()
+    small(2.0).publish(second, version=2)
+    assert shown(kind, place) == ("2", {2.0})
+    second.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: FolderSink("s3://bucket/run"), "expected a folder of a file system"),
+        (lambda: FolderSink("w", keep=0), "got keep=0, expected 1 or more, or None"),
+        (lambda: SharedMemorySink("a/b"), "got the name 'a/b' of shared memory"),
+        (lambda: GroupSink(Connection(dist.HashStore(), 0, 1)), "a group of one process"),
+    ],
+)
+def test_a_sink_that_cannot_be_is_refused(make: Callable[[], object], text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)):
+        make()
+
+
+# ---- what is streamed -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_engines_load_weights_takes_it(tied: bool) -> None:
+    """It packs projections, skips a tied head, and changes a tensor when it is done with it."""
+    ema = ShardedEMA(llama(tied), 0.9)
+    full = {name: value.clone() for name, value in ema.full_state_dict().items()}
+    engine = EngineModel(llama(tied).config, tied)
+    loaded: list[set[str]] = []
+    version = ema.publish(lambda weights: loaded.append(engine.load_weights(weights)))
+    assert version == "0"
+    assert loaded == [{name for name, _ in engine.named_parameters()}]
+    params = dict(engine.named_parameters())
+    layer = "model.layers.1.self_attn"
+    parts = [full[f"{layer}.{part}_proj.weight"] for part in "qkv"]
+    assert torch.equal(params[f"{layer}.qkv_proj.weight"], torch.cat(parts))
+    parts = [full[f"model.layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up")]
+    assert torch.equal(params["model.layers.0.mlp.gate_up_proj.weight"], torch.cat(parts))
+    assert torch.equal(params["model.embed_tokens.weight"], full["model.embed_tokens.weight"])
+    assert_same(ema.full_state_dict(), full)
+
+
+def test_of_adapters_only_these_are_published(place: Place) -> None:
+    """Under the names of PEFT's files, those of another adapter in its folder."""
+    peft = pytest.importorskip("peft")
+    model = test_pretrained.adapted()
+    model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["c_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    ema = test_pretrained.averaged(model)
+    expected = {}
+    with ema.swap():
+        model.save_pretrained(f"{place.folder}/theirs")
+    for folder in ("", "other/"):
+        path = f"{place.folder}/theirs/{folder}adapter_model.safetensors"
+        named = safetensors.torch.load_file(path).items()
+        expected |= {f"{folder}{name}": value for name, value in named}
+    got: dict[str, Tensor] = {}
+    ema.publish(lambda pairs: got.update(pairs))
+    assert_same(got, expected)
+    ema.publish(FolderSink(f"{place.folder}/w"))
+    assert_same(dict(Watched(f"{place.folder}/w").latest().tensors), expected)
+    base = ShardedEMA(model.base_model.model, 0.9, select=["*"])  # its base is averaged, too
+    base.publish(lambda pairs: got.update(pairs))
+    assert_same({name: got[name] for name in base.full_state_dict()}, base.full_state_dict())
+
+
+def test_state_that_is_no_tensor_is_not_published() -> None:
+    class Odd(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    with pytest.raises(RuntimeError, match=r"rank 0: publish: _extra_state: state that the model"):
+        ShardedEMA(Odd(2, 2), 0.9).publish(lambda pairs: list(pairs))
