@@ -19,6 +19,7 @@ from torch import Tensor
 from shardema.errors import CheckpointError
 from shardema.files import export as exporter
 from shardema.files.folder import absolute
+from shardema.files.locks import lock
 from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
     BROKEN,
@@ -29,7 +30,7 @@ from shardema.files.safetensors import (
     reporting,
     write_file,
 )
-from shardema.files.steps import is_folder, lock, sweep
+from shardema.files.steps import is_folder, sweep
 from shardema.publishing.place import Place, Reader, current, mapped
 from shardema.publishing.publication import refuse_existing
 

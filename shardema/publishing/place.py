@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from shardema.errors import CheckpointError
+from shardema.files.locks import lock
 from shardema.files.safetensors import (
     close_quietly,
     is_file_name,
@@ -32,7 +33,6 @@ from shardema.files.safetensors import (
     reporting,
     sync_path,
 )
-from shardema.files.steps import lock
 from shardema.publishing.publication import CURRENT, Version
 
 LOCK = ".lock"
