@@ -32,7 +32,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardema import CheckpointError, CheckpointManager, RankError, importers
-from shardema.publishing import FolderSink, Loader, Watched
 from tests import zoo
 from tests.soak import models, peek
 from tests.soak.averages import Truth
@@ -473,34 +472,6 @@ def export(at: Scene, *, name: Name, mode: str, layout: str = "hf") -> None:
     truth, params = at.truth(name), peek.full_parameters(at.twin)
     if dist.get_rank() == 0:
         assert_full(at, truth, _exported(at, truth, folder, layout), None, params)
-
-
-@action
-def publish(at: Scene, *, name: Name, to: str, dtype: str | None) -> None:
-    """A version to an engine, at once or staged, or to a folder; what its reader gets."""
-    at.close_round()
-    first, found = dist.get_rank() == 0, dict[str, Tensor]()
-    folder = at.path("published")
-    if to == "folder":
-        sink: Any = FolderSink(folder)
-    else:
-        loader = Loader(lambda pairs: found.update(pairs), staged=to == "staged")
-        sink = loader if first else None
-    version = at.ema.publish(sink, name, dtype=dtype)
-    truth, params = at.truth(name), peek.full_parameters(at.twin)
-    assert version == str(truth.num_updates)
-    if to == "folder":
-        sink.close()
-    if not first:
-        return
-    if to == "folder":
-        latest = Watched(folder).latest()
-        assert latest is not None
-        assert latest.version == version
-        found = dict(latest.tensors)
-        for second, named in at.aliases().items():  # a tied name is in a file once
-            found[second] = found[named]
-    assert_full(at, truth, found, dtype, params)
 
 
 def _exported(at: Scene, truth: Truth, folder: str, layout: str) -> dict[str, Tensor]:

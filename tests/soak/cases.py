@@ -155,14 +155,6 @@ def _export(rng: random.Random, case: Case) -> dict[str, Any]:
     return {**_named(rng, case), "mode": mode, "layout": layout}
 
 
-def _publish(rng: random.Random, case: Case) -> dict[str, Any]:
-    return {
-        **_named(rng, case),
-        "to": rng.choice(["engine", "staged", "folder"]),
-        "dtype": rng.choice(["model", None]),
-    }
-
-
 def _unit(rng: random.Random, case: Case) -> dict[str, Any]:
     return {"unit": rng.choice(["out", "narrow", "conv", "module"])}
 
@@ -344,7 +336,6 @@ KINDS: dict[str, Kind] = {
     "full_state_dict": Kind(3, _gather),
     "iter_full": Kind(1, _iterate),
     "export": Kind(1, _export),
-    "publish": Kind(0.7, _publish),
     "save": Kind(2, lambda rng, case: {"frozen": rng.random() < 0.3, "wait": rng.random() < 0.6}),
     "load": Kind(2, _older),
     "managed": Kind(1.5, _managed),
