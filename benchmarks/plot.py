@@ -56,6 +56,7 @@ PICTURES = (
     Picture("checkpoint", "checkpoint", "time_to_raw", "time / the disk alone"),
     Picture("merge", "merge", "time", "s to merge the checkpoints"),
     Picture("replicas", "replicas", "time_to_limit", "time / one sum of the bits"),
+    Picture("publish", "publish", "time", "s to the reader's side"),
     Picture("export", "export", "time", "s to one file"),
     Picture(
         "memory", "memory", "peak_memory", "MiB at the peak, on the worst rank", r"(.*MiB) (.*)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardema import importers, mixtures, posthoc, presets, schedules
+from shardema import importers, mixtures, posthoc, presets, publishing, schedules
 from shardema.batchnorm import update_bn
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError, SwapError
@@ -29,6 +29,7 @@ __all__ = [
     "mixtures",
     "posthoc",
     "presets",
+    "publishing",
     "read_profile",
     "schedules",
     "update_bn",

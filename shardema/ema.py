@@ -32,7 +32,6 @@ from shardema.arguments import (
     one_of,
     refuse_positional,
 )
-from shardema.backends.tree import unwrap
 from shardema.calls import Call, Calls
 from shardema.files import dcp, layouts, loading
 from shardema.files import export as exporter
@@ -46,6 +45,8 @@ from shardema.model.weights import Weights
 from shardema.policy import ShadowPolicy
 from shardema.posthoc import Reconstruction
 from shardema.profiles import Profile
+from shardema.publishing import FolderSink, Sink
+from shardema.publishing.publish import publish
 from shardema.ranks.agree import Ranks
 from shardema.schedules import Schedule, by_pattern
 from shardema.scopes import writable
@@ -643,29 +644,59 @@ class ShardedEMA:
         if layout in layouts.FILES:
             export_file(calls, path, layout, name, dtype, given)
             return
-        average = calls.begin(
-            Call(
-                "export",
-                name,
-                dtype=dtype,
-                given=given,
-                files=True,
-                compared=lambda average: average.components,
-            )
+        average = calls.begin(saving.export_call("export", name, dtype, given))
+        saving.export(
+            calls,
+            "export",
+            average,
+            path,
+            dtype,
+            layout=layout,
+            max_shard_size=max_shard_size,
+            mode=mode,
+            progress=progress,
         )
-        with writable(), calls.ranks.together("export"):
-            calls.merged_state.check_export()
-            fields = layouts.fields_of(average, layout, calls.merged_state.stem, self.unit)
-            module, contents = unwrap(calls.weights.models[0]), calls.contents(average, dtype)
-            exported_dtype = next((contents.dtype(i) for i in contents.items if i.averaged), None)
-            exporter.export(
-                path,
-                contents,
-                max_shard_size=exporter.parse_size(max_shard_size),
-                mode=mode,
-                progress=progress,
-                extra=lambda at: layouts.write_config(module, at, exported_dtype, fields),
-            )
+
+    def publish(
+        self,
+        sink: Sink | FolderSink | Callable[[Iterator[tuple[str, torch.Tensor]]], object] | None,
+        name: str | Mixture | None = None,
+        *,
+        dtype: torch.dtype | Literal["model"] | None = "model",
+        version: int | str | None = None,
+    ) -> str:
+        """Gives the averaged model to an inference engine, as a new version. Collective.
+
+        The tensors are gathered as by `iter_full`, in memory for one bucket more on the first rank,
+        or are exported. A reader gets all of a version or nothing of it: after an error, or if a
+        rank is killed, it has the version before. Of a model whose averages are all of its PEFT
+        adapters, only these are published, under the names of PEFT's files.
+
+        Args:
+            sink: where to: a `publishing.FolderSink`, on all ranks; a `publishing.GroupSink`,
+                `publishing.SharedMemorySink`, an object of your own with the methods of
+                `publishing.Sink`, or a callable that takes an iterator of ``(name, tensor)``, such
+                as an engine's ``load_weights``. Of these the first rank's is used, and the other
+                ranks may give None. What a callable has taken before an error is not undone: see
+                `publishing.Loader`.
+            name: which average, or a mixture of `mix`.
+            dtype: as for `full_state_dict`.
+            version: a number of 0 or more, or a name of letters, digits, ``"."``, ``"_"`` and
+                ``"-"``; None is the number of updates of the average.
+
+        Returns:
+            The version, as readers have it.
+
+        Raises:
+            ValueError: a version that exists or is none; as for `full_state_dict`.
+            TypeError: a sink that is none.
+            CheckpointError: a folder or shared memory could not be written.
+            RuntimeError: the sink did not take all tensors, a module has extra state that is not
+                a tensor; as for `full_state_dict`.
+            RankError: a reader of a group is gone, or the sink raised another error; as for
+                `full_state_dict`. Raised on all ranks, as all of these.
+        """
+        return publish(self._calls, sink, name, dtype, version)
 
     def metrics(self, name: str | Mixture | None = None) -> dict[str, float]:
         """Distance of the average from the weights, decay and progress. Collective, one exchange.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -18,14 +19,28 @@ from shardema.update.averages import Readable
 from shardema.update.mixture import Mixture
 
 
+@dataclass(frozen=True)
+class Full:
+    """The full tensors of an average that a collective call has begun to gather.
+
+    Attributes:
+        contents: the tensors that are gathered.
+        names: the keys of each of them.
+        tensors: by key; collective, and every rank must exhaust it, or begin and close it.
+    """
+
+    average: Readable
+    contents: Contents
+    names: Callable[[Item], Sequence[str]]
+    tensors: Generator[tuple[str, Any]]
+
+
 def full_tensors(
     calls: Calls, op: str, name: str | Mixture | None, dtype: Any, *, all_ranks: bool
 ) -> Iterator[tuple[str, Any]]:
     """See `ShardedEMA.iter_full`. Collective, from the first ``next`` on."""
-    _, tensors = begin_full(
-        calls, op, name, dtype, all_ranks=all_ranks, given=lambda: {"all_ranks": bool(all_ranks)}
-    )
-    yield from tensors
+    given = {"all_ranks": bool(all_ranks)}
+    yield from begin_full(calls, op, name, dtype, all_ranks=all_ranks, given=lambda: given).tensors
 
 
 def export_file(
@@ -37,12 +52,11 @@ def export_file(
     given: Callable[[], dict[str, Any]],
 ) -> None:
     """`ShardedEMA.export` in a layout of one file, which the first rank writes. Collective."""
-    average, full = begin_full(
-        calls, "export", name, dtype, all_ranks=False, given=given, files=True
-    )
+    full = begin_full(calls, "export", name, dtype, given=given, files=True)
     with writable(), calls.ranks.together("export"):
-        nbytes = sum(calls.contents(average, dtype).loads())
-        layouts.write_file(path, layout, full, average.num_updates, calls.ranks, nbytes)
+        nbytes = sum(full.contents.loads())
+        num_updates = full.average.num_updates
+        layouts.write_file(path, layout, full.tensors, num_updates, calls.ranks, nbytes)
 
 
 def begin_full(
@@ -51,22 +65,32 @@ def begin_full(
     name: str | Mixture | None,
     dtype: Any,
     *,
-    all_ranks: bool,
     given: Callable[[], dict[str, Any]],
+    all_ranks: bool = False,
     files: bool = False,
-) -> tuple[Readable, Iterator[tuple[str, Any]]]:
-    """The average, and its full tensors by name; those are collective too. Collective.
+    adapters: bool = False,
+) -> Full:
+    """Prepares the gathering of an average; its tensors are collective too. Collective.
 
     Args:
         given, files: as of a `Call`.
+        all_ranks: gather to all ranks, not to the first one only.
+        adapters: of a model whose averages are all of its PEFT adapters, gather these alone,
+            under the names of PEFT's files; needs ``files``.
     """
     made: list[tuple[Contents, Contents, Prepared]] = []
 
+    def names() -> Callable[[Item], Sequence[str]]:
+        state = calls.merged_state
+        alone = adapters and state.averages_adapters(calls.plan)
+        return state.adapter_names if alone else state.names
+
     def prepare(average: Readable) -> None:
         calls.merged_state.check_values(op, calls.ranks.size if all_ranks else 1)
-        contents = calls.contents(average, dtype)
-        contents = contents.only(calls.merged_state.chosen(contents.plan))
-        apart = transfer.apart(op, contents.plan, calls.ranks.size, all_ranks)
+        contents, names_of = calls.contents(average, dtype), names()
+        numbered = enumerate(contents.plan.items)
+        contents = contents.only([index for index, item in numbered if names_of(item)])
+        apart = transfer.apart(op, contents, all_ranks)
         gathered = contents.only([index for index in contents.chosen if index not in apart])
         ready = transfer.prepare(gathered, limit=transfer.BUCKET_BYTES, all_ranks=all_ranks)
         made[:] = [(contents, gathered, ready)]
@@ -82,13 +106,21 @@ def begin_full(
             prepare=prepare,
         )
     )
-    return average, _stream(calls, op, *made.pop(), all_ranks)
+    contents, gathered, ready = made.pop()
+    tensors = _stream(calls, op, contents, gathered, ready, names(), all_ranks)
+    return Full(average, contents, names(), tensors)
 
 
 def _stream(
-    calls: Calls, op: str, contents: Contents, gathered: Contents, ready: Prepared, all_ranks: bool
-) -> Iterator[tuple[str, Any]]:
-    merged_state, values = calls.merged_state, calls.own.values
+    calls: Calls,
+    op: str,
+    contents: Contents,
+    gathered: Contents,
+    ready: Prepared,
+    names: Callable[[Item], Sequence[str]],
+    all_ranks: bool,
+) -> Generator[tuple[str, Any]]:
+    values = calls.own.values
     with writable():
         arriving = transfer.stream(ready, op)
         if not (all_ranks or calls.ranks.leader):
@@ -97,7 +129,7 @@ def _stream(
             return
         own = {shard.fqn: shard.own for shard in calls.weights.shards if shard.opaque}
         full = transfer.with_apart(contents, transfer.assemble(gathered, arriving), own)
-    yield from _one_by_one(calls, op, arriving, full, merged_state.names)
+    yield from _one_by_one(calls, op, arriving, full, names)
     yield from values.items()
 
 

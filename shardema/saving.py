@@ -1,4 +1,4 @@
-"""Saves averages to a new folder; see `ShardedEMA.save`."""
+"""Averages to a new folder: as a checkpoint, or as an export."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch
 
 from shardema.backends.tree import unwrap
 from shardema.calls import Call, Calls
-from shardema.files import checkpoint, pretrained
+from shardema.files import checkpoint, layouts, pretrained
+from shardema.files import export as exporter
 from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
 from shardema.scopes import writable
+from shardema.update.averages import Readable
+from shardema.update.mixture import Mixture
 
 
 def save(
@@ -27,7 +30,7 @@ def save(
     dtype: torch.dtype | None = None,
     follows: Callable[[], str] = str,
 ) -> PendingSave | None:
-    """Writes averages, their progress and their schedules. Collective.
+    """Writes averages, their progress and their schedules; see `ShardedEMA.save`. Collective.
 
     Args:
         folder, include_frozen, overwrite, wait: as for `ShardedEMA.save`.
@@ -69,3 +72,55 @@ def save(
             follows=follows() if calls.ranks.leader else "",
         )
     return calls.pending
+
+
+def export_call(
+    op: str, name: str | Mixture | None, dtype: Any, given: Callable[[], dict[str, Any]]
+) -> Call:
+    """The call that `export` follows."""
+    return Call(op, name, dtype=dtype, given=given, files=True, compared=lambda a: a.components)
+
+
+def export(
+    calls: Calls,
+    op: str,
+    average: Readable,
+    path: str | os.PathLike[str],
+    dtype: Any,
+    *,
+    layout: str = "hf",
+    max_shard_size: int | str = "5GB",
+    mode: exporter.Mode = "auto",
+    progress: bool = False,
+    also: Callable[[str], None] = lambda place: None,
+) -> None:
+    """Writes an average as safetensors; see `ShardedEMA.export`. Collective.
+
+    Args:
+        op: the method's name.
+        average: what the call of `export_call` gave.
+        path, dtype, layout, max_shard_size, mode, progress: as for `ShardedEMA.export`.
+        also: called on the leader with the temporary folder, to write further files.
+
+    Raises:
+        As `ShardedEMA.export`.
+    """
+    with writable(), calls.ranks.together(op):
+        calls.merged_state.check_export()
+        unit = calls.averages.unit
+        fields = layouts.fields_of(average, layout, calls.merged_state.stem, unit)
+        module, contents = unwrap(calls.weights.models[0]), calls.contents(average, dtype)
+        exported_dtype = next((contents.dtype(i) for i in contents.items if i.averaged), None)
+
+        def extra(place: str) -> None:
+            layouts.write_config(module, place, exported_dtype, fields)
+            also(place)
+
+        exporter.export(
+            path,
+            contents,
+            max_shard_size=exporter.parse_size(max_shard_size),
+            mode=mode,
+            progress=progress,
+            extra=extra,
+        )

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from shardema import RankError, ShardedEMA, schedules
 from shardema.backends.tree import unwrap
+from shardema.publishing import FolderSink, Watched
 from shardema.ranks import transfer
 from shardema.scopes import writable
 from shardema.shards.boxes import Box
@@ -164,6 +165,21 @@ def the_gathered_model_loads_strictly(layout: Layout) -> None:
     assert bf16["out.weight"].dtype == bf16["frozen.weight"].dtype == torch.bfloat16
     assert bf16["norm.running_var"].dtype == torch.float32
     assert torch.equal(bf16["out.weight"], full["out.weight"].bfloat16())
+
+
+def what_is_published_is_what_is_gathered(layout: Layout) -> None:
+    _, ema, _ = trained(layout)
+    first = dist.get_rank() == 0
+    expected, got = ema.full_state_dict(dtype="model"), dict[str, Tensor]()
+    ema.publish((lambda pairs: got.update(pairs)) if first else None)
+    assert_same(got, expected)
+    with shared_folder() as folder:
+        ema.publish(FolderSink(f"{folder}/w"), version=1)
+        found = Watched(f"{folder}/w").latest()
+        assert found is not None
+        if first:
+            assert_same({**got, **found.tensors}, expected)
+            assert got.keys() - found.tensors.keys() == {"head.weight"}  # tied: in a file once
 
 
 def leaving_iter_full_early_hangs_nobody(layout: Layout) -> None:
@@ -740,6 +756,7 @@ FACTS = [
     scripted_updates_equal_the_unsharded_run,
     bf16_parameters_are_averaged_in_fp32,
     the_gathered_model_loads_strictly,
+    what_is_published_is_what_is_gathered,
     leaving_iter_full_early_hangs_nobody,
     a_gather_needs_its_result_and_one_bucket,
     update_is_local_and_allocates_nothing,

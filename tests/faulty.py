@@ -15,7 +15,7 @@ import shardema
 
 _HOME = str(Path(shardema.__file__).parent)
 _DEPTH = 5  # calls of the standard library between the library's and the system's
-CHANGING = ("mkdir", "rename", "unlink", "rmdir", "pwrite", "fsync", "posix_fallocate")
+CHANGING = ("mkdir", "rename", "unlink", "rmdir", "symlink", "pwrite", "fsync", "posix_fallocate")
 CALLS = (
     "open",
     "close",
@@ -28,6 +28,7 @@ CALLS = (
     "scandir",
     "unlink",
     "rmdir",
+    "symlink",
     "pwrite",
     "preadv",
     "fsync",

@@ -34,6 +34,7 @@ ON_TWO_RANKS = {
     "swap": [*TWICE, "--mib", "1"],
     "gather": [*TWICE, "--mib", "1"],
     "merge": [*TWICE, "--mib", "1", "--sources", "2"],
+    "publish": [*TWICE, "--mib", "1"],
     "memory": ["--mib", "1", "--dtype", "bf16"],
     "replicas": [*TWICE, "--mib", "1"],
     "checkpoint": [*TWICE, "--mib", "1", "--train-mib", "1", "--tokens", "4", "--steps", "1"],

@@ -155,6 +155,7 @@ def test_peft_reads_an_export_and_the_offline_one(tmp_path: Path, case: str) -> 
         again = ShardedEMA(adapted(**CASES[case]), 0.5)
         again.load_full(folder)
         full, got = ema.full_state_dict(), again.full_state_dict()
+        assert full.keys() == model.state_dict().keys()  # not those of PEFT's file
         assert all(
             torch.equal(got[fqn], full[fqn]) for fqn in again.internal.averages.weights.averaged
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from shardema import ShadowPolicy, ShardedEMA, schedules
 from tests import engines, meters, oracle, world, zoo
@@ -416,6 +417,24 @@ def fail_after(*_: Any) -> None:
     raise ZeroDivisionError
 
 
+def what_is_published_is_the_average_of_the_masters(config: Config) -> None:
+    """In the dtype of the weights, and in float32; a mixture, too."""
+    engine = config.engine()
+    ema = ShardedEMA(engine, 0.75)
+    engines.step(engine, 0)
+    ema.update()
+    live, got = engines.weights(engine), dict[str, Tensor]()
+    for name in (None, ema.mix({"ema": 1.5, "raw": -0.5})):
+        for dtype in ("model", None):
+            expected = ema.full_state_dict(name, dtype=dtype)
+            got.clear()
+            ema.publish(lambda pairs: got.update(pairs), name, dtype=dtype)
+            assert_same(got, expected)
+            odd = [fqn for fqn in got if got[fqn].dtype != expected[fqn].dtype]
+            assert odd == []
+    assert_same(engines.weights(engine), live)
+
+
 FACTS = [
     the_average_is_that_of_the_masters,
     a_forward_inside_swap_is_the_averages,
@@ -433,6 +452,7 @@ FACTS = [
     averages_kept_elsewhere_are_the_same,
     after_load_checkpoint_the_masters_are_found,
     a_mixture_is_read_like_an_average,
+    what_is_published_is_the_average_of_the_masters,
 ]
 
 
@@ -447,6 +467,7 @@ def check(fact: str, config: str) -> None:
 _ONCE = {
     "dt_is_asked_at_steps_that_count": "2-bf16",
     "steps_count_again_after_a_rollback": "1-bf16",
+    "what_is_published_is_the_average_of_the_masters": "3-bf16",
 }
 KINDS = ("0-fp32", "0-bf16", "0-fused", "1-bf16-fp32-accumulation")
 KINDS += ("2-bf16", "3-bf16", "3-offload")

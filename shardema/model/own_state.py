@@ -101,11 +101,19 @@ class MergedState:
 
     def names(self, item: Item) -> tuple[str, ...]:
         """The keys that a tensor has in the unwrapped model's state dict."""
-        return self.keys.get(item.fqn, (item.fqn, *item.aliases))
+        if item.fqn in self.keys:
+            return self.keys[item.fqn]
+        _, in_file = (self.files or {}).get(item.fqn, ("", ""))  # PEFT's, an alias in `applied`
+        return (item.fqn, *(name for name in item.aliases if name != in_file))
 
-    def chosen(self, plan: Plan) -> list[int]:
-        """Indices of the items that have a key."""
-        return [index for index, item in enumerate(plan.items) if self.names(item)]
+    def averages_adapters(self, plan: Plan) -> bool:
+        """Whether the model has PEFT adapters, and nothing else is averaged."""
+        return bool(self.files) and all(item.stem for item in plan.items if item.averaged)
+
+    def adapter_names(self, item: Item) -> tuple[str, ...]:
+        """The name of an adapter's tensor in PEFT's file, after its folder; none of any other."""
+        folder, slash, _ = item.stem.rpartition("/")
+        return (f"{folder}{slash}{item.file_name}",) if item.stem else ()
 
     def applied(self, plan: Plan, dropped: Collection[str]) -> Plan:
         """The plan with each item's keys as aliases, and its name and stem in an export."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from shardema.ranks.messages import is_shared
-from shardema.ranks.plan import Contents, Item, Plan, refuse_opaque
+from shardema.ranks.plan import Contents, Item, refuse_opaque
 from shardema.shards.boxes import Box, split_box, whole
 
 BUCKET_BYTES = 256 << 20
@@ -319,18 +319,18 @@ def _copied(tensor: Tensor) -> Tensor:
         return tensor
 
 
-def apart(op: str, plan: Plan, size: int, all_ranks: bool) -> list[int]:
-    """The opaque items, which are returned as they are by ranks that hold them whole.
+def apart(op: str, contents: Contents, all_ranks: bool) -> list[int]:
+    """The opaque ones of the items, which are returned as they are by ranks that hold them whole.
 
     Args:
-        size: number of ranks.
         all_ranks: all ranks return them, not the leader only.
 
     Raises:
         ValueError: a rank that returns them does not hold them whole.
     """
-    opaque = [index for index, item in enumerate(plan.items) if item.opaque]
-    taking = range(size) if all_ranks else range(1)
+    plan = contents.plan
+    opaque = [index for index in contents.chosen if plan.items[index].opaque]
+    taking = range(contents.ranks.size) if all_ranks else range(1)
     cut = [
         index
         for index in opaque
