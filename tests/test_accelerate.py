@@ -264,6 +264,22 @@ def passes_arguments_on() -> None:
     assert (ema.t, ema.num_updates) == (20, 5)
 
 
+def a_prepared_teacher_is_the_average(folder: str) -> None:
+    run = started("ddp")
+    teacher = run.accelerator.prepare_model(net().requires_grad_(False), evaluation_mode=True)
+    ema = attach(run.accelerator, run.model, run.optimizer, schedule=DECAY, into=teacher)
+    run.epoch()
+    held = {fqn: p.detach().clone() for fqn, p in teacher.named_parameters()}
+    average = oracle(run.seen)
+    assert all(torch.equal(held[fqn], value) for fqn, value in average.items())
+    run.accelerator.save_state(f"{folder}/teacher")
+    run.epoch()
+    assert not torch.equal(teacher[0].weight, held["0.weight"])
+    run.accelerator.load_state(f"{folder}/teacher")
+    assert all(torch.equal(held[fqn], p) for fqn, p in teacher.named_parameters())
+    ema.remove()
+
+
 def two_models_have_two_averages(folder: str) -> None:
     accelerator = accelerator_of("ddp")
     runs = [Run(accelerator, *prepared(accelerator, "ddp", rows)) for rows in (7, 6)]
@@ -629,6 +645,7 @@ def facts(folder: str) -> list[Fact]:
         *(Fact(f"state/{k}", a_state_carries_the_average, (k, at(k))) for k in STATES),
         Fact("skipped", leaves_out_skipped_steps, ("ddp",)),
         Fact("arguments", passes_arguments_on),
+        Fact("teacher", a_prepared_teacher_is_the_average, (at("taught"),)),
         Fact("two models", two_models_have_two_averages, (at("two"),)),
         Fact("overwritten", a_state_is_overwritten, (at("over"),)),
         *(
