@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA, schedules
+from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA, presets, schedules
 from shardema.integrations.accelerate import attach
 from tests import accelerate_fsdp, world
 from tests.test_stories import ROOT, SMALL, finish, killed_after, note, one_thread
@@ -257,6 +257,10 @@ def passes_arguments_on() -> None:
     if dist.get_rank() == 0:
         assert torch.equal(full["2.bias"], oracle(run.seen)["2.bias"])
         assert torch.equal(full["0.bias"], run.seen[-1]["0.bias"])
+    ema.remove()
+    preset = presets.timm_v1(decay=DECAY)
+    ema = attach(run.accelerator, run.model, run.optimizer, schedule=preset, buffers="copy")
+    assert ema.internal.averages["ema"].schedule == schedules.constant(DECAY)
     ema.remove()
     rule = schedules.half_life(100, unit="sample")
     ema = attach(run.accelerator, run.model, run.optimizer, schedule=rule, dt=lambda: 4)

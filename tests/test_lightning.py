@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from shardema import CheckpointError, ShardedEMA, schedules
+from shardema import CheckpointError, ShardedEMA, presets, schedules
 from shardema.files.recognize import recognize
 from shardema.integrations.lightning import EMACallback, newest_checkpoint
 from tests import world
@@ -1056,6 +1056,14 @@ def fabric_on_two_ranks(strategy: str) -> None:
 
 def test_fabric_trains_with_an_average(tmp_path: Path) -> None:
     fabric_trains_with_an_average("auto", 1, tmp_path)
+
+
+def test_a_preset_is_a_schedule(tmp_path: Path) -> None:
+    ema, steps = EMACallback(presets.timm_v1(decay=DECAY)), Steps()
+    trainer_of(tmp_path, ema, steps).fit(Module(), data(3))
+    assert ema.ema is not None
+    assert ema.options["buffers"] == "average"
+    assert_equal(ema.ema.full_state_dict(), steps.average())
 
 
 # ---- teachers --------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from shardema import CheckpointError, ShardedEMA, schedules
+from shardema import CheckpointError, ShardedEMA, presets, schedules
 from shardema.integrations.transformers import FOLDER, EMACallback
 from tests import world
 from tests.test_stories import RUN, TORCHRUN, finish, killed_after, note, text
@@ -724,6 +724,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused_unless_told(tmp_path: Path) -
     trainer = make(tmp_path, callback)
     trainer.train(resume_from_checkpoint=True)
     assert callback.ema.num_updates == 2
+
+
+def test_a_preset_is_a_schedule(tmp_path: Path) -> None:
+    callback, oracle = EMACallback(presets.timm_v1(decay=DECAY), select="*"), Definition()
+    trained(tmp_path, callback, oracle)
+    assert same(oracle.average, full(callback))
 
 
 class Distils(Spoiling):

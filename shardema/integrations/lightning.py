@@ -38,7 +38,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from shardema.arguments import as_schedules
+from shardema.arguments import Preset, as_schedules, with_preset
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError
 from shardema.files.background import PendingSave
@@ -65,7 +65,8 @@ class EMACallback(Callback):
     update on, except in the sanity check. Checkpoints of the trainer include the average.
 
     Args:
-        schedule: as for `ShardedEMA`.
+        schedule: as for `ShardedEMA`, or a preset without a model, such as
+            ``presets.timm_v3(decay=0.9998)``.
         eval_with: weights to evaluate with, ``"ema"`` or ``"raw"``; or a list with one of them for
             each dataloader, such as ``["raw", "ema"]`` with the same dataloader twice.
         average: name of the average to evaluate and export, if there are several.
@@ -94,7 +95,7 @@ class EMACallback(Callback):
 
     def __init__(
         self,
-        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any],
+        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any] | Preset,
         *,
         eval_with: Side | Sequence[Side] = "ema",
         average: str | None = None,
@@ -107,13 +108,14 @@ class EMACallback(Callback):
         teacher: str | None = None,
         **options: Any,
     ) -> None:
+        schedule, options = with_preset(schedule, options)
         inspect.signature(ShardedEMA).bind(None, schedule, **options)
         names = list(as_schedules(schedule))
         if average not in (None, *names) or (average is None and len(names) > 1):
             raise ValueError(f"average: got {average!r}, expected one of {names}")
         self.eval_with = eval_with
         self._sides(0)
-        self.schedule = schedule
+        self.schedule: Any = schedule
         self.average = average
         self.module = module
         self.dt = dt

@@ -28,7 +28,7 @@ import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from shardema.arguments import as_schedules
+from shardema.arguments import Preset, as_schedules, with_preset
 from shardema.backends.tree import unwrap
 from shardema.ema import ShardedEMA
 from shardema.files import manifest
@@ -63,7 +63,8 @@ class EMACallback(TrainerCallback):
     not count. `ema` is kept after training, for evaluations and `ShardedEMA.export`.
 
     Args:
-        schedule: as for `ShardedEMA`, or ``{name: schedule}`` for several averages. Its unit is
+        schedule: as for `ShardedEMA`, ``{name: schedule}`` for several averages, or a preset
+            without a model, such as ``presets.diffusers(decay=0.9999)``. Its unit is
             steps, or samples: ``trainer.get_total_train_batch_size`` per step.
         eval_with: what ``evaluate`` and ``predict`` use: ``"raw"`` weights, the average of this
             name (a single average is called ``"ema"``), or ``"both"``: ``eval_*`` are the metrics
@@ -93,7 +94,7 @@ class EMACallback(TrainerCallback):
 
     def __init__(
         self,
-        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any],
+        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any] | Preset,
         *,
         eval_with: str | Sequence[str] = "ema",
         save_with: str = "ema",
@@ -104,6 +105,7 @@ class EMACallback(TrainerCallback):
         timeout: float = 300.0,
         **options: Any,
     ) -> None:
+        schedule, options = with_preset(schedule, options)
         inspect.signature(ShardedEMA).bind(None, schedule, **options)
         rules = as_schedules(schedule)
         self._unit = next(iter(rules.values())).unit
