@@ -6,6 +6,7 @@ import math
 import numbers
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,8 +60,32 @@ def one_of(schedule: Any, **numbers_by_name: Any) -> Any:
     return schedule
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A preset of `shardema.presets` without its model; see `with_preset`.
+
+    Attributes:
+        schedule, options: arguments of `ShardedEMA`.
+    """
+
+    schedule: Any
+    options: Mapping[str, Any]
+
+
+def with_preset(schedule: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """``schedule`` and ``options`` of `ShardedEMA`, where the schedule may be a preset."""
+    if isinstance(schedule, Preset):
+        return schedule.schedule, {**schedule.options, **options}
+    return schedule, dict(options)
+
+
 def as_schedules(schedule: Any) -> dict[str, Rule]:
     """``schedule`` as schedules by name. Raises ValueError or TypeError."""
+    if isinstance(schedule, Preset):
+        raise TypeError(
+            "schedule: got a preset without a model, expected a schedule; "
+            "presets.NAME(model, ...) builds the ShardedEMA"
+        )
     given = schedule if isinstance(schedule, Mapping) else {_DEFAULT: schedule}
     if not given:
         raise ValueError("schedule: got an empty dict, expected {name: schedule}")

@@ -3,6 +3,7 @@
 ::
 
     preset(model, <the library's arguments>, **<ShardedEMA's keywords>) -> ShardedEMA
+    preset(<the same without a model>) -> Preset       for `attach` and the callbacks of trainers
 
 One ``ema.update()`` corresponds to one call of the library's own update; the first is call 1. A
 library's update interval is part of the schedule. Floating-point buffers are averaged if the
@@ -12,17 +13,50 @@ of a library that do not affect values (devices, foreach) are not accepted.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Concatenate, ParamSpec, Protocol, cast, overload
 
 from shardema import schedules
+from shardema.arguments import Preset
 from shardema.ema import ShardedEMA
 from shardema.schedules import Schedule
 from shardema.schedules.base import check_count, check_positive
 from shardema.schedules.closed import parse_length
+
+P = ParamSpec("P")
+_LATER: Any = object()  # in place of a model that is not there yet
+
+
+class _Function(Protocol[P]):
+    """A preset, with or without a model."""
+
+    @overload
+    def __call__(self, model: Any, /, *args: P.args, **kwargs: P.kwargs) -> ShardedEMA: ...
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Preset: ...
+
+
+def _preset(function: Callable[Concatenate[Any, P], ShardedEMA]) -> _Function[P]:
+    """Makes the model of a preset optional."""
+
+    @functools.wraps(function)
+    def call(*models: Any, **arguments: Any) -> Any:
+        given = models or (arguments.pop("model", _LATER),)
+        return function(*given, **arguments)
+
+    return cast("_Function[P]", call)
+
+
+def _build(model: Any, schedule: Any, **options: Any) -> ShardedEMA:
+    if model is _LATER:
+        return cast("ShardedEMA", Preset(schedule, options))
+    return ShardedEMA(model, schedule, **options)
+
 
 _RULE = 2 / 3  # exponent of the inverse-gamma warm-up in timm, diffusers and ema-pytorch
 
@@ -40,38 +74,44 @@ def _kept(options: dict[str, Any], averages_buffers: bool) -> dict[str, Any]:
     return {"buffers": "average" if averages_buffers else "copy", **options}
 
 
+@_preset
 def torch_averaged(
-    model: Any, *, decay: float = 0.999, use_buffers: bool = False, **options: Any
+    model: Any, /, *, decay: float = 0.999, use_buffers: bool = False, **options: Any
 ) -> ShardedEMA:
     """torch's ``AveragedModel`` with ``get_ema_avg_fn(decay)`` or ``get_ema_multi_avg_fn(decay)``.
 
     Call 1 copies the weights, the others decay by ``decay``.
     """
     rule = schedules.start(schedules.constant(decay), at=1)
-    return ShardedEMA(model, rule, **_kept(options, use_buffers))
+    return _build(model, rule, **_kept(options, use_buffers))
 
 
-def swa(model: Any, *, use_buffers: bool = False, **options: Any) -> ShardedEMA:
+@_preset
+def swa(model: Any, /, *, use_buffers: bool = False, **options: Any) -> ShardedEMA:
     """torch's ``AveragedModel`` with its default ``avg_fn``: the mean of all calls.
 
     Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407). Call n decays by
     ``(n - 1) / n``.
     """
-    return ShardedEMA(model, schedules.power(gamma=0), **_kept(options, use_buffers))
+    return _build(model, schedules.power(gamma=0), **_kept(options, use_buffers))
 
 
-def timm_v1(model: Any, *, decay: float = 0.9999, **options: Any) -> ShardedEMA:
+@_preset
+def timm_v1(model: Any, /, *, decay: float = 0.9999, **options: Any) -> ShardedEMA:
     """timm's ``ModelEma``: every call decays by ``decay``, the first one too."""
-    return ShardedEMA(model, schedules.constant(decay), **_kept(options, True))
+    return _build(model, schedules.constant(decay), **_kept(options, True))
 
 
-def timm_v2(model: Any, *, decay: float = 0.9999, **options: Any) -> ShardedEMA:
+@_preset
+def timm_v2(model: Any, /, *, decay: float = 0.9999, **options: Any) -> ShardedEMA:
     """timm's ``ModelEmaV2``, with the same values as `timm_v1`."""
     return timm_v1(model, decay=decay, **options)
 
 
+@_preset
 def timm_v3(
     model: Any,
+    /,
     *,
     decay: float = 0.9999,
     min_decay: float = 0.0,
@@ -92,11 +132,13 @@ def timm_v3(
     if use_warmup:
         rule = _at_least(schedules.warmup(decay, warmup_gamma, warmup_power), min_decay)
     rule = schedules.start(rule, at=update_after_step + 1)
-    return ShardedEMA(model, rule, **_kept(options, not exclude_buffers))
+    return _build(model, rule, **_kept(options, not exclude_buffers))
 
 
+@_preset
 def diffusers(
     model: Any,
+    /,
     *,
     decay: float = 0.9999,
     min_decay: float = 0.0,
@@ -116,11 +158,12 @@ def diffusers(
     if use_ema_warmup:
         rule = schedules.warmup(decay, inv_gamma, power)
     rule = schedules.start(_at_least(rule, min_decay), at=update_after_step + 1)
-    return ShardedEMA(model, rule, **options)
+    return _build(model, rule, **options)
 
 
+@_preset
 def torch_ema(
-    model: Any, *, decay: float, use_num_updates: bool = True, **options: Any
+    model: Any, /, *, decay: float, use_num_updates: bool = True, **options: Any
 ) -> ShardedEMA:
     """torch_ema's ``ExponentialMovingAverage``.
 
@@ -128,11 +171,12 @@ def torch_ema(
     by ``decay``.
     """
     rule = schedules.ramp(decay) if use_num_updates else schedules.constant(decay)
-    return ShardedEMA(model, rule, **options)
+    return _build(model, rule, **options)
 
 
+@_preset
 def lit_ema(
-    model: Any, *, decay: float = 0.9999, use_num_upates: bool = True, **options: Any
+    model: Any, /, *, decay: float = 0.9999, use_num_upates: bool = True, **options: Any
 ) -> ShardedEMA:
     """``LitEma`` of Stable Diffusion, which spells its argument so; the schedule of `torch_ema`.
 
@@ -141,8 +185,10 @@ def lit_ema(
     return torch_ema(model, decay=decay, use_num_updates=use_num_upates, **options)
 
 
+@_preset
 def ema_pytorch(
     model: Any,
+    /,
     *,
     beta: float = 0.9999,
     update_after_step: int = 100,
@@ -160,11 +206,13 @@ def ema_pytorch(
     """
     rule = _at_least(schedules.warmup(beta, inv_gamma, power), min_value)
     rule = schedules.start(rule, at=update_after_step + 1)
-    return ShardedEMA(model, _at_calls(rule, update_every), **_kept(options, True))
+    return _build(model, _at_calls(rule, update_every), **_kept(options, True))
 
 
+@_preset
 def karras(
     model: Any,
+    /,
     *,
     sigma_rel: float | None = None,
     gamma: float | None = None,
@@ -187,11 +235,12 @@ def karras(
     profile = schedules.power(sigma_rel) if gamma is None else schedules.power(gamma=gamma)
     # the library's base has n + 1 where `power` has n, and `start` passes n - 1: a shift by 2
     rule = schedules.start(schedules.shift(profile, by=2), at=1)
-    return ShardedEMA(model, schedules.every(rule, update_every, compensated=True), **options)
+    return _build(model, schedules.every(rule, update_every, compensated=True), **options)
 
 
+@_preset
 def edm2(
-    model: Any, *, stds: Iterable[float] = (0.050, 0.100), unit: str = "sample", **options: Any
+    model: Any, /, *, stds: Iterable[float] = (0.050, 0.100), unit: str = "sample", **options: Any
 ) -> ShardedEMA:
     """EDM2's ``PowerFunctionEMA``: one average for each relative width, ``"0.050"``, ``"0.100"``.
 
@@ -205,11 +254,13 @@ def edm2(
     rules = {f"{std:.3f}": schedules.power(std, unit) for std in widths}
     if len(rules) < len(widths):
         raise ValueError(f"presets.edm2: got stds={widths}, expected distinct values to 3 digits")
-    return ShardedEMA(model, rules, **options)
+    return _build(model, rules, **options)
 
 
+@_preset
 def composer(
     model: Any,
+    /,
     *,
     half_life: str | None = "1000ba",
     smoothing: float | None = None,
@@ -255,11 +306,13 @@ def composer(
     check_count(int(k), "presets.composer, update_interval")
     first = max(1, math.ceil(begin / k)) * int(k)
     rule = schedules.start(schedules.constant(smoothing), at=first)
-    return ShardedEMA(model, _at_calls(rule, int(k), first), **_kept(options, True))
+    return _build(model, _at_calls(rule, int(k), first), **_kept(options, True))
 
 
+@_preset
 def lightning(
     model: Any,
+    /,
     *,
     decay: float = 0.999,
     update_every_n_steps: int = 1,
@@ -276,18 +329,21 @@ def lightning(
     check_count(k, "presets.lightning, update_every_n_steps")
     first = 1 + k * math.ceil((update_starting_at_step or 0) / k)
     rule = schedules.start(schedules.constant(decay), at=first)
-    return ShardedEMA(model, _at_calls(rule, k, first), **_kept(options, use_buffers))
+    return _build(model, _at_calls(rule, k, first), **_kept(options, use_buffers))
 
 
+@_preset
 def nemo(
-    model: Any, *, decay: float = 0.9999, every_n_steps: int = 1, **options: Any
+    model: Any, /, *, decay: float = 0.9999, every_n_steps: int = 1, **options: Any
 ) -> ShardedEMA:
     """NeMo's ``EMAOptimizer``: the calls 1, 1 + every_n_steps, ... decay by ``decay``."""
-    return ShardedEMA(model, _at_calls(schedules.constant(decay), every_n_steps), **options)
+    return _build(model, _at_calls(schedules.constant(decay), every_n_steps), **options)
 
 
+@_preset
 def mmengine(
     model: Any,
+    /,
     *,
     momentum: float = 0.0002,
     gamma: float | None = None,
@@ -304,11 +360,13 @@ def mmengine(
     if gamma is not None:
         rule = schedules.warmup(1 - momentum, inv_gamma=gamma, power=1)
     rule = _at_calls(schedules.start(rule, at=1), interval)
-    return ShardedEMA(model, rule, **_kept(options, update_buffers))
+    return _build(model, rule, **_kept(options, update_buffers))
 
 
+@_preset
 def ignite(
     model: Any,
+    /,
     *,
     momentum: float = 0.0002,
     momentum_warmup: float | None = None,
@@ -331,20 +389,23 @@ def ignite(
             f"presets.ignite: got momentum_warmup={momentum_warmup!r} and "
             f"warmup_iters={warmup_iters!r}, expected both or none"
         )
-    return ShardedEMA(model, rule, **options)
+    return _build(model, rule, **options)
 
 
+@_preset
 def ultralytics(
-    model: Any, *, decay: float = 0.9999, tau: float = 2000, updates: int = 0, **options: Any
+    model: Any, /, *, decay: float = 0.9999, tau: float = 2000, updates: int = 0, **options: Any
 ) -> ShardedEMA:
     """ultralytics' ``ModelEMA``: call n decays by ``decay * (1 - exp(-(updates + n) / tau))``."""
     rule: Schedule = schedules.exponential(decay, tau)
     rule = schedules.shift(rule, updates) if updates else rule
-    return ShardedEMA(model, rule, **_kept(options, True))
+    return _build(model, rule, **_kept(options, True))
 
 
+@_preset
 def torchtitan(
     model: Any,
+    /,
     *,
     decays: Iterable[float] = (),
     half_life_fractions: Iterable[float] = (),
@@ -382,7 +443,7 @@ def torchtitan(
     made = {name: _after(start_step, _at_calls(rule, k, k)) for name, rule in rules}
     if buffer_patterns := list(buffer_patterns):
         options = {"buffers": {re.compile(one): "average" for one in buffer_patterns}, **options}
-    return ShardedEMA(model, made, **options)
+    return _build(model, made, **options)
 
 
 def _titan_name(kind: str, value: float) -> str:
@@ -396,8 +457,10 @@ def _after(step: int, schedule: Schedule) -> Schedule:
     return schedules.join([1.0, schedule], at=[step]) if step else schedule
 
 
+@_preset
 def trl_bema(
     model: Any,
+    /,
     *,
     update_freq: int = 400,
     ema_power: float = 0.5,
@@ -425,11 +488,13 @@ def trl_bema(
         start = schedules.join([copy, start], at=[update_after])
     else:
         rule = _at_calls(rule, update_freq, update_freq)
-    return ShardedEMA(model, {"ema": rule, "start": start}, **options)
+    return _build(model, {"ema": rule, "start": start}, **options)
 
 
+@_preset
 def olmo_merge(
     model: Any,
+    /,
     *,
     merge_step: int | Iterable[int] = (),
     merge_interval: int | None = None,
@@ -466,7 +531,7 @@ def olmo_merge(
             f"{steps or merge_interval}, whose windows overlap; build one EMA for each"
         )
     if merge_interval is not None:
-        return ShardedEMA(model, schedules.block_mean(merge_interval, last=n), **options)
+        return _build(model, schedules.block_mean(merge_interval, last=n), **options)
     first = schedules.block_mean(steps[0], last=min(n, steps[0]))
     means = [first, *(schedules.block_mean(gap, last=n) for gap in gaps)]
-    return ShardedEMA(model, schedules.join([*means, 1.0], at=steps), **options)
+    return _build(model, schedules.join([*means, 1.0], at=steps), **options)

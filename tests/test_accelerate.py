@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA, schedules
+from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA, presets, schedules
 from shardema.integrations.accelerate import attach
 from tests import accelerate_fsdp, world
 from tests.test_stories import ROOT, SMALL, finish, killed_after, note, one_thread
@@ -258,10 +258,30 @@ def passes_arguments_on() -> None:
         assert torch.equal(full["2.bias"], oracle(run.seen)["2.bias"])
         assert torch.equal(full["0.bias"], run.seen[-1]["0.bias"])
     ema.remove()
+    preset = presets.timm_v1(decay=DECAY)
+    ema = attach(run.accelerator, run.model, run.optimizer, schedule=preset, buffers="copy")
+    assert ema.internal.averages["ema"].schedule == schedules.constant(DECAY)
+    ema.remove()
     rule = schedules.half_life(100, unit="sample")
     ema = attach(run.accelerator, run.model, run.optimizer, schedule=rule, dt=lambda: 4)
     run.epoch()
     assert (ema.t, ema.num_updates) == (20, 5)
+
+
+def a_prepared_teacher_is_the_average(folder: str) -> None:
+    run = started("ddp")
+    teacher = run.accelerator.prepare_model(net().requires_grad_(False), evaluation_mode=True)
+    ema = attach(run.accelerator, run.model, run.optimizer, schedule=DECAY, into=teacher)
+    run.epoch()
+    held = {fqn: p.detach().clone() for fqn, p in teacher.named_parameters()}
+    average = oracle(run.seen)
+    assert all(torch.equal(held[fqn], value) for fqn, value in average.items())
+    run.accelerator.save_state(f"{folder}/teacher")
+    run.epoch()
+    assert not torch.equal(teacher[0].weight, held["0.weight"])
+    run.accelerator.load_state(f"{folder}/teacher")
+    assert all(torch.equal(held[fqn], p) for fqn, p in teacher.named_parameters())
+    ema.remove()
 
 
 def two_models_have_two_averages(folder: str) -> None:
@@ -629,6 +649,7 @@ def facts(folder: str) -> list[Fact]:
         *(Fact(f"state/{k}", a_state_carries_the_average, (k, at(k))) for k in STATES),
         Fact("skipped", leaves_out_skipped_steps, ("ddp",)),
         Fact("arguments", passes_arguments_on),
+        Fact("teacher", a_prepared_teacher_is_the_average, (at("taught"),)),
         Fact("two models", two_models_have_two_averages, (at("two"),)),
         Fact("overwritten", a_state_is_overwritten, (at("over"),)),
         *(

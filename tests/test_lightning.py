@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from shardema import CheckpointError, ShardedEMA, schedules
+from shardema import CheckpointError, ShardedEMA, presets, schedules
 from shardema.files.recognize import recognize
 from shardema.integrations.lightning import EMACallback, newest_checkpoint
 from tests import world
@@ -1056,6 +1056,56 @@ def fabric_on_two_ranks(strategy: str) -> None:
 
 def test_fabric_trains_with_an_average(tmp_path: Path) -> None:
     fabric_trains_with_an_average("auto", 1, tmp_path)
+
+
+def test_a_preset_is_a_schedule(tmp_path: Path) -> None:
+    ema, steps = EMACallback(presets.timm_v1(decay=DECAY)), Steps()
+    trainer_of(tmp_path, ema, steps).fit(Module(), data(3))
+    assert ema.ema is not None
+    assert ema.options["buffers"] == "average"
+    assert_equal(ema.ema.full_state_dict(), steps.average())
+
+
+# ---- teachers --------------------------------------------------------------------------------
+
+
+class Distilled(Module):
+    """A student and its teacher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = Net().requires_grad_(False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + (self.net(batch) - self.teacher(batch)).square().mean()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"module": "net", "teacher": "teacher"}, {"rename": {"net": "teacher"}}],
+    ids=["children", "names"],
+)
+def test_a_child_that_is_the_teacher_holds_the_average(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    ema, steps, module = EMACallback(DECAY, **options), Steps(), Distilled()
+    saving = ModelCheckpoint(tmp_path, save_last=True)
+    trainer_of(tmp_path, ema, steps, saving).fit(module, data(5), data(1))
+    average = {n.replace("net.", ""): v for n, v in steps.average().items()}
+    held = {n: p.detach().clone() for n, p in module.teacher.named_parameters()}
+    assert_equal(held, average)
+    assert differ(average, {n.replace("net.", ""): v for n, v in steps.values[-1].items()})
+    again = Distilled()
+    callback = EMACallback(DECAY, **options)
+    trainer_of(tmp_path, callback).fit(again, data(5), ckpt_path=tmp_path / "last.ckpt")
+    assert_equal(dict(again.teacher.named_parameters()), held)
+
+
+def test_a_teacher_that_is_no_child_is_named(tmp_path: Path) -> None:
+    ema = EMACallback(DECAY, module="net", teacher="techer")
+    with pytest.raises(ValueError, match="teacher: Distilled has no 'techer', only"):
+        trainer_of(tmp_path, ema).fit(Distilled(), data(2))
 
 
 # ---- exports ---------------------------------------------------------------------------------

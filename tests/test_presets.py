@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from shardema import ShardedEMA, mixtures, presets
+from shardema.arguments import as_schedules
 from tests import world
 from tests.libraries import train_by_lightning
 
@@ -341,6 +342,17 @@ def test_every_preset_is_swept() -> None:
     functions = inspect.getmembers(presets, inspect.isfunction)
     own = {name for name, function in functions if function.__module__ == presets.__name__}
     assert {name for name, _, _ in CASES} | {"edm2"} == {name for name in own if name[0] != "_"}
+
+
+@pytest.mark.parametrize(("name", "given"), [(name, given) for name, given, _ in CASES])
+def test_without_a_model_it_is_a_schedule_and_options(name: str, given: dict[str, Any]) -> None:
+    made, preset = getattr(presets, name)(one_weight(), **given), getattr(presets, name)(**given)
+    averages = made.internal.averages
+    assert as_schedules(preset.schedule) == {n: averages[n].schedule for n in made.names}
+    again = ShardedEMA(one_weight(), preset.schedule, **preset.options)
+    assert again.internal.averages.weights.averages_buffers == averages.weights.averages_buffers
+    with pytest.raises(TypeError, match=r"got a preset without a model, expected a schedule"):
+        ShardedEMA(one_weight(), preset)
 
 
 @pytest.mark.parametrize(

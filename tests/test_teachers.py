@@ -1001,9 +1001,9 @@ def byol_on_digits() -> None:
     teacher = nn.ModuleDict({"encoder": frozen(copy.deepcopy(student["encoder"]))})
     for part in (*student.children(), *teacher.children()):
         fully_shard(part)
+    before = [local(p.detach()).clone() for p in teacher.parameters()]
     untrained = probed(teacher["encoder"].eval())
     teacher.train()
-    before = [local(p.detach()).clone() for p in teacher.parameters()]
     ema = ShardedEMA(student, 0.98, into=teacher, select="encoder.*", buffers="ignore")
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     ema.attach(optimizer)

@@ -41,7 +41,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from shardema import CheckpointError, ShardedEMA, schedules
+from shardema import CheckpointError, ShardedEMA, presets, schedules
 from shardema.integrations.transformers import FOLDER, EMACallback
 from tests import world
 from tests.test_stories import RUN, TORCHRUN, finish, killed_after, note, text
@@ -724,6 +724,50 @@ def test_a_checkpoint_that_does_not_fit_is_refused_unless_told(tmp_path: Path) -
     trainer = make(tmp_path, callback)
     trainer.train(resume_from_checkpoint=True)
     assert callback.ema.num_updates == 2
+
+
+def test_a_preset_is_a_schedule(tmp_path: Path) -> None:
+    callback, oracle = EMACallback(presets.timm_v1(decay=DECAY), select="*"), Definition()
+    trained(tmp_path, callback, oracle)
+    assert same(oracle.average, full(callback))
+
+
+class Distils(Spoiling):
+    """A Trainer that holds a teacher, as those of distillation and RL do."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        with torch.no_grad():
+            self.said = self.teacher_model(input_ids=inputs["input_ids"]).logits
+        return loss
+
+
+@pytest.mark.parametrize("given", ["name", "module"])
+def test_the_trainers_teacher_is_the_average(tmp_path: Path, given: str) -> None:
+    teacher = KINDS["llama"]().requires_grad_(False)
+    oracle = Definition()
+    callback = EMACallback(DECAY, teacher="teacher_model" if given == "name" else teacher)
+    trainer = make(tmp_path, callback, oracle, trainer=Distils, save_strategy="steps", save_steps=2)
+    trainer.teacher_model = teacher  # as a subclass does in its __init__, or later
+    trainer.train()
+    assert oracle.moved == 4
+    assert same(oracle.average, weights(teacher))
+    assert same(oracle.average, full(callback))
+    assert same(oracle.average, loaded(tmp_path))
+    before = {name: value.clone() for name, value in weights(teacher).items()}
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert same(before, weights(teacher))  # an evaluation leaves it alone
+    with torch.no_grad():
+        for param in teacher.parameters():
+            param.zero_()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same(before, weights(teacher))
+
+
+def test_a_teacher_that_the_trainer_does_not_hold_is_named(tmp_path: Path) -> None:
+    trainer = make(tmp_path, EMACallback(DECAY, teacher="ref_model"))
+    with pytest.raises(ValueError, match=r"teacher: got 'ref_model', which is NoneType in S"):
+        trainer.train()
 
 
 def test_auto_find_batch_size_begins_a_new_average(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ _LATE = {
     "zero": _Late("zero", "deepspeed"),
 }
 BACKENDS: dict[str, Backend] = {"plain": plain, **cast("dict[str, Backend]", _LATE)}
-_FROZEN = _Late("zero_frozen", "deepspeed")
+_TEACHERS = {"zero": _Late("zero_frozen", "deepspeed")}  # models that no training loop steps
 
 
 def refuse_unknown(models: Models) -> None:
@@ -140,11 +140,10 @@ def find(models: Models, name: str = "auto") -> tuple[str, Backend]:
 
 
 def find_teacher(models: Models) -> tuple[str, Backend]:
-    """The backend of models that nothing steps, and its name; they may be an engine without
-    optimizer. Raises as `find`.
-    """
-    if _FROZEN.matches(models):
-        return "zero", cast("Backend", _FROZEN)
+    """Like `find`, for models that nothing steps: also an engine without an optimizer."""
+    for name, late in _TEACHERS.items():
+        if late.matches(models):
+            return name, cast("Backend", late)
     return find(models)
 
 

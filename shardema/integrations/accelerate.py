@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from shardema.arguments import NAME
+from shardema.arguments import NAME, Preset, with_preset
 from shardema.backends.tree import wrapped_child
 from shardema.calls import Call
 from shardema.ema import ShardedEMA
@@ -59,7 +59,7 @@ def attach(
     accelerator: Accelerator,
     model: nn.Module,
     *optimizers: Any,
-    schedule: float | Schedule | Callable[..., float] | Mapping[str, Any],
+    schedule: float | Schedule | Callable[..., float] | Mapping[str, Any] | Preset,
     dt: float | Callable[[], float] | None = None,
     name: str = "ema",
     wait: bool = True,
@@ -81,7 +81,8 @@ def attach(
         model: as ``accelerator.prepare`` returned it.
         optimizers: those that step this model, as ``accelerator.prepare`` returned them. May be
             omitted with DeepSpeed, whose engine steps.
-        schedule: as for `ShardedEMA`.
+        schedule: as for `ShardedEMA`, or a preset without a model, such as
+            ``presets.diffusers(decay=0.9999)``.
         dt: as for `ShardedEMA.attach`; a callable is called at every update.
         name: folder in the state; each EMA of an accelerator needs another one.
         wait: if False, a thread writes the average of a new state while training goes on; see
@@ -103,7 +104,8 @@ def attach(
     _check_optimizers(accelerator, model, optimizers, engine)
     _check_name(accelerator, name)
     _refuse_registered(accelerator._custom_objects)
-    ema = AttachedEMA(model, schedule, **options)
+    rule, options = with_preset(schedule, options)
+    ema = AttachedEMA(model, rule, **options)
     handle: Any = ema.attach(*((model,) if engine else optimizers), dt=dt)
     carrier = _Carrier(accelerator, entry, ema, name, wait)
     ema._handles = [handle, accelerator.register_save_state_pre_hook(carrier.save)]

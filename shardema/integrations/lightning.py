@@ -38,7 +38,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from shardema.arguments import as_schedules
+from shardema.arguments import Preset, as_schedules, with_preset
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError
 from shardema.files.background import PendingSave
@@ -65,7 +65,8 @@ class EMACallback(Callback):
     update on, except in the sanity check. Checkpoints of the trainer include the average.
 
     Args:
-        schedule: as for `ShardedEMA`.
+        schedule: as for `ShardedEMA`, or a preset without a model, such as
+            ``presets.timm_v3(decay=0.9998)``.
         eval_with: weights to evaluate with, ``"ema"`` or ``"raw"``; or a list with one of them for
             each dataloader, such as ``["raw", "ema"]`` with the same dataloader twice.
         average: name of the average to evaluate and export, if there are several.
@@ -77,6 +78,10 @@ class EMACallback(Callback):
         new_schedule: continue with this schedule if the checkpoint has another.
         wait: if False, a thread writes the averages of checkpoints while training goes on; see
             `ShardedEMA.save`. Until it is done no checkpoint is removed.
+        teacher: name of a child of the LightningModule, such as ``"teacher"``, that the average is
+            kept in (``into`` of `ShardedEMA`). Not with FSDP1 and DeepSpeed, which wrap the whole
+            LightningModule: there and for adapters give ``rename``, such as
+            ``{"student": "teacher"}``, which keeps it in the same module.
         options: every other keyword argument of `ShardedEMA`.
 
     Attributes:
@@ -90,7 +95,7 @@ class EMACallback(Callback):
 
     def __init__(
         self,
-        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any],
+        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any] | Preset,
         *,
         eval_with: Side | Sequence[Side] = "ema",
         average: str | None = None,
@@ -100,15 +105,17 @@ class EMACallback(Callback):
         allow_missing: bool = False,
         new_schedule: bool = False,
         wait: bool = True,
+        teacher: str | None = None,
         **options: Any,
     ) -> None:
+        schedule, options = with_preset(schedule, options)
         inspect.signature(ShardedEMA).bind(None, schedule, **options)
         names = list(as_schedules(schedule))
         if average not in (None, *names) or (average is None and len(names) > 1):
             raise ValueError(f"average: got {average!r}, expected one of {names}")
         self.eval_with = eval_with
         self._sides(0)
-        self.schedule = schedule
+        self.schedule: Any = schedule
         self.average = average
         self.module = module
         self.dt = dt
@@ -116,6 +123,7 @@ class EMACallback(Callback):
         self.allow_missing = allow_missing
         self.new_schedule = new_schedule
         self.wait = wait
+        self.teacher = teacher
         self.options = options
         self.ema: ShardedEMA | None = None
         self._averaged: tuple[LightningModule, nn.Module | None] | None = None  # it, its wrapper
@@ -154,6 +162,12 @@ class EMACallback(Callback):
             raise ValueError(
                 f"module: got {self.module!r} with {kind}, which wraps the whole LightningModule; "
                 "omit it, and remove the prefix from the exported names"
+            )
+        if self.teacher is not None and isinstance(strategy, _WRAPPING):
+            raise ValueError(
+                f"teacher: got {self.teacher!r} with {kind}, which wraps the whole "
+                'LightningModule; in its place give rename={"<student>": "<teacher>"}, parts of '
+                "the names of its parameters"
             )
         if stage == "fit" and self._average_of(pl_module) is None:
             self.ema = self._averaged = None  # of another module
@@ -288,35 +302,19 @@ class EMACallback(Callback):
         return self.ema if known else None
 
     def _build(self, trainer: Trainer, pl_module: LightningModule, folder: str = "") -> None:
-        model: Any = pl_module if self.module is None else self._child(pl_module)
+        model: Any = pl_module if self.module is None else _child(pl_module, "module", self.module)
         # DeepSpeed evaluates with an engine that has no optimizer, and so no masters: up to ZeRO-2
         # it computes with the module's own weights
         fitting = trainer.state.fn == TrainerFn.FITTING
         if isinstance(trainer.strategy, _WRAPPING if fitting else FSDPStrategy):
             model = trainer.strategy.model
-        ema = ShardedEMA(model, self.schedule, **self.options)
+        into = model if self.options.get("rename") is not None else None
+        if self.teacher is not None:
+            into = _child(pl_module, "teacher", self.teacher)
+        ema = ShardedEMA(model, self.schedule, **{"into": into, **self.options})
         if folder:
             ema.load(folder, model="check", new_schedule=self.new_schedule)
         self.ema, self._averaged = ema, (pl_module, trainer.strategy.model)
-
-    def _child(self, pl_module: LightningModule) -> nn.Module:
-        """The child ``module``, unless ``fully_shard`` was applied to a module around it."""
-        assert self.module is not None
-        above = [pl_module]
-        try:
-            for name in self.module.split("."):
-                above.append(getattr(above[-1], name))
-        except AttributeError:
-            children = [name for name, _ in pl_module.named_children()]
-            raise ValueError(
-                f"module: {type(pl_module).__name__} has no {self.module!r}, only {children}"
-            ) from None
-        if any(isinstance(module, FSDPModule) for module in above[:-1]):
-            raise ValueError(
-                f"module: {self.module!r} is inside a module that fully_shard was applied to; "
-                f"apply it to pl_module.{self.module} in configure_model, not around it"
-            )
-        return above[-1]
 
     def _loaded(self, path: str, checkpoint: Mapping[str, Any]) -> None:
         """Called when a checkpoint was read; until `_restored` there is no average."""
@@ -507,6 +505,26 @@ class EMACallback(Callback):
             both()
         else:
             self._waiting.append(both)
+
+
+def _child(pl_module: LightningModule, argument: str, path: str) -> nn.Module:
+    """The child at ``path``, unless ``fully_shard`` was applied to a module around it."""
+    above: list[Any] = [pl_module]
+    try:
+        for name in path.split("."):
+            above.append(getattr(above[-1], name))
+    except AttributeError:
+        children = [name for name, _ in pl_module.named_children()]
+        raise ValueError(
+            f"{argument}: {type(pl_module).__name__} has no {path!r}, only {children}"
+        ) from None
+    if any(isinstance(module, FSDPModule) for module in above[:-1]):
+        raise ValueError(
+            f"{argument}: {path!r} is inside a module that fully_shard was applied to; apply it to "
+            f"pl_module.{path} in configure_model, not around it"
+        )
+    child: nn.Module = above[-1]
+    return child
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> str:

@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from shardema.arguments import as_schedules
+from shardema.arguments import Preset, as_schedules, with_preset
 from shardema.backends.tree import unwrap
 from shardema.ema import ShardedEMA
 from shardema.files import manifest
@@ -62,7 +63,8 @@ class EMACallback(TrainerCallback):
     not count. `ema` is kept after training, for evaluations and `ShardedEMA.export`.
 
     Args:
-        schedule: as for `ShardedEMA`, or ``{name: schedule}`` for several averages. Its unit is
+        schedule: as for `ShardedEMA`, ``{name: schedule}`` for several averages, or a preset
+            without a model, such as ``presets.diffusers(decay=0.9999)``. Its unit is
             steps, or samples: ``trainer.get_total_train_batch_size`` per step.
         eval_with: what ``evaluate`` and ``predict`` use: ``"raw"`` weights, the average of this
             name (a single average is called ``"ema"``), or ``"both"``: ``eval_*`` are the metrics
@@ -74,8 +76,12 @@ class EMACallback(TrainerCallback):
         new_schedule: continue with this schedule if the checkpoint has another.
         wait: if False, a thread writes the averages of checkpoints while training goes on; see
             `ShardedEMA.save`. ``save_total_limit`` must not be 1.
+        teacher: the module that the average is kept in (``into`` of `ShardedEMA`), as wrapped as
+            the model: the name of the trainer's attribute that holds it when training begins, such
+            as ``"ref_model"``, or the module. With ``rename`` and no ``teacher`` it is the model
+            itself: another adapter.
         timeout: seconds that a rank waits for the others in a collective call.
-        options: other keyword arguments of `ShardedEMA`: ``select``, ``shadow``, ...
+        options: other keyword arguments of `ShardedEMA`: ``select``, ``shadow``, ``rename``, ...
 
     Raises:
         ValueError: a bad schedule, a unit that is neither steps nor samples, an unknown
@@ -88,16 +94,18 @@ class EMACallback(TrainerCallback):
 
     def __init__(
         self,
-        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any],
+        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any] | Preset,
         *,
         eval_with: str | Sequence[str] = "ema",
         save_with: str = "ema",
         allow_missing: bool = False,
         new_schedule: bool = False,
         wait: bool = True,
+        teacher: str | nn.Module | None = None,
         timeout: float = 300.0,
         **options: Any,
     ) -> None:
+        schedule, options = with_preset(schedule, options)
         inspect.signature(ShardedEMA).bind(None, schedule, **options)
         rules = as_schedules(schedule)
         self._unit = next(iter(rules.values())).unit
@@ -118,6 +126,7 @@ class EMACallback(TrainerCallback):
         self._allow_missing = allow_missing
         self._new_schedule = new_schedule
         self._wait = bool(wait)
+        self._teacher = teacher
         self._pending: PendingSave | None = None
         self._rules = rules
         self._options: dict[str, Any] = {"schedule": schedule, "timeout": timeout, **options}
@@ -256,7 +265,7 @@ class EMACallback(TrainerCallback):
             )
         self._detach()  # auto_find_batch_size restarts after an error
         self.ema = None
-        ema = ShardedEMA(trainer.model_wrapped, **self._options)
+        ema = ShardedEMA(trainer.model_wrapped, **{"into": self._into(), **self._options})
         if self._resume is not None:
             ema.load(self._resume, model="check", new_schedule=self._new_schedule)
         engine = trainer.is_deepspeed_enabled
@@ -264,6 +273,22 @@ class EMACallback(TrainerCallback):
         self._handle = ema.attach(trainer.model_wrapped if engine else trainer.optimizer, dt=dt)
         self._model = unwrap(trainer.model_wrapped)
         self.ema = ema
+
+    def _into(self) -> nn.Module | None:
+        """The teacher, as the trainer holds it now. Raises ValueError."""
+        trainer, teacher = self._trainer, self._teacher
+        if teacher is None and self._options.get("rename") is not None:
+            return trainer.model_wrapped  # type: ignore[no-any-return]
+        if not isinstance(teacher, str):
+            return teacher
+        found = getattr(trainer, teacher, None)
+        if not isinstance(found, nn.Module):
+            raise ValueError(
+                f"teacher: got {teacher!r}, which is {type(found).__name__} in "
+                f"{type(trainer).__name__}, expected the name of an attribute that holds a module "
+                "when training begins"
+            )
+        return found
 
     def _average(self, op: str) -> ShardedEMA | None:
         """`ema`, if it is an average of the trainer's current model."""
