@@ -106,6 +106,7 @@ class Snapshots(StepsWriter):
         self._pending: PendingSave | None = None
         self._last = -1
         self._ledgers: dict[str, Ledger] = {}  # at the last snapshot of each average
+        self._times: dict[str, float] = {}  # their progress then
 
     def __repr__(self) -> str:
         names = [average.name for average in self._chosen]
@@ -176,7 +177,8 @@ class Snapshots(StepsWriter):
     def step(self, step: int) -> bool:
         """Saves the averages that are due after this step; returns whether any was.
 
-        Collective then; call it after the update.
+        Collective then; call it after the update. If the step was skipped, so that no update was
+        counted since the last snapshot, nothing is saved.
 
         Args:
             step: the number of optimizer steps so far, higher than at the last snapshot.
@@ -196,29 +198,31 @@ class Snapshots(StepsWriter):
             )
         clock = self._ema.t  # which closes an open round of updates
         due = [average for average in self._chosen if clock and self._due(average, step)]
-        if due:
-            self._save(step, due)
-        return bool(due)
+        return bool(due) and self._save(step, due)
 
     def _due(self, average: Average, step: int) -> bool:
+        if self._times.get(average.name) == average.t:
+            return False  # no update was counted since the last snapshot
         rule = average.schedule
         if isinstance(rule, block_mean):
             return average.moved_at == average.t and average.t % rule.length == 0
         return self._every is not None and step % self._every == 0
 
-    def _save(self, step: int, due: Sequence[Average]) -> None:
+    def _save(self, step: int, due: Sequence[Average]) -> bool:
         self._finish()
         if any(self._ledgers.get(a.name, a.ledger) is not a.ledger for a in due):
             self._last = -1  # loaded or reset since: as in a new process
         names = [average.name for average in due]
 
-        def prepare(_: list[Any]) -> str:
+        def prepare(_: list[Any]) -> str | None:
             self._steps.open()
             self._steps.sweep()
             return self._prepare(step, due)
 
         same = {"step": step, "dir": self._steps.folder, "names": names, "keep": self._keep}
         before = self._ranks.agree("Snapshots.step", None, prepare, same=same)
+        if before is None:
+            return False
         self._pending = saving.save(
             self._ema.internal.calls,
             self._steps.path(step),
@@ -231,8 +235,10 @@ class Snapshots(StepsWriter):
         )
         self._last = step
         self._ledgers.update({average.name: average.ledger for average in due})
+        self._times.update({average.name: average.t for average in due})
         if self._pending is None and self._ranks.leader:
             self._rotate()
+        return True
 
     def close(self) -> None:
         """Waits for a snapshot that is being written, and unlocks ``dir``. Collective if so."""
@@ -252,21 +258,29 @@ class Snapshots(StepsWriter):
 
     # ---- on the leader ------------------------------------------------------------------------
 
-    def _prepare(self, step: int, due: Sequence[Average]) -> str:
-        """Records the step; returns the id of the snapshot before it, or an empty string."""
+    def _prepare(self, step: int, due: Sequence[Average]) -> str | None:
+        """Records the step; returns the id of the snapshot before it, or an empty string.
+
+        None if that one has the averages as they are, so nothing is recorded.
+        """
         if step <= self._last:
             raise ValueError(
                 f"Snapshots.step: got step {step} after step {self._last}, expected a later one"
             )
         present, made = self._steps.present(), self._steps.recorded()
         if self._last < 0 and present:
-            self._continue(step, due, present)
+            if not self._continue(step, due, present):
+                return None
             present = [s for s in present if s < step]
         self._steps.record([*(s for s in made if s < step), step])
         return manifest.read(self._steps.path(present[-1]), "save").save_id if present else ""
 
-    def _continue(self, step: int, due: Sequence[Average], present: Sequence[int]) -> None:
-        """Goes on after the snapshots of an earlier process; removes those that are later."""
+    def _continue(self, step: int, due: Sequence[Average], present: Sequence[int]) -> bool:
+        """Goes on after the snapshots of an earlier process; removes those that are later.
+
+        Returns:
+            Whether an update was counted since the snapshot before.
+        """
         folder = self._steps.folder
         if not all(average.loaded for average in due):
             raise ValueError(
@@ -279,7 +293,9 @@ class Snapshots(StepsWriter):
             kept = manifest.read(self._steps.path(earlier[-1]), "save").averages
             for average in due:
                 before = kept.get(average.name)
-                if before is not None and before.t >= average.t:
+                if before is not None and before.t == average.t:
+                    return False
+                if before is not None and before.t > average.t:
                     raise ValueError(
                         f"Snapshots.step: average {average.name!r} is at t={average.t:g}, and "
                         f"{name_of(earlier[-1])} in {folder} has it at t={before.t:g}: this run "
@@ -294,6 +310,7 @@ class Snapshots(StepsWriter):
                 step,
             )
             self._steps.remove(later)
+        return True
 
     def _rotate(self) -> None:
         if self._keep is None:

@@ -118,6 +118,7 @@ def snapshots(
                     writer.step(book.last)
                 at.book = None
                 return
+            due = [name for name in due if not _has(book, name, at.truths[name].t)]
             assert writer.step(book.last) == bool(due), (book.last, due)
             if due:
                 first = False
@@ -158,6 +159,11 @@ def _advance(at: Scene) -> None:
         if at.attached is None:
             actions.update(at, dt=None)
     at.close_round()
+
+
+def _has(book: Book, name: str, time: float) -> bool:
+    """Whether the newest snapshot of an average is of this time: the step was skipped since."""
+    return any(kept[name].t == time for _, kept in sorted(book.kept.items())[-1:] if name in kept)
 
 
 def _due(at: Scene, names: list[str] | None, every: int, step: int) -> list[str]:
@@ -207,7 +213,7 @@ def reconstruct(
         return
     _check_fit(found, wanted, used)
     mixed = _mixed(found, book, used)
-    _check_direct(found, wanted, used, mixed)
+    _check_direct(at, found, wanted, used, mixed)
     values = _export(at, found, book, mixed)
     if found.fit.amplification > _LARGEST:  # no weights to compute with
         return
@@ -416,7 +422,7 @@ def _mixed(found: Reconstruction, book: Book, used: Sequence[Snapshot]) -> Mixed
 
 
 def _check_direct(
-    found: Reconstruction, wanted: _Wanted, used: Sequence[Snapshot], mixed: Mixed
+    at: Scene, found: Reconstruction, wanted: _Wanted, used: Sequence[Snapshot], mixed: Mixed
 ) -> None:
     """It is the target's average, as if kept from the start, within what its residual allows."""
     last = used[-1][2]
@@ -424,7 +430,10 @@ def _check_direct(
         return
     edges = [0.0, *(move.t for move in last.history)]
     shares = wanted.masses(edges)
+    buffers = set() if dist.get_rank() == 0 else state_buffers(at.twin)
     for fqn, got in mixed.full.items():
+        if fqn in buffers:  # those of the first rank are stored
+            continue
         seen = torch.stack([last.first[fqn], *(move.weights[fqn] for move in last.history)])
         if not got.numel():
             continue
@@ -577,9 +586,15 @@ def _refuse_steps(at: Scene, call: str) -> None:
         if call == "swap":
             with at.ema.swap(names[0]), refuse(RuntimeError, r"inside swap\(\)"):
                 book.step(5)
-        assert book.step(5)
-        with refuse(ValueError, "expected a later one"):
-            book.step(5)
+        saved = book.step(5)
+        assert saved == bool(at.truths[names[0]].t)
+        if not saved:  # all steps so far were skipped
+            return
+        before = at.truths[names[0]].t
+        _advance(at)
+        if at.truths[names[0]].t > before:
+            with refuse(ValueError, "expected a later one"):
+                book.step(5)
         if call == "second":
             other = Snapshots(at.ema, folder, names=names, every=1)
             with refuse(CheckpointError, "writes to it"):
