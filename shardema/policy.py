@@ -14,8 +14,11 @@ class ShadowPolicy:
 
     Args:
         dtype: torch.float32 or torch.float64; ``"auto"`` uses float64 for float64 parameters and
-            float32 for all others. 16-bit averages are not accepted: changes smaller than half a
-            unit in the last place are rounded away, so the average would stop moving.
+            float32 for all others. torch.bfloat16 stores 2 bytes a value, rounded up or down at
+            random, so that small changes are right on average. torch.float16 is not accepted.
+        seed: of the random numbers of a bfloat16 average, which depend on it, on the number of the
+            update, and on the name of each tensor and the place of each element, but not on the
+            layout.
         device: ``"model"`` stores the average on the device of the weights. ``"cpu"`` stores it in
             host memory and updates it in the background: it is at most one update behind until it
             is read.
@@ -32,7 +35,8 @@ class ShadowPolicy:
 
     Raises:
         ValueError: an invalid dtype, device or compute; ``compute="device"`` without
-            ``device="cpu"``; ``update_every`` below 1; ``staging_bytes`` below 1 MiB.
+            ``device="cpu"``; ``update_every`` below 1; ``staging_bytes`` below 1 MiB; a ``seed``
+            that is negative, above 2^53, or given for another dtype.
     """
 
     dtype: torch.dtype | Literal["auto"] = "auto"
@@ -41,6 +45,7 @@ class ShadowPolicy:
     staging_bytes: int = 512 << 20
     update_every: int = 1
     shard_replicas: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.device not in ("model", "cpu"):
@@ -64,11 +69,26 @@ class ShadowPolicy:
             raise ValueError(
                 f"ShadowPolicy: got staging_bytes={size!r}, expected bytes, 1 MiB or more"
             )
-        if self.dtype not in ("auto", torch.float32, torch.float64):
+        if self.dtype not in ("auto", torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(
-                f"ShadowPolicy: got dtype={self.dtype!r}, expected 'auto', torch.float32 or "
-                "torch.float64; small updates of a 16-bit average round to zero"
+                f"ShadowPolicy: got dtype={self.dtype!r}, expected 'auto', torch.float32, "
+                "torch.float64 or torch.bfloat16"
             )
+        seed = self.seed
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= 1 << 53:
+            raise ValueError(
+                f"ShadowPolicy: got seed={seed!r}, expected a whole number from 0 to 2**53"
+            )
+        if seed and not self.stochastic:
+            raise ValueError(
+                f"ShadowPolicy: got seed={seed} with dtype={self.dtype!r}, which is not rounded at "
+                "random; give dtype=torch.bfloat16 or no seed"
+            )
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the average is rounded at random."""
+        return self.dtype == torch.bfloat16
 
     def dtype_for(self, param: torch.dtype) -> torch.dtype:
         """The dtype of the average of a parameter of dtype ``param``."""

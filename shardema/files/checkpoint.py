@@ -160,6 +160,7 @@ def progress_of(average: Average, dtype: torch.dtype | None = None) -> StoredAve
         str(dtype or average.policy.dtype).removeprefix("torch."),
         average.moved_at,
         average.ledger.history(),
+        average.policy.seed if average.policy.stochastic else None,
     )
 
 

@@ -48,7 +48,12 @@ def state_of(averages: Averages, elsewhere: Collection[str]) -> dict[str, Any]:
         for a in averages.values()
     }
     progress = {
-        a.name: {"t": a.t, "num_updates": a.num_updates, "moved_at": a.moved_at}
+        a.name: {
+            "t": a.t,
+            "num_updates": a.num_updates,
+            "moved_at": a.moved_at,
+            **({"seed": a.policy.seed} if a.policy.stochastic else {}),
+        }
         for a in averages.values()
     }
     schedules = {a.name: describe(a.schedule) for a in averages.values()}

@@ -140,6 +140,7 @@ def check_checkpoint(
     for average in (a for a in averages.values() if a.name in stored.averages):
         dtype = averages.dtype_of(average)
         checkpoint.check_same_tensors(folder, stored, average.name, items, dtype)
+        _check_seed(f"load from {folder}", average, stored.averages[average.name].seed)
         if not new_schedule:
             was = stored.averages[average.name].schedule
             otherwise = ", or load(..., new_schedule=True) to continue with the new one"
@@ -160,6 +161,15 @@ def _check_names(
         f"{sorted(kept)}, and got add={sorted(add)}, drop={sorted(drop)}; build the EMA "
         "with the same names" + (f", or load(..., {call})" if call else " and add or drop none")
     )
+
+
+def _check_seed(op: str, average: Average, seed: int | None) -> None:
+    """Raises ValueError unless an average goes on with its random numbers of before."""
+    if average.policy.stochastic and seed not in (None, average.policy.seed):
+        raise ValueError(
+            f"{op}: average {average.name!r} was rounded with seed {seed}, this object has "
+            f"{average.policy.seed}; build it with ShadowPolicy(dtype=torch.bfloat16, seed={seed})"
+        )
 
 
 def _check_schedule(op: str, average: Average, was: dict[str, Any], otherwise: str = "") -> None:
@@ -252,6 +262,7 @@ def check_state(state: Mapping[str, Any], averages: Averages) -> None:
     for average in averages.values():
         _check_tensors(op, average, state["averages"][average.name])
         _check_schedule(op, average, dict(state["schedules"][average.name]))
+        _check_seed(op, average, state["progress"][average.name].get("seed"))
 
 
 def _history(state: Mapping[str, Any], name: str, end: float) -> History:

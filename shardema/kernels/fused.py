@@ -4,7 +4,7 @@
 
     pairs that fused_cpu supports   C++, compiled once
     pairs that fused_gpu supports   Triton, where it is installed and can compile
-    any other                      foreach
+    any other                      foreach; so are those with a rounding
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shardema.kernels import foreach, fused_cpu
 from shardema.kernels.bound import Bound
+from shardema.kernels.rounding import Rounding
 
 log = logging.getLogger(__name__)
 
@@ -30,23 +31,35 @@ log = logging.getLogger(__name__)
 AUTO_NUMEL = 1 << 16
 
 
-def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
+def bind(
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[int],
+    roundings: Sequence[Rounding | None] = (),
+) -> Bound:
     """Returns ``lerp_(weights)`` over pairs of local tensors of equal shape and device."""
+    how = roundings or [None] * len(shadows)
     chosen: dict[ModuleType, list[int]] = {}
-    for i, (shadow, param) in enumerate(zip(shadows, params, strict=True)):
+    for i, (shadow, param, stored) in enumerate(zip(shadows, params, how, strict=True)):
         if shadow.numel():
-            chosen.setdefault(_kernel(shadow, param), []).append(i)
+            kernel = _kernel(shadow, param) if stored is None else foreach
+            chosen.setdefault(kernel, []).append(i)
     bound: list[Bound] = []
     for kernel, at in chosen.items():
         these, those = ([tensors[i] for i in at] for tensors in (shadows, params))
-        bound.append(_bound(kernel, these, those, [slots[i] for i in at]))
+        bound.append(_bound(kernel, these, those, [slots[i] for i in at], [how[i] for i in at]))
     return bound[0] if len(bound) == 1 else _joined(bound)
 
 
-def bind_auto(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
+def bind_auto(
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[int],
+    roundings: Sequence[Rounding | None] = (),
+) -> Bound:
     """Like `bind`, but foreach for few elements."""
     numel = sum(shadow.numel() for shadow in shadows)
-    return (foreach.bind if numel < AUTO_NUMEL else bind)(shadows, params, slots)
+    return (foreach.bind if numel < AUTO_NUMEL else bind)(shadows, params, slots, roundings)
 
 
 def _kernel(shadow: Tensor, param: Tensor) -> ModuleType:
@@ -61,22 +74,26 @@ def _kernel(shadow: Tensor, param: Tensor) -> ModuleType:
 
 
 def _bound(
-    kernel: ModuleType, shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]
+    kernel: ModuleType,
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[int],
+    roundings: Sequence[Rounding | None],
 ) -> Bound:
     """Binds this kernel; foreach instead if Triton cannot compile it."""
     bound: Bound
     if kernel is not _fused_gpu():
-        bound = kernel.bind(shadows, params, slots)
+        bound = kernel.bind(shadows, params, slots, roundings)
         return bound
     try:
-        bound = kernel.bind(shadows, params, slots)
+        bound = kernel.bind(shadows, params, slots, roundings)
     except torch.OutOfMemoryError:
         raise
     # no C compiler, a broken one, no headers, no writable folder, an unknown GPU: Triton raises
     # exceptions of many classes; nothing was written yet
     except Exception as error:
         _do_without_triton(error)
-        bound = foreach.bind(shadows, params, slots)
+        bound = foreach.bind(shadows, params, slots, roundings)
     return bound
 
 

@@ -138,7 +138,7 @@ class Averages(Mapping[str, Average]):
         return {
             f"clock of {a.name!r} (t, num_updates, moved_at)": [a.t, a.num_updates, a.moved_at]
             for a in self.values()
-        }
+        } | {f"seed of {a.name!r}": a.policy.seed for a in self.values() if a.policy.stochastic}
 
     # ---- what the ranks hold ------------------------------------------------------------------
 
