@@ -110,7 +110,7 @@ def sums(
                 weight = weights[item.fqn]
                 for part, source in _parts(box, *pairs):
                     # what is stored in fewer bits than it is computed in moves all the same
-                    part = part.double() if average.policy.stochastic else part
+                    part = part.double() if average.policy.lossless else part
                     found.append(_row(part, source, weight))
     return {name: torch.stack(found).sum(0).tolist() for name, found in rows.items()}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +22,7 @@ from shardema.ranks.plan import Plan
 from shardema.schedules import describe
 from shardema.shards.boxes import Box, Dims
 from shardema.shards.shard import Shard
+from shardema.update.average import Average
 from shardema.update.averages import Averages
 
 if TYPE_CHECKING:  # DCP is slow to import, and calls this code only once it is imported
@@ -40,12 +41,16 @@ def state_of(averages: Averages, elsewhere: Collection[str]) -> dict[str, Any]:
     Args:
         elsewhere: fqns that another rank saves.
     """
-    tensors = {
-        a.name: {
-            s.fqn: BoxedTensor.of(s, a.shadows.views[s.fqn], saved=s.fqn not in elsewhere)
-            for s in averages.held(a)
+
+    def boxed(average: Average, views: Mapping[str, Tensor]) -> dict[str, BoxedTensor]:
+        shards = [shard for shard in averages.held(average) if shard.fqn in views]
+        return {
+            s.fqn: BoxedTensor.of(s, views[s.fqn], saved=s.fqn not in elsewhere) for s in shards
         }
-        for a in averages.values()
+
+    tensors = {a.name: boxed(a, a.shadows.views) for a in averages.values()}
+    lost = {
+        a.name: boxed(a, a.shadows.companions) for a in averages.values() if a.policy.compensated
     }
     progress = {
         a.name: {
@@ -63,6 +68,7 @@ def state_of(averages: Averages, elsewhere: Collection[str]) -> dict[str, Any]:
         "progress": progress,
         "schedules": schedules,
         "histories": texts,  # each one value, since DCP asks for the keys that a state has now
+        **({"companions": lost} if lost else {}),
     }
 
 

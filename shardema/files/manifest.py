@@ -105,6 +105,7 @@ class StoredAverage:
     moved_at: float  # progress when it last moved, at most ``t``
     history: History  # its last update point is ``moved_at``
     seed: int | None = None  # of an average that is rounded at random
+    compensated: bool = False  # its float32 values are stored in float64, with lost bits
 
     def profile(self, names: tuple[str, ...] = ()) -> Profile:
         """The weight of each past step in it; of the tensor with these names."""
@@ -169,6 +170,7 @@ def pack(manifest: Manifest) -> bytes:
                 "moved_at": a.moved_at,
                 "history": histories.pack(a.history),
                 **({} if a.seed is None else {"seed": a.seed}),
+                **({"compensated": True} if a.compensated else {}),
             }
             for name, a in manifest.averages.items()
         },
@@ -339,7 +341,8 @@ def _average(value: Any) -> StoredAverage:
     if "history" in value:
         history = histories.parse(value["history"], moved_at)
     seed = checked_int(value["seed"]) if "seed" in value else None
-    return StoredAverage(schedule, t, count, dtype, moved_at, history, seed)
+    compensated = histories.checked_bool(value.get("compensated", False))
+    return StoredAverage(schedule, t, count, dtype, moved_at, history, seed, compensated)
 
 
 def _tensor(value: Any, averages: dict[str, StoredAverage]) -> StoredTensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from shardema.kernels.rounding import Rounding, Stochastic, tensor_key
+from shardema.kernels.rounding import Compensated, Rounding, Stochastic, tensor_key
 from shardema.policy import ShadowPolicy
 from shardema.profiles import History, Ledger
 from shardema.ranks.plan import Holdings, Plan
@@ -65,6 +65,14 @@ class Average:
         """This rank's values of a box: averages, and the model's own tensors."""
         return Holdings(plan, shards, self.shadows.views)
 
+    def companions(
+        self, plan: Plan, shards: Sequence[Shard]
+    ) -> Callable[[int, Box], Tensor | None]:
+        """This rank's lost bits of a box of a compensated average; None of any other tensor."""
+        kept = self.shadows.companions
+        held = Holdings(plan, [shard for shard in shards if shard.fqn in kept], kept)
+        return lambda index, box: held(index, box) if plan.items[index].fqn in kept else None
+
     @property
     def schedules(self) -> tuple[Schedule, ...]:
         """The schedules of its tensors: one, or the default and one for each pattern."""
@@ -109,7 +117,8 @@ class Average:
                 yield from self._boxes(group, first + index, first + len(self.schedules))
                 continue
             for shadow, source in zip(*self.shadows.merged_pairs(group), strict=True):
-                yield shadow, source, first + index, None
+                lost = self.shadows.companion(shadow)
+                yield shadow, source, first + index, None if lost is None else Compensated(lost)
 
     def _boxes(self, shards: Sequence[Shard], slot: int, number: int) -> Iterator[Pair]:
         """A pair for each box, since rounding depends on where it is in the full tensor."""

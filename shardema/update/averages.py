@@ -150,6 +150,10 @@ class Averages(Mapping[str, Average]):
         """A function that returns the dtype of an item in the averaged model."""
         return lambda i: average.policy.dtype_for(i.dtype) if i.averaged else i.dtype
 
+    def stored_dtype_of(self, average: Average) -> Callable[[Item], torch.dtype]:
+        """A function that returns the dtype of an item in a checkpoint."""
+        return lambda i: average.policy.stored_dtype_for(i.dtype) if i.averaged else i.dtype
+
     @property
     def sliced(self) -> bool:
         """Whether some average has ``shard_replicas``."""

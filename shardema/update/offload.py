@@ -226,7 +226,7 @@ class DeviceOffload:
                     piece
                     for i in mine
                     for piece in cut_pairs(
-                        [shadows[i]], [params[i]], [slots[i]], chunk_numel(limit), [how[i]]
+                        [shadows[i]], [params[i]], [slots[i]], chunk_numel(limit, how[i]), [how[i]]
                     )
                 ]
                 packed = pack(pieces, chunk_bytes, limit)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shardema import kernels
 from shardema.kernels import rounding
-from shardema.kernels.rounding import Rounding, Stochastic
+from shardema.kernels.rounding import Compensated, Rounding, Stochastic
 from shardema.shards.strides import dense_like
 
 _ALIGN = 64  # bytes
@@ -127,7 +127,10 @@ class HostBatch:
 
 @dataclass(frozen=True, eq=False)
 class DeviceBatch:
-    """A batch of `DeviceOffload`: shadows are copied to ``chunks``, which ``lerp_`` writes."""
+    """A batch of `DeviceOffload`: shadows are copied to ``chunks``, which ``lerp_`` writes.
+
+    After all shadows come the companions of those that have any.
+    """
 
     copies: CopyStreams
     buffer: int
@@ -247,15 +250,18 @@ def _converted(piece: ParamSlice) -> torch.dtype | None:
 
 
 def chunk_bytes(piece: ParamSlice) -> int:
-    """Bytes of the chunk and, after it, of the converted parameter, if that is needed."""
-    shadow, dtype = piece.shadows[0], _converted(piece)
+    """Bytes of the chunk and, after it, of the converted parameter and of the companion, if any."""
+    shadow, dtype, stored = piece.shadows[0], _converted(piece), piece.roundings[0]
     converted = 0 if dtype is None else _aligned(shadow.numel() * dtype.itemsize)
-    return _aligned(shadow.nbytes) + converted
+    lost = _aligned(stored.companion.nbytes) if isinstance(stored, Compensated) else 0
+    return _aligned(shadow.nbytes) + converted + lost
 
 
-def chunk_numel(limit: int) -> Callable[[Tensor, Tensor], int]:
+def chunk_numel(limit: int, stored: Rounding | None) -> Callable[[Tensor, Tensor], int]:
     """A function: the elements of a pair whose chunks have at most ``limit`` bytes."""
-    return lambda shadow, param: limit // 2 // max(shadow.itemsize, param.itemsize)
+    if stored is None:
+        return lambda shadow, _: limit // 2 // shadow.itemsize
+    return lambda shadow, param: limit // 3 // max(shadow.itemsize, param.itemsize)
 
 
 def make_device_batch(
@@ -268,14 +274,23 @@ def make_device_batch(
     shadows = [piece.shadows[0] for _, piece in batch]
     slots = [piece.slots[0] for _, piece in batch]
     chunks, sources, converted, params = [], [], [], []
+    roundings, lost = [], []
     for at, piece in batch:
-        shadow, source = piece.shadows[0], piece.param
+        shadow, source, stored = piece.shadows[0], piece.param, piece.roundings[0]
         chunks.append(_view(buffer, at, shadow, shadow.dtype))
+        at += _aligned(shadow.nbytes)
         dtype = _converted(piece)
         if dtype is not None:
             params.append(source)
-            source = _view(buffer, at + _aligned(shadow.nbytes), shadow, dtype)
+            source = _view(buffer, at, shadow, dtype)
             converted.append(source)
+            at += _aligned(source.nbytes)
         sources.append(source)
-    lerp_ = bind(chunks, sources, slots, [piece.roundings[0] for _, piece in batch])
+        if isinstance(stored, Compensated):
+            lost.append(stored.companion)
+            stored = Compensated(_view(buffer, at, shadow, torch.int16))
+        roundings.append(stored)
+    lerp_ = bind(list(chunks), sources, slots, roundings)
+    shadows += lost
+    chunks += [one.companion for one in roundings if isinstance(one, Compensated)]
     return DeviceBatch(copies, k, chunks, shadows, converted, params, frozenset(slots), lerp_)
