@@ -4,7 +4,7 @@
 
     pairs that fused_cpu supports   C++, compiled once
     pairs that fused_gpu supports   Triton, where it is installed and can compile
-    any other                      foreach; so are those with a rounding
+    any other                      foreach; on a GPU also those with a rounding
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def bind(
     chosen: dict[ModuleType, list[int]] = {}
     for i, (shadow, param, stored) in enumerate(zip(shadows, params, how, strict=True)):
         if shadow.numel():
-            kernel = _kernel(shadow, param) if stored is None else foreach
-            chosen.setdefault(kernel, []).append(i)
+            chosen.setdefault(_kernel(shadow, param, stored), []).append(i)
     bound: list[Bound] = []
     for kernel, at in chosen.items():
         these, those = ([tensors[i] for i in at] for tensors in (shadows, params))
@@ -62,11 +61,11 @@ def bind_auto(
     return (foreach.bind if numel < AUTO_NUMEL else bind)(shadows, params, slots, roundings)
 
 
-def _kernel(shadow: Tensor, param: Tensor) -> ModuleType:
+def _kernel(shadow: Tensor, param: Tensor, stored: Rounding | None) -> ModuleType:
     """The module of the kernel for this pair."""
-    if fused_cpu.supports(shadow, param):
+    if fused_cpu.supports(shadow, param, stored):
         return fused_cpu if fused_cpu.library() is not None else foreach
-    if _on_gpu(shadow):
+    if stored is None and _on_gpu(shadow):
         fused_gpu = _fused_gpu()
         if fused_gpu is not None and fused_gpu.supports(shadow, param):
             return fused_gpu

@@ -106,6 +106,61 @@ def parts(
     return [(*pair, Compensated(companion)) for pair, companion in pairs]
 
 
+@dataclass(frozen=True)
+class Run:
+    """Elements that are contiguous in memory, whose places go on by ``step`` and in jumps.
+
+    Attributes:
+        shadow, param: of the first element, offset from that of the pair.
+        first: flat index in the full tensor of the first element; that of element ``i`` is
+            ``first + i // run * jump + i % run * step``.
+    """
+
+    shadow: int
+    param: int
+    numel: int
+    first: int
+    run: int
+    step: int
+    jump: int
+
+
+def runs(shadow: Tensor, param: Tensor, where: Stochastic) -> list[Run] | None:
+    """A pair as runs; None if its fastest dim is not contiguous in both."""
+    if shadow.numel() == 0:
+        return []
+    dims = _merged_dims(shadow, param, where)
+    (n, *strides, step) = dims.pop() if dims else (1, 1, 1, 1)
+    if strides != [1, 1]:
+        return None
+    numel, jump = n, 0
+    if dims and dims[-1][1:3] == (n, n):  # the next dim is contiguous in both
+        count, _, _, jump = dims.pop()
+        numel *= count
+    starts = [(0, 0, where.first)]
+    for size, of_shadow, of_param, place in dims:
+        starts = [
+            (s + k * of_shadow, p + k * of_param, f + k * place)
+            for s, p, f in starts
+            for k in range(size)
+        ]
+    return [Run(s, p, numel, f, n, step, jump) for s, p, f in starts]
+
+
+def _merged_dims(
+    shadow: Tensor, param: Tensor, where: Stochastic
+) -> list[tuple[int, int, int, int]]:
+    """Sizes, strides of both and of the place, slowest first; dims that go on are one."""
+    columns = (shadow.shape, shadow.stride(), param.stride(), where.strides)
+    given = [dim for dim in zip(*columns, strict=True) if dim[0] > 1]
+    dims: list[tuple[int, int, int, int]] = []
+    for dim in sorted(given, key=lambda dim: -dim[1]):
+        if dims and all(dims[-1][i] == dim[i] * dim[0] for i in (1, 2, 3)):
+            dim = (dims.pop()[0] * dim[0], *dim[1:])
+        dims.append(dim)
+    return dims
+
+
 def update_(
     shadow: Tensor, param: Tensor, rounding: Rounding, slot: int, weights: Sequence[float]
 ) -> None:
