@@ -4,7 +4,7 @@
 
     pairs that fused_cpu supports   C++, compiled once
     pairs that fused_gpu supports   Triton, where it is installed and can compile
-    any other                      foreach; on a GPU also those with a rounding
+    any other                      foreach
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def _kernel(shadow: Tensor, param: Tensor, stored: Rounding | None) -> ModuleTyp
     """The module of the kernel for this pair."""
     if fused_cpu.supports(shadow, param, stored):
         return fused_cpu if fused_cpu.library() is not None else foreach
-    if stored is None and _on_gpu(shadow):
+    if _on_gpu(shadow):
         fused_gpu = _fused_gpu()
-        if fused_gpu is not None and fused_gpu.supports(shadow, param):
+        if fused_gpu is not None and fused_gpu.supports(shadow, param, stored):
             return fused_gpu
     return foreach
 

@@ -133,6 +133,10 @@ inline uint64_t mixed(uint64_t x) {  // splitmix64
 
 inline bool finite(uint64_t bits) { return (bits >> 52 & 0x7ff) != 0x7ff; }
 
+inline bool has_companion(int64_t bits) {  // of a shadow in double: neither inf, NaN nor 0
+  return finite(uint64_t(bits)) && (bits & 0x7fffffffffffffff) != 0;
+}
+
 template <Form form>
 inline double moved(double start, double end, double coefficient) {
   if (form == Form::copy) return end;
@@ -174,8 +178,9 @@ template <Form form, class P>
 void compensate_block(const P* __restrict__ param, float* __restrict__ shadow,
                       int16_t* __restrict__ companion, int64_t n, double coefficient) {
   for (int64_t i = 0; i < n; ++i) {
+    const int64_t before = reread<int64_t>(double(shadow[i]));
     const int64_t lost = int64_t(companion[i]) * (int64_t(1) << kLost);
-    const double start = reread<double>(reread<int64_t>(double(shadow[i])) + lost);
+    const double start = reread<double>(before + (has_companion(before) ? lost : 0));
     const double value = moved<form>(start, double(widen(param[i])), coefficient);
     const float nearest = float(value);
     const int64_t stored = reread<int64_t>(double(nearest));
@@ -184,7 +189,7 @@ void compensate_block(const P* __restrict__ param, float* __restrict__ shadow,
     const int64_t most = units < 32767 ? units : 32767;
     const int64_t both = most > -32768 ? most : -32768;
     shadow[i] = nearest;
-    companion[i] = finite(uint64_t(stored)) ? int16_t(both) : int16_t(0);
+    companion[i] = has_companion(stored) ? int16_t(both) : int16_t(0);
   }
 }
 

@@ -17,7 +17,7 @@ on how tensors are split. inf and NaN are stored as they are; subnormals are rou
 
 **Compensated.** The shadow is the nearest float32. The companion counts, as an int16, by how many
 units of 2^13 the bits of the float64, read as an integer, exceed those of the shadow in float64.
-Together they have 40 significant bits. It is 0 beside inf and NaN.
+Together they have 40 significant bits. Beside inf, NaN and 0 it does not count.
 """
 
 from __future__ import annotations
@@ -230,8 +230,8 @@ def _index(offsets: Sequence[int], strides: Sequence[int]) -> int:
 
 def compensated_value(shadow: Tensor, companion: Tensor) -> Tensor:
     """The value of a compensated average, in float64."""
-    bits = shadow.double().view(torch.int64) + (companion.long() << LOST)
-    return bits.view(torch.float64)
+    lost = (companion.long() << LOST).masked_fill_(_without_companion(shadow), 0)
+    return (shadow.double().view(torch.int64) + lost).view(torch.float64)
 
 
 def store_compensated(value: Tensor, shadow: Tensor, companion: Tensor) -> None:
@@ -239,4 +239,9 @@ def store_compensated(value: Tensor, shadow: Tensor, companion: Tensor) -> None:
     shadow.copy_(value)
     apart = value.view(torch.int64) - shadow.double().view(torch.int64)
     units = ((apart + (1 << (LOST - 1))) >> LOST).clamp_(-(1 << 15), (1 << 15) - 1)
-    companion.copy_(units.masked_fill_(~shadow.isfinite(), 0))
+    companion.copy_(units.masked_fill_(_without_companion(shadow), 0))
+
+
+def _without_companion(shadow: Tensor) -> Tensor:
+    """Where the shadow alone is the value, also if it was written by other code."""
+    return ~shadow.isfinite() | (shadow == 0)
