@@ -482,6 +482,7 @@ class ShardedEMA:
                 for average in chosen:
                     average.shadows.copy_from(averages.held(average))
                     average.restart()
+                    average.loaded = False
 
             self._updates.replace("reset", restart, counted=False)
 

@@ -19,6 +19,7 @@ from shardema.files.folder import absolute
 from shardema.files.safetensors import local_path
 from shardema.files.steps import MAX_STEP, Steps, StepsWriter, name_of, surplus
 from shardema.posthoc.planning import Plan, default_targets, planned_profile, residuals
+from shardema.profiles import Ledger
 from shardema.schedules import block_mean
 from shardema.update.average import Average
 
@@ -42,9 +43,9 @@ class Snapshots(StepsWriter):
 
     Each snapshot is a checkpoint of `ShardedEMA.save` with some of the averages, in a folder
     ``step-00005000`` of ``dir``; it names the one before it, so that those of different runs are
-    told apart. A resumed run goes on in the same ``dir`` once its averages are loaded: snapshots
-    that are later than its next one are removed. The first rank locks ``dir``. All methods but
-    `plan` are collective; `close` is if a save is being written.
+    told apart. A run that is resumed, or loads an older step, goes on in the same ``dir`` once its
+    averages are loaded: snapshots that are later than its next one are removed. The first rank
+    locks ``dir``. All methods but `plan` are collective; `close` is if a save is being written.
 
     Args:
         ema: the EMA.
@@ -104,6 +105,7 @@ class Snapshots(StepsWriter):
         self._steps = Steps(absolute(local_path("Snapshots", dir), "Snapshots"))
         self._pending: PendingSave | None = None
         self._last = -1
+        self._ledgers: dict[str, Ledger] = {}  # at the last snapshot of each average
 
     def __repr__(self) -> str:
         names = [average.name for average in self._chosen]
@@ -206,6 +208,8 @@ class Snapshots(StepsWriter):
 
     def _save(self, step: int, due: Sequence[Average]) -> None:
         self._finish()
+        if any(self._ledgers.get(a.name, a.ledger) is not a.ledger for a in due):
+            self._last = -1  # loaded or reset since: as in a new process
         names = [average.name for average in due]
 
         def prepare(_: list[Any]) -> str:
@@ -226,6 +230,7 @@ class Snapshots(StepsWriter):
             follows=lambda: str(before),
         )
         self._last = step
+        self._ledgers.update({average.name: average.ledger for average in due})
         if self._pending is None and self._ranks.leader:
             self._rotate()
 
@@ -266,8 +271,8 @@ class Snapshots(StepsWriter):
         if not all(average.loaded for average in due):
             raise ValueError(
                 f"Snapshots.step: {folder} has {name_of(present[-1])} of an earlier run, and "
-                "this run's averages were not loaded from a checkpoint; load it first (ema.load, "
-                "manager.resume), or give a new directory"
+                "this run's averages were not loaded from a checkpoint, or reset since; load it "
+                "first (ema.load, manager.resume), or give a new directory"
             )
         earlier = [s for s in present if s < step]
         if earlier:

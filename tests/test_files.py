@@ -24,7 +24,7 @@ from torch import nn
 
 from shardema import CheckpointError, ShardedEMA
 from shardema.cli.main import main
-from shardema.files import export, manifest
+from shardema.files import export, locks, manifest
 from shardema.files import safetensors as headers
 from shardema.files.folder import NewFolder, new_folder
 from shardema.files.offline import export_checkpoint
@@ -801,3 +801,46 @@ def test_ranks_write_together_or_not_at_all(tmp_path: Path) -> None:
         folder.mkdir()
         facts.append(world.Fact(check.__name__, check, (str(folder),)))
     world.hold(facts, 2)
+
+
+def test_a_folder_that_is_removed_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = str(tmp_path / "save-0"), os.open
+
+    def too_late(name: str, flags: int) -> int:
+        monkeypatch.undo()
+        with locks.abandoned(path) as free:
+            assert free
+            os.rmdir(name)
+        return real(name, flags)
+
+    monkeypatch.setattr(os, "open", too_late)
+    fd = locks.make_locked(path)
+    with locks.abandoned(path) as free:
+        assert not free
+    os.close(fd)
+    with locks.abandoned(path) as free:
+        assert free
+        assert not locks.lock(os.open(path, os.O_RDONLY))
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(1.0).save(tmp_path / "ema")
+    real = manifest.check_file
+
+    def late(*args: Any) -> None:
+        monkeypatch.undo()
+        make(2.0).save(tmp_path / "ema", overwrite=True)
+        real(*args)
+
+    monkeypatch.setattr(manifest, "check_file", late)
+    other = make()
+    other.load(tmp_path / "ema")
+    assert held(other) == held(make(2.0))
+    stored = manifest.read(tmp_path / "ema")
+    os.unlink(os.path.join(stored.home, stored.files[0].name))
+    with pytest.raises(CheckpointError, match="the checkpoint is incomplete"):
+        other.load(tmp_path / "ema")

@@ -377,6 +377,47 @@ def test_a_resumed_run_goes_on_and_replaces_later_snapshots(tmp_path: Path) -> N
         snapshots.step(50)
 
 
+def test_an_average_that_was_reset_since_its_load_is_of_another_run(tmp_path: Path) -> None:
+    book, point = tmp_path / "book", tmp_path / "point"
+    ema = small(book, {"b": block_mean(10)}, steps=10)
+    ema.save(point)
+    model = nn.Linear(2, 2)
+    again = ShardedEMA(model, {"b": block_mean(10)})
+    again.load(point)
+    again.reset()
+    with Snapshots(again, book) as snapshots, pytest.raises(ValueError, match="earlier run"):
+        constants(again, model, snapshots, range(11, 31))
+    again.load(point)
+    with Snapshots(again, book) as snapshots:
+        constants(again, model, snapshots, range(11, 21))
+    added = ShardedEMA(model, {"b": block_mean(10), "new": block_mean(10)})
+    added.load_full(model.state_dict(), "new", t=10)
+    added.load(point, add=["new"])  # which begins with the weights again
+    with Snapshots(added, book) as snapshots, pytest.raises(ValueError, match="earlier run"):
+        constants(added, model, snapshots, range(21, 31))
+
+
+def test_a_run_that_goes_back_goes_on_in_the_same_snapshots(tmp_path: Path) -> None:
+    book, point = tmp_path / "book", tmp_path / "point"
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, {"b": block_mean(10)})
+    with Snapshots(ema, book) as snapshots:
+        constants(ema, model, snapshots, range(1, 26))
+        ema.save(point)
+        constants(ema, model, snapshots, range(26, 36))
+        ema.load(point)
+        constants(ema, model, snapshots, range(26, 41))
+        assert kept(book) == [f"step-{n:08d}" for n in (10, 20, 30, 40)]
+        run = posthoc.open(book)
+        assert list(run.target(posthoc.window(40)).coefficients.values()) == pytest.approx(
+            [0.25] * 4
+        )
+        ema.reset()
+        with pytest.raises(ValueError, match="were not loaded from a checkpoint, or reset since"):
+            constants(ema, model, snapshots, range(41, 51))
+    assert kept(book)[-1] == "step-00000040"
+
+
 def test_the_plan_says_bytes_and_residuals(tmp_path: Path) -> None:
     ema = ShardedEMA(nn.Linear(2, 2), {"a": power(0.05), "b": power(0.1), "m": block_mean(100)})
     book = Snapshots(ema, tmp_path, every=200, keep=8)

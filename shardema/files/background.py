@@ -139,11 +139,10 @@ class PendingSave:
             commit([write(), *self._entries()])
             return
         try:
-            told = write()
+            self._tell(json.dumps({"told": write()}).encode())
         except BaseException as error:
             self._tell_failure(error)
             raise
-        self._tell(json.dumps({"told": told}).encode())
 
     def _tell_failure(self, error: BaseException) -> None:
         """Where not even that can be written, the first rank waits in vain."""

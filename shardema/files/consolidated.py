@@ -130,7 +130,7 @@ def steps_of(source: str | os.PathLike[str]) -> int | None:
         return None
     try:
         # not as strict as `parse_json`: transformers writes Infinity into some configs
-        config = json.loads(read_whole(path, _MAX_CONFIG, follow=True))
+        config = json.loads(str(read_whole(path, _MAX_CONFIG, follow=True), "utf-8"))
         if not isinstance(config, dict) or not config.keys() >= _EMA_MODEL:
             return None
         return checked_int(config["optimization_step"])

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from shardema.errors import CheckpointError
 from shardema.files import manifest as manifests
+from shardema.files.locks import abandoned, make_locked
 from shardema.files.manifest import MAX_MANIFEST, NAME, PLACE, Manifest
 from shardema.files.places import any_path
 from shardema.files.prefix import (
@@ -40,7 +41,6 @@ from shardema.files.safetensors import (
     sync_tree,
     write_file,
 )
-from shardema.files.steps import is_folder, is_locked, lock
 from shardema.ranks.agree import Ranks
 
 _REPLACED = "replaced.json"  # the old manifest, until the new one is durable
@@ -113,9 +113,7 @@ class NewFolder:
             cut = os.fsencode(name)[:_LONGEST].decode(errors="ignore")
             place, path = "", os.path.join(parent, f".{cut}.{secrets.token_hex(4)}.tmp")
         self.path, self.place = path, place
-        os.mkdir(path)
-        self._lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        lock(self._lock)
+        self._lock = make_locked(path)
 
     def add(self, extra: Callable[[str], None]) -> None:
         """Calls ``extra`` with a local folder, to write further files. On the leader only."""
@@ -189,15 +187,17 @@ class NewFolder:
         with contextlib.suppress(OSError, CheckpointError):
             names = {name for name in os.listdir(self.folder) if PLACE.fullmatch(name)}
             paths = {name: os.path.join(self.folder, name) for name in names - {self.place}}
-            left = [n for n, path in paths.items() if n == old.place or not is_locked(path)]
-            # another save may have replaced this one since; while it did that, it was locked
-            current = manifests.read(self.folder, self._op, files=False).place
-            for name in left:
-                if name != current and is_folder(paths[name]):
-                    shutil.rmtree(paths[name], ignore_errors=True)
+            for name, path in paths.items():
+                with abandoned(path) as free:
+                    if (free or name == old.place) and not self._is_current(name):
+                        shutil.rmtree(path, ignore_errors=True)
         for file in () if old.place else old.files:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self.folder, file.name))
+
+    def _is_current(self, place: str) -> bool:
+        """Whether another save has replaced this one since; while it did that, it was locked."""
+        return manifests.read(self.folder, self._op, files=False).place == place
 
     def hand_over(self) -> None:
         """Another thread goes on with it, and calls `close`: `new_folder` does not."""

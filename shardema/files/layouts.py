@@ -186,7 +186,7 @@ def add_fields(folder: str, fields: Mapping[str, Any]) -> None:
             "layout='hf'",
             path=path,
         )
-    config = json.loads(read_whole(path, _MAX_CONFIG))
+    config = json.loads(str(read_whole(path, _MAX_CONFIG), "utf-8"))
     if not isinstance(config, dict):
         raise CheckpointError(
             f"export to {folder}: the model's config.json holds {reprlib.repr(config)}, and "

@@ -46,7 +46,7 @@ class StagedAverage:
         if self.clock is not None:
             self.average.restart(*self.clock)
         self.average.remember(self.history)
-        self.average.loaded |= self.loaded
+        self.average.loaded = self.loaded
 
 
 # ---- what `save` wrote ------------------------------------------------------------------------

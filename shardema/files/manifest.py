@@ -7,6 +7,7 @@ folder can write the manifest too.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -221,6 +222,16 @@ def read(folder: str | os.PathLike[str], op: str = "load", *, files: bool = True
         ValueError: the path is empty, or a URL that cannot be used; the message begins with ``op``.
     """
     folder = any_path(op, folder)
+    manifest = _read(folder)
+    with contextlib.suppress(CheckpointError):
+        _check_place(manifest, files)
+        return manifest
+    manifest = _read(folder)  # another process may have replaced the checkpoint meanwhile
+    _check_place(manifest, files)
+    return manifest
+
+
+def _read(folder: str) -> Manifest:
     path = os.path.join(folder, NAME)
     if not exists(path):
         with reporting(folder, "reading"):
@@ -246,15 +257,18 @@ def read(folder: str | os.PathLike[str], op: str = "load", *, files: bool = True
             f"reading {path}: {error!r:.300} in the manifest; it was not written by ema.save",
             path=path,
         ) from error
+    return manifest
+
+
+def _check_place(manifest: Manifest, files: bool) -> None:
     if is_remote(manifest.home):
         if files:
             _check_objects(manifest)
-        return manifest
+        return
     if manifest.place:
         _check_home(manifest)
     for file in manifest.files if files else ():
         check_file(manifest, file)
-    return manifest
 
 
 def _missing(folder: str) -> str:

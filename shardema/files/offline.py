@@ -237,7 +237,7 @@ def copy_configs(folder: str, temporary: str, stems: set[str], dtype: torch.dtyp
 
 def _with_dtype(data: bytearray, path: str, dtype: torch.dtype | None) -> bytes | bytearray:
     try:
-        config = json.loads(data)
+        config = json.loads(str(data, "utf-8"))
         keys = ("dtype", "torch_dtype")
         stated = [key for key in keys if isinstance(config, dict) and key in config]
         if dtype is None or not stated:

@@ -9,16 +9,14 @@
         step-00002000/
         .step-00003000.*.tmp   being written; locked as long as its writer runs
 
-The kernel releases a lock when its process ends, however it ends, so nothing here depends on
-clocks, process ids or host names. Everything in this file is local: the leader calls it. A
-directory in a store is another one, see stored_steps.py.
+Everything in this file is local: the leader calls it. A directory in a store is another one, see
+stored_steps.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -31,6 +29,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from shardema.errors import CheckpointError, abbreviate
+from shardema.files.locks import abandoned, lock
 from shardema.files.safetensors import (
     BROKEN,
     checked_int,
@@ -52,7 +51,6 @@ MAX_RECORD = 1 << 24  # bytes
 STEP = re.compile(r"step-([0-9]{8,16})")
 _TEMPORARY = re.compile(r"\.step-[0-9]{8,16}\.[0-9a-f]{8}\.(tmp|old)")
 _TEMPORARY_RECORD = re.compile(r"manager\.json\.[0-9a-f]{8}\.tmp")
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 
 def name_of(step: int) -> str:
@@ -192,7 +190,9 @@ class Steps:
                 log.warning("%s: cannot be removed: %s", self.path(step), error.strerror)
                 continue
             gone[step] = hidden
-        _remove_hidden(self.folder, list(gone.values()))
+        if _durable(self.folder, list(gone.values())):
+            for path in gone.values():
+                _remove_tree(path)
         return list(gone)
 
     def sweep(self) -> None:
@@ -250,21 +250,24 @@ def sweep(folder: str, temporary: re.Pattern[str]) -> list[str]:
         log.warning("%s: cannot be cleaned up: %s", folder, error.strerror)
         return []
     paths = [os.path.join(folder, name) for name in filter(temporary.fullmatch, names)]
-    _remove_hidden(folder, [p for p in paths if p.endswith(".old") or not is_locked(p)])
+    if _durable(folder, paths):
+        for path in paths:
+            with abandoned(path) as free:
+                if free or path.endswith(".old"):
+                    _remove_tree(path)
     return names
 
 
-def _remove_hidden(folder: str, paths: list[str]) -> None:
-    """Removes folders whose names have changed, once a power failure cannot undo that."""
-    if not paths:
-        return
+def _durable(folder: str, hidden: list[str]) -> bool:
+    """Whether there are folders whose names have changed, and no power failure can undo that."""
+    if not hidden:
+        return False
     try:
         sync_path(folder)
     except OSError as error:
         log.warning("%s: cannot be cleaned up: %s", folder, error.strerror)
-        return
-    for path in paths:
-        _remove_tree(path)
+        return False
+    return True
 
 
 def steps_of(record: Any) -> list[int]:
@@ -290,39 +293,9 @@ def opened_elsewhere(folder: str, who: str = "") -> CheckpointError:
     )
 
 
-def lock(fd: int) -> bool:
-    """Locks an open file or folder until it is closed; False if it is locked already.
-
-    True on a file system without locks (some network ones), where a second writer is not detected.
-    """
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
-
-
 def is_folder(path: str) -> bool:
     """Whether it is a folder itself, and no symlink to one."""
     return os.path.isdir(path) and not os.path.islink(path)
-
-
-def is_locked(path: str) -> bool:
-    """Whether the writer of a temporary folder is running, or may be."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # also on a file system without locks: unknown
-        return True
-    finally:
-        close_quietly(fd)
-    return False
 
 
 def _remove_tree(path: str) -> None:

@@ -21,7 +21,7 @@ from tests.soak.layouts import ALL, ENGINES, impossible
 from tests.soak.machine import Fault, Tally, cases, script, shorten, soak
 
 _MOST = 40  # pairs that are listed; the table has them all
-PRELOAD = ["torch._inductor.compile_fx", "tests.soak.actions"]
+PRELOAD = ["torch._inductor.compile_fx", "tests.soak.performing"]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

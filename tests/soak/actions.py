@@ -34,9 +34,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shardema import CheckpointError, CheckpointManager, RankError, importers
 from tests import zoo
 from tests.soak import models, peek
+from tests.soak.averages import Truth
 from tests.soak.layouts import ALL
 from tests.soak.scene import (
     Checkpoint,
+    Name,
     Saved,
     Scene,
     build_ema,
@@ -46,18 +48,12 @@ from tests.soak.scene import (
     unwrapped,
 )
 
-ACTIONS: dict[str, Callable[..., None]] = {}
+ACTIONS: dict[str, Callable[..., None]] = {}  # the others are in mixing.py and afterwards.py
 
 
 def action(function: Callable[..., None]) -> Callable[..., None]:
     ACTIONS[function.__name__] = function
     return function
-
-
-def perform(scene: Scene, kind: str, args: Any) -> None:
-    """One action and the checks after it."""
-    ACTIONS[kind](scene, **args)
-    scene.check()
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -204,9 +200,9 @@ def chase(at: Scene, *, name: str, call: str) -> None:
     at.updated()
     if call == "swap":
         for fqn, box, part in found:
-            at.assert_close(name, fqn, part, box.view(at.truths[name].full[fqn]))
+            at.assert_close(at.truths[name], fqn, part, box)
     else:
-        _assert_full(at, name, full, None, peek.full_parameters(at.twin))
+        assert_full(at, at.truths[name], full, None, peek.full_parameters(at.twin))
 
 
 @action
@@ -275,23 +271,28 @@ def call(at: Scene, *, training: bool, compiled: bool, **args: Any) -> None:
         with refuse(ValueError, "several averages"), torch.no_grad():
             at.ema(tokens(args["seed"], at.layout))
         return
+    called(at, at.ema, at.ema.names[0], args)
+
+
+def called(at: Scene, forward: Callable[..., Tensor], name: Name, args: dict[str, Any]) -> None:
+    """``ema(x)`` and ``mixture(x)`` are a forward inside of a swap."""
     at.both(lambda model: model.eval())
-    _forward_of_both(at)
-    plain = _plain(at, at.ema.names[0])
-    with at.ema.swap():
-        _check_forward(at, plain, {**args, "under": "no_grad"})
+    forward_of_both(at)
+    plain = plain_with(at, name)
+    with at.ema.swap(name):
+        check_forward(at, plain, {**args, "under": "no_grad"})
         expected = _run(at, at.model, {**args, "under": "no_grad"})
     with torch.no_grad():
-        got = at.ema(tokens(args["seed"], at.layout), early=args["early"], expert=args["expert"])
+        got = forward(tokens(args["seed"], at.layout), early=args["early"], expert=args["expert"])
     assert peek.equal(got, expected), "ema(x) is not a forward inside of a swap"
-    _forward_of_both(at)
+    forward_of_both(at)
     at.both(lambda model: model.train())
 
 
 # ---- swaps --------------------------------------------------------------------------------------
 
 
-def _plain(at: Scene, name: str) -> nn.Module:
+def plain_with(at: Scene, name: Name) -> nn.Module:
     """The unwrapped model with the average, as a user would load it. Collective."""
     full = at.ema.full_state_dict(name, dtype="model", all_ranks=True)
     plain = models.make(dict(at.case.model))
@@ -300,7 +301,7 @@ def _plain(at: Scene, name: str) -> nn.Module:
     return plain.eval()
 
 
-def _forward_of_both(at: Scene) -> Tensor:
+def forward_of_both(at: Scene) -> Tensor:
     """Also of the twin: a forward of DDP writes buffers."""
     args = {"seed": 1, "under": "no_grad", "early": False, "expert": 0}
     ours, theirs = at.both(lambda model: _run(at, model, args))
@@ -308,7 +309,7 @@ def _forward_of_both(at: Scene) -> Tensor:
     return ours
 
 
-def _check_forward(at: Scene, plain: nn.Module, args: dict[str, Any]) -> None:
+def check_forward(at: Scene, plain: nn.Module, args: dict[str, Any]) -> None:
     """A forward inside of a swap is that of ``plain``, with this rank's own buffers."""
     got = _run(at, at.model, args)
     for key, buffer in unwrapped(at.model).named_buffers():  # DDP brings the first rank's, at times
@@ -335,7 +336,7 @@ class Planned(Exception):
 def swap(
     at: Scene,
     *,
-    name: str,
+    name: Name,
     forwards: list[dict[str, Any]],
     ends: str,
     around: bool,
@@ -349,15 +350,15 @@ def swap(
     at.both(lambda model: model.train())
 
 
-def _swap(at: Scene, name: str, forwards: list[dict[str, Any]], ends: str, buffers: bool) -> None:
-    before = _forward_of_both(at)
-    plain = _plain(at, name)
+def _swap(at: Scene, name: Name, forwards: list[dict[str, Any]], ends: str, buffers: bool) -> None:
+    before = forward_of_both(at)
+    plain = plain_with(at, name)
     leaves = refuse(Planned, "planned") if ends == "exception" else contextlib.nullcontext()
     with leaves, at.ema.swap(name):
         for args in forwards:
-            _check_forward(at, plain, {"expert": 0, **args})
+            check_forward(at, plain, {"expert": 0, **args})
         if buffers:
-            _write_averaged_buffers(at, name)
+            _write_averaged_buffers(at)
         if ends == "exception":
             raise Planned("planned")
         if ends == "nested":
@@ -367,15 +368,15 @@ def _swap(at: Scene, name: str, forwards: list[dict[str, Any]], ends: str, buffe
             for refused in (at.ema.update, at.ema.metrics, at.ema.reset, at.ema.state_dict):
                 with refuse(RuntimeError, r"inside swap\(\)"):
                     refused()
-    after = _forward_of_both(at)
+    after = forward_of_both(at)
     assert peek.equal(before, after), "a forward after a swap differs from one before it"
 
 
-def _write_averaged_buffers(at: Scene, name: str) -> None:
+def _write_averaged_buffers(at: Scene) -> None:
     """As a forward in train mode does: neither the average nor the model keeps it."""
     with torch.no_grad():
         for key, buffer in unwrapped(at.model).named_buffers():
-            if key in at.truths[name].full:
+            if key in peek.averaged(at.ema):
                 buffer.add_(1.0)
 
 
@@ -408,21 +409,21 @@ def swap_dropped(at: Scene, *, name: str) -> None:
 
 
 @action
-def full_state_dict(at: Scene, *, name: str, dtype: str | None, all_ranks: bool) -> None:
+def full_state_dict(at: Scene, *, name: Name, dtype: str | None, all_ranks: bool) -> None:
     at.close_round()
     given = {"bfloat16": torch.bfloat16}.get(str(dtype), dtype)
     full = at.ema.full_state_dict(name, dtype=given, all_ranks=all_ranks)
-    params = peek.full_parameters(at.twin)
+    truth, params = at.truth(name), peek.full_parameters(at.twin)
     if not all_ranks and dist.get_rank():
         assert full == {}
         return
-    _assert_full(at, name, full, dtype, params)
+    assert_full(at, truth, full, dtype, params)
 
 
-def _assert_full(
-    at: Scene, name: str, full: dict[str, Tensor], dtype: str | None, params: dict[str, Tensor]
+def assert_full(
+    at: Scene, truth: Truth, full: dict[str, Tensor], dtype: str | None, params: dict[str, Tensor]
 ) -> None:
-    averaged = at.truths[name].full
+    averaged = truth.full
     buffers, own = state_buffers(at.twin), at.own_state()
     expected = {*params, *buffers, *at.aliases(), *own}
     lacks, odd = expected - set(full), set(full) - expected
@@ -434,7 +435,7 @@ def _assert_full(
             assert peek.equal(value, own[key]), fqn
         elif key in averaged:
             kept = buffers[key].dtype if key in buffers else params[key].dtype
-            wide = torch.float64 if at.truths[name].settings["float64"] else torch.float32
+            wide = torch.float64 if truth.settings["float64"] else torch.float32
             cast = torch.bfloat16 if dtype == "bfloat16" and key in params else kept
             want = {None: wide, "model": kept}.get(dtype, cast if key in params else wide)
             if key in params or dtype is None:
@@ -442,7 +443,7 @@ def _assert_full(
             # of averaged buffers, in which ranks may differ, the first rank's are the model's
             mine = key in params or dist.get_rank() == 0
             if mine and value.dtype in (torch.float32, torch.float64):
-                at.assert_close(name, key, value, averaged[key])
+                at.assert_close(truth, key, value)
         elif key in params:
             want = torch.bfloat16 if dtype == "bfloat16" else params[key].dtype
             assert peek.equal(value, params[key].cpu().to(want)), fqn
@@ -451,35 +452,35 @@ def _assert_full(
 
 
 @action
-def iter_full(at: Scene, *, name: str, stop: int) -> None:
+def iter_full(at: Scene, *, name: Name, stop: int) -> None:
     at.close_round()
     found = {}
     for number, (fqn, tensor) in enumerate(at.ema.iter_full(name)):
         found[fqn] = tensor.clone()
         if number == stop:
             break
-    params = peek.full_parameters(at.twin)
+    truth, params = at.truth(name), peek.full_parameters(at.twin)
     if dist.get_rank() == 0 and stop < 0:
-        _assert_full(at, name, found, None, params)
+        assert_full(at, truth, found, None, params)
 
 
 @action
-def export(at: Scene, *, name: str, mode: str, layout: str = "hf") -> None:
+def export(at: Scene, *, name: Name, mode: str, layout: str = "hf") -> None:
     at.close_round()
     folder = at.path("export")
     at.ema.export(folder, name, mode=mode, layout=layout, progress=False)  # type: ignore[arg-type]
-    params = peek.full_parameters(at.twin)
+    truth, params = at.truth(name), peek.full_parameters(at.twin)
     if dist.get_rank() == 0:
-        _assert_full(at, name, _exported(at, name, folder, layout), None, params)
+        assert_full(at, truth, _exported(at, truth, folder, layout), None, params)
 
 
-def _exported(at: Scene, name: str, folder: str, layout: str) -> dict[str, Tensor]:
+def _exported(at: Scene, truth: Truth, folder: str, layout: str) -> dict[str, Tensor]:
     """What the library of the layout finds in an export."""
     if layout == "timm":
         return dict(torch.load(os.path.join(folder, "checkpoint.pth.tar"))["state_dict_ema"])
     if layout == "torch_averaged":
         state = torch.load(os.path.join(folder, "averaged_model.pth"))
-        assert state.pop("n_averaged").item() == at.truths[name].num_updates
+        assert state.pop("n_averaged").item() == truth.num_updates
         return {fqn.removeprefix("module."): value for fqn, value in state.items()}
     stored = load_file(os.path.join(folder, "model.safetensors"))
     for second, first in at.aliases().items():
@@ -500,7 +501,7 @@ def save(at: Scene, *, frozen: bool, wait: bool = True) -> None:
     at.close_round()
     folder = at.path("ema")
     at.pending = at.ema.save(folder, include_frozen=frozen, wait=wait)
-    at.saved.append(Saved(folder, _truths(at), at.averaged_weights()))
+    at.saved.append(Saved(folder, _truths(at), at.averaged_weights(), frozen, at.grown))
 
 
 @action
@@ -571,6 +572,7 @@ def _took(at: Scene, saved: Saved) -> None:
     at.truths = {name: truth.copy() for name, truth in saved.truths.items()}
     at.take_first_ranks_buffers()
     at.loaded()
+    at.were_loaded()
 
 
 @action
@@ -597,6 +599,7 @@ def load_elsewhere(at: Scene, *, layout: str) -> None:
     ema.load(saved.folder)
     for name, truth in saved.truths.items():
         assert peek.clock(ema, name) == truth.clock
+        assert peek.began(ema, name) == (truth.begin, truth.imported)
         full = ema.full_state_dict(name, all_ranks=True)
         buffers = state_buffers(at.twin)
         for fqn, value in truth.full.items():
@@ -622,14 +625,13 @@ def load_full(at: Scene, *, name: str, form: str, clock: str, steps: int) -> Non
                 at.ema.load_full(source, name)
             return
         at.ema.load_full(source, name)
-        truth.full, truth.moves, truth.largest = kept.full, kept.moves, kept.largest
     else:
         given = clock in ("as_it_is", "another")  # else the counter in the source counts
         now = (truth.t, truth.num_updates) if clock == "as_it_is" else (steps, steps)
         numbers = {"t": now[0], "num_updates": now[1]} if given else {}
         at.ema.load_full(source, name, **numbers)
-        truth.full, truth.moves, truth.largest = kept.full, kept.moves, kept.largest
         truth.t, truth.num_updates, truth.moved_at = *now, now[0]
+    truth.take(kept)
     at.take_first_ranks_buffers(name)
     at.loaded()
 
@@ -692,6 +694,7 @@ def dcp_round(at: Scene) -> None:
     at.truths = truths
     at.take_first_ranks_buffers()
     at.loaded()
+    at.were_loaded()
 
 
 @action
@@ -700,6 +703,7 @@ def state_dict(at: Scene) -> None:
     state = at.ema.state_dict()
     at.ema.load_state_dict(state)
     at.loaded()
+    at.were_loaded()
 
 
 @action
@@ -717,7 +721,7 @@ def reset(at: Scene, *, name: str | None, stepped: bool) -> None:
 
 
 @action
-def copy_to_model(at: Scene, *, name: str) -> None:
+def copy_to_model(at: Scene, *, name: Name) -> None:
     at.close_round()
     full = at.ema.full_state_dict(name, dtype="model", all_ranks=True)
     at.ema.copy_to_model(name)
@@ -734,10 +738,10 @@ def copy_to_model(at: Scene, *, name: str) -> None:
 
 
 @action
-def metrics(at: Scene, *, name: str) -> None:
+def metrics(at: Scene, *, name: Name) -> None:
     at.close_round()
     told = at.ema.metrics(name)
-    truth = at.truths[name]
+    truth = at.truth(name)
     assert (told["t"], told["num_updates"]) == (truth.t, truth.num_updates)
     assert told["nonfinite"] == 0
     now = at.weights()
@@ -888,10 +892,10 @@ def rebuild(at: Scene) -> None:
     names = peek.averaged(at.ema)
     for truth in at.truths.values():
         truth.full = {fqn: full[fqn].double() for fqn in sorted(names)}
-        truth.largest = {}
-        truth._note()
+        truth.set(truth.full)
     at.saved.clear()
     at.checkpoints.clear()
+    at.book = None
 
 
 # ---- engines ------------------------------------------------------------------------------------
@@ -904,7 +908,7 @@ def save_checkpoint(at: Scene) -> None:
     for model, kind in ((at.twin, "twin"), (at.model, "model")):
         model.save_checkpoint(f"{folder}/{kind}", tag="it")
     at.ema.save(f"{folder}/ema")
-    average = Saved(f"{folder}/ema", _truths(at), at.averaged_weights())
+    average = Saved(f"{folder}/ema", _truths(at), at.averaged_weights(), grown=at.grown)
     at.checkpoints.append(Checkpoint(folder, average, at.weights()))
 
 
@@ -1030,6 +1034,7 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     clock = {"t": before[name].t, "num_updates": before[name].num_updates}
     if call == "load_full":
         after[name].moved_at = before[name].t
+        after[name].begins(imported=True)
     if call == "copy_to_model":
         at.ema.reset()  # then it changes nothing, wherever it is stopped
         weights = at.weights()
@@ -1077,6 +1082,7 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     if at.engine is not None:
         at.ema.load_state_dict(at.ema.state_dict())  # whether the last step counts is known again
         at.loaded()
+    at.ask_what_is_loaded()
     if len(set(told)) > 1:  # one rank was stopped after the copy, the other before it
         at.ema.reset()
         weights = at.weights()
@@ -1161,7 +1167,7 @@ def late(at: Scene, *, name: str) -> None:
     if dist.get_rank() == 1:
         time.sleep(0.3)
     full = at.ema.full_state_dict(name, all_ranks=True)
-    _assert_full(at, name, full, None, peek.full_parameters(at.twin))
+    assert_full(at, at.truths[name], full, None, peek.full_parameters(at.twin))
 
 
 @action

@@ -6,6 +6,7 @@ sequence may be cut anywhere, and a case prints as the Python that makes it agai
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Mapping, Sequence
@@ -217,6 +218,106 @@ def _other(rng: random.Random, case: Case) -> dict[str, Any]:
     return {"layout": rng.choice(others)}
 
 
+def _mix(rng: random.Random, case: Case) -> dict[str, Any]:
+    names = list(case.averages)
+    averaged = case.averages[names[0]]["buffers"] == "average"  # variances stay above 0
+    drawn = rng.sample([*names, "raw"], rng.randint(1, len(names) + 1))
+    low, high = (0.0, 1 / len(drawn)) if averaged or rng.random() < 0.6 else (-0.5, 0.7)
+    found = {name: round(rng.uniform(low, high), 3) for name in drawn[1:]}
+    bema = {
+        "bias_power": rng.choice([0.2, 0.5]),
+        "lag": rng.choice([1, 10]),
+        "multiplier": rng.choice([0.5, 1.0]),
+    }
+    call = rng.choice(list(_OF_MIXTURES))
+    return {
+        "coefficients": {drawn[0]: 1 - sum(found.values()), **found},
+        "bema": bema if "start" in names and not averaged and rng.random() < 0.5 else None,
+        "call": call,
+        "args": {k: v for k, v in _OF_MIXTURES[call](rng, case).items() if k != "name"},
+    }
+
+
+def _mix_refused(rng: random.Random, case: Case) -> dict[str, Any]:
+    calls = ["name", "sum", "number", "nothing", "bema", "reset", "load_full", "differ"]
+    return {"call": rng.choice(calls)}
+
+
+def _iterate(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {**_named(rng, case), "stop": rng.randrange(-1, 4)}
+
+
+_OF_MIXTURES: dict[str, Any] = {
+    "swap": _swap,
+    "full_state_dict": _gather,
+    "iter_full": _iterate,
+    "export": _export,
+    "copy_to_model": _named,
+    "metrics": _named,
+    "forward": _forward,
+    "written": _named,
+}
+
+
+def _profile(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {
+        **_named(rng, case),
+        "of": rng.choice(["ema", "ema", "saved"]),
+        "tensor": rng.choice([None, rng.randrange(100)]),
+    }
+
+
+def _some(rng: random.Random, case: Case) -> list[str] | None:
+    names = list(case.averages)
+    return rng.choice([None, None, rng.sample(names, rng.randint(1, len(names)))])
+
+
+def _snapshots(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {
+        "names": _some(rng, case),
+        "every": rng.choice([1, 1, 2]),
+        "dtype": rng.choice(["float32", "float32", "bfloat16"]),
+        "keep": rng.choice([None, None, 3]),
+        "frozen": rng.random() < 0.3,
+        "wait": rng.random() < 0.6,
+        "steps": rng.randint(1, 4),
+        "resumed": rng.random() < 0.5,
+        "fresh": rng.random() < 0.2,
+    }
+
+
+def _reconstruct(rng: random.Random, case: Case) -> dict[str, Any]:
+    window = {"length": rng.randint(1, 8), "curve": rng.choice(["linear", "minus-sqrt"])}
+    schedule = {
+        "rule": rng.choice(["power", "power_gamma", "half_life", "constant", "bema", "share"]),
+        "decay": rng.choice([0.5, 0.75, 0.9]),
+    }
+    return {
+        **_named(rng, case),
+        "target": rng.choice(["own", schedule, schedule, window, "callable"]),
+        "back": rng.choice([0, 0, rng.randrange(4)]),
+        "names": _some(rng, case),
+        "allow": rng.choice([True, 0.1, 0.5]),
+        "read": rng.choice(["swap", "load_full", "export"]),
+    }
+
+
+def _merge(rng: random.Random, case: Case) -> dict[str, Any]:
+    count = rng.randint(1, 3)
+    return {
+        **_named(rng, case),
+        "backs": [rng.randrange(4) for _ in range(count)],
+        "weights": rng.choice(["linear", "minus-sqrt", "drawn"]),
+        "bfloat16": rng.random() < 0.2,
+    }
+
+
+def _posthoc_refused(rng: random.Random, case: Case) -> dict[str, Any]:
+    snapshots = ["options", "step", "number", "second", "swap"]
+    targets = ["folder", "time", "unit", "name", "target", "layout", "damaged"]
+    return {"call": rng.choice([*snapshots, *targets, "sum", "count", "checkpoint", "exists"])}
+
+
 def _rollback(rng: random.Random, case: Case) -> dict[str, Any]:
     return {"back": rng.randrange(3), "average": rng.random() < 0.5}
 
@@ -233,7 +334,7 @@ KINDS: dict[str, Kind] = {
     "swap_dropped": Kind(0.5, _named),
     "call": Kind(1, _forward),
     "full_state_dict": Kind(3, _gather),
-    "iter_full": Kind(1, lambda rng, case: {**_named(rng, case), "stop": rng.randrange(-1, 4)}),
+    "iter_full": Kind(1, _iterate),
     "export": Kind(1, _export),
     "save": Kind(2, lambda rng, case: {"frozen": rng.random() < 0.3, "wait": rng.random() < 0.6}),
     "load": Kind(2, _older),
@@ -246,6 +347,13 @@ KINDS: dict[str, Kind] = {
     "reset": Kind(1.5, _reset),
     "metrics": Kind(1.5, _named),
     "flush": Kind(0.5),
+    "mix": Kind(3, _mix),
+    "mix_refused": Kind(0.7, _mix_refused, refuses=True),
+    "profile": Kind(1.5, _profile),
+    "snapshots": Kind(1.5, _snapshots),
+    "reconstruct": Kind(1.5, _reconstruct),
+    "merge": Kind(0.7, _merge),
+    "posthoc_refused": Kind(1, _posthoc_refused, refuses=True),
     # under NO_SHARD torch itself does not write a frozen unit after a forward
     "write": Kind(
         1,
@@ -280,6 +388,7 @@ KINDS: dict[str, Kind] = {
 _SEVERAL = ("differ", "late", "missing")  # of several ranks
 _RULES = ["constant", "half_life", "ramp", "warmup"]
 _RULES += ["power", "debiased"] * 2 + ["by_pattern"] * 3  # which begin with a copy; neighbours
+_RULES += ["power_gamma", "share", "block_mean", "bema"]  # of merging
 
 
 _UNSEEN = 0.5  # how often a pair is drawn that was not drawn before, where there is one
@@ -297,9 +406,12 @@ def possible(layout: str) -> list[str]:
 
 def possible_pairs(layouts: Sequence[str] = tuple(ALL)) -> set[tuple[str, str]]:
     """Kinds that may follow each other on some layout."""
-    return {
-        pair for layout in layouts for pair in itertools.product(possible(layout), possible(layout))
-    }
+    return {pair for layout in layouts for pair in _pairs_of(layout)}
+
+
+@functools.cache
+def _pairs_of(layout: str) -> frozenset[tuple[str, str]]:
+    return frozenset(itertools.product(possible(layout), possible(layout)))
 
 
 def draw(
@@ -338,9 +450,10 @@ def draw(
         **{option: rng.random() < 0.5 for option in chosen.options},
     }
     averages: dict[str, Any] = {}
-    for key in ["ema"] if rng.random() < 0.5 else ["fast", "slow"]:
+    keys = [["ema"]] * 4 + [["fast", "slow"]] * 3 + [["ema", "start"]]
+    for key in rng.choice(keys):
         averages[key] = {
-            "rule": rng.choice(_RULES),
+            "rule": "start" if key == "start" else rng.choice(_RULES),
             "decay": rng.choice([0.5, 0.75, 0.9, 0.99]),
             "update_every": rng.choice([1, 1, 3]),
             "float64": rng.random() < 0.2,
@@ -368,7 +481,7 @@ def draw(
 def _layout(rng: random.Random, layouts: Sequence[str], seen: set[tuple[str, str]] | None) -> str:
     if seen is None or rng.random() < 0.7:
         return rng.choice(list(layouts))
-    lacks = {name: len(possible_pairs([name]) - seen) for name in layouts}
+    lacks = {name: len(_pairs_of(name) - seen) for name in layouts}
     return rng.choice([name for name in layouts if lacks[name] == max(lacks.values())])
 
 
@@ -379,6 +492,8 @@ def _next(
     if seen is None or not last:
         return rng.choices(among, weights)[0]
     unseen = [kind for kind in among if (last, kind) not in seen]
+    if not unseen:  # what leads to such a pair
+        unseen = [kind for kind in among if any((kind, after) not in seen for after in among)]
     if unseen and rng.random() < _UNSEEN:
         kind = rng.choice(unseen)
     else:

@@ -25,7 +25,7 @@ GRACE = 5.0  # for the ranks that wait for one that has failed
 
 def live(case: Case) -> None:
     """One case, in a rank."""
-    from tests.soak.actions import perform
+    from tests.soak.performing import perform
     from tests.soak.scene import scene
 
     if not gc.get_freeze_count():

@@ -182,6 +182,17 @@ def clock(ema: ShardedEMA, name: str) -> tuple[float, int, float]:
     return average.t, average.num_updates, average.moved_at
 
 
+def began(ema: ShardedEMA, name: str) -> tuple[float, bool]:
+    """When its history begins, and whether that is with values whose own is not known."""
+    history = ema.internal.averages[name].ledger.history()
+    return history.begin, history.imported
+
+
+def loaded(ema: ShardedEMA, name: str) -> bool:
+    """Whether the values of an average have come from a file or a state."""
+    return ema.internal.averages[name].loaded
+
+
 def inside(ema: ShardedEMA) -> str | None:
     """The average that the model holds."""
     return ema.internal.calls.swap.inside

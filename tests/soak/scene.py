@@ -25,6 +25,8 @@ from torch import distributed as dist
 from shardema import ShardedEMA
 from shardema.files.background import PendingSave
 from shardema.kernels import KERNELS, Lerp
+from shardema.shards.boxes import Box
+from shardema.update.mixture import Mixture
 from tests import engines, zoo
 from tests.layouts import Layout
 from tests.soak import averages as kept
@@ -32,6 +34,7 @@ from tests.soak import models, peek
 from tests.soak.cases import Case
 from tests.soak.layouts import ALL, ENGINES, Engine
 
+Name = str | Mixture
 _EVERY = 4  # cases, of which one is checked for growth
 _TURNS = 8  # caches and threads may come late; what grows at each of them leaks
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -61,11 +64,36 @@ def _elsewhere() -> torch.optim.Optimizer:
 
 @dataclass
 class Saved:
-    """A checkpoint on the disk, what was true when it was written, and what was averaged then."""
+    """A checkpoint on the disk, what was true when it was written, and what was averaged then.
+
+    Attributes:
+        frozen: it has the parameters that are not averaged.
+        grown: as the scene's.
+    """
 
     folder: str
     truths: dict[str, kept.Truth]
     weights: dict[str, Tensor]
+    frozen: bool = False
+    grown: int = 2
+
+
+@dataclass
+class Book:
+    """A directory of snapshots.
+
+    Attributes:
+        kept: the averages of each step.
+        rounded: the steps that were saved in bfloat16.
+        frozen: those with the parameters that are not averaged.
+        last: the newest step, of which nothing may have been saved.
+    """
+
+    folder: str
+    kept: dict[int, dict[str, kept.Truth]] = field(default_factory=dict)
+    rounded: dict[int, bool] = field(default_factory=dict)
+    frozen: dict[int, bool] = field(default_factory=dict)
+    last: int = 0
 
 
 @dataclass
@@ -97,6 +125,7 @@ class Scene:
         managed: by step, what a manager keeps.
         emas: all that were built.
         pending: the last save, where it may be being written.
+        book: the snapshots of this run so far, if any.
     """
 
     case: Case
@@ -123,6 +152,7 @@ class Scene:
     counted: int | None = None
     emas: list[weakref.ref[ShardedEMA]] = field(default_factory=list)
     pending: PendingSave | None = None
+    book: Book | None = None
 
     # ---- what is true -------------------------------------------------------------------------
 
@@ -143,6 +173,12 @@ class Scene:
         names = set(self.truths[self.ema.names[0]].full) - set(state_buffers(self.twin))
         full = self.weights()
         return {fqn: full[fqn].clone() for fqn in sorted(names)}
+
+    def truth(self, name: Name) -> kept.Truth:
+        """Of an average or a mixture of the moment. Collective."""
+        if isinstance(name, Mixture):
+            return kept.mixed(name.coefficients, self.truths, self.weights())
+        return self.truths[name]
 
     def updated(self, dt: float = 1) -> None:
         """The truth of one update."""
@@ -167,6 +203,18 @@ class Scene:
         """Steps up to here are none of the average's that was loaded."""
         self.open.clear()
         self.counted = self.applied
+
+    def were_loaded(self) -> None:
+        """The averages have come from a file or a state."""
+        for truth in self.truths.values():
+            truth.loaded = True
+
+    def ask_what_is_loaded(self) -> None:
+        """The first rank, since a load that was stopped leaves no other trace of it."""
+        told = [{name: peek.loaded(self.ema, name) for name in self.truths}]
+        dist.broadcast_object_list(told, src=0)
+        for name, loaded in told[0].items():
+            self.truths[name].loaded = loaded
 
     def stepped(self, number: int) -> None:
         """An optimizer stepped: the round that it belongs to may be complete."""
@@ -225,16 +273,22 @@ class Scene:
         for name, truth in self.truths.items():
             clock = peek.clock(self.ema, name)
             assert clock == truth.clock, f"{name}: clock {clock}, expected {truth.clock}"
+            began = peek.began(self.ema, name)
+            assert began == (truth.begin, truth.imported), f"{name}: its history begins at {began}"
             for fqn, box, values in peek.shadows(self.ema, name):
-                self.assert_close(name, fqn, values, box.view(truth.full[fqn]))
+                self.assert_close(truth, fqn, values, box, f"{name}: ")
 
-    def assert_close(self, name: str, fqn: str, got: Tensor, truth: Tensor) -> None:
+    def assert_close(
+        self, truth: kept.Truth, fqn: str, got: Tensor, box: Box | None = None, what: str = ""
+    ) -> None:
+        """A tensor, or the part of it in the box, is within the bound of the truth."""
         if not got.numel():
             return
-        error = float((got.double().cpu() - truth.cpu()).abs().max())
-        bound = self.truths[name].bound(fqn)
-        bound += torch.finfo(got.dtype).eps * self.truths[name].largest[fqn]  # one more rounding
-        assert error <= bound, f"{name}: {fqn} is {error:.3g} from the truth, bound {bound:.3g}"
+        expected = truth.full[fqn] if box is None else box.view(truth.full[fqn])
+        error = float((got.double().cpu() - expected.cpu()).abs().max())
+        bound = truth.bound(fqn)
+        bound += torch.finfo(got.dtype).eps * truth.largest[fqn]  # one more rounding
+        assert error <= bound, f"{what}{fqn} is {error:.3g} from the truth, bound {bound:.3g}"
 
     def check_store(self) -> None:
         """Calls leave the store of the process group as they found it. Collective."""

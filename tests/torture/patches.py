@@ -249,15 +249,6 @@ PATCHES = {
             "save",
         ),
         Patch(
-            "staging",
-            "ranks",
-            "files/loading.py",
-            "    staging = allocate(held, average.policy, pin=False)\n    if average.name not in",
-            "    staging = average.shadows\n    if average.name not in",
-            "a load writes into the average before all is verified",
-            "load",
-        ),
-        Patch(
             "lock of a manager",
             "writers",
             "files/steps.py",
@@ -269,9 +260,8 @@ PATCHES = {
             "data of another save",
             "writers",
             "files/folder.py",
-            "            left = [n for n, path in paths.items() if n == old.place or not "
-            "is_locked(path)]\n",
-            "            left = list(paths)\n",
+            "                    if (free or name == old.place) and not self._is_current(name):\n",
+            "                    if not self._is_current(name):\n",
             "a save removes the files of one that runs beside it",
         ),
         Patch(

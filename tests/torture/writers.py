@@ -104,7 +104,9 @@ def two_saves(where: Path, count: int) -> Row:
 
 
 def _either(root: Path, saved: Sequence[int], ended: Sequence[int]) -> list[str]:
-    wrong = [] if set(ended) <= {0, 3} else ["P4: a writer raised another error"]
+    wrong = [] if set(ended) <= {0, 3, 4} else ["P4: a writer raised another error"]
+    if 4 in ended:
+        wrong.append("P5: what a save had written, or needs, was removed by the other")
     try:
         found = loaded_step(root / "old")
     except Wrong as error:
@@ -119,8 +121,8 @@ def _replace(root: Path, step: int, begin: float) -> None:
     time.sleep(max(0.0, begin - time.monotonic()))
     try:
         mine.ema.save(root / "old", overwrite=True)
-    except CheckpointError:
-        os._exit(3)
+    except CheckpointError as error:
+        os._exit(4 if error.errno == errno.ENOENT else 3)
     except BaseException:
         os._exit(1)
     os._exit(0)
