@@ -43,9 +43,10 @@ def state_of(averages: Averages, elsewhere: Collection[str]) -> dict[str, Any]:
     """
 
     def boxed(average: Average, views: Mapping[str, Tensor]) -> dict[str, BoxedTensor]:
-        shards = [shard for shard in averages.held(average) if shard.fqn in views]
         return {
-            s.fqn: BoxedTensor.of(s, views[s.fqn], saved=s.fqn not in elsewhere) for s in shards
+            s.fqn: BoxedTensor.of(s, views[s.fqn], saved=s.fqn not in elsewhere)
+            for s in averages.held(average)
+            if s.fqn in views
         }
 
     tensors = {a.name: boxed(a, a.shadows.views) for a in averages.values()}
