@@ -32,6 +32,7 @@ from harness import (
     finish,
     rank,
     ranks,
+    ratio,
     say,
     shared_folder,
     turns,
@@ -52,9 +53,10 @@ _CHUNK = 4 * MIB
 
 @dataclass(frozen=True)
 class Sample:
-    """One run: seconds of the slowest rank, bytes of extra memory of each."""
+    """One run: seconds of the slowest rank, of all processors, bytes of extra memory of each."""
 
     seconds: float
+    processor: float
     extra: tuple[int, ...]
 
 
@@ -99,11 +101,13 @@ def merge(sources: Sequence[Path], out: Path) -> None:
 def run_once(call: Callable[[], None]) -> Sample:
     dist.barrier()
     with PeakMemory() as memory:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         call()
+        busy = time.process_time() - busy
         dist.barrier()
         seconds = time.perf_counter() - start
-    return Sample(max(everywhere(seconds)), tuple(everywhere(memory.extra)))
+    extra = tuple(everywhere(memory.extra))
+    return Sample(max(everywhere(seconds)), sum(everywhere(busy)), extra)
 
 
 def measure(sources: Sequence[Path], repeats: int, folder: Path) -> dict[str, list[Sample]]:
@@ -129,6 +133,11 @@ def to_rows(samples: Mapping[str, Sequence[Sample]], case: str) -> Table:
     table = Table()
     times = {name: [sample.seconds for sample in runs] for name, runs in samples.items()}
     table.add_times(times, case, unit="s", to=[REFERENCE])
+    busy = {name: [sample.processor for sample in runs] for name, runs in samples.items()}
+    for name, seconds in busy.items():
+        table.add(name, case, "processor_time", "s", seconds)
+    to_reference = ratio(busy[OURS], busy[REFERENCE])
+    table.add(OURS, case, f"processor_time_to_{REFERENCE}", "ratio", to_reference)
     extra = [max(sample.extra) / MIB for sample in samples[OURS]]
     table.add(OURS, case, "extra_memory_max", "MiB", extra)
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 
 from shardema import CheckpointError, ShadowPolicy, ShardedEMA, Snapshots, posthoc
 from shardema.cli.main import main
-from shardema.files import blending
+from shardema.files import blending, export, manifest, safetensors, sums
 from shardema.posthoc import fitting, masses, planning
 from shardema.posthoc.targets import Wanted
 from shardema.profiles import Profile
@@ -605,6 +606,68 @@ def test_many_parts_in_threads_merge_as_one_sum(
     with pytest.raises(CheckpointError, match="checksum"):
         posthoc.merge(paths, tmp_path / "bad", style="mean")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2", "out"]
+
+
+@pytest.mark.parametrize("piece", [64, sums.PIECE])
+def test_the_bytes_do_not_depend_on_what_wrote_the_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(sums, "PIECE", piece)
+    torch.manual_seed(0)
+    model = nn.ParameterList(torch.randn(n, 33) for n in (70, 5, 41))
+    for number in range(3):
+        for param in model:
+            param.data.add_(torch.randn_like(param))
+        ema = ShardedEMA(model, {"a": 0.5})
+        ema.save(tmp_path / f"alike-{number}")
+        ema.export(tmp_path / f"folder-{number}")
+        ShardedEMA(model, {"a": 0.5, "b": 0.9}).save(tmp_path / f"other-{number}")
+    found = {}
+    for kinds in ("alike alike alike", "folder folder folder", "other alike folder"):
+        paths = [tmp_path / f"{kind}-{number}" for number, kind in enumerate(kinds.split())]
+        out = tmp_path / kinds.replace(" ", "-")
+        posthoc.merge(paths, out, weights=[0.5, -0.125, 0.75], average="a", any_sum=True)
+        found[kinds] = (out / "model.safetensors").read_bytes()
+    assert len(set(found.values())) == 1, {kinds: hash(data) for kinds, data in found.items()}
+
+
+def test_the_disk_begins_while_a_merge_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[int] = []
+
+    def start(fd: int) -> None:
+        began.append(os.fstat(fd).st_size)
+        safetensors.start_sync(fd)
+
+    monkeypatch.setattr(export, "start_sync", start)
+    monkeypatch.setattr(export, "BEHIND", 9000)
+    paths = models(tmp_path, 2)  # the largest tensor has 8400 bytes, all have 8428
+    merged(paths, tmp_path / "out", "--style", "mean")
+    assert began == []
+    monkeypatch.setattr(export, "BEHIND", 8400)
+    merged(paths, tmp_path / "again", "--style", "mean")
+    assert began == [(tmp_path / "again" / "model.safetensors").stat().st_size]
+
+
+def test_damage_behind_what_is_read_of_a_block_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sums, "PIECE", 64)
+    for number in range(2):
+        ema = ShardedEMA(nn.Linear(9, 7), {"a": 0.5, "b": 0.9})
+        ema.save(tmp_path / f"{number}")
+    stored = manifest.read(tmp_path / "0")
+    last = stored.files[0].boxes[-1].tensor
+    assert stored.tensors[last].average == "b"
+    path = tmp_path / "0" / stored.files[0].name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    paths = [tmp_path / "0", tmp_path / "1"]
+    with pytest.raises(CheckpointError, match="checksum"):
+        posthoc.merge(paths, tmp_path / "out", style="mean", average="a")
+    assert not (tmp_path / "out").exists()
 
 
 def test_checkpoints_folders_and_dcp_merge(tmp_path: Path) -> None:

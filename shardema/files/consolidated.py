@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from shardema.files.safetensors import (
 )
 from shardema.ranks.plan import Plan
 from shardema.shards.boxes import Box, Dims, contiguous_runs, split_box
+from shardema.shards.strides import raw_bytes
 
 SINGLES = tuple(f"{stem}.safetensors" for stem in (*WHOLE, ADAPTER))
 INDICES = tuple(f"{name}.index.json" for name in SINGLES)
@@ -152,19 +153,38 @@ def read_into(target: Tensor, place: Place, box: Box) -> None:
         _read(file, place, box, target)
 
 
+def read_parts(place: Place, box: Box, buffer: memoryview) -> Iterator[tuple[Box, Tensor]]:
+    """Reads a box in parts that fit into the buffer, each valid until the next."""
+    dtype = place.entry.dtype
+    with reading(place.path, follow=True) as file:
+        for part in split_box(box, len(buffer) // dtype.itemsize):
+            flat = torch.frombuffer(buffer, dtype=dtype, count=part.numel)
+            _read(file, place, part, flat.view(part.sizes))
+            yield part, flat.view(part.sizes)
+
+
 def _read(file: OpenFile, place: Place, box: Box, target: Tensor) -> None:
     entry = place.entry
     itemsize = entry.dtype.itemsize
     numel, starts = contiguous_runs(entry.shape, box)
+    begin = entry.start + starts[0] * itemsize
+    if len(starts) == 1 and _lies_as(target, entry.dtype):
+        file.read_into(begin, raw_bytes(target.detach()))
+        return
     span = starts[-1] + numel - starts[0]
     if span * itemsize <= _CHUNK:
         # one read of the contiguous runs and the bytes between them (columns of a matrix)
-        data = file.read_at(entry.start + starts[0] * itemsize, span * itemsize)
+        data = file.read_at(begin, span * itemsize)
         strides = torch.empty(entry.shape, device="meta").stride()
         target.copy_(torch.frombuffer(data, dtype=entry.dtype).as_strided(box.sizes, strides))
         return
     for part in split_box(box, -(-box.numel // 2)):
         _read(file, place, part, part.relative_to(box.offsets).view(target))
+
+
+def _lies_as(target: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the bytes of a file can be read into it as they are."""
+    return target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
 
 
 def match(

@@ -37,6 +37,7 @@ from shardema.files.safetensors import (
     make_header,
     open_existing,
     reporting,
+    start_sync,
     write_all,
 )
 from shardema.files.uploads import Uploads
@@ -47,6 +48,7 @@ from shardema.shards.boxes import Box, Dims, contiguous_runs, split_box
 from shardema.shards.strides import raw_bytes
 
 Mode = Literal["auto", "direct", "stream"]
+BEHIND = 16 << 20  # bytes after which the disk begins, while the export goes on
 
 # File systems on which ranks of one host may write to one file concurrently.
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "f2fs", "ramfs"}
@@ -392,6 +394,7 @@ class Writer:
         self._folder = folder
         self._places = {(t.stem, name): t for t in targets for name in t.entries}
         self._fds: dict[str, int] = {}
+        self._behind = 0  # bytes that the disk may not have begun to write
         self._done = done
 
     def write(self, stem: str, name: str, box: Box, values: Tensor) -> None:
@@ -402,6 +405,10 @@ class Writer:
             self._fds[target.name] = open_existing(path, write=True)
         with reporting(path, "writing"):
             write_box(self._fds[target.name], target.entries[name], box, values, self._done)
+        self._behind += box.numel * target.entries[name].dtype.itemsize
+        if self._behind >= BEHIND:
+            start_sync(self._fds[target.name])
+            self._behind = 0
 
     def sync(self) -> None:
         """Syncs and closes the files that this rank wrote to."""

@@ -24,7 +24,7 @@ import xxhash
 
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import histories, remote
-from shardema.files.places import any_path, exists, names_in, read_whole, reading
+from shardema.files.places import OpenFile, any_path, exists, names_in, read_whole, reading
 from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
     BROKEN,
@@ -478,18 +478,25 @@ def _check_object(path: str, file: StoredFile, found: dict[str, int | None]) -> 
         )
 
 
+Needed = tuple[int, int, StoredBox]  # first byte and end, in the file of the box
+
+
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """What to read of one file: ``(first byte, end, box)``, in the file's order."""
+    """What to read of one file, in the file's order."""
 
     file: StoredFile
-    needed: tuple[tuple[int, int, StoredBox], ...]
+    needed: tuple[Needed, ...]
 
     @property
-    def blocks(self) -> list[int]:
-        """The blocks that are read, ascending."""
-        stretches = ((start // BLOCK, -(-stop // BLOCK)) for start, stop, _ in self.needed)
-        return sorted({block for first, last in stretches for block in range(first, last)})
+    def blocks(self) -> dict[int, list[Needed]]:
+        """The blocks that are read, ascending, each with what is needed of it."""
+        found: dict[int, list[Needed]] = {}
+        for start, stop, stored in self.needed:
+            for block in range(start // BLOCK, -(-stop // BLOCK)):
+                inside = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
+                found.setdefault(block, []).append((*inside, stored))
+        return found
 
 
 def read_requests(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[ReadRequest]:
@@ -513,7 +520,7 @@ def read_requests(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[Read
 
 
 def parts(
-    manifest: Manifest, found: list[ReadRequest], buffer: bytearray | None = None
+    manifest: Manifest, found: list[ReadRequest], buffer: memoryview | None = None
 ) -> Iterator[tuple[int, Box, torch.Tensor]]:
     """Reads and verifies each block once, in the files' order.
 
@@ -527,10 +534,73 @@ def parts(
     Raises:
         CheckpointError: a file is missing, cut short or damaged.
     """
-    room = memoryview(bytearray(BLOCK) if buffer is None else buffer)
+    room = memoryview(bytearray(BLOCK)) if buffer is None else buffer
+    for read_at_once in reads(manifest, found, room):
+        for stored, first, values in read_at_once:
+            for box, part in boxes_of(stored.box, first, values):
+                yield stored.tensor, box, part
+
+
+def boxes_of(held: Box, first: int, values: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]]:
+    """The elements of a box from number ``first`` on, flat, as boxes of the tensor."""
+    done = 0
+    for box in flat_boxes(held.sizes, first, values.numel()):
+        yield box.shifted(held.offsets), values[done : done + box.numel].view(box.sizes)
+        done += box.numel
+
+
+def reads(
+    manifest: Manifest, found: list[ReadRequest], buffer: memoryview
+) -> Iterator[list[tuple[StoredBox, int, torch.Tensor]]]:
+    """`parts` as they follow each other in the files, flat.
+
+    Args:
+        buffer: of a whole number of elements, `BLOCK` bytes at most. If it has fewer, values are
+            given out before their block is verified, and count only once nothing was raised.
+
+    Yields:
+        What was read at once, never nothing: ``(stored, first, values)``, the elements of a stored
+        box from number ``first`` on. Valid until the next iteration.
+    """
     for request in found:
-        path = os.path.join(manifest.home, request.file.name)
-        yield from _read_file(path, request, manifest, room)
+        with reading(os.path.join(manifest.home, request.file.name)) as opened:
+            for block, needed in request.blocks.items():
+                names = [manifest.tensors[stored.tensor].fqn for _, _, stored in needed]
+                for begin, data in _read_block(opened, request.file, block, names, buffer):
+                    inside = [_elements(manifest, one, begin, data) for one in needed]
+                    if any(one is not None for one in inside):
+                        yield [one for one in inside if one is not None]
+
+
+def _elements(
+    manifest: Manifest, needed: Needed, begin: int, data: memoryview
+) -> tuple[StoredBox, int, torch.Tensor] | None:
+    """What is needed of ``data``, which begins at byte ``begin`` of the file."""
+    start, stop, stored = max(needed[0], begin), min(needed[1], begin + len(data)), needed[2]
+    if start >= stop:
+        return None
+    dtype = manifest.tensors[stored.tensor].dtype
+    values = torch.frombuffer(data[start - begin : stop - begin], dtype=dtype)
+    return stored, (start - stored.start) // dtype.itemsize, values
+
+
+def _read_block(
+    opened: OpenFile, file: StoredFile, block: int, names: list[str], buffer: memoryview
+) -> Iterator[tuple[int, memoryview]]:
+    """The bytes of a block, as many at a time as fit; raises before the last if it is damaged."""
+    checksum = xxhash.xxh3_128()
+    start, stop = block * BLOCK, min((block + 1) * BLOCK, file.size)
+    for begin in range(start, stop, len(buffer)):
+        data = buffer[: min(len(buffer), stop - begin)]
+        opened.read_into(begin, data)
+        checksum.update(data)
+        if begin + len(data) == stop and checksum.hexdigest() != file.blocks[block]:
+            raise CheckpointError(
+                f"reading {opened.path}: checksum mismatch in bytes {start} to {stop} "
+                f"({abbreviate(names)}): the file is damaged; load another step",
+                path=opened.path,
+            )
+        yield begin, data
 
 
 def _reach(stored: StoredBox, boxes: list[Box]) -> tuple[int, int] | None:
@@ -547,54 +617,3 @@ def _reach(stored: StoredBox, boxes: list[Box]) -> tuple[int, int] | None:
             last = last * full + offset + size - 1
         low, high = min(low, first), max(high, last + 1)
     return (low, high) if high else None
-
-
-def _read_file(
-    path: str, request: ReadRequest, manifest: Manifest, buffer: memoryview
-) -> Iterator[tuple[int, Box, torch.Tensor]]:
-    file, needed = request.file, request.needed
-    with reading(path) as opened:
-        next_needed = 0
-        for block in request.blocks:
-            begin = block * BLOCK
-            end = min(begin + BLOCK, file.size)
-            data = buffer[: end - begin]
-            opened.read_into(begin, data)
-            if xxhash.xxh3_128_hexdigest(data) != file.blocks[block]:
-                raise CheckpointError(
-                    f"reading {path}: checksum mismatch in bytes {begin} to {end} "
-                    f"({_names_in(needed, begin, end, manifest)}): the file is damaged; load "
-                    "another step",
-                    path=path,
-                )
-            while next_needed < len(needed) and needed[next_needed][1] <= begin:
-                next_needed += 1
-            for number in range(next_needed, len(needed)):
-                start, stop, stored = needed[number]
-                if start >= end:
-                    break
-                yield from _part(stored, max(start, begin), min(stop, end), begin, data, manifest)
-
-
-def _names_in(
-    needed: tuple[tuple[int, int, StoredBox], ...], begin: int, end: int, manifest: Manifest
-) -> str:
-    inside = [stored for start, stop, stored in needed if start < end and stop > begin]
-    return abbreviate([manifest.tensors[stored.tensor].fqn for stored in inside])
-
-
-def _part(
-    stored: StoredBox, start: int, stop: int, begin: int, data: memoryview, manifest: Manifest
-) -> Iterator[tuple[int, Box, torch.Tensor]]:
-    """The elements of ``stored`` in bytes ``[start, stop)``; ``data`` begins at ``begin``."""
-    dtype = manifest.tensors[stored.tensor].dtype
-    count = (stop - start) // dtype.itemsize
-    if count == 0:
-        return
-    flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start - begin)
-    first = (start - stored.start) // dtype.itemsize
-    done = 0
-    for box in flat_boxes(stored.box.sizes, first, count):
-        values = flat[done : done + box.numel].view(box.sizes)
-        done += box.numel
-        yield stored.tensor, box.shifted(stored.box.offsets), values

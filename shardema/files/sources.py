@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardema.errors import abbreviate
-from shardema.files import blending, consolidated
+from shardema.files import blending, consolidated, sums
 from shardema.files.blending import Blend, Stored, Value, dtype_of
 from shardema.files.consolidated import Place
 from shardema.files.dcp import BoxedTensor, Chunks, load_chunks
@@ -245,15 +245,14 @@ def _read_blended(
     """`read_shards` of what is in checkpoints, as many shards at a time as fit into a bucket."""
     group: dict[str, list[tuple[Box, Tensor]]] = {}
     used = 0
-    room = blending.Room()
+    room = sums.Room()
     for shard in shards:
         for box, target in shard.local_boxes(targets[shard.fqn]):
             for part in split_box(box, _BUCKET):
                 if group and used + part.numel > _BUCKET:
-                    blending.fill(imported.tensors, group, room)
-                    room.clear()
+                    sums.fill(imported.tensors, group, room)
                     group, used = {}, 0
                 inside = part.relative_to(box.offsets).view(target)
                 group.setdefault(names[shard.fqn], []).append((part, inside))
                 used += part.numel
-    blending.fill(imported.tensors, group, room)
+    sums.fill(imported.tensors, group, room)

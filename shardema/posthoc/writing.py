@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shardema.files import blending, offline
+from shardema.files import blending, offline, sums
 from shardema.files.blending import Blend, Value, dtype_of, shape_of
 from shardema.files.export import Writer, choose_mode, parse_size, plan_targets, reserve
 from shardema.files.folder import new_folder
@@ -97,11 +97,10 @@ def write(
             if ranks.leader:
                 reserve(new.path, targets)
 
-        def write_part(part: dict[str, list[Box]], room: blending.Room) -> None:
-            for key, boxes in blending.read(values, part, room).items():
-                for box, found in boxes:
-                    with writing:
-                        writer.write(*places[key], box, found)
+        def write_part(part: dict[str, list[Box]], room: sums.Room) -> None:
+            for key, box, found in sums.read(values, part, room):
+                with writing:
+                    writer.write(*places[key], box, found)
 
         def work() -> None:
             own = parts[ranks.index :: ranks.size] if share else parts if ranks.leader else []
@@ -120,14 +119,14 @@ def write(
 
 def _in_threads(
     parts: Sequence[dict[str, list[Box]]],
-    work: Callable[[dict[str, list[Box]], blending.Room], None],
+    work: Callable[[dict[str, list[Box]], sums.Room], None],
     threads: int,
 ) -> None:
     """Calls ``work`` for each part; after an error no further part is begun, and it is raised."""
     left = iter(parts)
 
     def run() -> None:
-        room = blending.Room()
+        room = sums.Room()
         try:
             for part in left:
                 work(part, room)

@@ -226,8 +226,8 @@ PATCHES = {
             "checksum of a block",
             "damage",
             "files/manifest.py",
-            "            if xxhash.xxh3_128_hexdigest(data) != file.blocks[block]:",
-            "            if False:",
+            "        if begin + len(data) == stop and checksum.hexdigest() != file.blocks[block]:",
+            "        if False:",
             "blocks are not verified",
         ),
         Patch(
