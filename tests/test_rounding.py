@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,8 +173,9 @@ def test_every_kernel_gives_the_same_bits(
 
 
 def test_the_compiled_kernel_runs_what_it_can() -> None:
-    if fused.fused_cpu.library() is None:
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
         pytest.skip("no C++ compiler")
+    assert fused.fused_cpu.library() is not None
     for k, (shadow, param) in enumerate(pairs(torch.float32, seed=0)):
         if shadow.numel() == 0:
             continue
@@ -444,6 +447,19 @@ def test_what_is_stored_and_exported(tmp_path: Path) -> None:
     assert_same(full_bits(plain), full_bits(ema, "exact"))
 
 
+def test_an_average_is_rounded_by_seed_name_and_number_of_the_update() -> None:
+    model = nn.Linear(40, 30)
+    ema = ShardedEMA(model, 0.9, shadow=ShadowPolicy(dtype=torch.bfloat16, seed=5))
+    expected = {fqn: value.detach().bfloat16() for fqn, value in model.named_parameters()}
+    for number in (1, 2, 3):
+        go_on(model, ema, 1)
+        for fqn, value in model.named_parameters():
+            how = stochastic(tuple(value.shape), name=fqn, seed=5)
+            bound = kernels.find("reference")([expected[fqn]], [value.detach()], [0], [how])
+            bound([1 - 0.9, float(number)])
+        assert_same(full_bits(ema), expected)
+
+
 def test_each_average_has_its_own_number_of_updates() -> None:
     model = nn.Linear(40, 30)
     often = ShardedEMA(model, {"a": 0.9, "b": 0.9}, shadow={"a": NARROW, "b": NARROW})
@@ -464,6 +480,17 @@ def test_each_average_has_its_own_number_of_updates() -> None:
     assert torch.equal(mixed.full_state_dict("b")["weight"], b["weight"])
     assert torch.equal(mixed.full_state_dict("a")["weight"], b["weight"])
     assert not torch.equal(mixed.full_state_dict("a")["bias"], b["bias"])
+
+
+@pytest.mark.parametrize("policy", [NARROW, EXACT], ids=["bf16", "compensated"])
+def test_the_state_of_another_object_is_copied(policy: ShadowPolicy) -> None:
+    model, ema = trained(policy=policy)
+    other = ShardedEMA(model, 0.99, shadow=policy)
+    other.load_state_dict(ema.state_dict())
+    assert_same(full_bits(other), full_bits(ema))
+    got, expected = (one.internal.averages["ema"].shadows.companions for one in (other, ema))
+    assert_same(dict(got), dict(expected))
+    assert policy == NARROW or expected["0.weight"].any()
 
 
 def dcp_goes_on_with_the_bits_of_an_uninterrupted_run() -> None:
