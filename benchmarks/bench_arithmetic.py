@@ -20,17 +20,29 @@ import torch
 from torch import Tensor, nn
 
 import rivals
-from harness import Table, Target, arguments, attempt, clock, finish, number, say, short, world
+from harness import (
+    Table,
+    Target,
+    arguments,
+    attempt,
+    clock,
+    finish,
+    number,
+    ratio,
+    short,
+    world,
+)
 from models import local
 from shardema import ShadowPolicy, ShardedEMA
 from shardema.kernels import fused, rounding
 
 DECAYS = (0.999, 0.9999, 0.99999)
+PARTS = ["speed", "noise", "constant"]
 NOISE = 0.01  # standard deviation of the weights, relative to their mean
 TURNS = 3
 ALIKE = 300
 OURS = {
-    "shardema_float32": ShadowPolicy(),
+    "shardema": ShadowPolicy(),
     "shardema_compensated": ShadowPolicy(compensated=True),
     "shardema_bfloat16": ShadowPolicy(dtype=torch.bfloat16),
 }
@@ -161,7 +173,7 @@ def noisy(table: Table, args: argparse.Namespace, dtype: torch.dtype, names: Nam
     """Weights that vary around a mean; the averages begin with the first of them."""
     generator = torch.Generator().manual_seed(0)
     mean = drawn(args.elements, generator)
-    weights, noise = mean.to(dtype), torch.empty_like(mean)
+    weights, noise = mean.to(dtype, copy=True), torch.empty_like(mean)
     side = Side(weights, weights)
     for n in range(1, args.updates + 1):
         noise.normal_(generator=generator)
@@ -225,21 +237,19 @@ def _add(
 def speed(table: Table, args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Time of an update of one large tensor under each policy, by the default kernel."""
     model = nn.Linear(1024, args.numel // 1024, bias=False, dtype=dtype)
-    kept = {
-        name.removeprefix("shardema_"): ShardedEMA(model, 0.999, shadow=policy)
-        for name, policy in OURS.items()
-    }
+    kept = {name: ShardedEMA(model, 0.999, shadow=policy) for name, policy in OURS.items()}
     times = clock({name: ema.update for name, ema in kept.items()}, args.repeats)
     case = f"update {short(args.numel)} {Names.of(dtype)} weights"
     for name, seconds in times.items():
-        table.add(f"shardema_{name}", case, "time", "ms", [s * 1000 for s in seconds])
-        if name != "float32":
-            to = [a / b for a, b in zip(seconds, times["float32"], strict=True)]
-            table.add(f"shardema_{name}", case, "time_to_float32", "ratio", to)
+        table.add(name, case, "time", "ms", [s * 1000 for s in seconds])
+        if name != "shardema":
+            table.add(name, case, "time_to_float32", "ratio", ratio(seconds, times["shardema"]))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments("arithmetic", __doc__, repeats=9)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--dtypes", nargs="+", choices=rivals.DTYPES, default=[*rivals.DTYPES])
     parser.add_argument("--updates", type=int, default=200_000, help="with noise")
     parser.add_argument("--target-updates", type=int, default=1_000_000, help="towards a constant")
     parser.add_argument("--elements", type=int, default=256, help="of each of the three turns")
@@ -252,12 +262,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with world():
         table = Table()
-        for dtype in (torch.float32, torch.bfloat16):
-            speed(table, args, dtype)
+        for dtype in map(rivals.DTYPES.__getitem__, args.dtypes):
+            if "speed" in args.parts:
+                speed(table, args, dtype)
             names = Names(table, dtype)
-            noisy(table, args, dtype, names)
-            say(f"noise, {names.of(dtype)}: done")
-            if dtype == torch.float32:
+            if "noise" in args.parts:
+                noisy(table, args, dtype, names)
+            if "constant" in args.parts and dtype == torch.float32:
                 constant(table, args, names)
         return finish(table, args, TARGETS)
 
