@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -355,6 +355,22 @@ class Calls:
         holdings = average.holdings(plan, shards)
         every, out_dtype = range(len(plan.items)), self._out_dtype(average, dtype)
         return Contents(plan, every, holdings, out_dtype, self.ranks, average.name)
+
+    def stored_contents(self, average: Average, dtype: torch.dtype | None) -> Contents:
+        """The averaged model, as a checkpoint stores it.
+
+        Args:
+            dtype: of averages and frozen parameters; None keeps all bits.
+        """
+        contents = self.contents(average, dtype)
+        if dtype is not None or not average.policy.compensated:
+            return contents
+        shards = self.weights.all_shards(average.policy)
+        return replace(
+            contents,
+            dtype=self.averages.stored_dtype_of(average),
+            companions=average.companions(contents.plan, shards),
+        )
 
     def own_contents(self) -> Contents:
         """The model's own tensors, as a checkpoint stores them."""

@@ -230,7 +230,7 @@ class ShardedEMA:
     def __repr__(self) -> str:  # closes no round
         averages, ranks = self._averages.values(), self._averages.ranks
         held = max(sum(s.local.numel() for s in self._averages.held(a)) for a in averages)
-        size = sum(f.nbytes for a in averages for f in a.shadows.flats)
+        size = sum(average.shadows.nbytes for average in averages)
         rules = ", ".join(f"{a.name}={a.schedule}" for a in averages)
         weights, names = self._averages.weights, self._updates.updater.kernel_names
         return (

@@ -108,7 +108,10 @@ def sums(
                 found = rows.setdefault(item.fqn.partition(".")[0], [])
                 pairs = (averages(number, box), sources(number, box))
                 weight = weights[item.fqn]
-                found += [_row(*parts, weight) for parts in _parts(box, *pairs)]
+                for part, source in _parts(box, *pairs):
+                    # what is stored in fewer bits than it is computed in moves all the same
+                    part = part.double() if average.policy.lossless else part
+                    found.append(_row(part, source, weight))
     return {name: torch.stack(found).sum(0).tolist() for name, found in rows.items()}
 
 

@@ -14,8 +14,14 @@ class ShadowPolicy:
 
     Args:
         dtype: torch.float32 or torch.float64; ``"auto"`` uses float64 for float64 parameters and
-            float32 for all others. 16-bit averages are not accepted: changes smaller than half a
-            unit in the last place are rounded away, so the average would stop moving.
+            float32 for all others. torch.bfloat16 stores 2 bytes a value, rounded up or down at
+            random, so that small changes are right on average. torch.float16 is not accepted.
+        compensated: keeps 16 further bits of each float32 value, 6 bytes together, so that small
+            changes are not lost at decays close to 1. Readers get the float32 value; `save` stores
+            both as one float64.
+        seed: of the random numbers of a bfloat16 average, which depend on it, on the number of the
+            update, and on the name of each tensor and the place of each element, but not on the
+            layout.
         device: ``"model"`` stores the average on the device of the weights. ``"cpu"`` stores it in
             host memory and updates it in the background: it is at most one update behind until it
             is read.
@@ -32,7 +38,9 @@ class ShadowPolicy:
 
     Raises:
         ValueError: an invalid dtype, device or compute; ``compute="device"`` without
-            ``device="cpu"``; ``update_every`` below 1; ``staging_bytes`` below 1 MiB.
+            ``device="cpu"``; ``update_every`` below 1; ``staging_bytes`` below 1 MiB; a ``seed``
+            that is negative, above 2^53, or given for another dtype; ``compensated`` with another
+            dtype than ``"auto"`` or torch.float32.
     """
 
     dtype: torch.dtype | Literal["auto"] = "auto"
@@ -41,6 +49,8 @@ class ShadowPolicy:
     staging_bytes: int = 512 << 20
     update_every: int = 1
     shard_replicas: bool = False
+    compensated: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.device not in ("model", "cpu"):
@@ -64,14 +74,43 @@ class ShadowPolicy:
             raise ValueError(
                 f"ShadowPolicy: got staging_bytes={size!r}, expected bytes, 1 MiB or more"
             )
-        if self.dtype not in ("auto", torch.float32, torch.float64):
+        if self.dtype not in ("auto", torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(
-                f"ShadowPolicy: got dtype={self.dtype!r}, expected 'auto', torch.float32 or "
-                "torch.float64; small updates of a 16-bit average round to zero"
+                f"ShadowPolicy: got dtype={self.dtype!r}, expected 'auto', torch.float32, "
+                "torch.float64 or torch.bfloat16"
             )
+        if self.compensated and self.dtype not in ("auto", torch.float32):
+            raise ValueError(
+                f"ShadowPolicy: got compensated=True with dtype={self.dtype!r}, expected 'auto' or "
+                "torch.float32, whose lost bits it keeps"
+            )
+        seed = self.seed
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= 1 << 53:
+            raise ValueError(
+                f"ShadowPolicy: got seed={seed!r}, expected a whole number from 0 to 2**53"
+            )
+        if seed and not self.stochastic:
+            raise ValueError(
+                f"ShadowPolicy: got seed={seed} with dtype={self.dtype!r}, which is not rounded at "
+                "random; give dtype=torch.bfloat16 or no seed"
+            )
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the average is rounded at random."""
+        return self.dtype == torch.bfloat16
+
+    @property
+    def lossless(self) -> bool:
+        """Whether small changes are kept, or are right on average."""
+        return self.stochastic or self.compensated
 
     def dtype_for(self, param: torch.dtype) -> torch.dtype:
         """The dtype of the average of a parameter of dtype ``param``."""
         if self.dtype != "auto":
             return self.dtype
         return torch.float64 if param == torch.float64 else torch.float32
+
+    def stored_dtype_for(self, param: torch.dtype) -> torch.dtype:
+        """The dtype in which `save` stores the average of a parameter of dtype ``param``."""
+        return torch.float64 if self.compensated else self.dtype_for(param)

@@ -60,7 +60,7 @@ def save(
         module = unwrap(averages.weights.models[0])
         calls.pending = checkpoint.save_averages(
             folder,
-            [calls.contents(average, dtype) for average in chosen],
+            [calls.stored_contents(average, dtype) for average in chosen],
             calls.own_contents(),
             {a.name: checkpoint.progress_of(a, dtype) for a in chosen},
             calls.merged_state,

@@ -168,7 +168,7 @@ class Snapshots(StepsWriter):
         """Bytes of the full average, of the chunks that this rank has."""
         total = 0
         for shard in self._averages.weights.averaged_shards:
-            dtype = self._dtype or average.policy.dtype_for(shard.source.dtype)
+            dtype = self._dtype or average.policy.stored_dtype_for(shard.source.dtype)
             total += math.prod(shard.shape) * dtype.itemsize
         return total
 

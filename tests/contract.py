@@ -23,8 +23,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-from shardema import RankError, ShardedEMA, schedules
+from shardema import RankError, ShadowPolicy, ShardedEMA, schedules
 from shardema.backends.tree import unwrap
+from shardema.files.offline import export_checkpoint
+from shardema.kernels import rounding
 from shardema.publishing import FolderSink, Watched
 from shardema.ranks import transfer
 from shardema.scopes import writable
@@ -585,6 +587,53 @@ def power_averages_are_the_merges_of_a_window(layout: Layout) -> None:
             oracle.assert_close(full[fqn], merged, STEPS)
 
 
+def averages_of_fewer_bits_equal_the_unsharded_run(layout: Layout) -> None:
+    names = {
+        "narrow": ShadowPolicy(dtype=torch.bfloat16, seed=3),
+        "exact": ShadowPolicy(compensated=True),
+    }
+    kept = {
+        name: replace(layout.policy, dtype=p.dtype, seed=p.seed, compensated=p.compensated)
+        for name, p in names.items()
+    }
+    rules = {"narrow": schedules.ramp(0.9), "exact": schedules.ramp(0.99)}
+    plain = zoo.make(**dict.fromkeys(layout.options, True))
+    alone = ShardedEMA(plain, rules, backend="plain", kernel="reference", shadow=names)
+    model = layout.build()
+    ema = layout.keep(model, rules, shadow=kept)
+    like = parameters_of(plain)
+    with shared_folder() as folder:
+        for step in range(5):
+            if step == 3:  # goes on elsewhere, with the random numbers of before
+                ema.save(f"{folder}/saved")
+                ema = layout.keep(model, rules, shadow=kept)
+                ema.load(f"{folder}/saved")
+            values = zoo.script(like, step)
+            write(model, values)
+            with torch.no_grad():
+                for fqn, value in values.items():
+                    like[fqn].copy_(value)
+            ema.update()
+            alone.update()
+        ema.save(f"{folder}/end")
+        if dist.get_rank() == 0:
+            out = f"{folder}/out"
+            options = {"average": "exact", "dtype": torch.float64, "partial": True}
+            export_checkpoint(f"{folder}/end", out, **options)
+            stored = safetensors.torch.load_file(f"{out}/model.safetensors")
+    shadows = {name: average.shadows for name, average in alone.internal.averages.items()}
+    for name, dtype in (("narrow", torch.bfloat16), ("exact", torch.float32)):
+        full = ema.full_state_dict(name, all_ranks=True)
+        for fqn, value in shadows[name].views.items():
+            assert full[fqn].dtype == dtype
+            assert torch.equal(full[fqn].cpu(), value.cpu()), (name, fqn)
+    if dist.get_rank() == 0:
+        for fqn, value in shadows["exact"].views.items():
+            both = rounding.compensated_value(value, shadows["exact"].companions[fqn])
+            assert torch.equal(stored[fqn], both.cpu()), fqn
+            assert value.numel() == 1 or not torch.equal(both.float().double(), both), fqn
+
+
 def mixtures_are_read_like_averages(layout: Layout) -> None:
     rules = {"ema": 0.75, "start": schedules.constant(1.0)}
     model = layout.build()
@@ -777,6 +826,7 @@ FACTS = [
     averaged_buffers_follow_the_average,
     several_averages_equal_each_kept_alone,
     power_averages_are_the_merges_of_a_window,
+    averages_of_fewer_bits_equal_the_unsharded_run,
     mixtures_are_read_like_averages,
     a_saved_average_loads,
     an_export_is_what_safetensors_would_write,

@@ -51,24 +51,29 @@ def test_the_known_values_are_those_computed_by_hand() -> None:
 def assert_known(ema: ShardedEMA, steps: int = make.STEPS) -> None:
     for average in ("short", "layers"):
         full = ema.full_state_dict(average, all_ranks=True)
+        dtype = ema.internal.averages[average].policy.dtype_for(torch.float32)
         for name, mean in expected(average, steps).items():
-            assert full[name].dtype == torch.float32, name
+            assert full[name].dtype == dtype, name
             assert torch.equal(full[name].double(), mean), (average, name)
         assert torch.equal(full["head.weight"], full["embed.weight"])
         clock = ema.metrics(average)
         assert (clock["t"], clock["num_updates"]) == (steps, steps)
 
 
-def fresh(step: int = make.STEPS, *, shard: bool = False) -> ShardedEMA:
-    """An EMA that was never updated, of a model with the weights of a step."""
-    net, ema = make.build(shard=shard)
+def fresh(step: int = make.STEPS, *, shard: bool = False, folder: Path | None = None) -> ShardedEMA:
+    """An EMA that was never updated, of a model with the weights of a step.
+
+    Args:
+        folder: the checkpoint that it is to load.
+    """
+    net, ema = make.build(shard=shard, narrow=folder is not None and folder.name == "narrow")
     make.go_to(net, step)
     return ema
 
 
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=IDS)
 def test_a_checkpoint_of_any_version_loads(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ema = fresh()
+    ema = fresh(folder=folder)
     with caplog.at_level(logging.WARNING):
         ema.load(folder, model="check")
     old = manifest.read(folder).model == {}
@@ -135,7 +140,7 @@ def test_the_directory_of_a_manager_of_any_version_goes_on(folder: Path, tmp_pat
 
 def every_version_loads_on_two_ranks() -> None:
     for folder in CHECKPOINTS:
-        ema = fresh(shard=True)
+        ema = fresh(shard=True, folder=folder)
         ema.load(folder)
         assert_known(ema, 2 if folder.name == "step-00000002" else make.STEPS)
     for folder in sorted(GOLDEN.glob("*/export")):

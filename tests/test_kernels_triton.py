@@ -136,7 +136,7 @@ import torch, triton.language
 from triton.backends.nvidia.driver import CudaDriver
 from shardema.kernels import fused, fused_cpu
 CudaDriver.is_active = staticmethod(lambda: True)
-fused_cpu.supports = lambda shadow, param: False
+fused_cpu.supports = lambda shadow, param, stored: False
 fused._on_gpu = lambda tensor: True
 said = []
 log = logging.getLogger("shardema")
@@ -191,7 +191,7 @@ def test_memory_that_is_lacking_is_not_taken_for_a_compiler(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(fused_cpu, "supports", lambda shadow, param: False)
+    monkeypatch.setattr(fused_cpu, "supports", lambda shadow, param, stored: False)
     monkeypatch.setattr(fused, "_on_gpu", lambda tensor: True)
     monkeypatch.setattr(fused_gpu, "_on", full)
     with pytest.raises(torch.OutOfMemoryError):

@@ -681,7 +681,7 @@ from shardema.update import offload
 
 going, gate = threading.Event(), threading.Event()
 
-def bind(shadows, params, slots):
+def bind(shadows, params, slots, roundings):
     def lerp_(weights):
         going.set()
         gate.wait()

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from shardema import CheckpointError, ShadowPolicy, ShardedEMA
 from shardema.kernels import reference
 from shardema.kernels.bound import Bound
+from shardema.kernels.rounding import Rounding
 from tests import world
 
 MIB = 1 << 20
@@ -32,9 +34,13 @@ class Broken:
         self.left = at
 
     def bind(
-        self, shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]
+        self,
+        shadows: Sequence[Tensor],
+        params: Sequence[Tensor],
+        slots: Sequence[int],
+        roundings: Sequence[Rounding | None],
     ) -> Bound:
-        inner = reference.bind(shadows, params, slots)
+        inner = reference.bind(shadows, params, slots, roundings)
 
         def lerp_(weights: Sequence[float]) -> None:
             self.left -= 1
@@ -45,9 +51,9 @@ class Broken:
         return Bound(lerp_, ("reference",))
 
 
-def slowly(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
+def slowly(*pairs: Any) -> Bound:
     """A kernel beside which an optimizer step has all the time it needs."""
-    inner = reference.bind(shadows, params, slots)
+    inner = reference.bind(*pairs)
     never = threading.Event()
 
     def lerp_(weights: Sequence[float]) -> None:

@@ -20,6 +20,18 @@ from shardema.update import shadows
         ({"compute": "device"}, r"compute='device' without device='cpu'"),
         ({"update_every": 0}, r"got update_every=0, expected a whole number of 1 or more"),
         ({"device": "cpu", "staging_bytes": 1000}, r"staging_bytes=1000, expected bytes, 1 MiB or"),
+        (
+            {"compensated": True, "dtype": torch.float64},
+            r"compensated=True with dtype=torch.float64",
+        ),
+        ({"compensated": True, "dtype": torch.bfloat16}, r"=True with dtype=torch.bfloat16, expec"),
+        ({"seed": 3}, r"got seed=3 with dtype='auto', which is not rounded at random"),
+        ({"seed": -1, "dtype": torch.bfloat16}, r"got seed=-1, expected a whole number from 0"),
+        ({"seed": True, "dtype": torch.bfloat16}, r"got seed=True, expected a whole number from"),
+        (
+            {"seed": 2**53 + 1, "dtype": torch.bfloat16},
+            r"expected a whole number from 0 to 2\*\*53",
+        ),
         ({"device": "cpu", "staging_bytes": "1GiB"}, r"staging_bytes='1GiB', expected bytes"),
     ],
 )

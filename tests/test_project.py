@@ -56,7 +56,11 @@ def complete(folder: Path) -> dict[str, Any]:
     """The manifest of `saved` with every key that there can be."""
     read = manifest.read(folder)
     tensors = tuple(replace(tensor, stem="adapter_model") for tensor in read.tensors)
-    found = json.loads(manifest.pack(replace(read, tensors=tensors, follows=read.save_id)))
+    averages = {
+        name: replace(average, seed=1, compensated=True) for name, average in read.averages.items()
+    }
+    full = replace(read, tensors=tensors, averages=averages, follows=read.save_id)
+    found = json.loads(manifest.pack(full))
     assert isinstance(found, dict)
     return found
 
@@ -82,6 +86,7 @@ def test_every_key_of_a_manifest_is_documented_and_the_other_way_round(tmp_path:
 TYPES: dict[str, Any] = {
     "string": str,
     "int": int,
+    "bool": bool,
     "number": (int, float),
     "object": dict,
     "string or null": (str, type(None)),
@@ -125,8 +130,8 @@ def test_a_key_is_needed_unless_the_table_calls_it_optional(tmp_path: Path) -> N
     text = json.dumps(body)
     for path, kind in documented().items():
         body = json.loads(text)
-        if path == "checksum" or path.endswith((".stem", ".follows")):
-            continue  # not there: of adapters and of snapshots alone
+        if path == "checksum" or path.endswith((".stem", ".follows", ".seed", ".compensated")):
+            continue  # not there: of adapters, of snapshots and of some policies alone
         for one, key in holders(body, path):
             del one[key]
         file.write_bytes(bytes_of(body))

@@ -226,6 +226,37 @@ def the_weights_can_be_averaged_instead(config: Config) -> None:
     assert torch.equal(engines.forward(engine), raw)
 
 
+def averages_of_fewer_bits_equal_those_of_one_process(config: Config) -> None:
+    engine = config.engine()
+    rules = {"narrow": 0.5, "exact": 0.9}
+    policies = {
+        "narrow": ShadowPolicy(dtype=torch.bfloat16, seed=3),
+        "exact": ShadowPolicy(compensated=True),
+    }
+    ema = ShardedEMA(engine, rules, shadow=policies)
+    alone = engines.model()
+    full = dict(alone.named_parameters())
+    masters = engines.masters(engine)
+
+    def follow() -> None:
+        with torch.no_grad():
+            for fqn, value in engines.masters(engine).items():
+                full[fqn].copy_(value)
+
+    follow()
+    expected = ShardedEMA(alone, rules, shadow=policies, kernel="reference", backend="plain")
+    for number in range(3):
+        engines.step(engine, number)
+        ema.update()
+        follow()
+        expected.update()
+    for name in rules:
+        got = ema.full_state_dict(name, all_ranks=True)
+        shadows = expected.internal.averages[name].shadows.views
+        for fqn in masters:
+            assert torch.equal(got[fqn], shadows[fqn]), (name, fqn)
+
+
 def an_update_is_one_lerp_for_each_partition(config: Config) -> None:
     engine = config.engine()
     ema = ShardedEMA(engine, 0.5)
@@ -444,6 +475,7 @@ FACTS = [
     copy_to_model_and_reset_reach_the_masters,
     metrics_are_those_of_the_masters,
     the_weights_can_be_averaged_instead,
+    averages_of_fewer_bits_equal_those_of_one_process,
     an_update_is_one_lerp_for_each_partition,
     steps_that_did_not_happen_do_not_count,
     an_attached_engine_updates_by_itself,

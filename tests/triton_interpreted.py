@@ -22,7 +22,8 @@ from torch import Tensor
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_kernels_triton.py instead"
 
 from shardema import ShadowPolicy, ShardedEMA, schedules  # noqa: E402
-from shardema.kernels import fused_gpu, reference  # noqa: E402  (never without the interpreter)
+from shardema.kernels import fused_gpu, reference, rounding  # noqa: E402  (never without the interpreter)
+from shardema.shards.boxes import Box  # noqa: E402
 from shardema.update import updates  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, on inf and NaN
@@ -342,7 +343,11 @@ def test_an_ema_goes_on_by_replays_as_by_updates(monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     model = torch.nn.Linear(70, 60)
     rules = {"ramp": schedules.ramp(0.9999), "mixed": schedules.by_pattern({"bias": 0.5}, 0.9)}
-    eager, graph = (ShardedEMA(model, rules) for _ in range(2))
+    policies = dict.fromkeys(rules, ShadowPolicy())
+    rules |= {"narrow": schedules.constant(0.9), "exact": schedules.constant(0.9)}
+    policies |= {"narrow": ShadowPolicy(dtype=torch.bfloat16)}
+    policies |= {"exact": ShadowPolicy(compensated=True)}
+    eager, graph = (ShardedEMA(model, rules, shadow=policies) for _ in range(2))
     for ema in (eager, graph):
         ema.internal.updates.bind_kernel = fused_gpu.bind
         ema.internal.updates.rebind()
@@ -411,3 +416,67 @@ def test_nothing_bound_is_nothing_done(monkeypatch: pytest.MonkeyPatch) -> None:
     fused_gpu.bind([], [], [])([])
     fused_gpu.bind([torch.zeros(0)], [torch.zeros(0)], [0])([0.5])
     assert seen == []
+
+
+def rounded(
+    numel: int, param: torch.dtype, shift: int
+) -> tuple[list[Tensor], list[Tensor], list[rounding.Rounding], Guarded]:
+    """Two shadows of a parameter: rounded at random, and compensated."""
+    given = Guarded([numel, numel], param, shift, exact=False)
+    narrow = Guarded([numel], torch.bfloat16, 3 * shift, exact=True)
+    wide = Guarded([numel], torch.float32, shift, exact=True)
+    lost = torch.randint(-(1 << 15), 1 << 15, (numel,)).to(torch.int16)
+    how = [rounding.Stochastic(2**64 - 5, 1, 77, (1,)), rounding.Compensated(lost)]
+    return [narrow.tensors[0], wide.tensors[0]], given.tensors, how, narrow
+
+
+@pytest.mark.parametrize("param", DTYPES, ids=str)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_shadows_with_a_rounding_have_the_bits_of_the_reference(
+    param: torch.dtype, shift: int
+) -> None:
+    for numel in (1, B, B + 9):
+        # products by these weights are exact: the interpreter rounds them
+        for weight in (0.0, 0.25, 0.75, 1.0):
+            results = []
+            for bind in (fused_gpu.bind, reference.bind):
+                torch.manual_seed(numel)
+                shadows, params, how, around = rounded(numel, param, shift)
+                bind(shadows, params, [0, 0], how)([weight, 5.0])
+                around.check()
+                results.append([*shadows, how[1].companion])  # type: ignore[union-attr]
+            for got, expected in zip(*results, strict=True):
+                assert torch.equal(got, expected), (numel, weight)
+            assert not torch.equal(results[0][0].float(), torch.zeros(numel))
+
+
+def test_boxes_have_the_random_numbers_of_their_places() -> None:
+    shape = (9, 2 * B)
+    full, param = torch.zeros(shape, dtype=torch.bfloat16), torch.randn(shape)
+    key = rounding.tensor_key(0, "w")
+
+    def bound(bind: Any, box: Box) -> Tensor:
+        shadow, given = box.view(full).clone(), box.view(param).clone()
+        how = rounding.Stochastic.of(key, 2, shape, box)
+        bind([shadow], [given], [1], [how])([0.0, 0.25, 7.0])
+        return shadow
+
+    expected = bound(reference.bind, Box((0, 0), shape))
+    for box in (Box((0, 0), (9, 100)), Box((2, 100), (7, B + 3)), Box((0, B + 103), (4, B - 103))):
+        assert torch.equal(bound(fused_gpu.bind, box), box.view(expected)), box
+    turned = torch.zeros(shape[::-1], dtype=torch.bfloat16).t()  # its places go on in steps
+    how = rounding.Stochastic.of(key, 2, shape, Box((0, 0), shape))
+    given = torch.empty(shape[::-1]).t().copy_(param)
+    fused_gpu.bind([turned], [given], [1], [how])([0.0, 0.25, 7.0])
+    assert torch.equal(turned, expected)
+
+
+def test_infinite_and_nan_values_are_not_rounded() -> None:
+    values = torch.tensor([float("inf"), -float("inf"), float("nan"), 1e300, 0.0, -0.0])
+    shadows = [torch.zeros(6, dtype=torch.bfloat16), torch.zeros(6)]
+    lost = torch.full((6,), 9, dtype=torch.int16)
+    how = [rounding.Stochastic(1, 1, 0, (1,)), rounding.Compensated(lost)]
+    fused_gpu.bind(shadows, [values, values], [0, 0], how)([1.0, 1.0])
+    for shadow in shadows:
+        assert torch.equal(shadow.float().nan_to_num(7.0), values.float().nan_to_num(7.0))
+    assert lost.tolist() == [0] * 6

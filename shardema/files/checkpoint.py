@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +43,7 @@ from shardema.files.places import new_file
 from shardema.files.prefix import NewPrefix
 from shardema.files.remote import NewObject
 from shardema.files.safetensors import NewFile, make_header, reporting
+from shardema.kernels.rounding import compensated_value, store_compensated
 from shardema.model.own_state import MergedState
 from shardema.ranks.agree import Ranks
 from shardema.ranks.plan import Contents, Item, refuse_opaque
@@ -53,6 +54,7 @@ from shardema.shards.strides import raw_bytes
 from shardema.update.average import Average
 from shardema.update.averages import Averages
 from shardema.update.copy_on_write import CopyOnWrite
+from shardema.update.shadows import Shadows
 
 _SMALL = 1 << 18  # bytes; smaller chunks of a file are written together
 _CHUNK = BLOCK  # bytes copied from a device at a time
@@ -68,6 +70,7 @@ class _Box:
         number: of its tensor.
         average: name of the average, None for the model's own tensors.
         dtype: that the values are written in.
+        companion: index of its lost bits among the values; None if it has none.
     """
 
     key: str
@@ -75,6 +78,7 @@ class _Box:
     box: Box
     average: str | None
     dtype: torch.dtype
+    companion: int | None
 
 
 class _Values(Protocol):
@@ -160,6 +164,8 @@ def progress_of(average: Average, dtype: torch.dtype | None = None) -> StoredAve
         str(dtype or average.policy.dtype).removeprefix("torch."),
         average.moved_at,
         average.ledger.history(),
+        average.policy.seed if average.policy.stochastic else None,
+        average.policy.compensated and dtype is None,
     )
 
 
@@ -262,7 +268,9 @@ def _in_background(
 
     def keep() -> None:
         names = {average.name for average in shared.values() if shared.shares(average)}
-        kept.append(CopyOnWrite(tensors, [box.average in names for box in boxes]))
+        of = [box.average for box in boxes]
+        of += [box.average for box in boxes if box.companion is not None]
+        kept.append(CopyOnWrite(tensors, [name in names for name in of]))
 
     nbytes = saving.nbytes
     saving.ranks.agree("save (staging)", keep, lambda _: new.add(extra), nbytes=nbytes)
@@ -280,8 +288,8 @@ def _in_background(
 
 
 def _boxes_of(sources: Sequence[Contents], ranks: Ranks) -> tuple[list[_Box], list[Tensor]]:
-    """The boxes that this rank writes, and their values."""
-    found, tensors = [], []
+    """The boxes that this rank writes, and their values; after these their lost bits."""
+    found, tensors, companions = [], [], list[Tensor]()
     taken: set[str] = set()
     first = 0
     several = sum(source.name is not None for source in sources) > 1
@@ -297,10 +305,18 @@ def _boxes_of(sources: Sequence[Contents], ranks: Ranks) -> tuple[list[_Box], li
                     key += "#"
                 taken.add(key)
                 tensors.append(source.holdings(index, box))
+                lost = source.companions(index, box)
+                place = None if lost is None else len(companions)
+                companions += [] if lost is None else [lost]
                 dtype = source.dtype(item)
-                found.append(_Box(key, first + number, box, source.name, dtype))
+                found.append(_Box(key, first + number, box, source.name, dtype, place))
         first += len(source.chosen)
-    return found, tensors
+    count = len(tensors)  # known only now
+    found = [
+        one if one.companion is None else replace(one, companion=count + one.companion)
+        for one in found
+    ]
+    return found, tensors + companions
 
 
 def _write_rank(
@@ -362,7 +378,10 @@ def _chunks(
     yield memoryview(head)
     for i in order:
         limit = max(1, _CHUNK // boxes[i].dtype.itemsize)
-        yield from (raw_bytes(part.to(dtype=boxes[i].dtype)) for part in values.parts(i, limit))
+        parts, lost = values.parts(i, limit), boxes[i].companion
+        if lost is not None:
+            parts = map(compensated_value, parts, values.parts(lost, limit))
+        yield from (raw_bytes(part.to(dtype=boxes[i].dtype)) for part in parts)
 
 
 def _tensors(sources: Sequence[Contents]) -> tuple[StoredTensor, ...]:
@@ -408,21 +427,31 @@ def read_average(
     average: str,
     found: list[ReadRequest],
     shards: Sequence[Shard],
-    targets: Mapping[str, Tensor],
+    targets: Shadows,
 ) -> None:
-    """Reads this rank's part of an average into ``targets``, tensors shaped like the shards. Local.
+    """Reads this rank's part of an average into ``targets``, of the same shards. Local.
 
     Raises:
         CheckpointError: a file is missing, cut short or damaged.
     """
     numbers = _numbers(manifest, average)
-    places = {numbers[s.fqn]: list(s.local_boxes(targets[s.fqn])) for s in shards}
+    places = {numbers[s.fqn]: list(s.local_boxes(targets.views[s.fqn])) for s in shards}
+    lost = {
+        numbers[s.fqn]: [values for _, values in s.local_boxes(targets.companions[s.fqn])]
+        for s in shards
+        if s.fqn in targets.companions
+    }
     for number, box, values in manifests.parts(manifest, found):
-        for held, target in places[number]:
+        for k, (held, target) in enumerate(places[number]):
             common = held.intersect(box)
-            if common is not None:
-                part = common.relative_to(box.offsets).view(values)
-                common.relative_to(held.offsets).view(target).copy_(part)
+            if common is None:
+                continue
+            part = common.relative_to(box.offsets).view(values)
+            inner = common.relative_to(held.offsets)
+            if number in lost:
+                store_compensated(part, inner.view(target), inner.view(lost[number][k]))
+            else:
+                inner.view(target).copy_(part)
 
 
 def _numbers(manifest: Manifest, average: str) -> dict[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +22,7 @@ from shardema.ranks.plan import Plan
 from shardema.schedules import describe
 from shardema.shards.boxes import Box, Dims
 from shardema.shards.shard import Shard
+from shardema.update.average import Average
 from shardema.update.averages import Averages
 
 if TYPE_CHECKING:  # DCP is slow to import, and calls this code only once it is imported
@@ -40,15 +41,25 @@ def state_of(averages: Averages, elsewhere: Collection[str]) -> dict[str, Any]:
     Args:
         elsewhere: fqns that another rank saves.
     """
-    tensors = {
-        a.name: {
-            s.fqn: BoxedTensor.of(s, a.shadows.views[s.fqn], saved=s.fqn not in elsewhere)
-            for s in averages.held(a)
+
+    def boxed(average: Average, views: Mapping[str, Tensor]) -> dict[str, BoxedTensor]:
+        return {
+            s.fqn: BoxedTensor.of(s, views[s.fqn], saved=s.fqn not in elsewhere)
+            for s in averages.held(average)
+            if s.fqn in views
         }
-        for a in averages.values()
+
+    tensors = {a.name: boxed(a, a.shadows.views) for a in averages.values()}
+    lost = {
+        a.name: boxed(a, a.shadows.companions) for a in averages.values() if a.policy.compensated
     }
     progress = {
-        a.name: {"t": a.t, "num_updates": a.num_updates, "moved_at": a.moved_at}
+        a.name: {
+            "t": a.t,
+            "num_updates": a.num_updates,
+            "moved_at": a.moved_at,
+            **({"seed": a.policy.seed} if a.policy.stochastic else {}),
+        }
         for a in averages.values()
     }
     schedules = {a.name: describe(a.schedule) for a in averages.values()}
@@ -58,6 +69,7 @@ def state_of(averages: Averages, elsewhere: Collection[str]) -> dict[str, Any]:
         "progress": progress,
         "schedules": schedules,
         "histories": texts,  # each one value, since DCP asks for the keys that a state has now
+        **({"companions": lost} if lost else {}),
     }
 
 

@@ -50,7 +50,7 @@ def parse(value: Any, end: float) -> History:
         segments.append(Segment(checked_schedule(one["schedule"]), first, tuple(runs)))
     if reached != end:
         raise ValueError(f"a history up to {reached}, expected {end}")
-    return History(begin, _checked_bool(value["imported"]), tuple(segments))
+    return History(begin, checked_bool(value["imported"]), tuple(segments))
 
 
 def to_text(history: History) -> str:
@@ -76,10 +76,10 @@ def _run(value: Any, begin: float) -> Run:
         kept = tuple(float(checked_number(share)) for share in checked_list(kept))
         if not kept or max(kept) > 1:
             raise ValueError(f"retentions {reprlib.repr(kept)}, expected numbers in [0, 1]")
-    return Run(end, count, _checked_bool(even), kept)
+    return Run(end, count, checked_bool(even), kept)
 
 
-def _checked_bool(value: Any) -> bool:
+def checked_bool(value: Any) -> bool:
     if type(value) is not bool:
         raise ValueError(f"expected true or false, got {reprlib.repr(value)}")
     return value

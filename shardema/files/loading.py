@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from shardema.arguments import progress
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import checkpoint, histories, manifest, pairing, remote, sources
@@ -119,7 +121,7 @@ def _read_average(
         staging.copy_from(held)
         begun = History(0, imported=False)
         return StagedAverage(average, staging, (0, 0, None), begun, loaded=False)
-    checkpoint.read_average(stored, average.name, requests[average.name], held, staging.views)
+    checkpoint.read_average(stored, average.name, requests[average.name], held, staging)
     kept = stored.averages[average.name]
     clock = kept.t, kept.num_updates, kept.moved_at
     return StagedAverage(average, staging, clock, kept.history, loaded=True)
@@ -138,8 +140,9 @@ def check_checkpoint(
     _check_names(folder, set(stored.averages), set(averages), add, drop)
     items = [item for item in plan.items if item.averaged]
     for average in (a for a in averages.values() if a.name in stored.averages):
-        dtype = averages.dtype_of(average)
+        dtype = averages.stored_dtype_of(average)
         checkpoint.check_same_tensors(folder, stored, average.name, items, dtype)
+        _check_seed(f"load from {folder}", average, stored.averages[average.name].seed)
         if not new_schedule:
             was = stored.averages[average.name].schedule
             otherwise = ", or load(..., new_schedule=True) to continue with the new one"
@@ -160,6 +163,15 @@ def _check_names(
         f"{sorted(kept)}, and got add={sorted(add)}, drop={sorted(drop)}; build the EMA "
         "with the same names" + (f", or load(..., {call})" if call else " and add or drop none")
     )
+
+
+def _check_seed(op: str, average: Average, seed: int | None) -> None:
+    """Raises ValueError unless an average goes on with its random numbers of before."""
+    if average.policy.stochastic and seed not in (None, average.policy.seed):
+        raise ValueError(
+            f"{op}: average {average.name!r} was rounded with seed {seed}, this object has "
+            f"{average.policy.seed}; build it with ShadowPolicy(dtype=torch.bfloat16, seed={seed})"
+        )
 
 
 def _check_schedule(op: str, average: Average, was: dict[str, Any], otherwise: str = "") -> None:
@@ -240,18 +252,23 @@ def _read_values(
 def check_state(state: Mapping[str, Any], averages: Averages) -> None:
     """Raises ValueError unless ``state`` has the form of ``ema.state_dict()`` of these averages."""
     op = "load_state_dict"
-    missing = {"averages", "progress", "schedules"} - set(state)
+    parts = ["averages", "progress", "schedules"]
+    missing = {*parts, *(["companions"] if _compensated(averages) else [])} - set(state)
     if missing:
         raise ValueError(
             f"{op}: missing keys {sorted(missing)}, expected a dict as ema.state_dict() returns"
         )
-    for part in ("averages", "progress", "schedules"):
+    for part in parts:
         if set(state[part]) != set(averages):
             got, expected = sorted(state[part]), sorted(averages.names)
             raise ValueError(f"{op}: got {part} {got}, expected averages {expected}")
     for average in averages.values():
-        _check_tensors(op, average, state["averages"][average.name])
+        _check_tensors(op, average, state["averages"][average.name], average.shadows.views)
+        if average.policy.compensated:
+            lost = state["companions"].get(average.name, {})
+            _check_tensors(op, average, lost, average.shadows.companions)
         _check_schedule(op, average, dict(state["schedules"][average.name]))
+        _check_seed(op, average, state["progress"][average.name].get("seed"))
 
 
 def _history(state: Mapping[str, Any], name: str, end: float) -> History:
@@ -262,8 +279,13 @@ def _history(state: Mapping[str, Any], name: str, end: float) -> History:
         return History(end, imported=True)
 
 
-def _check_tensors(op: str, average: Average, given: Mapping[str, Any]) -> None:
-    views = average.shadows.views
+def _compensated(averages: Averages) -> bool:
+    return any(average.policy.compensated for average in averages.values())
+
+
+def _check_tensors(
+    op: str, average: Average, given: Mapping[str, Any], views: Mapping[str, Tensor]
+) -> None:
     if set(given) != set(views):
         odd = sorted(set(given) ^ set(views))
         raise ValueError(
@@ -279,12 +301,18 @@ def _check_tensors(op: str, average: Average, given: Mapping[str, Any]) -> None:
             )
 
 
+def _copy_in(given: Mapping[str, Any], views: Mapping[str, Tensor]) -> None:
+    for fqn, value in given.items():
+        if value.local.data_ptr() != views[fqn].data_ptr():
+            views[fqn].copy_(value.local)
+
+
 def apply_state(state: Mapping[str, Any], averages: Averages) -> None:
     """Copies in a state that `check_state` accepted. Idempotent."""
     for average in averages.values():
-        for fqn, value in state["averages"][average.name].items():
-            if value.local.data_ptr() != average.shadows.views[fqn].data_ptr():
-                average.shadows.views[fqn].copy_(value.local)
+        _copy_in(state["averages"][average.name], average.shadows.views)
+        if average.policy.compensated:
+            _copy_in(state["companions"][average.name], average.shadows.companions)
         clock = state["progress"][average.name]
         average.restart(clock["t"], clock["num_updates"], clock.get("moved_at"))
         average.remember(_history(state, average.name, average.moved_at))

@@ -44,7 +44,7 @@ from shardema.shards.boxes import Box, Dims, check_covered, flat_boxes
 from shardema.shards.shard import Role
 
 NAME = "shardema.json"
-VERSION = (1, 3)  # docs/format.md says what each one added
+VERSION = (1, 4)  # docs/format.md says what each one added
 BLOCK = 4 << 20  # bytes that one checksum covers
 MAX_MANIFEST = 1 << 30  # bytes
 _START = b'{"checksum":"'
@@ -105,6 +105,8 @@ class StoredAverage:
     dtype: str
     moved_at: float  # progress when it last moved, at most ``t``
     history: History  # its last update point is ``moved_at``
+    seed: int | None = None  # of an average that is rounded at random
+    compensated: bool = False  # its float32 values are stored in float64, with lost bits
 
     def profile(self, names: tuple[str, ...] = ()) -> Profile:
         """The weight of each past step in it; of the tensor with these names."""
@@ -168,6 +170,8 @@ def pack(manifest: Manifest) -> bytes:
                 "dtype": a.dtype,
                 "moved_at": a.moved_at,
                 "history": histories.pack(a.history),
+                **({} if a.seed is None else {"seed": a.seed}),
+                **({"compensated": True} if a.compensated else {}),
             }
             for name, a in manifest.averages.items()
         },
@@ -350,7 +354,9 @@ def _average(value: Any) -> StoredAverage:
     history = History(moved_at, imported=True)  # not known before version 1.3
     if "history" in value:
         history = histories.parse(value["history"], moved_at)
-    return StoredAverage(schedule, t, count, dtype, moved_at, history)
+    seed = checked_int(value["seed"]) if "seed" in value else None
+    compensated = histories.checked_bool(value.get("compensated", False))
+    return StoredAverage(schedule, t, count, dtype, moved_at, history, seed, compensated)
 
 
 def _tensor(value: Any, averages: dict[str, StoredAverage]) -> StoredTensor:

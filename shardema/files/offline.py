@@ -50,7 +50,8 @@ def export_checkpoint(
         folder: a checkpoint of ``ema.save``.
         out: the folder to write; must not exist.
         average: its name; may be None if there is only one.
-        dtype: of the averages and frozen parameters; None keeps the stored ones.
+        dtype: of the averages and frozen parameters; None keeps the stored ones, but of a
+            compensated average float32.
         layout: as for ``ema.export``; ``"timm"`` and ``"torch_averaged"`` need memory for the full
             average, and a checkpoint has no extra state of modules.
         max_shard_size: bytes, or a size such as ``"5GB"``.
@@ -70,8 +71,10 @@ def export_checkpoint(
         _check_complete(folder, stored)
 
     def out_dtype(tensor: StoredTensor) -> torch.dtype:
-        cast = dtype is not None and tensor.role != "buffer" and tensor.dtype.is_floating_point
-        return dtype if cast and dtype is not None else tensor.dtype
+        if dtype is None:
+            return _own_dtype(stored, tensor)
+        cast = tensor.role != "buffer" and tensor.dtype.is_floating_point
+        return dtype if cast else tensor.dtype
 
     alone = Ranks((dist.get_rank() if dist.is_initialized() else 0,))
     if layout in layouts.FILES:
@@ -109,6 +112,12 @@ def export_checkpoint(
         new.add(configs)
         new.finish(indices)
     return stored
+
+
+def _own_dtype(stored: Manifest, tensor: StoredTensor) -> torch.dtype:
+    """The dtype of a tensor outside of checkpoints."""
+    narrowed = tensor.average is not None and stored.averages[tensor.average].compensated
+    return torch.float32 if narrowed else tensor.dtype
 
 
 def _upload(

@@ -7,18 +7,19 @@ strides, how they are split), so that ``lerp_`` plans and allocates nothing; ``l
 lists the kernels that run in it. All kernels are bitwise equal: the weight is rounded to the dtype
 of the arithmetic, then 0 is a no-op and 1 a copy, also over inf and NaN; the rest is
 ``torch.lerp``.
+
+A fourth argument of ``bind`` says how each shadow is stored if that is not by ``copy_``: see
+`rounding`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from torch import Tensor
+from collections.abc import Callable
 
 from shardema.kernels import foreach, fused, reference
 from shardema.kernels.bound import Bound as Lerp
 
-Bind = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int]], Lerp]
+Bind = Callable[..., Lerp]  # (shadows, params, slots) or (shadows, params, slots, roundings)
 
 KERNELS: dict[str, Bind] = {
     "reference": reference.bind,

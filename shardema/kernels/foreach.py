@@ -4,8 +4,10 @@
 
     same dtype and strides    _foreach_lerp_(shadows, params)
     else, batch by batch      scratch <- params (converted);  _foreach_lerp_(shadows, scratch)
+    with a rounding           part by part, as `rounding` says
 
-The scratch holds one batch, never a copy of the parameters. It is allocated once, at ``bind``.
+The scratch holds one batch, never a copy of the parameters. It is allocated once, at ``bind``; an
+update with a rounding allocates a few tensors of one part.
 Splitting a tensor does not change its bits: ``lerp`` is elementwise.
 """
 
@@ -17,12 +19,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from shardema.kernels import rounding
 from shardema.kernels.bound import Bound, rounded
+from shardema.kernels.rounding import Rounding
 from shardema.shards.strides import aligned_parts, dense_like
 
 # Elements of the convert scratch: on a CPU it must stay in the cache; a GPU wants long launches.
 SCRATCH_NUMEL = {"cpu": 1 << 18}
 SCRATCH_NUMEL_GPU = 1 << 24
+# Elements that are computed in float64 at a time.
+PART_NUMEL = {"cpu": 1 << 15}
+PART_NUMEL_GPU = 1 << 22
 
 
 _Key = tuple[torch.device, torch.dtype, int]  # the slot last
@@ -38,12 +45,24 @@ class _Batch:
     scratch: list[Tensor] = field(default_factory=list)
 
 
-def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
+def bind(
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[int],
+    roundings: Sequence[Rounding | None] = (),
+) -> Bound:
     """Returns ``lerp_(weights)`` over pairs of local tensors of equal shape and device."""
+    how = roundings or [None] * len(shadows)
+    rounded_pairs: list[tuple[Tensor, Tensor, Rounding, int]] = []
     direct: dict[_Key, _Batch] = {}
     converted: dict[_Key, list[tuple[Tensor, Tensor]]] = {}
-    for shadow, param, slot in zip(shadows, params, slots, strict=True):
+    for shadow, param, slot, stored in zip(shadows, params, slots, how, strict=True):
         if shadow.numel() == 0:
+            continue
+        if stored is not None:
+            limit = PART_NUMEL.get(shadow.device.type, PART_NUMEL_GPU)
+            parts = rounding.parts(shadow, param, stored, limit)
+            rounded_pairs += [(*part, slot) for part in parts]
             continue
         key = (shadow.device, shadow.dtype, slot)
         alike = shadow.dtype == param.dtype and shadow.stride() == param.stride()
@@ -76,8 +95,10 @@ def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[in
                 torch._foreach_copy_(batch.shadows, source)
             else:
                 torch._foreach_lerp_(batch.shadows, source, weight)
+        for shadow, param, stored, slot in rounded_pairs:
+            rounding.update_(shadow, param, stored, slot, weights)
 
-    return Bound(lerp_, ("foreach",) if batches else ())
+    return Bound(lerp_, ("foreach",) if batches or rounded_pairs else ())
 
 
 def _numel(pairs: Sequence[tuple[Tensor, Tensor]]) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shardema.kernels import foreach, fused_cpu
 from shardema.kernels.bound import Bound
+from shardema.kernels.rounding import Rounding
 
 log = logging.getLogger(__name__)
 
@@ -30,53 +31,68 @@ log = logging.getLogger(__name__)
 AUTO_NUMEL = 1 << 16
 
 
-def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
+def bind(
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[int],
+    roundings: Sequence[Rounding | None] = (),
+) -> Bound:
     """Returns ``lerp_(weights)`` over pairs of local tensors of equal shape and device."""
+    how = roundings or [None] * len(shadows)
     chosen: dict[ModuleType, list[int]] = {}
-    for i, (shadow, param) in enumerate(zip(shadows, params, strict=True)):
+    for i, (shadow, param, stored) in enumerate(zip(shadows, params, how, strict=True)):
         if shadow.numel():
-            chosen.setdefault(_kernel(shadow, param), []).append(i)
+            chosen.setdefault(_kernel(shadow, param, stored), []).append(i)
     bound: list[Bound] = []
     for kernel, at in chosen.items():
         these, those = ([tensors[i] for i in at] for tensors in (shadows, params))
-        bound.append(_bound(kernel, these, those, [slots[i] for i in at]))
+        bound.append(_bound(kernel, these, those, [slots[i] for i in at], [how[i] for i in at]))
     return bound[0] if len(bound) == 1 else _joined(bound)
 
 
-def bind_auto(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
+def bind_auto(
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[int],
+    roundings: Sequence[Rounding | None] = (),
+) -> Bound:
     """Like `bind`, but foreach for few elements."""
     numel = sum(shadow.numel() for shadow in shadows)
-    return (foreach.bind if numel < AUTO_NUMEL else bind)(shadows, params, slots)
+    return (foreach.bind if numel < AUTO_NUMEL else bind)(shadows, params, slots, roundings)
 
 
-def _kernel(shadow: Tensor, param: Tensor) -> ModuleType:
+def _kernel(shadow: Tensor, param: Tensor, stored: Rounding | None) -> ModuleType:
     """The module of the kernel for this pair."""
-    if fused_cpu.supports(shadow, param):
+    if fused_cpu.supports(shadow, param, stored):
         return fused_cpu if fused_cpu.library() is not None else foreach
     if _on_gpu(shadow):
         fused_gpu = _fused_gpu()
-        if fused_gpu is not None and fused_gpu.supports(shadow, param):
+        if fused_gpu is not None and fused_gpu.supports(shadow, param, stored):
             return fused_gpu
     return foreach
 
 
 def _bound(
-    kernel: ModuleType, shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]
+    kernel: ModuleType,
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[int],
+    roundings: Sequence[Rounding | None],
 ) -> Bound:
     """Binds this kernel; foreach instead if Triton cannot compile it."""
     bound: Bound
     if kernel is not _fused_gpu():
-        bound = kernel.bind(shadows, params, slots)
+        bound = kernel.bind(shadows, params, slots, roundings)
         return bound
     try:
-        bound = kernel.bind(shadows, params, slots)
+        bound = kernel.bind(shadows, params, slots, roundings)
     except torch.OutOfMemoryError:
         raise
     # no C compiler, a broken one, no headers, no writable folder, an unknown GPU: Triton raises
     # exceptions of many classes; nothing was written yet
     except Exception as error:
         _do_without_triton(error)
-        bound = foreach.bind(shadows, params, slots)
+        bound = foreach.bind(shadows, params, slots, roundings)
     return bound
 
 

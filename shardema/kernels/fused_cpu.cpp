@@ -2,6 +2,7 @@
 //
 //   row     a parameter; its elements are [start, start of the next row) of the whole table
 //   twin    a shadow of that row and the slot of its weight; rows[r].first .. rows[r + 1].first
+//           and for its rounding, if it has one: see rounding.py
 //   block   4096 elements of a row: the parameter is read once, each of its twins moves by it
 //
 // The rounding is that of torch.lerp on a CPU (aten/src/ATen/native/cpu/LerpKernel.cpp): below 0.5
@@ -118,6 +119,115 @@ void move(const void* param, void* shadow, int64_t at, int64_t n, double given) 
     block<Form::from_half>(p, s, n, weight - 1);
 }
 
+// ---- roundings: lerp in double, then rounded at random or with its lost bits: see rounding.py ----
+
+const int kCut = 45;   // bits of a double that bf16 has no room for
+const int kLost = 13;  // bits of a double that a float and its companion have no room for
+const uint64_t kGolden = 0x9E3779B97F4A7C15u;
+
+inline uint64_t mixed(uint64_t x) {  // splitmix64
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
+inline bool finite(uint64_t bits) { return (bits >> 52 & 0x7ff) != 0x7ff; }
+
+inline bool has_companion(int64_t bits) {  // of a shadow in double: neither inf, NaN nor 0
+  return finite(uint64_t(bits)) && (bits & 0x7fffffffffffffff) != 0;
+}
+
+template <Form form>
+inline double moved(double start, double end, double coefficient) {
+  if (form == Form::copy) return end;
+  return multiply_add(coefficient, end - start, form == Form::below_half ? start : end);
+}
+
+struct Places {  // of elements in the full tensor: runs of equal steps, and a jump between them
+  int64_t first, run, step, jump;
+};
+
+template <Form form, class P>
+void round_run(const P* __restrict__ param, bf16* __restrict__ shadow, int64_t n,
+               double coefficient, uint64_t first, uint64_t step) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double value =
+        moved<form>(double(widen(shadow[i])), double(widen(param[i])), coefficient);
+    const uint64_t bits = reread<uint64_t>(value);
+    const uint64_t noise = mixed(first + uint64_t(i) * step) >> (64 - kCut);
+    const uint64_t cut = (bits + noise) & ~((uint64_t(1) << kCut) - 1);
+    narrow(reread<double>(finite(bits) ? cut : bits), &shadow[i]);
+  }
+}
+
+template <Form form, class P>
+void round_block(const P* param, bf16* shadow, int64_t at, int64_t n, double coefficient,
+                 uint64_t key, const Places& places) {
+  for (const int64_t end = at + n; at < end;) {
+    const int64_t run = at / places.run, inside = at % places.run;
+    const int64_t left = places.run - inside;
+    const int64_t part = left < end - at ? left : end - at;
+    const uint64_t place = places.first + run * places.jump + inside * places.step;
+    round_run<form>(param, shadow, part, coefficient, key + place * kGolden,
+                    places.step * kGolden);
+    param += part, shadow += part, at += part;
+  }
+}
+
+template <Form form, class P>
+void compensate_block(const P* __restrict__ param, float* __restrict__ shadow,
+                      int16_t* __restrict__ companion, int64_t n, double coefficient) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t before = reread<int64_t>(double(shadow[i]));
+    const int64_t lost = int64_t(companion[i]) * (int64_t(1) << kLost);
+    const double start = reread<double>(before + (has_companion(before) ? lost : 0));
+    const double value = moved<form>(start, double(widen(param[i])), coefficient);
+    const float nearest = float(value);
+    const int64_t stored = reread<int64_t>(double(nearest));
+    const int64_t apart = reread<int64_t>(value) - stored;
+    const int64_t units = (apart + (1 << (kLost - 1))) >> kLost;
+    const int64_t most = units < 32767 ? units : 32767;
+    const int64_t both = most > -32768 ? most : -32768;
+    shadow[i] = nearest;
+    companion[i] = has_companion(stored) ? int16_t(both) : int16_t(0);
+  }
+}
+
+struct Rounding {
+  int16_t* companion;  // null: rounded at random
+  uint64_t key;
+  Places places;
+};
+
+template <Form form, class P>
+void store_rounded(const P* param, void* shadow, int64_t at, int64_t n, double coefficient,
+                   const Rounding& how, uint64_t key) {
+  if (how.companion)
+    compensate_block<form>(param, static_cast<float*>(shadow) + at, how.companion + at, n,
+                           coefficient);
+  else
+    round_block<form>(param, static_cast<bf16*>(shadow) + at, at, n, coefficient, key,
+                      how.places);
+}
+
+template <class P>
+void move_rounded(const void* param, void* shadow, int64_t at, int64_t n, double weight,
+                  const Rounding& how, double number) {
+  const P* p = static_cast<const P*>(param);
+  const uint64_t key = mixed(how.key + uint64_t(number) * kGolden);
+  if (weight == 0) return;
+  if (weight == 1)
+    store_rounded<Form::copy>(p, shadow, at, n, weight, how, key);
+  else if (weight < 0.5)
+    store_rounded<Form::below_half>(p, shadow, at, n, weight, how, key);
+  else
+    store_rounded<Form::from_half>(p, shadow, at, n, weight - 1, how, key);
+}
+
+typedef void (*MoveRounded)(const void*, void*, int64_t, int64_t, double, const Rounding&, double);
+const MoveRounded kMovesRounded[3] = {move_rounded<float>, move_rounded<double>,
+                                      move_rounded<bf16>};
+
 typedef void (*Move)(const void*, void*, int64_t, int64_t, double);
 
 // [dtype of the parameter][dtype of the shadow]: fused_cpu.py numbers them alike.
@@ -158,8 +268,10 @@ struct Twin {
   void* shadow;
   int64_t dtype;
   int64_t slot;
+  int64_t number;  // slot of the number of the update; negative: no rounding
+  Rounding rounding;
 };
-static_assert(sizeof(Row) == 32 && sizeof(Twin) == 24, "fused_cpu.py writes 8 bytes a field");
+static_assert(sizeof(Row) == 32 && sizeof(Twin) == 80, "fused_cpu.py writes 8 bytes a field");
 
 struct Table {
   const Row* rows;  // one more than there are: the last one is where the table ends
@@ -180,6 +292,11 @@ void move_block(const Table& table, const Row* row, int64_t at, int64_t n) {
   }
   for (int64_t t = row[0].first; t < row[1].first; ++t) {
     const Twin& twin = table.twins[t];
+    if (twin.number >= 0) {
+      kMovesRounded[dtype](param, twin.shadow, at, n, table.weights[twin.slot], twin.rounding,
+                           table.weights[twin.number]);
+      continue;
+    }
     kMoves[dtype][twin.dtype](param, twin.shadow, at, n, table.weights[twin.slot]);
   }
 }

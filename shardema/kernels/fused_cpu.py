@@ -4,7 +4,7 @@
 
     pairs    (shadow, param, slot) ...        dense tensors of equal strides
     rows     param, numel | param, numel      one for each param; read from memory once
-    twins    shadow slot  shadow slot | ..    the averages of each row
+    twins    shadow slot  shadow slot | ..    the averages of each row, and their roundings
     lerp_    weights -> C doubles, then one call that processes the rows with torch's threads
 
 The code is ``fused_cpu.cpp``, which `build` compiles once. Before it is used it is compared with
@@ -19,7 +19,7 @@ import itertools
 import logging
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from shardema.kernels import build, reference
 from shardema.kernels.bound import Bound
+from shardema.kernels.rounding import Compensated, Rounding, Stochastic, runs
 from shardema.shards.strides import dense_like
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,11 @@ class Table:
         torch.autograd.graph.increment_version(self.shadows)
 
 
-def supports(shadow: Tensor, param: Tensor) -> bool:
-    """Whether the compiled code supports a pair: plain dense CPU tensors of equal strides."""
+def supports(shadow: Tensor, param: Tensor, stored: Rounding | None = None) -> bool:
+    """Whether the compiled code supports a pair: plain dense CPU tensors of equal strides.
+
+    Of shadows that are rounded at random also boxes of such tensors.
+    """
     if shadow.dtype not in SHADOW_DTYPES or param.dtype not in PARAM_DTYPES:
         return False
     for tensor in (shadow, param):
@@ -86,12 +90,19 @@ def supports(shadow: Tensor, param: Tensor) -> bool:
             return False
     if shadow.shape != param.shape:
         return False
+    if isinstance(stored, Stochastic):
+        return runs(shadow, param, stored) is not None
     if shadow.is_contiguous() and param.is_contiguous():
         return True
     return shadow.stride() == param.stride() == dense_like(param)
 
 
-def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
+def bind(
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[int],
+    roundings: Sequence[Rounding | None] = (),
+) -> Bound:
     """Returns ``lerp_(weights)`` over pairs that it `supports`; their storage must not change.
 
     Raises:
@@ -100,34 +111,57 @@ def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[in
     code = library()
     if code is None:
         raise RuntimeError("fused: the CPU kernel could not be compiled; use kernel='foreach'")
-    return Bound(table(code, shadows, params, slots), ("fused",))
+    return Bound(table(code, shadows, params, slots, roundings), ("fused",))
 
 
 def table(
-    code: Library, shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]
+    code: Library,
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[int],
+    roundings: Sequence[Rounding | None] = (),
 ) -> Table:
     """The table of the pairs. A parameter that is listed several times becomes one row."""
-    rows: dict[tuple[int, int, torch.dtype], list[tuple[Tensor, int]]] = {}
-    for shadow, param, slot in zip(shadows, params, slots, strict=True):
-        key = (param.data_ptr(), param.numel(), param.dtype)
-        rows.setdefault(key, []).append((shadow, slot))
+    how = roundings or [None] * len(shadows)
+    rows: dict[tuple[int, int, torch.dtype], list[list[int]]] = {}
+    for shadow, param, slot, stored in zip(shadows, params, slots, how, strict=True):
+        for address, numel, fields in _twins(shadow, param, slot, stored):
+            rows.setdefault((address, numel, param.dtype), []).append(fields)
     row_fields, twin_fields, start, first = [], [], 0, 0
     for (address, numel, dtype), twins in rows.items():
         row_fields += [start, address, PARAM_DTYPES[dtype], first]
         start += numel
         first += len(twins)
-        for shadow, slot in twins:
-            twin_fields += [shadow.data_ptr(), SHADOW_DTYPES[shadow.dtype], slot]
+        for fields in twins:
+            twin_fields += fields
     row_fields += [start, 0, 0, first]  # the end of the table
+    numbers = [*slots, *(one.number for one in how if isinstance(one, Stochastic))]
     return Table(
         code,
         len(rows),
         (ctypes.c_int64 * len(row_fields))(*row_fields),
         (ctypes.c_int64 * len(twin_fields))(*twin_fields),
-        (ctypes.c_double * (1 + max(slots)))(),
-        list(shadows),
+        (ctypes.c_double * (1 + max(numbers)))(),
+        [*shadows, *(one.companion for one in how if isinstance(one, Compensated))],
         [param.detach() for param in params],
     )
+
+
+def _twins(
+    shadow: Tensor, param: Tensor, slot: int, stored: Rounding | None
+) -> Iterator[tuple[int, int, list[int]]]:
+    """Address and size of each row of a pair, and the fields of its twin."""
+    fields = [shadow.data_ptr(), SHADOW_DTYPES[shadow.dtype], slot]
+    if not isinstance(stored, Stochastic):
+        rest = [-1, 0] if stored is None else [slot, stored.companion.data_ptr()]
+        yield param.data_ptr(), param.numel(), [*fields, *rest, 0, 0, 1, 0, 0]
+        return
+    for run in runs(shadow, param, stored) or ():
+        address = param.data_ptr() + run.param * param.itemsize
+        fields[0] = shadow.data_ptr() + run.shadow * shadow.itemsize
+        key = stored.key - (1 << 64) if stored.key >> 63 else stored.key
+        places = [run.first, run.run, run.step, run.jump]
+        yield address, run.numel, [*fields, stored.number, 0, key, *places]
 
 
 _once = threading.Lock()
@@ -181,16 +215,30 @@ def _threads() -> Threads:
 def agrees(code: Library) -> bool:
     """Whether it is bitwise equal to the reference kernel, for every pair of dtypes."""
     every = itertools.product(PARAM_DTYPES, SHADOW_DTYPES)
-    return all(_agrees(code, param, shadow) for param, shadow in every)
+    return all(
+        _agrees(code, param, shadow) and _agrees(code, param, shadow, rounded=True)
+        for param, shadow in every
+    )
 
 
-def _agrees(code: Library, param_dtype: torch.dtype, shadow_dtype: torch.dtype) -> bool:
+def _agrees(
+    code: Library, param_dtype: torch.dtype, shadow_dtype: torch.dtype, rounded: bool = False
+) -> bool:
     shadow, param = _samples(shadow_dtype, 0), _samples(param_dtype, 1)
+    numel = shadow.numel()
     for weight in (1e-4, 0.3, 0.49999997, 0.5, 0.9, 1 - 2**-24, 1.0):
-        got, expected = shadow.clone(), shadow.clone()
-        table(code, [got], [param], [0])([weight])
-        reference.bind([expected], [param], [0])([weight])
-        if not same_bits(got, expected):
+        results = []
+        for bind in (functools.partial(table, code), reference.bind):
+            found, lost = shadow.clone(), torch.arange(numel, dtype=torch.int16, device="cpu")
+            how: Rounding | None = None
+            if rounded and shadow_dtype == torch.bfloat16:
+                how = Stochastic(7, 1, 11, (1,))
+            elif rounded and shadow_dtype == torch.float32:
+                how = Compensated(lost)
+            bind([found], [param], [0], [how])([weight, 3.0])
+            results.append((found, lost))
+        (got, got_lost), (expected, expected_lost) = results
+        if not (same_bits(got, expected) and torch.equal(got_lost, expected_lost)):
             return False
     return True
 

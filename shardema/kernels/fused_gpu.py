@@ -6,6 +6,7 @@
     jobs       param, its shadows, their slots  a parameter is read once for all its averages
     table      a row per block of a parameter   size, wide?, param, shadows[K], slots[K]   int64
     launch     a program per row                one launch per (param dtype, shadow dtypes)
+    rounded    a table of its own per rounding  one launch per (param dtype, rounding)
     weights    a float64 per slot, on the GPU   read by the programs, so a graph can be replayed
 
 Only this file imports triton.
@@ -17,8 +18,9 @@ Only this file imports triton.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -26,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardema.kernels.bound import Bound
+from shardema.kernels.rounding import Compensated, Rounding, Stochastic, runs
 from shardema.shards.strides import dense_like
 
 BLOCK = 4096  # elements of a program
@@ -100,6 +103,76 @@ def _lerp(shadow, param, weight, SHADOW: tl.constexpr):
     return tl.where(weight == 1, end, moved.to(SHADOW))
 
 
+@triton.jit
+def _mixed(x):
+    """The last part of splitmix64, of uint64."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _finite(bits):
+    """Whether the bits of a float64 are neither inf nor NaN."""
+    return ((bits >> 52) & 0x7FF) != 0x7FF
+
+
+@triton.jit
+def _has_companion(bits):
+    """Whether the bits of a float64 are neither those of inf, NaN nor 0."""
+    return _finite(bits) & ((bits & 0x7FFFFFFFFFFFFFFF) != 0)
+
+
+@triton.jit
+def stochastic_kernel(table, weights, PARAM: tl.constexpr, BLOCK: tl.constexpr):
+    """A program per row: bfloat16 shadows, rounded at random as `rounding` says."""
+    row = table + tl.program_id(0).to(tl.int64) * 11
+    weight = tl.load(weights + tl.load(row + 3))
+    if weight != 0:
+        at = tl.arange(0, BLOCK)
+        inside = at < tl.load(row)
+        param = tl.load(tl.load(row + 1).to(tl.pointer_type(PARAM)) + at, mask=inside)
+        target = tl.load(row + 2).to(tl.pointer_type(tl.bfloat16)) + at
+        shadow = tl.load(target, mask=inside)
+        value = _lerp(shadow.to(tl.float64), param, weight, tl.float64)
+        number = tl.load(weights + tl.load(row + 4)).to(tl.int64).to(tl.uint64)
+        element = tl.load(row + 7) + at
+        run = tl.load(row + 8)
+        place = (element // run) * tl.load(row + 10) + (element % run) * tl.load(row + 9)
+        place = (tl.load(row + 6) + place).to(tl.uint64)
+        key = _mixed(tl.load(row + 5).to(tl.uint64) + number * 0x9E3779B97F4A7C15)
+        noise = _mixed(place * 0x9E3779B97F4A7C15 + key) >> 19
+        bits = value.to(tl.int64, bitcast=True)
+        cut = (bits + noise.to(tl.int64)) & -35184372088832  # 45 zeros
+        value = tl.where(_finite(bits), cut.to(tl.float64, bitcast=True), value)
+        tl.store(target, value.to(tl.float32).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def compensated_kernel(table, weights, PARAM: tl.constexpr, BLOCK: tl.constexpr):
+    """A program per row: float32 shadows and their companions, as `rounding` says."""
+    row = table + tl.program_id(0).to(tl.int64) * 5
+    weight = tl.load(weights + tl.load(row + 3))
+    if weight != 0:
+        at = tl.arange(0, BLOCK)
+        inside = at < tl.load(row)
+        param = tl.load(tl.load(row + 1).to(tl.pointer_type(PARAM)) + at, mask=inside)
+        target = tl.load(row + 2).to(tl.pointer_type(tl.float32)) + at
+        companion = tl.load(row + 4).to(tl.pointer_type(tl.int16)) + at
+        shadow = tl.load(target, mask=inside).to(tl.float64).to(tl.int64, bitcast=True)
+        lost = tl.load(companion, mask=inside).to(tl.int64) * 8192
+        lost = tl.where(_has_companion(shadow), lost, 0)
+        start = (shadow + lost).to(tl.float64, bitcast=True)
+        value = _lerp(start, param, weight, tl.float64)
+        nearest = value.to(tl.float32)
+        stored = nearest.to(tl.float64).to(tl.int64, bitcast=True)
+        units = (value.to(tl.int64, bitcast=True) - stored + 4096) >> 13
+        units = tl.minimum(tl.maximum(units, -32768), 32767)
+        tl.store(target, nearest, mask=inside)
+        units = tl.where(_has_companion(stored), units, 0)
+        tl.store(companion, units.to(tl.int16), mask=inside)
+
+
 @dataclass(frozen=True)
 class Replayable(Bound):
     """A bound kernel, ``lerp_(weights)``, that a CUDA graph can capture.
@@ -146,26 +219,71 @@ class _Launch:
             )
 
 
+@dataclass(frozen=True)
+class _Rounded:
+    """A pair with a rounding."""
+
+    shadow: Tensor
+    param: Tensor
+    slot: int
+    stored: Rounding
+
+    @property
+    def slots(self) -> list[int]:
+        stored = self.stored
+        return [self.slot, stored.number] if isinstance(stored, Stochastic) else [self.slot]
+
+
+@dataclass(frozen=True)
+class _RoundedLaunch:
+    """The arguments of one launch of pairs with a rounding."""
+
+    table: Tensor  # [blocks, fields]
+    weights: Tensor  # [slots]
+    param: torch.dtype
+    kernel: Any
+
+    def run(self, programs: int) -> None:
+        with torch.cuda.device_of(self.table):
+            self.kernel[(programs,)](
+                self.table, self.weights, PARAM=_TYPES[self.param], BLOCK=BLOCK, num_warps=WARPS
+            )
+
+
 class _Work:
     """The launches, and their weights on each device."""
 
-    def __init__(self, jobs: Sequence[_Job]) -> None:
-        self._params = [job.param for job in jobs]  # kept alive: the tables hold their addresses
+    def __init__(self, jobs: Sequence[_Job], rounded: Sequence[_Rounded]) -> None:
+        # kept alive: the tables hold their addresses
+        self._params = [job.param for job in jobs] + [one.param for one in rounded]
         self._shadows = [shadow for job in jobs for shadow in job.shadows]
+        self._shadows += [one.shadow for one in rounded]
+        lost = (one.stored for one in rounded)
+        self._shadows += [one.companion for one in lost if isinstance(one, Compensated)]
         groups: dict[tuple[torch.device, torch.dtype, _Dtypes], list[_Job]] = {}
         for job in jobs:
             dtypes = tuple(shadow.dtype for shadow in job.shadows)
             groups.setdefault((job.param.device, job.param.dtype, dtypes), []).append(job)
-        count = 1 + max((slot for job in jobs for slot in job.slots), default=-1)
+        alike: dict[tuple[torch.device, torch.dtype, bool], list[_Rounded]] = {}
+        for pair in rounded:
+            at_random = isinstance(pair.stored, Stochastic)
+            alike.setdefault((pair.param.device, pair.param.dtype, at_random), []).append(pair)
+        used = [slot for job in jobs for slot in job.slots]
+        used += [slot for pair in rounded for slot in pair.slots]
+        count = 1 + max(used, default=-1)
         self._sent = [0.0] * count
         self._weights = {
-            device: torch.zeros(count, dtype=torch.float64, device=device)
-            for device, _, _ in groups
+            key[0]: torch.zeros(count, dtype=torch.float64, device=key[0])
+            for key in (*groups, *alike)
         }
-        self._launches = [
+        self._launches: list[_Launch | _RoundedLaunch] = [
             _Launch(_on(device, rows(group)), self._weights[device], dtype, dtypes)
             for (device, dtype, dtypes), group in groups.items()
         ]
+        for (device, dtype, at_random), pairs in alike.items():
+            table = _on(device, rounded_rows(pairs))
+            kernel = stochastic_kernel if at_random else compensated_kernel
+            self._launches.append(_RoundedLaunch(table, self._weights[device], dtype, kernel))
         for one in self._launches:  # compiles now, not in a capture; weights of 0 write nothing
             one.run(1)
 
@@ -206,20 +324,30 @@ class _Work:
         return False
 
 
-def supports(shadow: Tensor, param: Tensor) -> bool:
-    """Whether the kernel supports a pair: known dtypes, dense, equal strides."""
+def supports(shadow: Tensor, param: Tensor, stored: Rounding | None = None) -> bool:
+    """Whether the kernel supports a pair: known dtypes, dense, equal strides.
+
+    Of shadows that are rounded at random also boxes of such tensors.
+    """
     for tensor in (shadow, param):
         own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         if own or tensor.dtype not in _TYPES or tensor.layout != torch.strided:
             return False
     if shadow.shape != param.shape or shadow.device != param.device:
         return False
+    if isinstance(stored, Stochastic):
+        return runs(shadow, param, stored) is not None
     if shadow.is_contiguous() and param.is_contiguous():
         return True
     return shadow.stride() == param.stride() == dense_like(param)
 
 
-def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Replayable:
+def bind(
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[int],
+    roundings: Sequence[Rounding | None] = (),
+) -> Replayable:
     """Returns ``lerp_(weights)`` over pairs of local tensors of equal shape and device.
 
     It stores addresses: the tensors' storage must not change. Must not be called while a CUDA
@@ -229,15 +357,20 @@ def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[in
         ValueError: a pair that it does not support, see `supports`.
     """
     jobs: list[_Job] = []
+    rounded: list[_Rounded] = []
     last: dict[tuple[torch.device, torch.dtype, int, int], _Job] = {}
-    for shadow, param, slot in zip(shadows, params, slots, strict=True):
-        if not supports(shadow, param):
+    how = roundings or [None] * len(shadows)
+    for shadow, param, slot, stored in zip(shadows, params, slots, how, strict=True):
+        if not supports(shadow, param, stored):
             raise ValueError(
                 f"fused: got a shadow of {_facts(shadow)} and a parameter of {_facts(param)}, "
                 "expected dense tensors of a floating dtype, with equal strides, on one device; "
                 "use kernel='foreach'"
             )
         if shadow.numel() == 0:
+            continue
+        if stored is not None:
+            rounded.append(_Rounded(shadow, param.detach(), slot, stored))
             continue
         key = (param.device, param.dtype, param.data_ptr(), param.numel())
         if key not in last or len(last[key].slots) == MAX_AVERAGES:
@@ -246,8 +379,9 @@ def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[in
             jobs.append(last[key])
         last[key].shadows.append(shadow)
         last[key].slots.append(slot)
-    work = _Work(jobs)
-    return Replayable(work.move, ("fused",) if jobs else (), work.launch, work.refresh)
+    work = _Work(jobs, rounded)
+    names = ("fused",) if jobs or rounded else ()
+    return Replayable(work.move, names, work.launch, work.refresh)
 
 
 def rows(jobs: Sequence[_Job]) -> Tensor:
@@ -263,14 +397,58 @@ def rows(jobs: Sequence[_Job]) -> Tensor:
         numels = torch.tensor([job.param.numel() for job in jobs])
         starts = torch.tensor([[tensor.data_ptr() for tensor in row] for row in tensors])
         slots = torch.tensor([job.slots for job in jobs])
-        blocks = (numels + BLOCK - 1) // BLOCK  # [jobs]
-        of = torch.arange(len(jobs)).repeat_interleave(blocks)  # the job of each row
-        first = (blocks.cumsum(0) - blocks)[of]  # the first row of that job
-        begin = (torch.arange(len(of)) - first) * BLOCK  # in elements of the job
-    sizes = (numels[of] - begin).clamp(max=BLOCK)
+    of, begin, sizes = _blocks(numels)
     addresses = starts[of] + begin[:, None] * steps
     wide = (sizes == BLOCK) & (addresses % ALIGN == 0).all(1)
     return torch.cat([sizes[:, None], wide[:, None], addresses, slots[of]], dim=1)
+
+
+def rounded_rows(pairs: Sequence[_Rounded]) -> Tensor:
+    """The table of pairs of the same dtypes and kind of rounding, int64, on the host.
+
+    A row: elements of the block, the addresses of its parameter and its shadow, the slot. Then, of
+    shadows rounded at random, the slot of the number, the key, and the place of the first element
+    of its run, the number of the block's first element in it, and the run's other fields; of others
+    the address of the companion.
+    """
+    found = [fields for pair in pairs for fields in _runs_of(pair)]
+    shadow, param = pairs[0].shadow, pairs[0].param
+    with torch.device("cpu"):
+        table = torch.tensor(found)
+    of, begin, sizes = _blocks(table[:, 0])
+    table = table[of]
+    table[:, 0] = sizes
+    table[:, 1] += begin * param.itemsize
+    table[:, 2] += begin * shadow.itemsize
+    if isinstance(pairs[0].stored, Stochastic):
+        table[:, 7] = begin
+    else:
+        table[:, 4] += begin * 2
+    return table
+
+
+def _runs_of(pair: _Rounded) -> Iterator[list[int]]:
+    """The fields of the rows of a pair, as if a block had any size."""
+    shadow, param, stored = pair.shadow, pair.param, pair.stored
+    start, source = shadow.data_ptr(), param.data_ptr()
+    if isinstance(stored, Compensated):
+        yield [shadow.numel(), source, start, pair.slot, stored.companion.data_ptr()]
+        return
+    key = stored.key - (1 << 64) if stored.key >> 63 else stored.key
+    for run in runs(shadow, param, stored) or ():
+        addresses = [source + run.param * param.itemsize, start + run.shadow * shadow.itemsize]
+        places = [run.first, 0, run.run, run.step, run.jump]
+        yield [run.numel, *addresses, pair.slot, stored.number, key, *places]
+
+
+def _blocks(numels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each block of jobs of these sizes: its job, its first element in it, and its size."""
+    with torch.device("cpu"):
+        blocks = (numels + BLOCK - 1) // BLOCK  # [jobs]
+        of = torch.arange(len(numels)).repeat_interleave(blocks)  # the job of each row
+        first = (blocks.cumsum(0) - blocks)[of]  # the first row of that job
+        begin = (torch.arange(len(of)) - first) * BLOCK  # in elements of the job
+    return of, begin, (numels[of] - begin).clamp(max=BLOCK)
 
 
 def _on(device: torch.device, table: Tensor) -> Tensor:

@@ -9,15 +9,26 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from shardema.kernels import rounding
 from shardema.kernels.bound import Bound, rounded
+from shardema.kernels.rounding import Rounding
 
 
-def bind(shadows: Sequence[Tensor], params: Sequence[Tensor], slots: Sequence[int]) -> Bound:
+def bind(
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    slots: Sequence[int],
+    roundings: Sequence[Rounding | None] = (),
+) -> Bound:
     """Returns ``lerp_(weights)`` over pairs of local tensors of equal shape and device."""
-    pairs = list(zip(shadows, params, slots, strict=True))
+    how = roundings or [None] * len(shadows)
+    pairs = list(zip(shadows, params, slots, how, strict=True))
 
     def lerp_(weights: Sequence[float]) -> None:
-        for shadow, param, slot in pairs:
+        for shadow, param, slot, stored in pairs:
+            if stored is not None:
+                rounding.update_(shadow, param, stored, slot, weights)
+                continue
             weight = rounded(weights[slot], shadow.dtype)
             if weight == 1:
                 shadow.copy_(param)

@@ -102,6 +102,8 @@ class Contents:
         dtype: returns the dtype that an item is sent and written in.
         ranks: the ranks that gather or write together.
         name: of the average; None for the model's own tensors.
+        companions: returns the lost bits of a box, of which a save makes one float64 with its
+            value; None if there are none.
     """
 
     plan: Plan
@@ -110,6 +112,7 @@ class Contents:
     dtype: Callable[[Item], torch.dtype]
     ranks: Ranks
     name: str | None = None
+    companions: Callable[[int, Box], Tensor | None] = lambda index, box: None
 
     @property
     def items(self) -> Iterator[Item]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from shardema.kernels.rounding import Compensated, Rounding, Stochastic, tensor_key
 from shardema.policy import ShadowPolicy
 from shardema.profiles import History, Ledger
 from shardema.ranks.plan import Holdings, Plan
@@ -15,6 +16,8 @@ from shardema.shards.boxes import Box
 from shardema.shards.shard import Shard
 from shardema.update.homes import Home
 from shardema.update.shadows import Shadows
+
+Pair = tuple[Tensor, Tensor, int, Rounding | None]  # shadow, source, slot of the weight, rounding
 
 _LOOKAHEAD = 1 << 20  # updates within which a schedule's first decay below 1 is searched
 
@@ -68,6 +71,14 @@ class Average:
         """This rank's values of a box: averages, and the model's own tensors."""
         return Holdings(plan, shards, self.shadows.views)
 
+    def companions(
+        self, plan: Plan, shards: Sequence[Shard]
+    ) -> Callable[[int, Box], Tensor | None]:
+        """This rank's lost bits of a box of a compensated average; None of any other tensor."""
+        kept = self.shadows.companions
+        held = Holdings(plan, [shard for shard in shards if shard.fqn in kept], kept)
+        return lambda index, box: held(index, box) if plan.items[index].fqn in kept else None
+
     @property
     def schedules(self) -> tuple[Schedule, ...]:
         """The schedules of its tensors: one, or the default and one for each pattern."""
@@ -98,14 +109,41 @@ class Average:
             found.append(1.0 - retention)
         return found
 
-    def merged_pairs(self, shards: Sequence[Shard]) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Shadows, their sources and the index of their schedule; adjacent tensors merged."""
+    def pairs(self, shards: Sequence[Shard], first: int) -> Iterator[Pair]:
+        """Shadows, their sources, slots and roundings; adjacent tensors merged, where possible.
+
+        Args:
+            first: the first slot of this average in a kernel's arguments, see `arguments`.
+        """
         by_schedule: dict[int, list[Shard]] = {}
         for shard in shards:
             by_schedule.setdefault(self.index(shard), []).append(shard)
         for index, group in by_schedule.items():
+            if self.policy.stochastic:
+                yield from self._boxes(group, first + index, first + len(self.schedules))
+                continue
             for shadow, source in zip(*self.shadows.merged_pairs(group), strict=True):
-                yield shadow, source, index
+                lost = self.shadows.companion(shadow)
+                yield shadow, source, first + index, None if lost is None else Compensated(lost)
+
+    def _boxes(self, shards: Sequence[Shard], slot: int, number: int) -> Iterator[Pair]:
+        """A pair for each box, since rounding depends on where it is in the full tensor."""
+        for shard in shards:
+            key = tensor_key(self.policy.seed, shard.fqn)
+            shadows = shard.local_boxes(self.shadows.views[shard.fqn])
+            for (box, shadow), (_, source) in zip(
+                shadows, shard.local_boxes(shard.source), strict=True
+            ):
+                yield shadow, source, slot, Stochastic.of(key, number, shard.shape, box)
+
+    def arguments(self, weights: Sequence[float]) -> list[float]:
+        """What a kernel is called with: ``weights``, and the number of the update if it needs it.
+
+        All are 0 if the update changes nothing.
+        """
+        if not self.policy.stochastic:
+            return list(weights)
+        return [*weights, float(self.num_updates + 1) if any(weights) else 0.0]
 
     def record_update(self, weights: Sequence[float], dt: float) -> None:
         """Records an update: advances the clock."""

@@ -185,7 +185,7 @@ class Averages(Mapping[str, Average]):
         return {
             f"clock of {a.name!r} (t, num_updates, moved_at)": [a.t, a.num_updates, a.moved_at]
             for a in self.values()
-        }
+        } | {f"seed of {a.name!r}": a.policy.seed for a in self.values() if a.policy.stochastic}
 
     # ---- what the ranks hold ------------------------------------------------------------------
 
@@ -196,6 +196,10 @@ class Averages(Mapping[str, Average]):
     def dtype_of(self, average: Readable) -> Callable[[Item], torch.dtype]:
         """A function that returns the dtype of an item in the averaged model."""
         return lambda i: average.policy.dtype_for(i.dtype) if i.averaged else i.dtype
+
+    def stored_dtype_of(self, average: Average) -> Callable[[Item], torch.dtype]:
+        """A function that returns the dtype of an item in a checkpoint."""
+        return lambda i: average.policy.stored_dtype_for(i.dtype) if i.averaged else i.dtype
 
     @property
     def sliced(self) -> bool:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from shardema import kernels
+from shardema.kernels.rounding import Rounding
 from shardema.scopes import writable
 from shardema.update.staging import (
     CopyStreams,
@@ -38,6 +39,7 @@ from shardema.update.staging import (
     buffer_bytes,
     buffer_sizes,
     chunk_bytes,
+    chunk_numel,
     cut_pairs,
     make_device_batch,
     make_host_batch,
@@ -61,6 +63,7 @@ class HostOffload:
         params: of the same shapes, on any devices.
         slots: for each pair, the index of its weight.
         bind: the kernel, for tensors on the CPU.
+        roundings: for each pair, how its shadow is stored.
         staging_bytes: size of both buffers together, in bytes; they are pinned if a parameter is
             on a GPU, and no larger than needed.
         detach: called by the thread in each update, before it changes the first shadow.
@@ -77,13 +80,14 @@ class HostOffload:
         params: Sequence[Tensor],
         slots: Sequence[int],
         bind: kernels.Bind,
+        roundings: Sequence[Rounding | None] = (),
         *,
         staging_bytes: int = STAGING_BYTES,
         detach: Callable[[], None] = lambda: None,
     ) -> None:
         limit = buffer_bytes(staging_bytes)
         with writable():
-            pieces = cut_pairs(shadows, params, slots, lambda _, p: limit // p.itemsize)
+            pieces = cut_pairs(shadows, params, slots, lambda _, p: limit // p.itemsize, roundings)
             packed = pack(pieces, lambda piece: piece.param.nbytes, limit)
             pinned = any(param.device.type == "cuda" for param in params)
             sizes = buffer_sizes(packed, lambda piece: piece.param.nbytes)
@@ -186,7 +190,7 @@ class DeviceOffload:
     Args:
         shadows: on the CPU, pinned if the parameters are on a GPU (see `zeros`); must not be
             accessed before `flush`.
-        params, slots: as for `HostOffload`.
+        params, slots, roundings: as for `HostOffload`.
         bind: the kernel, for tensors on the parameters' device.
         staging_bytes: size of all buffers on a device together, in bytes; no larger than needed.
 
@@ -202,10 +206,12 @@ class DeviceOffload:
         params: Sequence[Tensor],
         slots: Sequence[int],
         bind: kernels.Bind,
+        roundings: Sequence[Rounding | None] = (),
         *,
         staging_bytes: int = STAGING_BYTES,
     ) -> None:
         limit = buffer_bytes(staging_bytes)
+        how = roundings or [None] * len(shadows)
         by_device: dict[torch.device, list[int]] = {}
         for i, param in enumerate(params):
             by_device.setdefault(param.device, []).append(i)
@@ -220,7 +226,7 @@ class DeviceOffload:
                     piece
                     for i in mine
                     for piece in cut_pairs(
-                        [shadows[i]], [params[i]], [slots[i]], lambda s, _: limit // 2 // s.itemsize
+                        [shadows[i]], [params[i]], [slots[i]], chunk_numel(limit, how[i]), [how[i]]
                     )
                 ]
                 packed = pack(pieces, chunk_bytes, limit)

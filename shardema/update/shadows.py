@@ -7,12 +7,13 @@
                                                       are neighbours here, the rest starts on
                                                       64 bytes
     views        conv.weight     norm.bias            same sizes and strides as the shard
+    companions   conv.weight     norm.bias            the same of ``compensated=True``: int16
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,22 +31,41 @@ class Shadows:
 
     Attributes:
         next_fqn: by fqn of a non-empty view, the fqn of the next one in its flat buffer.
+        companions: by fqn, the lost bits of a view, see `rounding`; only of compensated averages.
     """
 
     flats: tuple[Tensor, ...]
     views: Mapping[str, Tensor]
     next_fqn: Mapping[str, str]
+    companions: Mapping[str, Tensor] = field(default_factory=dict)
+    _companion_flats: Mapping[int, Tensor] = field(default_factory=dict)  # by address of the flat
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(flat.nbytes for flat in (*self.flats, *self._companion_flats.values()))
+
+    def companion(self, shadow: Tensor) -> Tensor | None:
+        """The lost bits of a part of a flat buffer."""
+        flat = self._companion_flats.get(shadow.untyped_storage().data_ptr())
+        if flat is None:
+            return None
+        return flat.as_strided(shadow.shape, shadow.stride(), int(shadow.storage_offset()))
 
     def copy_from(self, shards: Sequence[Shard]) -> None:
         """Sets every shadow to its shard's current value."""
         for group in materialized(shards):
             for shard in group:
                 self.views[shard.fqn].copy_(shard.source)
+                if shard.fqn in self.companions:
+                    self.companions[shard.fqn].zero_()
 
     def copy_all(self, other: Shadows) -> None:
         """Sets every shadow to that of ``other``, which must have the same shards."""
         for fqn, mine in self.views.items():  # the flats may be in another order
             mine.copy_(other.views[fqn])
+        for fqn, mine in self.companions.items():
+            mine.copy_(other.companions[fqn])
 
     def merged_pairs(self, shards: Sequence[Shard]) -> tuple[list[Tensor], list[Tensor]]:
         """Shadows and sources of ``shards``, where adjacent tensors are merged to a flat one.
@@ -101,12 +121,20 @@ def allocate(shards: Sequence[Shard], policy: ShadowPolicy, *, pin: bool = True)
         key: torch.zeros(n, dtype=key[1], device=key[0], pin_memory=pinned)
         for key, n in ends.items()
     }
-    views = {}
+    lost = {
+        key: torch.zeros(flat.numel(), dtype=torch.int16, device=key[0], pin_memory=pinned)
+        for key, flat in flats.items()
+        if policy.compensated and key[1] == torch.float32
+    }
+    views, companions = {}, {}
     for shard in shards:
         key, start = starts[shard.fqn]
-        strides = dense_like(shard.source)
-        views[shard.fqn] = flats[key].as_strided(shard.source.shape, strides, start)
-    return Shadows(tuple(flats.values()), views, next_fqn)
+        place = shard.source.shape, dense_like(shard.source), start
+        views[shard.fqn] = flats[key].as_strided(*place)
+        if key in lost:
+            companions[shard.fqn] = lost[key].as_strided(*place)
+    by_address = {flats[key].untyped_storage().data_ptr(): flat for key, flat in lost.items()}
+    return Shadows(tuple(flats.values()), views, next_fqn, companions, by_address)
 
 
 _Key = tuple[torch.device, torch.dtype]

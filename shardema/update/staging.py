@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from shardema import kernels
-from shardema.shards.strides import aligned_parts, dense_like
+from shardema.kernels import rounding
+from shardema.kernels.rounding import Compensated, Rounding, Stochastic
+from shardema.shards.strides import dense_like
 
 _ALIGN = 64  # bytes
 
@@ -104,6 +106,7 @@ class ParamSlice:
     param: Tensor
     shadows: list[Tensor]
     slots: list[int]
+    roundings: list[Rounding | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +127,16 @@ class HostBatch:
 
 @dataclass(frozen=True, eq=False)
 class DeviceBatch:
-    """A batch of `DeviceOffload`: shadows are copied to ``chunks``, which ``lerp_`` writes."""
+    """A batch of `DeviceOffload`: shadows are copied to ``chunks``, which ``lerp_`` writes.
+
+    After all shadows come the companions of those that have any.
+    """
 
     copies: CopyStreams
     buffer: int
     chunks: list[Tensor]
     shadows: list[Tensor]
-    converted: list[Tensor]  # parameters in the dtype and strides of their chunk
+    converted: list[Tensor]  # parameters as the kernel reads them without a scratch
     params: list[Tensor]
     slots: frozenset[int]
     lerp_: kernels.Lerp
@@ -165,21 +171,25 @@ def cut_pairs(
     params: Sequence[Tensor],
     slots: Sequence[int],
     numel: Callable[[Tensor, Tensor], int],
+    roundings: Sequence[Rounding | None] = (),
 ) -> list[ParamSlice]:
     """Parts of at most ``numel(shadow, param)`` elements, device by device; none is empty."""
+    how = roundings or [None] * len(shadows)
     groups: dict[object, list[int]] = {}
     for i, (shadow, param, _) in enumerate(zip(shadows, params, slots, strict=True)):
         # averages of one parameter with equal strides are cut in the same places
-        key = (param.data_ptr(), param.shape, param.stride(), shadow.stride())
+        by_box = isinstance(how[i], Stochastic)
+        key = (param.data_ptr(), param.shape, param.stride(), shadow.stride(), by_box)
         groups.setdefault(key, []).append(i)
     pieces = []
     for group in sorted(groups.values(), key=lambda group: str(params[group[0]].device)):
         param = params[group[0]]
         size = min(numel(shadows[i], param) for i in group)
-        cut = [aligned_parts(shadows[i], param, size) for i in group]
+        cut = [rounding.parts(shadows[i], param, how[i], size) for i in group]
         for parts in zip(*cut, strict=True):
-            cut_shadows = [shadow for shadow, _ in parts]
-            pieces.append(ParamSlice(parts[0][1], cut_shadows, [slots[i] for i in group]))
+            cut_shadows = [shadow for shadow, _, _ in parts]
+            here, stored = [slots[i] for i in group], [one for _, _, one in parts]
+            pieces.append(ParamSlice(parts[0][1], cut_shadows, here, stored))
     return pieces
 
 
@@ -222,23 +232,36 @@ def make_host_batch(
         [shadow for _, piece in batch for shadow in piece.shadows],
         [s for s, piece in read for _ in piece.shadows],
         [slot for _, piece in batch for slot in piece.slots],
+        [stored for _, piece in batch for stored in piece.roundings],
     )
     return HostBatch(copies, k, staging, [piece.param for _, piece in batch], lerp_)
 
 
-def _same_layout(piece: ParamSlice) -> bool:
-    """Whether the parameter has the dtype and strides of its chunk, so needs no conversion."""
-    shadow = piece.shadows[0]
-    return shadow.dtype == piece.param.dtype and dense_like(shadow) == piece.param.stride()
+def _converted(piece: ParamSlice) -> torch.dtype | None:
+    """The dtype that a parameter is converted to on the device; None if it is read as it is.
+
+    A kernel would allocate scratch for every batch to convert it. With a rounding it is never
+    rounded to the dtype of the shadow.
+    """
+    shadow, param = piece.shadows[0], piece.param
+    dtype = shadow.dtype if piece.roundings[0] is None else param.dtype
+    alike = dtype == param.dtype and dense_like(shadow) == param.stride()
+    return None if alike else dtype
 
 
 def chunk_bytes(piece: ParamSlice) -> int:
-    """Bytes of the chunk and, after it, of the converted parameter, if that is needed.
+    """Bytes of the chunk and, after it, of the converted parameter and of the companion, if any."""
+    shadow, dtype, stored = piece.shadows[0], _converted(piece), piece.roundings[0]
+    converted = 0 if dtype is None else _aligned(shadow.numel() * dtype.itemsize)
+    lost = _aligned(stored.companion.nbytes) if isinstance(stored, Compensated) else 0
+    return _aligned(shadow.nbytes) + converted + lost
 
-    A kernel would allocate scratch for every batch to convert it.
-    """
-    size = _aligned(piece.shadows[0].nbytes)
-    return size if _same_layout(piece) else 2 * size
+
+def chunk_numel(limit: int, stored: Rounding | None) -> Callable[[Tensor, Tensor], int]:
+    """A function: the elements of a pair whose chunks have at most ``limit`` bytes."""
+    if stored is None:
+        return lambda shadow, _: limit // 2 // shadow.itemsize
+    return lambda shadow, param: limit // 3 // max(shadow.itemsize, param.itemsize)
 
 
 def make_device_batch(
@@ -251,13 +274,23 @@ def make_device_batch(
     shadows = [piece.shadows[0] for _, piece in batch]
     slots = [piece.slots[0] for _, piece in batch]
     chunks, sources, converted, params = [], [], [], []
+    roundings, lost = [], []
     for at, piece in batch:
-        shadow, source = piece.shadows[0], piece.param
+        shadow, source, stored = piece.shadows[0], piece.param, piece.roundings[0]
         chunks.append(_view(buffer, at, shadow, shadow.dtype))
-        if not _same_layout(piece):
+        at += _aligned(shadow.nbytes)
+        dtype = _converted(piece)
+        if dtype is not None:
             params.append(source)
-            source = _view(buffer, at + _aligned(shadow.nbytes), shadow, shadow.dtype)
+            source = _view(buffer, at, shadow, dtype)
             converted.append(source)
+            at += _aligned(source.nbytes)
         sources.append(source)
-    lerp_ = bind(chunks, sources, slots)
+        if isinstance(stored, Compensated):
+            lost.append(stored.companion)
+            stored = Compensated(_view(buffer, at, shadow, torch.int16))
+        roundings.append(stored)
+    lerp_ = bind(list(chunks), sources, slots, roundings)
+    shadows += lost
+    chunks += [one.companion for one in roundings if isinstance(one, Compensated)]
     return DeviceBatch(copies, k, chunks, shadows, converted, params, frozenset(slots), lerp_)

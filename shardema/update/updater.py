@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-
-from torch import Tensor
+from typing import Any
 
 from shardema import kernels
 from shardema.policy import ShadowPolicy
 from shardema.shards.shard import Shard
-from shardema.update.average import Average
+from shardema.update.average import Average, Pair
 from shardema.update.offload import DeviceOffload, HostOffload
 
 _INLINE = ("", 0)
-_Pairs = tuple[list[Tensor], list[Tensor], list[int]]  # shadows, sources, slots of the weights
 
 
 def _where(policy: ShadowPolicy) -> tuple[str, int]:
     return _INLINE if policy.device == "model" else (policy.compute, policy.staging_bytes)
 
 
-def pairs_with_slots(
+def pairs_of(
     averages: Iterable[Average], held: Callable[[Average], Sequence[Shard]]
-) -> Iterator[tuple[Average, Tensor, Tensor, int]]:
-    """Every shadow with its source, and its slot in the concatenated weights of all averages."""
+) -> Iterator[tuple[Average, Pair]]:
+    """Every pair; its slots are those of the concatenated arguments of all averages."""
     first = 0
     for average in averages:
-        for shadow, source, index in average.merged_pairs(held(average)):
-            yield average, shadow, source, first + index
-        first += len(average.schedules)
+        for pair in average.pairs(held(average), first):
+            yield average, pair
+        first += len(average.arguments([0.0] * len(average.schedules)))
+
+
+def columns(pairs: Sequence[Pair]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """Shadows, sources, slots and roundings, as a kernel's ``bind`` expects them."""
+    shadows, sources, slots, roundings = ([pair[i] for pair in pairs] for i in range(4))
+    return shadows, sources, slots, roundings
 
 
 class Updater:
     """Updates the averages of given shards; bound to the storage of these tensors.
 
     Args:
-        averages: all averages of an EMA; a call's ``weights`` are theirs, concatenated.
+        averages: all averages of an EMA; a call's ``weights`` are their arguments, concatenated.
         held: returns the shards that this rank averages, for one average.
         bind: the kernel.
         detach: called by worker threads before they change averages.
@@ -51,21 +55,21 @@ class Updater:
         bind: kernels.Bind,
         detach: Callable[[], None],
     ) -> None:
-        pairs: dict[tuple[str, int], _Pairs] = {}
+        pairs: dict[tuple[str, int], list[Pair]] = {}
         for average in averages:
-            pairs.setdefault(_where(average.policy), ([], [], []))
-        for average, shadow, source, slot in pairs_with_slots(averages, held):
-            shadows, sources, slots = pairs[_where(average.policy)]
-            shadows.append(shadow)
-            sources.append(source)
-            slots.append(slot)
-        self._inline = [bind(*pairs.pop(_INLINE))] if _INLINE in pairs else []
-        self._behind: list[HostOffload | DeviceOffload] = [
-            HostOffload(*those, bind, staging_bytes=size, detach=detach)
-            if compute == "host"
-            else DeviceOffload(*those, bind, staging_bytes=size)
-            for (compute, size), those in pairs.items()
-        ]
+            pairs.setdefault(_where(average.policy), [])
+        for average, pair in pairs_of(averages, held):
+            pairs[_where(average.policy)].append(pair)
+        self._inline = [bind(*columns(pairs.pop(_INLINE)))] if _INLINE in pairs else []
+        self._behind: list[HostOffload | DeviceOffload] = []
+        for (compute, size), group in pairs.items():
+            shadows, sources, slots, roundings = columns(group)
+            those = shadows, sources, slots, bind, roundings
+            self._behind.append(
+                HostOffload(*those, staging_bytes=size, detach=detach)
+                if compute == "host"
+                else DeviceOffload(*those, staging_bytes=size)
+            )
         by_host = (isinstance(behind, HostOffload) for behind in self._behind)
         self.changes_here = bool(self._inline) or not all(by_host)
 

@@ -18,7 +18,7 @@ from shardema.update.averages import Averages
 from shardema.update.following import Following
 from shardema.update.nonfinite import NonFinite, OnNonfinite
 from shardema.update.notices import Notices
-from shardema.update.updater import Updater, pairs_with_slots
+from shardema.update.updater import Updater, columns, pairs_of
 
 
 class Binding(enum.Enum):
@@ -142,12 +142,14 @@ class Updates:
         self._advance_clocks(weights, step)
 
     def decide(self, step: float) -> tuple[list[list[float]], list[float]]:
-        """The weights ``1 - decay`` of a step: for each average, and concatenated.
+        """The weights ``1 - decay`` of a step for each average, and the kernels' arguments.
 
         All are computed before anything is changed, since a schedule may raise.
         """
-        weights = [average.weights(step) for average in self._averages.values()]
-        return weights, [weight for those in weights for weight in those]
+        averages = self._averages.values()
+        weights = [average.weights(step) for average in averages]
+        pairs = zip(averages, weights, strict=True)
+        return weights, [value for average, those in pairs for value in average.arguments(those)]
 
     def _advance_clocks(self, weights: Sequence[Sequence[float]], step: float) -> None:
         for average, those in zip(self._averages.values(), weights, strict=True):
@@ -157,10 +159,9 @@ class Updates:
 
     def lerp_materialized(self, shards: Sequence[Shard], weights: Sequence[float]) -> None:
         """Updates the averages of shards that `materialized` has loaded."""
-        pairs = list(pairs_with_slots(self._averages.values(), lambda _: shards))
+        pairs = [pair for _, pair in pairs_of(self._averages.values(), lambda _: shards)]
         if pairs:  # else this rank's part is empty
-            _, shadows, sources, slots = (list(column) for column in zip(*pairs, strict=True))
-            self.bind_kernel(shadows, sources, slots)(weights)
+            self.bind_kernel(*columns(pairs))(weights)
 
     # ---- where the weights are ----------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import shardema
-from shardema import ShardedEMA, schedules
+from shardema import ShadowPolicy, ShardedEMA, schedules
 
 STEPS = 3
 
@@ -72,8 +72,13 @@ def go_to(net: nn.Module, step: int) -> None:
         tensor.copy_(full)
 
 
-def build(*, shard: bool = False) -> tuple[nn.Module, ShardedEMA]:
-    """The model and its averages before the first step."""
+def build(*, shard: bool = False, narrow: bool = False) -> tuple[nn.Module, ShardedEMA]:
+    """The model and its averages before the first step.
+
+    Args:
+        narrow: one average is rounded at random, which its known values do not need; the other one
+            is compensated.
+    """
     net: nn.Module = Net()
     if shard:
         mesh = init_device_mesh("cpu", (2,))
@@ -82,11 +87,16 @@ def build(*, shard: bool = False) -> tuple[nn.Module, ShardedEMA]:
         fully_shard(net, mesh=mesh)
     go_to(net, 0)
     layers = schedules.by_pattern({"low.*": 0.25}, default=0.75)
-    return net, ShardedEMA(net, {"short": 0.5, "layers": layers})
+    rules = {"short": 0.5, "layers": layers}
+    if not narrow:
+        return net, ShardedEMA(net, rules)
+    rounded = ShadowPolicy(dtype=torch.bfloat16, seed=7)
+    exact = ShadowPolicy(compensated=True)
+    return net, ShardedEMA(net, rules, shadow={"short": rounded, "layers": exact})
 
 
-def trained(steps: int = STEPS, *, shard: bool = False) -> ShardedEMA:
-    net, ema = build(shard=shard)
+def trained(steps: int = STEPS, *, shard: bool = False, narrow: bool = False) -> ShardedEMA:
+    net, ema = build(shard=shard, narrow=narrow)
     for step in range(1, steps + 1):
         go_to(net, step)
         ema.update()
@@ -123,8 +133,13 @@ def sharded(out: Path) -> None:
     trained(shard=True).save(out, include_frozen=True)
 
 
+def narrow(out: Path) -> None:
+    trained(narrow=True).save(out, include_frozen=True)
+
+
 WRITERS = {
     "plain": plain,
+    "narrow": narrow,
     "replaced": replaced,
     "export": export,
     "manager": manager,

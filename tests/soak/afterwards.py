@@ -345,7 +345,7 @@ def _first(used: Sequence[Snapshot]) -> float:
             move.t
             for _, _, truth in used
             for move, mass in zip(truth.history, truth.masses("")[1], strict=True)
-            if mass > 0
+            if mass > 1e-12
         ),
         default=math.inf,
     )

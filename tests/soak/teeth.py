@@ -258,8 +258,8 @@ PATCHES = {
             "dcp_buffers",
             "files/dcp.py",
             "state_of",
-            "s.fqn: BoxedTensor.of(s, a.shadows.views[s.fqn], saved=s.fqn not in elsewhere)",
-            "s.fqn: BoxedTensor.of(s, a.shadows.views[s.fqn])",
+            "s.fqn: BoxedTensor.of(s, views[s.fqn], saved=s.fqn not in elsewhere)",
+            "s.fqn: BoxedTensor.of(s, views[s.fqn])",
             "of an averaged buffer that differs between ranks any rank's is saved",
             (*FSDP1, *FSDP2),  # under DDP, too, DCP may happen to take the first rank's
         ),
