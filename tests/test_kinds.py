@@ -116,7 +116,7 @@ def test_neighbours_with_an_empty_tensor_between_them_are_one_stretch() -> None:
     model = flat_model({"a": 64, "empty": 0, "b": 8})  # a rank may hold nothing of a parameter
     ema = ShardedEMA(model, 0.5)
     average, shards = ema.internal.averages["ema"], ema.internal.averages.weights.averaged_shards
-    assert len(list(average.merged_pairs(shards))) == 1
+    assert len(list(average.pairs(shards, 0))) == 1
     fill(model, 1.0)
     ema.update()
     assert told(ema) == {"a": {0.5}, "empty": set(), "b": {0.5}}

@@ -542,6 +542,12 @@ BAD: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], type[Exception]
         ValueError,
         r"into: average 'ema' has ShadowPolicy\(shard_replicas=True\)",
     ),
+    "compensated": (
+        lambda s: frozen(),
+        {"shadow": ShadowPolicy(compensated=True)},
+        ValueError,
+        r"into: average 'ema' has ShadowPolicy\(compensated=True\)",
+    ),
     "several": (
         lambda s: frozen(),
         {"schedule": {"a": 0.5, "b": 0.9}},

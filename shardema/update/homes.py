@@ -174,6 +174,8 @@ def _check_policy(name: str, policy: ShadowPolicy) -> None:
         refused["device"] = policy.device
     if policy.shard_replicas:
         refused["shard_replicas"] = True
+    if policy.compensated:
+        refused["compensated"] = True
     for field, value in refused.items():
         raise ValueError(
             f"into: average {name!r} has ShadowPolicy({field}={value!r}), which keeps it elsewhere "
