@@ -352,9 +352,9 @@ def _first(used: Sequence[Snapshot]) -> float:
 
 
 def _times(used: Sequence[Snapshot], below: float) -> list[float]:
-    """Times of updates and of beginnings."""
+    """Times of updates, of beginnings and of snapshots."""
     found = {move.t for _, _, truth in used for move in truth.history}
-    found |= {truth.begin for _, _, truth in used} | {0.0}
+    found |= {time for _, _, truth in used for time in (truth.begin, truth.t)} | {0.0}
     return [time for time in found if time < below]
 
 

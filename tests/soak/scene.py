@@ -44,9 +44,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-def _slow(shadows: Any, params: Any, slots: Any) -> Lerp:
+def _slow(shadows: Any, params: Any, slots: Any, roundings: Any) -> Lerp:
     """A kernel on a busy host: what does not wait for it comes first."""
-    lerp_ = KERNELS["foreach"](shadows, params, slots)
+    lerp_ = KERNELS["foreach"](shadows, params, slots, roundings)
 
     def late(weights: Sequence[float]) -> None:
         time.sleep(0.02)
