@@ -1176,6 +1176,7 @@ def missing(at: Scene) -> None:
     at.close_round()
     _ = at.ema.num_updates  # ends an open round, also on the rank that does not come
     ranks = at.ema.internal.averages.ranks
+    dist.barrier()  # else a rank that is late is the first that is missed
     known, ranks.timeout = ranks.timeout, 1.0
     try:
         if dist.get_rank() != 1:
