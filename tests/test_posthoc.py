@@ -419,6 +419,22 @@ def test_a_run_that_goes_back_goes_on_in_the_same_snapshots(tmp_path: Path) -> N
     assert kept(book)[-1] == "step-00000040"
 
 
+def test_a_skipped_step_makes_no_second_snapshot_of_its_time(tmp_path: Path) -> None:
+    book, point = tmp_path / "book", tmp_path / "point"
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, power(0.1))
+    with Snapshots(ema, book, every=1) as snapshots:
+        constants(ema, model, snapshots, range(1, 3))
+        assert not snapshots.step(3)  # without an update
+        ema.save(point)
+    ema.load(point)
+    with Snapshots(ema, book, every=1) as snapshots:
+        assert not snapshots.step(4)
+        constants(ema, model, snapshots, range(5, 6))
+    assert kept(book) == [f"step-{n:08d}" for n in (1, 2, 5)]
+    assert posthoc.open(book).times == (1, 2, 3)
+
+
 def test_equal_snapshots_share_their_coefficient() -> None:
     """Their differences are rounding errors, which no coefficient may amplify."""
     begun = np.array([[1.0] * 4, *[[0.0] * 4] * 4]) * np.array([1.0, 1 - 1e-16, 1, 1 + 2e-16])
