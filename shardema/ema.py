@@ -33,6 +33,8 @@ from shardema.arguments import (
     refuse_positional,
 )
 from shardema.calls import Call, Calls
+from shardema.costs import live
+from shardema.costs.cost import Cost
 from shardema.files import dcp, layouts, loading
 from shardema.files import export as exporter
 from shardema.files.background import PendingSave
@@ -726,6 +728,22 @@ class ShardedEMA:
         average = self._calls.begin(Call("metrics", name))
         plan, kernel_names = self._calls.plan_of(average), self._updates.updater.kernel_names
         return metrics.measure(plan, average, self._averages, kernel_names)
+
+    def cost(self, folder: str | os.PathLike[str] | None = None) -> Cost:
+        """What the averages cost: memory, an update, a save, an export. Local.
+
+        ``print(ema.cost())`` is one line; ``shardema plan`` computes the same before a run. Bytes
+        are those that this rank has allocated. Times are bytes by the speed of this machine, which
+        is measured now: it takes a second and 64 MiB on the device of the weights.
+
+        Args:
+            folder: where the speed of the disk is measured, with a file of 64 MiB; None leaves the
+                seconds of a save and an export out.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        return live.cost_of(self._averages, folder)
 
     # ---- checkpoints --------------------------------------------------------------------------
 

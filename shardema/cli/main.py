@@ -18,6 +18,7 @@ from shardema.cli import logs, spec
 from shardema.cli.checks import diff, prune, verify
 from shardema.cli.chosen import DTYPES, merge, reconstruct
 from shardema.cli.looks import inspect
+from shardema.cli.planned import plan
 from shardema.cli.tables import Commands, one_line, printable, progress
 from shardema.cli.texts import describe, unit_of
 from shardema.files import manifest
@@ -41,6 +42,7 @@ main.add_command(diff)
 main.add_command(prune)
 main.add_command(reconstruct)
 main.add_command(merge)
+main.add_command(plan)
 
 
 @main.command()

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from shardema.costs.words import size as size
 from shardema.errors import CheckpointError
 
 
@@ -101,15 +102,6 @@ def table(columns: Sequence[str], right: Sequence[str] = ()) -> Table:
 def row(made: Table, *cells: object) -> None:
     """Adds cells as they are: brackets in them are no markup."""
     made.add_row(*(Text(printable(cell)) for cell in cells))
-
-
-def size(nbytes: float) -> str:
-    """Bytes, for people."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.4g} TB"
 
 
 def as_json(value: object) -> None:

@@ -509,3 +509,23 @@ def _named(key: str, plain: str, prefix: str) -> str:
     if prefix == plain or key.startswith(f"{prefix}_"):
         return key
     return f"{prefix}_{key.removeprefix(f'{plain}_')}"
+
+
+def model_of(config: Mapping[str, Any]) -> nn.Module:
+    """The model that a ``config.json`` describes; on the meta device if that is the default.
+
+    Raises:
+        ValueError: transformers does not have this kind of model, or refuses the config.
+    """
+    kind, names = str(config["model_type"]), config.get("architectures") or [None]
+    given = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        made = transformers.AutoConfig.for_model(kind, **given)
+        build: Any = getattr(transformers, str(names[0]), transformers.AutoModel.from_config)
+        model: nn.Module = build(made)
+    except Exception as error:  # a config may be wrong in any way
+        raise ValueError(
+            f"config.json: transformers cannot build a {kind} of it: {error}; give --params or "
+            "--from instead"
+        ) from error
+    return model
