@@ -17,6 +17,7 @@ from shardema import importers
 from shardema.cli import logs, spec
 from shardema.cli.checks import diff, prune, verify
 from shardema.cli.chosen import DTYPES, merge, reconstruct
+from shardema.cli.doctor import doctor
 from shardema.cli.looks import inspect
 from shardema.cli.planned import plan
 from shardema.cli.tables import Commands, one_line, printable, progress
@@ -43,6 +44,7 @@ main.add_command(prune)
 main.add_command(reconstruct)
 main.add_command(merge)
 main.add_command(plan)
+main.add_command(doctor)
 
 
 @main.command()
