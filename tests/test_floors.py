@@ -21,6 +21,7 @@ OPTIONAL = {
     "transformers": "integrations/transformers.py",
     "lightning": "integrations/lightning.py",
     "matplotlib": "cli/plot.py",
+    "plotext": "cli/terminal.py",
     "triton": "kernels/fused_gpu.py",
     "peft": "files/pretrained.py",
     "fsspec": "files/remote.py",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from shardema.cli.chosen import DTYPES, merge, reconstruct
 from shardema.cli.doctor import doctor
 from shardema.cli.looks import inspect
 from shardema.cli.planned import plan
-from shardema.cli.tables import Commands, one_line, printable, progress
+from shardema.cli.tables import Commands, as_json, one_line, printable, progress
 from shardema.cli.texts import describe, unit_of
 from shardema.files import manifest
 from shardema.files.layouts import LAYOUTS, Layout
@@ -142,6 +143,14 @@ def plot() -> None:
 
 _FORMATS = (".png", ".svg", ".pdf")
 _force = click.option("--force", is_flag=True, help="Replace an existing file.")
+_format = click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["picture", "terminal", "json"]),
+    default="picture",
+    show_default=True,
+    help="A file; text in the terminal; the curves as JSON.",
+)
 
 
 def _output(default: str) -> Callable[..., Any]:
@@ -182,6 +191,7 @@ def _of_rules(*, steps_required: bool) -> Callable[..., Any]:
 @_of_rules(steps_required=False)
 @click.option("--log", is_flag=True, help="Logarithmic vertical axis.")
 @_output("profile.png")
+@_format
 @_force
 def profile(
     checkpoint: tuple[str, ...],
@@ -193,6 +203,7 @@ def profile(
     dt: float | None,
     log: bool,
     output: str,
+    format_: str,
     force: bool,
 ) -> None:
     """Plot how much each step of a run contributes to the average at its end.
@@ -208,7 +219,7 @@ def profile(
             for label, one in found.items():
                 click.echo(printable(f"{label} at {one.t:,} {unit_of(one)}s: {describe(one)}"))
         else:
-            _draw(output, force, lambda drawing: drawing.profiles(found, log=log))
+            _draw(output, format_, force, lambda drawing: drawing.profiles(found, log=log))
         return
     if text or average is not None:
         raise click.UsageError("--text and --average are of checkpoints, and none is given")
@@ -216,6 +227,7 @@ def profile(
         raise click.UsageError("Missing option '--steps'.")
     _draw(
         output,
+        format_,
         force,
         lambda drawing: drawing.profile(_rules(schedule, preset), steps, dt=dt, log=log),
     )
@@ -237,6 +249,7 @@ def _profiles(folders: tuple[str, ...], average: str | None) -> dict[str, Profil
 @plot.command()
 @_of_rules(steps_required=True)
 @_output("decay.png")
+@_format
 @_force
 def decay(
     schedule: tuple[str, ...],
@@ -244,10 +257,16 @@ def decay(
     steps: int,
     dt: float | None,
     output: str,
+    format_: str,
     force: bool,
 ) -> None:
     """Plot the decay of each update of a run."""
-    _draw(output, force, lambda drawing: drawing.decay(_rules(schedule, preset), steps, dt=dt))
+    _draw(
+        output,
+        format_,
+        force,
+        lambda drawing: drawing.decay(_rules(schedule, preset), steps, dt=dt),
+    )
 
 
 @plot.command()
@@ -257,6 +276,7 @@ def decay(
 @click.option("--step", help="Column of the horizontal axis.  [default: step]")
 @click.option("--unit", default="", help="Unit of the vertical axis, such as nats.")
 @_output("curves.png")
+@_format
 @_force
 def curves(
     log: str,
@@ -265,6 +285,7 @@ def curves(
     step: str | None,
     unit: str,
     output: str,
+    format_: str,
     force: bool,
 ) -> None:
     """Plot the raw and the averaged learning curves of LOG.
@@ -280,6 +301,7 @@ def curves(
         raise click.ClickException(str(error)) from error
     _draw(
         output,
+        format_,
         force,
         lambda drawing: drawing.curves(rows, raw=raw, averaged=average, step=step, unit=unit),
     )
@@ -294,18 +316,30 @@ def _rules(written: tuple[str, ...], presets: tuple[str, ...]) -> dict[str, Sche
     return found
 
 
-def _draw(output: str, force: bool, make: Callable[[Any], Any]) -> None:
-    """Draws a figure, then writes it; replaces an existing file only with ``force``."""
-    if os.path.lexists(output) and not force:
+def _draw(output: str, format_: str, force: bool, make: Callable[[Any], Any]) -> None:
+    """Draws a figure, and writes or prints it; replaces an existing file only with ``force``."""
+    if format_ == "picture" and os.path.lexists(output) and not force:
         raise click.ClickException(f"{output} exists already: give another --output, or --force")
     try:
         from shardema.cli import plot as drawing
+
+        if format_ == "terminal":
+            from shardema.cli import terminal
     except ImportError as error:
         raise click.ClickException(str(error)) from error
     try:
         figure = make(drawing)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    if format_ == "json":
+        as_json(drawing.series(figure))
+    elif format_ == "terminal":
+        click.echo(terminal.draw(drawing.series(figure), color=sys.stdout.isatty()))
+    else:
+        _write(figure, output, force)
+
+
+def _write(figure: Any, output: str, force: bool) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format=output.rsplit(".", 1)[1], dpi=120)
     try:

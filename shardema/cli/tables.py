@@ -14,8 +14,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
+from shardema import bars
 from shardema.costs.words import size as size
 from shardema.errors import CheckpointError
 
@@ -61,9 +61,7 @@ def one_line() -> Iterator[None]:
 
 def progress(name: str, quiet: bool = False, total: int | None = None) -> Any:
     """A bar of bytes on stderr, for what takes longer than a second."""
-    return tqdm(
-        unit="B", unit_scale=True, desc=name, delay=1, leave=False, disable=quiet, total=total
-    )
+    return bars.bar(name, total, visible=not quiet)
 
 
 class _Screen(Console):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shardema import bars
 from shardema.files.folder import new_folder
 from shardema.files.places import any_path
 from shardema.files.prefix import new_prefix
@@ -199,7 +200,7 @@ def export(
     tensors = [(i.stem, i.file_name, contents.dtype(i), i.shape) for i in contents.items]
     targets, indices = plan_targets(tensors, max_shard_size)
     total = sum(entry.nbytes for target in targets for entry in target.entries.values())
-    bar = _bar(total, visible=progress and ranks.leader)
+    bar = bars.bar("export", total, visible=progress and ranks.leader)
     if is_remote(any_path("export", folder)):
         if mode == "direct":
             raise ValueError(
@@ -285,18 +286,6 @@ def _exported(contents: Contents) -> Contents:
         "`shardema export --partial`, which writes the averages alone",
     )
     return contents
-
-
-def _bar(total: int, *, visible: bool) -> tqdm[Any]:
-    return tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc="export",
-        delay=1,
-        leave=False,
-        disable=not visible,
-    )
 
 
 def _make_room(folder: str, targets: Sequence[Target], streamed: Contents) -> list[Prepared]:
