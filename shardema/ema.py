@@ -38,6 +38,7 @@ from shardema.costs.cost import Cost
 from shardema.files import dcp, layouts, loading
 from shardema.files import export as exporter
 from shardema.files.background import PendingSave
+from shardema.files.companions import check_tokenizer
 from shardema.gathering import export_file, full_tensors
 from shardema.habits import missing
 from shardema.importers import Imported
@@ -600,6 +601,7 @@ class ShardedEMA:
         max_shard_size: int | str = "5GB",
         mode: exporter.Mode = "auto",
         progress: bool = True,
+        tokenizer: Any = None,
     ) -> None:
         """Writes the averaged model as safetensors, in the Hugging Face layout. Collective.
 
@@ -625,6 +627,10 @@ class ShardedEMA:
                 file system. ``"stream"``: the first rank writes; to an object store it always
                 does, tensor by tensor. ``"auto"``: ``"direct"`` where that is safe.
             progress: show a progress bar on the first rank if it takes more than a second.
+            tokenizer: what ``from_pretrained`` needs beside the weights: an object with
+                ``save_pretrained`` or the folder of one, which the first rank writes; None copies
+                the tokenizer of the local folder that a transformers model was loaded from; False
+                writes none. Not of files of ``torch.save``.
 
         Raises:
             CheckpointError: the folder exists, or a write failed (a full disk). Raised on all
@@ -638,6 +644,7 @@ class ShardedEMA:
         calls = self._calls
 
         def given() -> dict[str, Any]:
+            check_tokenizer(tokenizer)
             return layouts.arguments(path, layout, max_shard_size, mode)
 
         if isinstance(name, Reconstruction):
@@ -657,6 +664,7 @@ class ShardedEMA:
             max_shard_size=max_shard_size,
             mode=mode,
             progress=progress,
+            tokenizer=tokenizer,
         )
 
     def publish(

@@ -25,6 +25,7 @@ OPTIONAL = {
     "triton": "kernels/fused_gpu.py",
     "peft": "files/pretrained.py",
     "fsspec": "files/remote.py",
+    "huggingface_hub": "files/hub.py",
 }
 
 

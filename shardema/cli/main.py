@@ -23,8 +23,9 @@ from shardema.cli.looks import inspect
 from shardema.cli.planned import plan
 from shardema.cli.tables import Commands, as_json, one_line, printable, progress
 from shardema.cli.texts import describe, unit_of
-from shardema.files import manifest
+from shardema.files import companions, manifest
 from shardema.files.layouts import LAYOUTS, Layout
+from shardema.files.manifest import Manifest
 from shardema.files.offline import export_checkpoint
 from shardema.files.profiles import read_profile
 from shardema.importers import converting
@@ -58,6 +59,13 @@ main.add_command(doctor)
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Size of one file.")
 @click.option("--partial", is_flag=True, help="Export without parameters that are not saved.")
+@click.option("--tokenizer", type=click.Path(), help="Folder of a tokenizer to copy to OUT.")
+@click.option("--pipeline", type=click.Path(), help="A diffusers pipeline: OUT is a copy of it,")
+@click.option("--component", help="with this component replaced, such as unet.")
+@click.option("--card", is_flag=True, help="Write a model card.")
+@click.option("--base-model", help="For the card: what the run started from.")
+@click.option("--push", metavar="ORG/NAME", help="Upload OUT to the Hugging Face Hub, with a card.")
+@click.option("--private", is_flag=True, help="With --push: a new repository is private.")
 @click.option("--quiet", is_flag=True, help="Print no progress bar and no summary.")
 def export(
     checkpoint: str,
@@ -67,6 +75,13 @@ def export(
     layout: Layout,
     max_shard_size: str,
     partial: bool,
+    tokenizer: str | None,
+    pipeline: str | None,
+    component: str | None,
+    card: bool,
+    base_model: str | None,
+    push: str | None,
+    private: bool,
     quiet: bool,
 ) -> None:
     """Write an average of CHECKPOINT to the new folder OUT, by default in the HF layout.
@@ -74,20 +89,60 @@ def export(
     One process, no model code, a few MiB of memory. The layouts timm and torch_averaged are one
     file of torch.save, and need memory for the average.
     """
+    hub = _hub() if card or push else None
+    if (pipeline is None) != (component is None):
+        raise click.UsageError("give --pipeline and --component together")
+    if hub is not None and (pipeline is not None or layout not in ("hf", "diffusers")):
+        raise click.UsageError("--card and --push are of one model in the HF layout")
+    stored: list[Manifest] = []
     with one_line(), progress("export", quiet) as bar:
-        stored = export_checkpoint(
-            checkpoint,
-            out,
-            average=average,
-            dtype=DTYPES[dtype] if dtype else None,
-            layout=layout,
-            max_shard_size=max_shard_size,
-            partial=partial,
-            done=bar.update,
-        )
+        companions.check_tokenizer(tokenizer)
+
+        def write(folder: str) -> None:
+            stored[:] = [
+                export_checkpoint(
+                    checkpoint,
+                    folder,
+                    average=average,
+                    dtype=DTYPES[dtype] if dtype else None,
+                    layout=layout,
+                    max_shard_size=max_shard_size,
+                    partial=partial,
+                    done=bar.update,
+                )
+            ]
+
+        if pipeline is not None and component is not None:
+            companions.into_pipeline(pipeline, component, out, write)
+        else:
+            write(out)
+        if tokenizer is not None:
+            companions.copy_tokenizer(tokenizer, out)
+    address = _published(hub, out, push, base_model, private) if hub is not None else None
     if not quiet:
-        name = average or next(iter(stored.averages))
-        click.echo(printable(f"{out}: average {name!r} at t={stored.averages[name].t}"))
+        name = average or next(iter(stored[0].averages))
+        click.echo(printable(f"{out}: average {name!r} at t={stored[0].averages[name].t}"))
+        if address:
+            click.echo(printable(address))
+
+
+def _hub() -> Any:
+    """The module that needs huggingface_hub, before anything is written."""
+    try:
+        from shardema.files import hub
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
+    return hub
+
+
+def _published(
+    hub: Any, out: str, push: str | None, base_model: str | None, private: bool
+) -> str | None:
+    """Writes the card, and uploads the folder if there is a place; returns its address."""
+    with one_line():
+        title = push or os.path.basename(os.path.abspath(out))
+        hub.write_card(out, title=title, base_model=base_model)
+        return str(hub.push(out, push, private=private)) if push else None
 
 
 @main.command()
