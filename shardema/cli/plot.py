@@ -394,7 +394,7 @@ def series(figure: Figure) -> list[dict[str, Any]]:
     A profile is constant between its edges; each edge is a point with the height after it.
 
     >>> [(one["label"], one["x"][0], one["y"][0]) for one in series(decay([0.9], 10))]
-    [('constant(decay=0.9)', 1.0, 0.9)]
+    [('0.9', 1.0, 0.9)]
     """
     found = []
     for axes in figure.axes:
