@@ -256,7 +256,7 @@ class Verifier:
         digest = hashlib.sha256()
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            header["__metadata__"].pop("shardema", None)  # ours say what they are
+            header.get("__metadata__", {}).pop("shardema", None)  # ours say what they are
             digest.update(json.dumps(header).encode())
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
