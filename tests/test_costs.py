@@ -214,23 +214,26 @@ def test_plan_prints_a_table_a_line_and_json() -> None:
 
 
 SCRIPT = """
-import torch
 from torch import nn
-seen = []
+from beside import WIDTH
 
 def build():
-    model = nn.Sequential(nn.Linear(1000, 1000), nn.BatchNorm1d(1000))
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))
     assert model[0].weight.is_meta
     return model
 
 def wrong():
     return [build()]
+
+def broken():
+    return {}["model"]
 """
 
 
 def test_plan_builds_the_function_of_a_script_on_the_meta_device(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
+    (tmp_path / "beside.py").write_text("WIDTH = 1000")
     words = ("--from", f"{script}:build", "--strategy", "ddp", "--json", "--folder", tmp_path)
     code, text = run(*words, "--offload", "--world-size", 2)
     found = json.loads(text)
@@ -238,7 +241,8 @@ def test_plan_builds_the_function_of_a_script_on_the_meta_device(tmp_path: Path)
     assert found["rank_bytes"] == found["least_bytes"] == pytest.approx(4 * 1_003_000, rel=1e-4)
     assert found["save_bytes"] == 4 * 1_003_000 + 2 * 4000 + 8  # with buffers
     assert found["save_seconds"] > 0 < found["update_seconds"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.py"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names - {"__pycache__"} == {"train.py", "beside.py"}
 
 
 @pytest.mark.parametrize(
@@ -259,6 +263,7 @@ def test_plan_builds_the_function_of_a_script_on_the_meta_device(tmp_path: Path)
         (("--from", "train.py"), "expected FILE:FUNCTION"),
         (("--from", "gone.py:build"), "expected a Python file"),
         (("--from", "train.py:gone"), "has no function 'gone'"),
+        (("--from", "train.py:broken"), "train.py:broken raised KeyError: 'model'"),
         (("--from", "train.py:wrong"), "returned a list, expected the module"),
         (("--params", "7e9", "--folder", "gone"), "No such file or directory"),
     ],
@@ -268,6 +273,7 @@ def test_what_is_wrong_with_a_plan_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(SCRIPT)
+    Path("beside.py").write_text("WIDTH = 1000")
     Path("other.json").write_text("{}")
     code, text = run(*words)
     assert (code, told in text) == (1 if "--folder" in words else 2, True), text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -169,10 +170,16 @@ def _built(source: str) -> nn.Module:
         raise ValueError(f"--from: got {source!r}, expected FILE:FUNCTION such as train.py:build")
     if not os.path.isfile(path):
         raise ValueError(f"--from: got {path!r}, expected a Python file")
-    build: Callable[[], Any] | None = runpy.run_path(path).get(name)
-    if not callable(build):
-        raise ValueError(f"--from: {path} has no function {name!r}")
-    model = build()
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # as for a script
+    try:
+        build: Callable[[], Any] | None = runpy.run_path(path).get(name)
+        if not callable(build):
+            raise ValueError(f"--from: {path} has no function {name!r}")
+        model = build()
+    except (ArithmeticError, AttributeError, ImportError, LookupError, TypeError) as error:
+        raise ValueError(f"--from: {source} raised {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"--from: {name} returned a {type(model).__name__}, expected the module before it is "
