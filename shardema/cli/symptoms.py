@@ -33,7 +33,7 @@ from shardema.scopes import writable
 
 Status = Literal["ok", "absent", "warning", "fault"]
 
-DEADLINE = 18.0  # seconds after the start at which other processes are ended
+DEADLINE = 15.0  # seconds after the start at which other processes are ended
 
 
 @dataclass(frozen=True)
