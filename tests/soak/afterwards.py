@@ -489,8 +489,7 @@ def _load(at: Scene, name: str, found: Reconstruction, values: Mapping[str, Tens
     at.ema.load_full(found, name, t=now[0], num_updates=now[1])
     full = at.ema.full_state_dict(name, all_ranks=True)
     for fqn, value in values.items():
-        both = {value.dtype, full[fqn].dtype}
-        dtype = torch.float64 if both == {torch.float64} else torch.float32
+        dtype = min(value.dtype, full[fqn].dtype, key=lambda dtype: dtype.itemsize)
         same = peek.equal(full[fqn].to(dtype), value.to(dtype))
         assert same, f"{fqn}: not as it was written"
     truth.set(full, *now)
