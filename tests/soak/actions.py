@@ -1043,6 +1043,8 @@ class _SignalAtCopy(TorchDispatchMode):
 def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     """A signal's exception in the middle of a call: it is made whole, or not at all."""
     at.detach()
+    if call == "copy_to_model" and at.truths[name].exact:
+        call = "swap"  # after a reset it is the weights, rounded: they would not stay
     if call == "load" and not at.saved:
         save(at, frozen=False)
     before = _truths(at)
