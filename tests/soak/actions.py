@@ -1063,7 +1063,7 @@ def stopped(at: Scene, *, call: str, copy: int, name: str) -> None:
     clock = {"t": before[name].t, "num_updates": before[name].num_updates}
     if call == "load_full":
         after[name].moved_at = before[name].t
-        after[name].begins(imported=True)
+        after[name].take(before[name])
     if call == "copy_to_model":
         at.ema.reset()  # then it changes nothing, wherever it is stopped
         weights = at.weights()
