@@ -1,4 +1,4 @@
-"""The contract, for every backend, on every number of ranks; see contract.py and layouts.py."""
+"""The contract, for every backend, on every number of ranks; see contract.py, layouts.py, meshes.py."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PAIRS = [
     pytest.param(
         *(ranks, layout.name, fact.__name__), marks=[pytest.mark.full] * (ranks in layout.full)
     )
-    for ranks in (1, 2, 3, 4)
-    for layout in LAYOUTS.values()
+    for ranks in (1, 2, 3, 4, 8)
+    for layout in contract.ALL.values()
     if ranks in layout.worlds
     for fact in contract.FACTS
 ]

@@ -125,8 +125,16 @@ def _device(offload: Any) -> str:
     return str(getattr(device, "value", device))
 
 
+def _auto_ep(engine: Any) -> bool:
+    """Whether the engine has replaced layers by expert-parallel ones of its own."""
+    home = sys.modules.get("deepspeed.module_inject.auto_ep_layer")
+    return home is not None and any(
+        isinstance(module, home.AutoEPMoELayer) for module in engine.module.modules()
+    )
+
+
 _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
-    "mixture-of-experts layers": lambda e: bool(e.has_moe_layers),
+    "AutoEP": lambda e: _auto_ep(e),
     "hpZ (zero_hpz_partition_size)": lambda e: e.zero_hpz_partition_size() > 1,
     "qwZ (zero_quantized_weights)": lambda e: bool(e.zero_quantized_weights()),
     "zero_quantized_nontrainable_weights": lambda e: bool(e.zero_quantized_nontrainable_weights()),
@@ -390,12 +398,14 @@ def read(models: Sequence[nn.Module]) -> list[Shard]:
     slots = partitions.slots()
     stepped = {id(p) for group in engine.basic_optimizer.param_groups for p in group["params"]}
     # ZeRO-0 keeps everything on every rank
-    same = (engine.seq_data_parallel_group,) if engine.zero_optimization_stage() == 0 else ()
+    whole = engine.zero_optimization_stage() == 0
     shards: list[Shard] = []
     rest: list[Shard] = []
     order: dict[str, int] = {}
+    same: dict[str, tuple[Any, ...]] = {}
     for named in named_tensors(models, set()):
         order[named.fqn] = len(order)
+        same[named.fqn] = (_data_group(engine, named.tensor),) if whole else ()
         slot = slots.get(id(named.tensor))
         if slot is not None:
             shards.append(_shard(named, slot, partitions))
@@ -404,8 +414,16 @@ def read(models: Sequence[nn.Module]) -> list[Shard]:
         else:
             owned = named.role != "parameter" or id(named.tensor) in stepped
             rest.append(whole_shard(named if owned else replace(named, role="frozen")))
-    found = [replace(shard, replicas=same) for shard in [*shards, *tie_shared_storage(rest)]]
+    found = [*shards, *tie_shared_storage(rest)]
+    found = [replace(shard, replicas=same[shard.fqn]) for shard in found]
     return sorted(found, key=lambda shard: order[shard.fqn])
+
+
+def _data_group(engine: Any, tensor: Tensor) -> Any:
+    """The ranks among which the engine averages the gradient: of an expert, those that hold it."""
+    if getattr(tensor, "allreduce", True):
+        return engine.seq_data_parallel_group
+    return engine.expert_data_parallel_group[tensor.group_name]  # type: ignore[attr-defined]
 
 
 def _shard(named: Named, slot: _Slot, partitions: _PartitionMap) -> Shard:
