@@ -79,7 +79,9 @@ class Layout:
     def keep(self, model: Any, schedule: Any, **options: Any) -> ShardedEMA:
         """A `ShardedEMA` as the layout wants averages kept, where no other way is given."""
         return ShardedEMA(
-            self.models(model), schedule, **{"shadow": self.policy, "kernel": self.kernel, **options}
+            self.models(model),
+            schedule,
+            **{"shadow": self.policy, "kernel": self.kernel, **options},
         )
 
 

@@ -1,4 +1,4 @@
-"""The contract, for every backend, on every number of ranks; see contract.py, layouts.py, meshes.py."""
+"""The contract, for every backend, on every number of ranks; see contract, layouts and meshes."""
 
 from __future__ import annotations
 
