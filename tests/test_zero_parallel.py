@@ -1,0 +1,100 @@
+"""DeepSpeed's experts and AutoTP: ranks have other tensors, under the same names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from shardema import ShadowPolicy, ShardedEMA
+from tests import engines, parallel, world
+from tests.contract import assert_same, shared_folder
+from tests.engines import CONFIGS
+from tests.parallel import KINDS, Kind
+
+NAMES = ("0-fp32", "0-bf16", "1-fp32", "1-bf16-fp32-accumulation", "2-bf16", "2-offload", "3-bf16")
+IN_THE_GATE = ("experts-0-bf16", "experts-2-bf16", "autotp-2-bf16", "autotp-3-bf16")
+POLICIES = {"beside": ShadowPolicy(), "slices": ShadowPolicy(shard_replicas=True)}
+
+
+def the_average_is_that_of_all_ranks(name: str) -> None:
+    engines.prepare()
+    name, _, config_name = name.partition("-")
+    kind, config = KINDS[name], replace(CONFIGS[config_name], params=KINDS[name].params)
+    engine = config.engine(kind.net(), **kind.more)
+    ema = ShardedEMA(engine, dict.fromkeys(POLICIES, 0.75), shadow=POLICIES)
+    start = parallel.masters(engine, kind)
+    alone = {fqn: value.clone() for fqn, value in start.items()}
+    for number in range(5):
+        parallel.step(engine, number)
+        ema.update()
+        for fqn, value in parallel.masters(engine, kind).items():
+            alone[fqn].lerp_(value, 0.25)
+    assert ema.num_updates == 5
+    assert_averages(ema, alone)
+    moved = {fqn for fqn, value in alone.items() if not torch.equal(value, start[fqn])}
+    assert len(moved) > len(alone) / 2
+    a_swap_is_undone(engine, ema, kind)
+    with shared_folder() as folder:
+        ema.save(f"{folder}/cut")
+        ema.export(f"{folder}/export", "beside", progress=False)
+        written = safetensors.torch.load_file(f"{folder}/export/model.safetensors")
+        assert_same(written, alone)
+        whole = kind.whole()
+        whole.load_state_dict(written, strict=True)
+        other = ShardedEMA(config.engine(whole), dict.fromkeys(POLICIES, 0.75), shadow=POLICIES)
+        other.load(f"{folder}/cut")
+        assert_averages(other, alone)
+        other.save(f"{folder}/whole")
+        ema.reset()
+        ema.load(f"{folder}/whole")
+        assert_averages(ema, alone)
+
+
+def assert_averages(ema: ShardedEMA, expected: dict[str, torch.Tensor]) -> None:
+    for average in POLICIES:
+        assert_same(ema.full_state_dict(average, all_ranks=True), expected)
+
+
+def a_swap_is_undone(engine: Any, ema: ShardedEMA, kind: Kind) -> None:
+    raw = parallel.forward(engine)
+    live, held = parallel.weights(engine, kind), parallel.masters(engine, kind)
+    for average in POLICIES:
+        full = ema.full_state_dict(average, dtype="model", all_ranks=True)
+        with ema.swap(average):
+            assert_same(parallel.weights(engine, kind), full)
+            assert not torch.equal(parallel.forward(engine), raw)
+        assert torch.equal(parallel.forward(engine), raw)
+        assert_same(parallel.weights(engine, kind), live)
+        assert_same(parallel.masters(engine, kind), held)
+
+
+# DeepSpeed refuses its own MoE layers under ZeRO-3
+CASES_OF = {"experts": NAMES[:-1], "autotp": NAMES}
+ALL = [f"{kind}-{name}" for kind, names in CASES_OF.items() for name in names]
+CASES = [
+    pytest.param(*(ranks, name), marks=[pytest.mark.full] * (ranks != 2 or name not in IN_THE_GATE))
+    for ranks in (2, 4)
+    for name in ALL
+]
+
+
+@pytest.fixture(scope="module")
+def verdicts(request: pytest.FixtureRequest, deepspeed_operators: None) -> dict[int, Any]:
+    chosen = world.selected(request, "ranks", "name")
+    facts = [world.Fact(name, the_average_is_that_of_all_ranks, (name,)) for name in ALL]
+    return {
+        ranks: world.judge(
+            facts, ranks, timeout=900, only={name for size, name in chosen if size == ranks}
+        )
+        for ranks in {size for size, _ in chosen}
+    }
+
+
+@pytest.mark.timeout(2000)  # all of them run in the fixture
+@pytest.mark.parametrize(("ranks", "name"), CASES)
+def test_a_fact_of_engines(verdicts: dict[int, Any], ranks: int, name: str) -> None:
+    verdicts[ranks].check(name)
