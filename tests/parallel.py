@@ -115,7 +115,7 @@ class Kind:
 
     Attributes:
         net: the model of a rank.
-        whole: a model with all tensors; on it an engine without ``more`` holds them on every rank.
+        whole: a model with all tensors.
         join: what all ranks have by their own names, by the names of the whole model.
         more: what the config says.
     """

@@ -45,7 +45,7 @@ def the_average_is_that_of_all_ranks(name: str) -> None:
         assert_same(written, alone)
         whole = kind.whole()
         whole.load_state_dict(written, strict=True)
-        other = ShardedEMA(config.engine(whole), dict.fromkeys(POLICIES, 0.75), shadow=POLICIES)
+        other = ShardedEMA(whole, dict.fromkeys(POLICIES, 0.75), shadow=POLICIES)
         other.load(f"{folder}/cut")
         assert_averages(other, alone)
         other.save(f"{folder}/whole")
