@@ -45,6 +45,7 @@ class Layout:
         loss: a loss whose backward needs no other rank.
         full: those of the worlds that run only with ``--full``: other layouts on as many ranks, and
             this one on another number, show nearly the same.
+        gate: facts that run without it all the same, in the smallest world.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Layout:
     models: Callable[[Any], nn.Module | list[nn.Module]] = lambda model: model
     loss: Callable[[Any], Tensor] = lambda model: model(zoo.tokens()).sum()
     full: tuple[int, ...] = ()
+    gate: tuple[str, ...] = ()
 
     def build(self, **options: bool) -> nn.Module:
         """The wrapped zoo model."""

@@ -281,7 +281,20 @@ def chunks_of(model: nn.Module) -> list[nn.Module]:
 MESHES = {
     layout.name: layout
     for layout in (
-        Layout("experts", "fsdp2", (2, 4), experts, ("experts",), exact=False, full=(4,)),
+        Layout(
+            "experts",
+            "fsdp2",
+            (2, 4),
+            experts,
+            ("experts",),
+            exact=False,
+            full=(2, 4),
+            gate=(
+                "scripted_updates_equal_the_unsharded_run",
+                "swap_is_seen_and_undone_exactly",
+                "an_export_is_what_safetensors_would_write",
+            ),
+        ),
         Layout("experts-tp", "fsdp2", (4,), experts_tp, ("experts",), exact=False, full=(4,)),
         Layout("hsdp-tp", "fsdp2", (8,), hsdp_tp, exact=False, full=(8,)),
         Layout("context", "fsdp2", (2, 4), context, exact=False, full=(2, 4)),
