@@ -477,7 +477,7 @@ def the_ema_is_called_like_the_model(layout: Layout) -> None:
     model, ema, _ = trained(layout)
     model.eval()
     if isinstance(layout.models(model), list):
-        with torch.no_grad(), pytest.raises(ValueError, match=r"rank \d+: ema\(...\): .* a list"):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"ema\(\.\.\.\): .* a list"):
             ema(zoo.tokens())
         return
     with torch.no_grad():

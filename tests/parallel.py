@@ -71,8 +71,8 @@ class Cut(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(6, 8)
-        self.up = nn.Linear(8, 10)
-        self.down = nn.Linear(10, 8)
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8)
         self.last = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,19 +81,15 @@ class Cut(nn.Module):
         return out
 
 
-AUTO_TP = {
-    "tensor_parallel": {
-        "autotp_size": 2,
-        "partition_config": {
-            "use_default_specs": False,
-            "layer_specs": [
-                {"patterns": [".*up\\.weight$"], "partition_type": "column"},
-                {"patterns": [".*down\\.weight$"], "partition_type": "row"},
-                {"patterns": [".*(first|last)\\.weight$"], "partition_type": "skip"},
-            ],
-        },
-    }
-}
+def auto_tp(**of_up: Any) -> dict[str, Any]:
+    """The config; with more to say of how ``up`` is cut."""
+    specs = [
+        {"patterns": [".*up\\.weight$"], "partition_type": "column", **of_up},
+        {"patterns": [".*down\\.weight$"], "partition_type": "row"},
+        {"patterns": [".*(first|last)\\.weight$"], "partition_type": "skip"},
+    ]
+    cut = {"use_default_specs": False, "layer_specs": specs}
+    return {"tensor_parallel": {"autotp_size": 2, "partition_config": cut}}
 
 
 def put_together(everyone: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -129,7 +125,7 @@ class Kind:
 
 KINDS = {
     "experts": Kind(lambda: Experts(2), lambda: Experts(1), numbered, experts_apart),
-    "autotp": Kind(Cut, Cut, put_together, lambda model: list(model.parameters()), AUTO_TP),
+    "autotp": Kind(Cut, Cut, put_together, lambda model: list(model.parameters()), auto_tp()),
 }
 
 

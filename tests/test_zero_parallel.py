@@ -54,6 +54,15 @@ def the_average_is_that_of_all_ranks(name: str) -> None:
         assert_averages(ema, alone)
 
 
+def fused_weights_are_refused() -> None:
+    engines.prepare()
+    config = replace(CONFIGS["2-bf16"], params=KINDS["autotp"].params)
+    engine = config.engine(parallel.Cut(), **parallel.auto_tp(shape=[2, -1], partition_dim=0))
+    match = r"rank \d: up\.weight: AutoTP has cut it into parts of shape \[6, 8\] that are not one"
+    with pytest.raises(ValueError, match=match):
+        ShardedEMA(engine, 0.5)
+
+
 def assert_averages(ema: ShardedEMA, expected: dict[str, torch.Tensor]) -> None:
     for average in POLICIES:
         assert_same(ema.full_state_dict(average, all_ranks=True), expected)
@@ -80,12 +89,14 @@ CASES = [
     for ranks in (2, 4)
     for name in ALL
 ]
+CASES.append(pytest.param(2, "fused"))
 
 
 @pytest.fixture(scope="module")
 def verdicts(request: pytest.FixtureRequest, deepspeed_operators: None) -> dict[int, Any]:
     chosen = world.selected(request, "ranks", "name")
     facts = [world.Fact(name, the_average_is_that_of_all_ranks, (name,)) for name in ALL]
+    facts.append(world.Fact("fused", fused_weights_are_refused))  # DeepSpeed goes on with AutoTP
     return {
         ranks: world.judge(
             facts, ranks, timeout=900, only={name for size, name in chosen if size == ranks}

@@ -140,7 +140,7 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "zero_quantized_nontrainable_weights": lambda e: bool(e.zero_quantized_nontrainable_weights()),
     "qgZ (zero_quantized_gradients)": lambda e: bool(e.zero_quantized_gradients()),
     # AutoTP's is of DeepSpeed itself
-    "model parallelism (mpu)": lambda e: e.mpu is not None and e.autotp_size() == 1,
+    "model parallelism (mpu)": lambda e: e.mpu is not None and e.autotp_size() <= 1,
     "sequence parallelism": lambda e: e.sequence_parallel_size > 1,
     "DeepCompile": lambda e: bool(e.is_deepcompile_enabled()),
     "ZenFlow": lambda e: bool(e.zenflow),
