@@ -432,14 +432,14 @@ def _block_of(named: Named, engine: Any) -> _Block | None:
     """
     param: Any = named.tensor
     cut = getattr(param, "ds_autotp_universal_checkpoint_meta", None)
-    if cut is None and not getattr(param, "tensor_model_parallel", False):
-        return None
-    if cut is not None and (cut["replicated"] or cut["partition_dim"] is None):
+    whole = not getattr(param, "tensor_model_parallel", False) if cut is None else cut["replicated"]
+    if whole:
         return None
     local = tuple(getattr(param, "ds_shape", param.shape))
     rank = engine.mpu.get_tensor_model_parallel_rank()
-    dim, sizes = (0, ()) if cut is None else (cut["partition_dim"], cut["partition_sizes"] or ())
-    if cut is None or cut["sub_param_sizes"] or len(sizes) <= rank or sizes[rank] != local[dim]:
+    # the sizes of the ranks' parts; None for what is cut in another way
+    dim, sizes = (None, None) if cut is None else (cut["partition_dim"], cut["partition_sizes"])
+    if dim is None or not sizes or sizes[rank] != local[dim]:
         raise ValueError(
             f"rank {dist.get_rank()}: {named.fqn}: AutoTP has cut it into parts of shape "
             f"{list(local)} that are not one block each (fused weights), which is not supported; "

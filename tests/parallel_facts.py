@@ -1,4 +1,4 @@
-"""DeepSpeed's experts and AutoTP: ranks have other tensors, under the same names."""
+"""What engines must pass of which each rank has other tensors: DeepSpeed's experts, and AutoTP."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ import safetensors.torch
 import torch
 
 from shardema import ShadowPolicy, ShardedEMA
-from tests import engines, parallel, world
+from tests import parallel
 from tests.contract import assert_same, shared_folder
 from tests.engines import CONFIGS
 from tests.parallel import KINDS, Kind
 
-NAMES = ("0-fp32", "0-bf16", "1-fp32", "1-bf16-fp32-accumulation", "2-bf16", "2-offload", "3-bf16")
+CONFIG_NAMES = ("0-fp32", "0-bf16", "1-fp32", "1-bf16-fp32-accumulation")
+CONFIG_NAMES += ("2-bf16", "2-offload", "3-bf16")
+NAMES = [  # AutoTP last: DeepSpeed goes on with it
+    *(f"experts-{name}" for name in CONFIG_NAMES[:-1]),  # it refuses its own experts under ZeRO-3
+    *(f"autotp-{name}" for name in CONFIG_NAMES),
+]
 IN_THE_GATE = ("experts-0-bf16", "experts-2-bf16", "autotp-2-bf16", "autotp-3-bf16")
 POLICIES = {"beside": ShadowPolicy(), "slices": ShadowPolicy(shard_replicas=True)}
 
 
-def the_average_is_that_of_all_ranks(name: str) -> None:
-    engines.prepare()
+def ranks_have_other_tensors(name: str) -> None:
     name, _, config_name = name.partition("-")
     kind, config = KINDS[name], replace(CONFIGS[config_name], params=KINDS[name].params)
     engine = config.engine(kind.net(), **kind.more)
@@ -54,9 +58,8 @@ def the_average_is_that_of_all_ranks(name: str) -> None:
         assert_averages(ema, alone)
 
 
-def fused_weights_are_refused() -> None:
-    engines.prepare()
-    config = replace(CONFIGS["2-bf16"], params=KINDS["autotp"].params)
+def fused_weights_are_refused(name: str) -> None:
+    config = replace(CONFIGS[name], params=KINDS["autotp"].params)
     engine = config.engine(parallel.Cut(), **parallel.auto_tp(shape=[2, -1], partition_dim=0))
     match = r"rank \d: up\.weight: AutoTP has cut it into parts of shape \[6, 8\] that are not one"
     with pytest.raises(ValueError, match=match):
@@ -79,33 +82,3 @@ def a_swap_is_undone(engine: Any, ema: ShardedEMA, kind: Kind) -> None:
         assert torch.equal(parallel.forward(engine), raw)
         assert_same(parallel.weights(engine, kind), live)
         assert_same(parallel.masters(engine, kind), held)
-
-
-# DeepSpeed refuses its own MoE layers under ZeRO-3
-CASES_OF = {"experts": NAMES[:-1], "autotp": NAMES}
-ALL = [f"{kind}-{name}" for kind, names in CASES_OF.items() for name in names]
-CASES = [
-    pytest.param(*(ranks, name), marks=[pytest.mark.full] * (ranks != 2 or name not in IN_THE_GATE))
-    for ranks in (2, 4)
-    for name in ALL
-]
-CASES.append(pytest.param(2, "fused"))
-
-
-@pytest.fixture(scope="module")
-def verdicts(request: pytest.FixtureRequest, deepspeed_operators: None) -> dict[int, Any]:
-    chosen = world.selected(request, "ranks", "name")
-    facts = [world.Fact(name, the_average_is_that_of_all_ranks, (name,)) for name in ALL]
-    facts.append(world.Fact("fused", fused_weights_are_refused))  # DeepSpeed goes on with AutoTP
-    return {
-        ranks: world.judge(
-            facts, ranks, timeout=900, only={name for size, name in chosen if size == ranks}
-        )
-        for ranks in {size for size, _ in chosen}
-    }
-
-
-@pytest.mark.timeout(2000)  # all of them run in the fixture
-@pytest.mark.parametrize(("ranks", "name"), CASES)
-def test_a_fact_of_engines(verdicts: dict[int, Any], ranks: int, name: str) -> None:
-    verdicts[ranks].check(name)
