@@ -65,18 +65,24 @@ def numbered(everyone: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class Cut(nn.Module):
-    """Maps [batch, 6] to [batch, 3]; AutoTP cuts ``up`` by its rows and ``down`` by its columns."""
+    """Maps [batch, 6] to [batch, 3]; AutoTP cuts ``up`` by its rows and ``down`` by its columns.
 
-    def __init__(self) -> None:
+    Where the parts are of two sizes, ZeRO-1 and 2 cut the other layers in other places on each rank
+    of a pair: ``wide`` is where the half of all elements is.
+    """
+
+    def __init__(self, hidden: int = 13) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(6, 8)
-        self.up = nn.Linear(8, 12)
-        self.down = nn.Linear(12, 8)
+        self.wide = nn.Linear(8, 60)
+        self.back = nn.Linear(60, 8)
+        self.up = nn.Linear(8, hidden)
+        self.down = nn.Linear(hidden, 8)
         self.last = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
+        x = self.back(torch.relu(self.wide(self.first(x))))
         out: Tensor = self.last(x + self.down(torch.relu(self.up(x))))
         return out
 
@@ -86,7 +92,7 @@ def auto_tp(**of_up: Any) -> dict[str, Any]:
     specs = [
         {"patterns": [".*up\\.weight$"], "partition_type": "column", **of_up},
         {"patterns": [".*down\\.weight$"], "partition_type": "row"},
-        {"patterns": [".*(first|last)\\.weight$"], "partition_type": "skip"},
+        {"patterns": [".*(first|wide|back|last)\\.weight$"], "partition_type": "skip"},
     ]
     cut = {"use_default_specs": False, "layer_specs": specs}
     return {"tensor_parallel": {"autotp_size": 2, "partition_config": cut}}

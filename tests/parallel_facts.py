@@ -60,7 +60,7 @@ def ranks_have_other_tensors(name: str) -> None:
 
 def fused_weights_are_refused(name: str) -> None:
     config = replace(CONFIGS[name], params=KINDS["autotp"].params)
-    engine = config.engine(parallel.Cut(), **parallel.auto_tp(shape=[2, -1], partition_dim=0))
+    engine = config.engine(parallel.Cut(12), **parallel.auto_tp(shape=[2, -1], partition_dim=0))
     match = r"rank \d: up\.weight: AutoTP has cut it into parts of shape \[6, 8\] that are not one"
     with pytest.raises(ValueError, match=match):
         ShardedEMA(engine, 0.5)
