@@ -1,4 +1,4 @@
-"""The contract, for every backend, on every number of ranks; see contract.py and layouts.py."""
+"""The contract, for every backend, on every number of ranks; see contract, layouts and meshes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ import pytest
 import torch
 
 from tests import contract, world
-from tests.layouts import LAYOUTS
+from tests.layouts import LAYOUTS, Layout
+
+LONG = 1200  # seconds for eight ranks, all of them with --full
+
+
+def marks(ranks: int, layout: Layout, fact: str) -> list[pytest.MarkDecorator]:
+    chosen = fact in layout.gate and ranks == min(layout.worlds)
+    full = ranks in layout.full and not chosen
+    return [pytest.mark.full] * full + [pytest.mark.timeout(LONG + 100)] * (ranks > 4)
+
 
 PAIRS = [
-    pytest.param(
-        *(ranks, layout.name, fact.__name__), marks=[pytest.mark.full] * (ranks in layout.full)
-    )
-    for ranks in (1, 2, 3, 4)
-    for layout in LAYOUTS.values()
+    pytest.param(*(ranks, layout.name, fact.__name__), marks=marks(ranks, layout, fact.__name__))
+    for ranks in (1, 2, 3, 4, 8)
+    for layout in contract.ALL.values()
     if ranks in layout.worlds
     for fact in contract.FACTS
 ]
@@ -46,7 +53,8 @@ def verdicts(request: pytest.FixtureRequest) -> Callable[[int, str], world.Verdi
     @functools.cache
     def judged(ranks: int, layout: str) -> world.Verdicts:
         only = {fact for *pair, fact in chosen if pair == [ranks, layout]}
-        return world.judge(facts(layout), ranks, only=only)
+        seconds = 280.0 if ranks <= 4 else LONG
+        return world.judge(facts(layout), ranks, seconds, only=only)
 
     return judged
 
