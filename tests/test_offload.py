@@ -758,6 +758,40 @@ def test_a_forked_child_neither_hangs_nor_updates() -> None:
 # ---- on a GPU -----------------------------------------------------------------------------------
 
 
+def test_the_thread_chooses_the_gpu_of_the_weights_before_its_first_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a counting fake of `torch.cuda.set_device`: a context of the driver is not seen here."""
+    seen: list[object] = []
+
+    class Copies(staging.CopyStreams):
+        """Of a CPU, but in a thread as if they were of the third GPU."""
+
+        def make_current(self) -> None:
+            there = object.__new__(staging.CopyStreams)
+            there.device, there.streams = torch.device("cuda", 2), [object()]
+            there.make_current()
+
+        def copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+            seen.append("copy")
+            super().copy(targets, sources)
+
+    monkeypatch.setattr(offload, "CopyStreams", Copies)
+
+    def chosen(device: torch.device) -> None:
+        seen.append((threading.current_thread().name, device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", chosen)
+    behind = HostOffload(*case(), foreach.bind)
+    behind(WEIGHTS[0])
+    behind.flush()
+    behind.close()
+    assert seen[:2] == [("shardema-offload", torch.device("cuda", 2)), "copy"]
+    seen.clear()
+    staging.CopyStreams(torch.device("cpu"), streams=1).make_current()
+    assert seen == []  # of a CPU there is nothing to choose
+
+
 # the same on a CPU, without streams: so that what is not run on a GPU is at least run
 DEVICES = pytest.mark.parametrize(
     "device",

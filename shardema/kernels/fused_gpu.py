@@ -250,6 +250,32 @@ class _RoundedLaunch:
             )
 
 
+class _Written:
+    """Tensors that the current streams have written; other streams wait for that once.
+
+    Args:
+        tensors: on any devices; only those of a GPU have streams.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors: dict[torch.device, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.is_cuda:
+                self._tensors.setdefault(tensor.device, []).append(tensor)
+        self._streams = {torch.cuda.current_stream(device) for device in self._tensors}
+        self._events = {stream.device: stream.record_event() for stream in self._streams}
+
+    def wait(self) -> None:
+        """Lets the current streams wait; the host does not."""
+        for device, tensors in self._tensors.items():
+            stream = torch.cuda.current_stream(device)
+            if stream not in self._streams:
+                stream.wait_event(self._events[device])
+                for tensor in tensors:  # freed memory is not reused before this stream is done
+                    tensor.record_stream(stream)
+                self._streams.add(stream)
+
+
 class _Work:
     """The launches, and their weights on each device."""
 
@@ -286,6 +312,8 @@ class _Work:
             self._launches.append(_RoundedLaunch(table, self._weights[device], dtype, kernel))
         for one in self._launches:  # compiles now, not in a capture; weights of 0 write nothing
             one.run(1)
+        tables = [one.table for one in self._launches]
+        self._written = _Written([*tables, *self._weights.values()])
 
     def move(self, weights: Sequence[float]) -> None:
         """Updates the shadows; in a capture, with the weights of each replay."""
@@ -305,6 +333,7 @@ class _Work:
                 "refresh: got a stream that captures a CUDA graph, expected one that does not: "
                 "the graph would keep these weights; refresh before each replay, outside of it"
             )
+        self._written.wait()  # a captured stream must not; `torch.cuda.graph` has waited for all
         for slot, old in enumerate(self._sent):
             if weights[slot] != old:
                 for tensor in self._weights.values():
