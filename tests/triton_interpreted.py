@@ -28,10 +28,10 @@ from shardema.update import replays, updates  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, on inf and NaN
 
-B = fused_gpu.BLOCK
+B, P = fused_gpu.BLOCK, fused_gpu.PART
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PAIRS = list(itertools.product(DTYPES, DTYPES))
-SIZES = [0, 1, 7, B - 1, B, B + 1, 2 * B + 9]
+SIZES = [0, 1, 7, P - 1, P, P + 1, B - 1, B, B + 1, 2 * B + 9]
 EXACT = [0.0, 0.25, 0.5, 0.75, 1.0]  # of multiples of 4 under 128: no rounding in any dtype
 EXACT_PRODUCTS = [3 / 1024, 1021 / 1024]  # the sum is rounded, not the product
 ROUGH = [1e-8, 0.1, 1 / 3, 0.7, 0.9999]
@@ -487,7 +487,7 @@ def rounded(
 def test_shadows_with_a_rounding_have_the_bits_of_the_reference(
     param: torch.dtype, shift: int
 ) -> None:
-    for numel in (1, B, B + 9):
+    for numel in (1, P + 1, B, B + 9):
         # products by these weights are exact: the interpreter rounds them
         for weight in (0.0, 0.25, 0.75, 1.0):
             results = []
