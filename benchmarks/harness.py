@@ -49,7 +49,9 @@ _MOST_CALLS = 200  # in a turn
 def world(device: str = "cpu") -> Iterator[None]:
     """The process group that is there or that torchrun asks for, or one of a single rank."""
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    torch.set_num_threads(1)  # ranks share the cores
+    # ranks share the cores; beside a GPU each has its part of them, for averages in host memory
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, share) if device == "cuda" else 1)
     if dist.is_initialized():
         yield
         return

@@ -41,6 +41,7 @@ NEEDED = ("torch", "numpy", "safetensors", "click", "rich", "tqdm", "xxhash", "p
 RIVALS = ("diffusers", "timm", "ema_pytorch", "torch_ema")
 OPTIONAL = ("triton", "deepspeed", *RIVALS)
 SPARE = 10.0  # seconds of the whole time that are kept for the summary
+GRACE = 5.0  # seconds that a part has to end once its time is over
 LOG_BYTES = 8 << 20  # of log.txt; the other files are far smaller
 
 
@@ -148,24 +149,23 @@ def benchmark(name: str, *words: str) -> Callable[[Path], int]:
     return work
 
 
-def launched(ranks: int, name: str, *words: str) -> Callable[[Path], int]:
-    """A script of benchmarks/ on several ranks, by torchrun."""
+def launched(ranks: int, script: str, name: str, *words: str) -> Callable[[Path], int]:
+    """A script on several ranks, by torchrun."""
 
     def work(folder: Path) -> int:
         from torch.distributed import run
 
-        script = str(ROOT / "benchmarks" / f"bench_{name}.py")
-        start = ["--standalone", "--nproc_per_node", str(ranks)]
-        run.main([*start, script, *words, *files_of(name, folder)])
+        start = ["--standalone", "--nproc_per_node", str(ranks), str(ROOT / script)]
+        run.main([*start, *words, *files_of(name, folder)])
         return 0
 
     return work
 
 
 def files_of(name: str, folder: Path) -> list[str]:
-    """Where a benchmark writes."""
-    rows = ["--results", str(folder / "rows.csv")]
-    return [*rows, "--out", str(folder)] if name == "export" else rows
+    """Where a script writes."""
+    rows = [] if name == "train" else ["--results", str(folder / "rows.csv")]
+    return [*rows, "--out", str(folder)] if name in ("train", "export") else rows
 
 
 def of_layouts(several: bool, count: int) -> list[list[str]]:
@@ -208,15 +208,17 @@ class Sizes:
     large: str  # tensors: of 256 Mi elements, where the memory is enough for all rivals
     mib: str  # a model
     small: str = "2000x1Ki"
-    tokens: str = "16384"  # in a step
+    file: str = "512"  # MiB of an export
+    tokens: str = "32768"  # in a step: it should last longer than the host's part of an update
+    steps: str = "8"  # in a turn
     many: str = "11"  # turns
-    few: str = "5"
+    few: str = "3"
     rivals: str = "[!c]*"  # but `compiled`, which is slow to start
 
     @classmethod
     def of(cls, host: Host) -> Sizes:
         if not host.gpus:
-            return cls("2x64", "1", "2x32", "4", "1", "1", "lerp_float")
+            return cls("2x64", "1", "2x32", "1", "4", "1", "1", "1", "lerp_float")
         return cls("4x64Mi", "2048") if host.gib > 60 else cls("4x16Mi", "512")
 
 
@@ -230,11 +232,13 @@ def benchmarks_of_one(host: Host) -> Iterator[Part]:
         work = benchmark("update", *words, "--tensors", size.large, size.small)
         yield Part(f"update, {dtype}", work, 80, alone=True)
     sized = [*where, "--repeats", size.few, "--mib", size.mib]
-    step = [*sized, "--dtype", "bf16", "--tokens", size.tokens]
-    yield Part("offload against a step", benchmark("step", *step), 60, alone=True)
+    step = ["--mib", size.mib, "--dtype", "bf16", "--tokens", size.tokens, "--steps", size.steps]
+    work = benchmark("step", *where, "--repeats", size.few, *step)
+    yield Part("offload against a step", work, 90, alone=True)
     yield Part("swap", benchmark("swap", *sized), 50, alone=True)
     yield Part("gather", benchmark("gather", *sized), 60, alone=True)
-    yield Part("export", benchmark("export", *sized), 60, alone=True)
+    export = ["--repeats", size.few, "--mib", size.file]
+    yield Part("export", benchmark("export", *where, *export), 60, alone=True)
     if host.gib:
         words = [*plain, "--dtype", "bf16", "--providers", "compiled", "--tensors", size.large]
         work = benchmark("update", *words, "--averages")
@@ -246,8 +250,14 @@ def parts_of_several(host: Host) -> Iterator[Part]:
     count = len(host.gpus) or 2
     yield Part("experiments", gpu_tests("tests/test_gpu.py"), 150, alone=True)
     yield from contract(host, "contract", "test_contract_on_several_gpus", True)
+    backends = ["fsdp2", "hsdp"] if count % 2 == 0 else ["fsdp2"]
     if importlib.util.find_spec("deepspeed"):
         yield Part("DeepSpeed", gpu_tests("tests/test_zero.py"), 300)
+        backends.append("zero3")
+    for backend in backends:
+        words = ["--backend", backend, "--bf16", "--steps", "20" if host.gpus else "2"]
+        work = launched(count, "launch/train.py", "train", *words)
+        yield Part(f"training, {backend}", work, 90, alone=True)
     size = Sizes.of(host)
     where = ["--device", host.device, "--repeats", size.few]
     update = ["--dtype", "bf16", "--tensors", size.large, "--averages", "--providers", size.rivals]
@@ -255,9 +265,10 @@ def parts_of_several(host: Host) -> Iterator[Part]:
         "update": [*where, *update],
         "swap": [*where, "--mib", size.mib],
         "gather": [*where, "--mib", size.mib],
-        "export": [*where, "--mib", size.mib],
+        "export": [*where, "--mib", size.file],
     }.items():
-        yield Part(name, launched(count, name, *words), 90, alone=True)
+        script = f"benchmarks/bench_{name}.py"
+        yield Part(name, launched(count, script, name, *words), 90, alone=True)
 
 
 # ---- running ----------------------------------------------------------------------------------
@@ -306,9 +317,11 @@ class Running:
         if self.process.is_alive() and now < self.end:
             return None
         stopped = self.process.is_alive()
-        # its session: also what it has started
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            if stopped:  # torchrun ends its ranks, which have sessions of their own
+                os.killpg(self.process.pid, signal.SIGTERM)
+                self.process.join(GRACE)
+            os.killpg(self.process.pid, signal.SIGKILL)  # its session: also what it has started
         self.process.join()
         code, why = self.process.exitcode, ""
         if stopped:
@@ -455,13 +468,12 @@ def find_host(folder: Path, dry: bool) -> tuple[Host, dict[str, Any]]:
     return (Host("cpu") if dry else Host("cuda", seen["gpus"], seen["gib"])), seen
 
 
-def facts_of(seen: dict[str, Any], dry: bool) -> list[str]:
+def facts_of(seen: dict[str, Any], lacking: Sequence[str], dry: bool) -> list[str]:
     """The first lines of the summary."""
     import torch
 
     compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
     compiler = next((name for name in compilers if shutil.which(name)), "")
-    lacking = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
     return [
         f"{'dry run on the CPU' if dry else 'GPUs: ' + ', '.join(seen['gpus'])}",
         f"torch {torch.__version__}, CUDA {seen['cuda']}, Python {sys.version.split()[0]}",
@@ -492,6 +504,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = args.out.resolve() / "parts"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
+    unavailable = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
     if args.dry:  # they take seconds to import
         sys.modules |= dict.fromkeys(RIVALS)  # type: ignore[arg-type]
     host, seen = find_host(work, args.dry)
@@ -506,7 +519,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes = run_all(parts, work, deadline, jobs)
     rows = collect(work, args.out, len(parts))
     shutil.rmtree(work)
-    text = summary(facts_of(seen, args.dry), outcomes, rows)
+    text = summary(facts_of(seen, unavailable, args.dry), outcomes, rows)
     (args.out / "summary.txt").write_text(text, encoding="utf-8")
     told = json.dumps([asdict(outcome) for outcome in outcomes], indent=0)
     (args.out / "results.json").write_text(told, encoding="utf-8")

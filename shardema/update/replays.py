@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import torch
 
+from shardema.scopes import writable
+
 
 class Replays:
     """Counts replays on the device of the averages.
@@ -23,10 +25,10 @@ class Replays:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._done = torch.zeros((), dtype=torch.int64, device=device)
-        self._seen = torch.zeros(
-            (), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
-        )
+        pinned = device.type == "cuda"
+        with writable():
+            self._done = torch.zeros((), dtype=torch.int64, device=device)
+            self._seen = torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=pinned)
         self._ready = 0
 
     def count(self) -> None:
