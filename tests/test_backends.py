@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import distributed as dist
 
 from tests import contract, world
 from tests.layouts import LAYOUTS, Layout
@@ -78,9 +79,45 @@ def gpu_verdicts(request: pytest.FixtureRequest) -> Callable[[str], world.Verdic
     return judged
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("layout", "fact"), ON_ONE)
 def test_contract_on_a_gpu(
     gpu_verdicts: Callable[[str], world.Verdicts], layout: str, fact: str
 ) -> None:
     gpu_verdicts(layout).check(fact)
+
+
+def sharding_works() -> None:
+    """What FSDP needs of a process group on a GPU."""
+    ones = torch.ones(2, device="cuda")
+    full = torch.empty(4, device="cuda")
+    dist.all_gather_into_tensor(full, ones)
+    dist.reduce_scatter_tensor(ones, full)
+    assert full.tolist() == [1.0] * 4
+    assert ones.tolist() == [2.0] * 2
+
+
+@pytest.fixture(scope="module")
+def gloo_shards() -> str:
+    """Empty, or why FSDP cannot run over gloo on this GPU."""
+    told = world.judge([world.Fact("it", sharding_works)], 2, device=world.GLOO_ON_GPU).told["it"]
+    return next((text.strip().splitlines()[-1] for text in told if text), "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", [one.name for one in LAYOUTS.values() if 2 in one.worlds])
+def test_contract_of_two_ranks_on_one_gpu(gloo_shards: str, name: str) -> None:
+    if LAYOUTS[name].backend != "plain" and gloo_shards:
+        pytest.skip(f"FSDP cannot run over gloo on this GPU: {gloo_shards}")
+    world.hold(facts(name), 2, world.GLOO_ON_GPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [one.name for one in LAYOUTS.values() if one.worlds != (1,)])
+def test_contract_on_several_gpus(name: str) -> None:
+    worlds = [ranks for ranks in LAYOUTS[name].worlds if ranks <= torch.cuda.device_count()]
+    if not worlds:
+        pytest.skip(f"needs {min(LAYOUTS[name].worlds)} GPUs")
+    world.hold(facts(name), max(worlds), world.NCCL)
