@@ -13,7 +13,7 @@ from torch import distributed as dist
 from shardema import ShadowPolicy, ShardedEMA, schedules
 from shardema.costs import tensors
 from shardema.costs.layout import Layout, Strategy
-from tests import engines, meters, oracle, world, zoo
+from tests import engines, meters, oracle, parallel_facts, world, zoo
 from tests.contract import assert_same, shared_folder
 from tests.engines import CONFIGS, Config
 from tests.test_costs import Net, check_plan
@@ -502,9 +502,18 @@ FACTS = [
 ]
 
 
+OF_RANKS = {  # of engines of which each rank has other tensors
+    "ranks_have_other_tensors": parallel_facts.ranks_have_other_tensors,
+    "fused_weights_are_refused": parallel_facts.fused_weights_are_refused,
+}
+
+
 def check(fact: str, config: str) -> None:
     """Runs one fact by name, so that it can travel to another process."""
     engines.prepare()
+    if fact in OF_RANKS:
+        OF_RANKS[fact](config)
+        return
     next(f for f in FACTS if f.__name__ == fact)((CONFIGS | engines.ON_GPU)[config])
 
 
@@ -522,6 +531,8 @@ KINDS += ("2-bf16", "3-bf16", "3-offload")
 
 def in_the_gate(ranks: int, fact: str, name: str) -> bool:
     """Everything else is run with --full."""
+    if fact in OF_RANKS:
+        return ranks == 2 and name in ("2-bf16", *parallel_facts.IN_THE_GATE)
     place = [f.__name__ for f in FACTS].index(fact)
     if fact in _ONCE:
         return name in _ONCE[fact] and ranks == 2
@@ -537,6 +548,8 @@ CASES = [
     for fact in facts
     for name in CONFIGS
 ]
+CASES += [(n, "ranks_have_other_tensors", name) for n in (2, 4) for name in parallel_facts.NAMES]
+CASES += [(2, "fused_weights_are_refused", "2-bf16")]
 
 
 @pytest.fixture(scope="module")
@@ -555,7 +568,7 @@ def verdicts(
             timeout=900,
             only={f"{fact}[{name}]" for size, fact, name in chosen if size == ranks},
         )
-        for ranks in (2, 3)
+        for ranks in (2, 3, 4)
     }
 
 
