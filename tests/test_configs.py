@@ -46,6 +46,13 @@ def test_a_config_builds_what_its_fields_say() -> None:
     )
     assert ema.internal.averages.weights.averaged == {"0.weight", "0.bias"}
     assert ema.internal.averages.ranks.timeout == 5.0
+    options = CONFIG.preset().options
+    assert {name: options[name] for name in ("buffers", "select", "source", "on_nonfinite")} == {
+        "buffers": "ignore",
+        "select": "0.*",
+        "source": "master",
+        "on_nonfinite": "skip",
+    }
     assert EMAConfig().preset().schedule == schedules.constant(0.9999)
     assert EMAConfig(decay=0.5).preset().schedule == schedules.constant(0.5)
 
