@@ -183,6 +183,14 @@ def test_the_ranks_together_hold_each_element_once_for_each_replica(
             assert (counts.sum(), counts.min() >= 0) == (tensor.numel * of_each, True), tensor
 
 
+def test_fsdp1_cuts_each_layer_apart_and_zero_all_of_them_together() -> None:
+    layers = [Described(f"layers.{n}.w", (5,), torch.float32, unit=f"layers.{n}") for n in range(2)]
+    apart = [counts.tolist() for counts in Layout("fsdp1", 4).held(layers, False)]
+    assert apart == [[2, 2, 1, 0], [2, 2, 1, 0]]
+    together = [counts.tolist() for counts in Layout("zero2", 4).held(layers, False)]
+    assert together == [[4, 1, 0, 0], [0, 3, 2, 0]]
+
+
 def run(*words: object) -> tuple[int, str]:
     done = CliRunner().invoke(main, ["plan", *map(str, words)])
     return done.exit_code, done.output
