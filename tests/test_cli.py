@@ -214,7 +214,8 @@ def test_the_config_says_the_dtype_that_is_written(tmp_path: Path) -> None:
 
 def test_every_command_and_option_is_on_its_page() -> None:
     root = Path(__file__).parent.parent / "docs"
-    pages = dict.fromkeys(main.commands, root / "cli.md") | {"export": root / "export.md"}
+    pages = dict.fromkeys(main.commands, root / "cli.md")
+    pages |= {"export": root / "export.md", "plan": root / "plan.md"}
     overview = (root / "cli.md").read_text()
     for name, command in main.commands.items():
         assert f"`shardema {name} " in overview, name

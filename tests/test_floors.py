@@ -21,9 +21,11 @@ OPTIONAL = {
     "transformers": "integrations/transformers.py",
     "lightning": "integrations/lightning.py",
     "matplotlib": "cli/plot.py",
+    "plotext": "cli/terminal.py",
     "triton": "kernels/fused_gpu.py",
     "peft": "files/pretrained.py",
     "fsspec": "files/remote.py",
+    "huggingface_hub": "files/hub.py",
 }
 
 

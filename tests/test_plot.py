@@ -656,3 +656,30 @@ def test_a_picture_needs_neither_pyplot_nor_a_display(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.png").read_bytes().startswith(PNG)
+
+
+# other forms
+
+
+def test_the_curves_of_a_figure_are_printed_as_json() -> None:
+    words = ["plot", "decay", "--schedule", "ramp(0.9)", "--steps", "3", "--format", "json"]
+    done = CliRunner().invoke(main, words)
+    (one, *_) = json.loads(done.output)
+    rule = schedules.ramp(0.9)
+    assert one["x"] == [1.0, 2.0, 3.0][-len(one["x"]) :]
+    assert one["y"] == [rule.retention(x - 1, x) for x in one["x"]]
+    words = ["plot", "profile", "--schedule", "0.5", "--steps", "4", "--format", "json"]
+    (one,) = json.loads(CliRunner().invoke(main, words).output)
+    assert one["y"][:4] == [0.0625, 0.125, 0.25, 0.5]
+
+
+def test_curves_are_drawn_in_the_terminal_without_a_display(tmp_path: Path) -> None:
+    pytest.importorskip("plotext")
+    log = tmp_path / "log.csv"
+    log.write_text("step,raw_loss,ema_loss\n10,2.0,1.9\n20,1.0,0.5\n")
+    done = CliRunner().invoke(main, ["plot", "curves", str(log), "--format", "terminal"])
+    assert done.exit_code == 0, done.output
+    for text in ("Raw and averaged weights: loss", "raw: raw_loss", "average: ema_loss", "20"):
+        assert text in done.output
+    assert "\x1b" not in done.output  # no colors where nobody looks
+    assert list(tmp_path.iterdir()) == [log]

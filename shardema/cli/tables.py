@@ -14,8 +14,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
+from shardema import bars
+from shardema.costs.words import size as size
 from shardema.errors import CheckpointError
 
 
@@ -60,9 +61,7 @@ def one_line() -> Iterator[None]:
 
 def progress(name: str, quiet: bool = False, total: int | None = None) -> Any:
     """A bar of bytes on stderr, for what takes longer than a second."""
-    return tqdm(
-        unit="B", unit_scale=True, desc=name, delay=1, leave=False, disable=quiet, total=total
-    )
+    return bars.bar(name, total, visible=not quiet)
 
 
 class _Screen(Console):
@@ -101,15 +100,6 @@ def table(columns: Sequence[str], right: Sequence[str] = ()) -> Table:
 def row(made: Table, *cells: object) -> None:
     """Adds cells as they are: brackets in them are no markup."""
     made.add_row(*(Text(printable(cell)) for cell in cells))
-
-
-def size(nbytes: float) -> str:
-    """Bytes, for people."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.4g} TB"
 
 
 def as_json(value: object) -> None:

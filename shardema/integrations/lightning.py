@@ -43,6 +43,7 @@ from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError
 from shardema.files.background import PendingSave
 from shardema.files.safetensors import reporting
+from shardema.integrations.logged import logged
 from shardema.integrations.modes import deferred_modes
 from shardema.integrations.newest import Candidate, choose
 from shardema.ranks.agree import Ranks
@@ -76,6 +77,8 @@ class EMACallback(Callback):
         export: folder for ``ema.export`` at the end of `fit`; must not exist.
         allow_missing: start an average if the checkpoint has none, instead of raising.
         new_schedule: continue with this schedule if the checkpoint has another.
+        log_metrics: give `ShardedEMA.metrics` to the trainer's loggers every ``log_every_n_steps``
+            steps, as ``ema/distance``, ``ema/decay``, ... (``ema/NAME/...`` of several averages).
         wait: if False, a thread writes the averages of checkpoints while training goes on; see
             `ShardedEMA.save`. Until it is done no checkpoint is removed.
         teacher: name of a child of the LightningModule, such as ``"teacher"``, that the average is
@@ -104,6 +107,7 @@ class EMACallback(Callback):
         export: str | os.PathLike[str] | None = None,
         allow_missing: bool = False,
         new_schedule: bool = False,
+        log_metrics: bool = True,
         wait: bool = True,
         teacher: str | None = None,
         **options: Any,
@@ -125,6 +129,7 @@ class EMACallback(Callback):
         self.export = export
         self.allow_missing = allow_missing
         self.new_schedule = new_schedule
+        self.log_metrics = log_metrics
         self.wait = wait
         self.teacher = teacher
         self.options = options
@@ -138,6 +143,7 @@ class EMACallback(Callback):
         self._plan: list[str] = []  # of the current evaluation, by dataloader
         self._side = "raw"  # what the model holds now
         self._swap: contextlib.ExitStack | None = None
+        self._logged = 0  # updates at the last log
         self._pending: PendingSave | None = None
         self._waiting: list[Callable[[], None]] = []  # removals, until the save is complete
 
@@ -205,9 +211,17 @@ class EMACallback(Callback):
         if not any(optimizer is one and groups == n for one, n in self._followed):
             self._follow(trainer)  # created, or given more parameters, in this batch
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         assert self.ema is not None
-        _ = self.ema.num_updates  # ends a round of several optimizers, with every strategy
+        updates = self.ema.num_updates  # ends a round of several optimizers, with every strategy
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not (self.log_metrics and trainer.loggers and every) or updates == self._logged:
+            return
+        if updates % every == 0:
+            self._logged = updates
+            metrics = logged(self.ema)
+            for logger in trainer.loggers:  # each of them logs on one rank only
+                logger.log_metrics(metrics, step=trainer.global_step - 1)  # as Lightning counts
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.ema is not None
