@@ -164,7 +164,7 @@ def measure(table: Table, size: int, repeats: int) -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     others = Others(size, server.port)
     first = others.stores[0]
-    with mock.patch.object(agree, "rounds_of", lambda *_: others.rounds[0]):
+    with mock.patch.object(agree, "rounds_of", return_value=others.rounds[0]):
         ranks = Ranks(range(size), timeout=LONG)
 
         def call() -> None:
