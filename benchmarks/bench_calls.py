@@ -4,20 +4,21 @@
 
     python benchmarks/bench_calls.py
 
-One process: a real ``TCPStore``, and for each rank a connection of its own and a thread that speaks
-the rank's part of a call. The first rank makes the call itself. So the times are those of all ranks
-and of the store together, on as many cores as the process has.
+A real ``TCPStore`` and for each rank a connection of its own. The first rank makes the call, the
+others are threads of forked processes, 64 in each, that speak their rank's part of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
 
@@ -31,7 +32,7 @@ from shardema.ranks.rounds import Rounds
 KIB = 1 << 10
 OURS = "shardema"
 TARGETS = (
-    Target(OURS, "call of 1024 ranks", "cpu", most=0.2),
+    Target(OURS, "call of 1024 ranks", "cpu_of_leader", most=0.2),
     Target(OURS, "call of 1024 ranks", "bytes_of_leader", most=5 * KIB),
     Target(OURS, "call of .*", "keys_left", most=0),
 )
@@ -44,6 +45,7 @@ SAME = {  # as of a save with two averages
     "clock of 'ema'": [120000, 120000, 120000],
     "clock of 'slow'": [120000, 120000, 120000],
 }
+EACH = 64  # ranks in a process
 LATE = 1.0  # seconds after the others in which the first rank comes
 LONG = 600.0  # seconds that ranks wait for each other
 
@@ -93,105 +95,133 @@ class Counted(dist.TCPStore):
         self._count(key)
         return super().delete_key(key)
 
+    def take(self) -> Traffic:
+        """The traffic since the last time."""
+        taken, self.traffic = self.traffic, Traffic()
+        return taken
 
-class Others:
-    """All ranks but the first: threads that answer its calls.
+
+def added(parts: Sequence[Traffic]) -> Traffic:
+    """The traffic of several connections."""
+    return Traffic(sum(part.requests for part in parts), sum(part.nbytes for part in parts))
+
+
+class Connected:
+    """Some of the ranks but the first, in a process of their own: threads that answer its calls."""
+
+    def __init__(self, ranks: Sequence[int], size: int, port: int) -> None:
+        self._stores = [Counted("127.0.0.1", port, wait_for_workers=False) for _ in ranks]
+        pairs = zip(self._stores, ranks, strict=True)
+        self._rounds = [Rounds(store, range(size), rank) for store, rank in pairs]
+        self._who: int | None = None
+        self._calls = 0
+
+    def serve(self, orders: Connection) -> None:
+        """Answers a call for each order, until there are no more; tells what it took."""
+        with ThreadPoolExecutor(len(self._rounds)) as pool:
+            orders.send(None)
+            while orders.recv():
+                start = time.process_time()
+                (self._who,) = set(pool.map(self._follow, self._rounds))
+                self._calls += 1
+                spent = [store.take() for store in self._stores]
+                orders.send((time.process_time() - start, added(spent)))
+
+    def _follow(self, rounds: Rounds) -> int | None:
+        message = {"op": OP, "payload": None, "same": SAME, "who": [self._who, self._calls]}
+        if self._calls:
+            message["last"] = OP
+        reply = rounds.follow(message, LONG, threading.Event())
+        assert reply is not None
+        assert "error" not in reply, reply
+        return reply.get("who", self._who)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a call took: seconds, CPU seconds of all ranks and the store, and traffic.
 
     Attributes:
-        stores: the connections of all ranks, the first one's too.
+        leader_cpu: of the process with the first rank and the store.
     """
 
-    def __init__(self, size: int, port: int) -> None:
-        def connect(_: int) -> Counted:
-            return Counted("127.0.0.1", port, wait_for_workers=False)
+    time: float
+    cpu: float
+    leader_cpu: float
+    leader: Traffic
+    all: Traffic
 
-        with ThreadPoolExecutor(64) as pool:
-            self.stores = list(pool.map(connect, range(size)))
-        ranks = tuple(range(size))
-        self.rounds = [Rounds(store, ranks, index) for index, store in enumerate(self.stores)]
-        self.answered = threading.Semaphore(0)
-        self._begin = threading.Barrier(size)
-        self._ended = False
-        self._threads = [
-            threading.Thread(target=self._follow, args=(rounds,)) for rounds in self.rounds[1:]
-        ]
-        for thread in self._threads:
-            thread.start()
 
-    def _follow(self, rounds: Rounds) -> None:
-        who, calls = None, 0
-        while True:
-            self._begin.wait()
-            if self._ended:
-                return
-            message = {"op": OP, "payload": None, "same": SAME, "who": [who, calls]}
-            if calls:
-                message["last"] = OP
-            reply = rounds.follow(message, LONG, threading.Event())
-            assert reply is not None
-            assert "error" not in reply, reply
-            who, calls = reply.get("who", who), calls + 1
-            self.answered.release()
+class World:
+    """A store, the first rank, both in this process, and the others."""
 
-    def called(self, call: Callable[[], object], late: float = 0.0) -> tuple[float, float]:
-        """Seconds until all ranks have the reply to a call: of the clock, and of the process."""
-        self._begin.wait()
+    def __init__(self, size: int) -> None:
+        self.server = Counted("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.first = Rounds(self.server, range(size), 0)
+        context = multiprocessing.get_context("fork")
+        self._others = []
+        for start in range(1, size, EACH):
+            ours, theirs = context.Pipe()
+            ranks = range(start, min(start + EACH, size))
+            arguments = (ranks, size, self.server.port, theirs)
+            process = context.Process(target=_connected, args=arguments, daemon=True)
+            process.start()
+            self._others.append((process, ours))
+        for _, orders in self._others:
+            orders.recv()
+
+    def called(self, call: Callable[[], object], late: float = 0.0) -> Taken:
+        """Makes a call, so many seconds after the others."""
+        for _, orders in self._others:
+            orders.send(True)
         time.sleep(late)
-        start = time.perf_counter(), time.process_time()
+        start, cpu = time.perf_counter(), time.process_time()
         call()
-        for _ in self._threads:
-            self.answered.acquire()
-        return time.perf_counter() - start[0], time.process_time() - start[1]
+        told = [orders.recv() for _, orders in self._others]
+        took = time.perf_counter() - start
+        here = time.process_time() - cpu
+        everywhere = here + sum(spent for spent, _ in told)
+        own = self.server.take()
+        every = added([own, *(traffic for _, traffic in told)])
+        return Taken(took, everywhere, here, own, every)
 
     def end(self) -> None:
-        self._ended = True
-        self._begin.wait()
-        for thread in self._threads:
-            thread.join()
+        for process, orders in self._others:
+            orders.send(False)
+            process.join()
 
-    def traffic(self) -> Traffic:
-        """Of all ranks since the last time, which is then forgotten."""
-        told = Traffic()
-        for store in self.stores:
-            told.requests += store.traffic.requests
-            told.nbytes += store.traffic.nbytes
-            store.traffic = Traffic()
-        return told
+
+def _connected(ranks: Sequence[int], size: int, port: int, orders: Connection) -> None:
+    Connected(ranks, size, port).serve(orders)
 
 
 def measure(table: Table, size: int, repeats: int) -> None:
     """Rows of calls with so many ranks, and of the time in which they wait for the first one."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    others = Others(size, server.port)
-    first = others.stores[0]
-    with mock.patch.object(agree, "rounds_of", return_value=others.rounds[0]):
+    world = World(size)
+    with mock.patch.object(agree, "rounds_of", return_value=world.first):
         ranks = Ranks(range(size), timeout=LONG)
 
         def call() -> None:
             ranks.agree(OP, lambda: None, same=SAME)
 
-        others.called(call)  # in which the ranks agree on the object
-        others.called(call)
-        keys = server.num_keys()
-        others.traffic()
-        turns = []
-        for _ in range(repeats):
-            own = first.traffic
-            times = others.called(call)
-            turns.append((*times, own, others.traffic()))
-        left = server.num_keys() - keys
-        others.called(call, LATE)
-        waiting = others.traffic()
-        others.end()
+        world.called(call)  # in which the ranks agree on the object
+        world.called(call)
+        keys = world.server.num_keys()
+        turns = [world.called(call) for _ in range(repeats)]
+        left = world.server.num_keys() - keys
+        late = world.called(call, LATE)
+    world.end()
     case = f"call of {size} ranks"
-    table.add(OURS, case, "time", "s", [wall for wall, *_ in turns])
-    table.add(OURS, case, "cpu", "s", [cpu for _, cpu, *_ in turns])
-    table.add(OURS, case, "requests", "requests", [every.requests for *_, every in turns])
-    table.add(OURS, case, "bytes", "KiB", [every.nbytes / KIB for *_, every in turns])
-    table.add(OURS, case, "requests_of_leader", "requests", [own.requests for *_, own, _ in turns])
-    table.add(OURS, case, "bytes_of_leader", "KiB", [own.nbytes / KIB for *_, own, _ in turns])
+    table.add(OURS, case, "time", "s", [took.time for took in turns])
+    table.add(OURS, case, "cpu", "s", [took.cpu for took in turns])
+    table.add(OURS, case, "cpu_of_leader", "s", [took.leader_cpu for took in turns])
+    table.add(OURS, case, "requests", "requests", [took.all.requests for took in turns])
+    table.add(OURS, case, "bytes", "KiB", [took.all.nbytes / KIB for took in turns])
+    of_leader = [took.leader for took in turns]
+    table.add(OURS, case, "requests_of_leader", "requests", [own.requests for own in of_leader])
+    table.add(OURS, case, "bytes_of_leader", "KiB", [own.nbytes / KIB for own in of_leader])
     table.add(OURS, case, "keys_left", "keys", [left / repeats])
-    often = [waiting.requests / (LATE or 1)]
+    often = [late.all.requests / LATE]
     table.add(OURS, f"waiting {size} ranks", "requests_per_second", "requests", often)
 
 
@@ -204,7 +234,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, appends the rows, and returns the exit code."""
     args = parse(argv)
-    threading.stack_size(512 * KIB)
     table = Table()
     for size in args.ranks:
         say(f"calls of {size} ranks")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import signal
 import tempfile
@@ -876,6 +877,79 @@ def test_a_rank_that_withdrew_and_is_then_asked_to_come_again_gets_its_reply() -
     assert told_late["late"] == [2]
     assert polls[-1] is True  # the leader went on when its reply was read
     assert store.num_keys() == 0
+
+
+class _Counted:
+    """A store, and the names of the requests to it."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.requests: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        self.requests.append(name)
+        return getattr(self._store, name)
+
+
+def a_round_of(size: int) -> tuple[list[str], list[list[str]], Any]:
+    """The requests of the leader, who comes last, and of each other rank; the store."""
+    store = dist.HashStore()
+    stores = [_Counted(store) for _ in range(size)]
+    each = [rounds.Rounds(one, range(size), index) for index, one in enumerate(stores)]
+    message, cancel = {"op": "save", "same": None}, threading.Event()
+    with ThreadPoolExecutor(size) as pool:
+        others = [pool.submit(one.follow, message, 15.0, cancel) for one in each[1:]]
+        while store.num_keys() < size or store.add(each[0]._key("came"), 0) < size - 1:
+            time.sleep(0.001)
+        messages = each[0].collect(message, 15.0, cancel)
+        collected = list(stores[0].requests)
+        each[0].answer({"reply": "yes"}, messages)
+        assert [(other.result() or {})["reply"] for other in others] == ["yes"] * (size - 1)
+    return collected, [one.requests for one in stores[1:]], store
+
+
+def test_what_a_round_asks_of_the_store() -> None:
+    """The leader asks as often, however many ranks there are; no rank asks more than it must."""
+    for size in (2, 5):
+        leader, others, store = a_round_of(size)
+        assert leader == ["set", "add", "check", "multi_get"]
+        deleting = 0
+        for requests in others:
+            assert requests[:2] == ["set", "add"]
+            end = requests.index("get")
+            assert set(requests[2:end]) <= {"check", "add"}  # looking for the reply
+            assert requests[end : end + 3] == ["get", "delete_key", "add"]
+            deleting += requests[end + 3 :] == ["delete_key"] * 4 + ["set"]
+        assert (deleting, store.num_keys()) == (1, 0)
+
+
+def test_ranks_look_more_rarely_the_more_there_are() -> None:
+    """So the store has as many requests from thousands of ranks as from a hundred."""
+    few, many = (rounds.Rounds(dist.HashStore(), range(size), 1) for size in (2, 4096))
+    first = [next(one._pauses(len(one.ranks))) for one in (few, many)]
+    assert first[0] < 0.001 < 0.1 < first[1]
+    longest = [max(itertools.islice(one._pauses(len(one.ranks)), 100)) for one in (few, many)]
+    assert longest == [0.01, pytest.approx(0.41, abs=0.01)]
+    assert few._look < many._look < rounds.ROLL_CALL
+
+
+def test_a_leader_that_did_not_wait_for_its_readers_clears_up_in_the_next_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = dist.HashStore()
+    leader, second = (rounds.Rounds(store, (0, 1), index) for index in range(2))
+    message, cancel = {"op": "save", "same": None}, threading.Event()
+    left = []
+    for linger in (0.0, 2.0):
+        monkeypatch.setattr(rounds, "LINGER_S", linger)
+        with ThreadPoolExecutor(1) as pool:
+            reply = pool.submit(second.follow, message, 15.0, cancel)
+            messages = leader.collect(message, 15.0, cancel)
+            with mock.patch.object(leader, "_has", return_value=False) if not linger else nothing():
+                leader.answer({"reply": "yes"}, messages)
+            assert reply.result()
+        left.append(store.num_keys())
+    assert left == [1, 0]
 
 
 def test_a_roll_call_leaves_its_own_keys_only() -> None:
