@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -69,34 +70,26 @@ class Call:
 
     make: Callable[..., ShardedEMA]
     run: Callable[[ShardedEMA, str], Any]
-    sends: str = ""  # of torch.distributed, on all ranks but the leader
-    receives: str = ""  # on the leader
+    moves: str = ""  # of torch.distributed
     words: bool = True
     first: bool = False  # it is the first one of its EMA
 
 
+BATCH, GATHER = "batch_isend_irecv", "all_gather_into_tensor"
 CALLS = {
-    "full_state_dict": Call(sharded, lambda e, _: e.full_state_dict(), "send", "irecv"),
-    "all_ranks": Call(
-        sharded, lambda e, _: e.full_state_dict(all_ranks=True), "broadcast", "broadcast"
-    ),
-    "iter_full": Call(sharded, lambda e, _: list(e.iter_full()), "send", "irecv"),
+    "full_state_dict": Call(sharded, lambda e, _: e.full_state_dict(), BATCH),
+    "all_ranks": Call(sharded, lambda e, _: e.full_state_dict(all_ranks=True), "broadcast"),
+    "iter_full": Call(sharded, lambda e, _: list(e.iter_full()), BATCH),
     "export": Call(sharded, lambda e, f: e.export(f"{f}/e", mode="direct", progress=False)),
-    "stream": Call(
-        sharded, lambda e, f: e.export(f"{f}/e", mode="stream", progress=False), "send", "irecv"
-    ),
+    "stream": Call(sharded, lambda e, f: e.export(f"{f}/e", mode="stream", progress=False), BATCH),
     "save": Call(sharded, lambda e, f: e.save(f"{f}/s")),
     "load": Call(sharded, lambda e, f: e.load(f"{f}/before")),
     "load_full": Call(sharded, lambda e, f: e.load_full(f"{f}/full.safetensors")),
     "metrics": Call(sharded, lambda e, _: e.metrics()),
-    "first": Call(
-        sharded, lambda e, _: e.metrics(), "all_gather_object", "all_gather_object", first=True
-    ),
-    "swap": Call(sliced, swapped, "all_gather_into_tensor", "all_gather_into_tensor"),
-    "copy": Call(
-        sliced, lambda e, _: e.copy_to_model(), "all_gather_into_tensor", "all_gather_into_tensor"
-    ),
-    "update": Call(checked, lambda e, _: e.update(), "all_reduce", "all_reduce", words=False),
+    "first": Call(sharded, lambda e, _: e.metrics(), GATHER, first=True),
+    "swap": Call(sliced, swapped, GATHER),
+    "copy": Call(sliced, lambda e, _: e.copy_to_model(), GATHER),
+    "update": Call(checked, lambda e, _: e.update(), "all_reduce", words=False),
 }
 
 
@@ -144,8 +137,7 @@ def arm(case: Case) -> None:
 
         setattr(rounds.Rounds, name, gone)
     if case.point == "moving":
-        name = call.receives if case.victim == 0 else call.sends
-        setattr(dist, name, lambda *args, **kwargs: leave(case.kind))
+        setattr(dist, call.moves, lambda *args, **kwargs: leave(case.kind))
     if case.point == "end":
         real = Ranks.agree
 
@@ -265,7 +257,7 @@ def sweep() -> Iterator[Case]:
     for size in (2, 4):
         for name, call in CALLS.items():
             for point in ("start", "word", "moving", "end"):
-                if (point == "moving" and not call.sends) or (point == "word" and not call.words):
+                if (point == "moving" and not call.moves) or (point == "word" and not call.words):
                     continue
                 if point == "end" and name in ("metrics", "update"):
                     continue
@@ -339,7 +331,7 @@ def keys() -> int:
 
 
 def moving() -> list[tuple[str, Callable[..., ShardedEMA], Callable[[ShardedEMA, str], Any]]]:
-    return [(name, call.make, call.run) for name, call in CALLS.items() if call.sends]
+    return [(name, call.make, call.run) for name, call in CALLS.items() if call.moves]
 
 
 def memory_runs_out_before_a_transfer() -> None:
@@ -1031,13 +1023,39 @@ class _Event:
         return _Event.left < 0
 
 
+def test_the_device_of_a_transfer_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    cuda, cpu, bound = torch.device("cuda", 3), torch.device("cpu"), torch.device("cuda", 2)
+    nccl: Any = SimpleNamespace(_device_types=[torch.device("cuda")], bound_device_id=None)
+    both: Any = SimpleNamespace(_device_types=[torch.device("cuda"), cpu], bound_device_id=None)
+    eager: Any = SimpleNamespace(_device_types=[torch.device("cuda")], bound_device_id=bound)
+    for group, kind, model, expected in (
+        (nccl, "cuda", cuda, cuda),
+        (nccl, "cpu", cuda, cuda),  # what is in host memory goes through the model's device
+        (nccl, "cpu", None, torch.device("cuda", 1)),
+        (eager, "cpu", None, bound),
+        (eager, "cuda", cuda, cuda),
+        (both, "cpu", cuda, cpu),
+        (both, "cuda", cuda, cuda),
+    ):
+        assert agree.device_for(group, kind, model) == expected, (kind, model)
+
+
 def test_a_transfer_on_an_accelerator_is_launched_and_its_event_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "Event", _Event)
-    launched = []
-    done = agree._started(lambda: launched.append(True), torch.device("cuda"))
-    assert launched == [True]
+    current, launched = [0], []
+
+    @contextlib.contextmanager
+    def device_index(index: int) -> Iterator[None]:
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    done = agree._started(lambda: launched.append(current[-1]), torch.device("cuda", 3))
+    assert launched == [3]  # not the current one, which the program may never have set
     _Event.left = 3
     assert done(10.0) is True
     assert _Event.left == -1

@@ -70,6 +70,7 @@ class Rounds:
         culprit: the rank that caused it.
         alive: time of the store's last answer.
         missed: error of the last round that this rank was not part of.
+        joined: the groups of these ranks that have a communicator, with its device.
     """
 
     def __init__(self, store: Any, ranks: Sequence[int], index: int) -> None:
@@ -80,6 +81,8 @@ class Rounds:
         self.culprit = -1
         self.missed = ""
         self.alive = time.monotonic()
+        self.joined: set[str] = set()
+        self._group: weakref.ref[dist.ProcessGroup] | None = None  # it keeps the store
         self._name = f"shardema/{self.ranks[0]}-{self.ranks[-1]}-{hash(self.ranks)}"
         self._next = 0
         self._withdrawn = 0  # withdrawn messages of this rank in the next round
@@ -93,6 +96,14 @@ class Rounds:
     def number(self) -> int:
         """Number of the next round."""
         return self._next
+
+    def group(self) -> dist.ProcessGroup:
+        """A process group of these ranks, one for all that use it. Collective on the first call."""
+        known = None if self._group is None else self._group()
+        if known is None:
+            known = dist.new_group(list(self.ranks), use_local_synchronization=True)
+            self._group = weakref.ref(known)
+        return known
 
     # ---- a round ------------------------------------------------------------------------------
 
