@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA
 from shardema.exchange import Exchange
 from shardema.model import replicas
+from shardema.publishing import FolderSink
 from shardema.ranks import agree, plan, rounds, transfer
 from shardema.ranks.agree import Ranks
 from tests import world
@@ -59,6 +60,12 @@ def checked(**options: Any) -> ShardedEMA:
     return sharded(on_nonfinite="skip", **options)
 
 
+def taken(pairs: Iterator[tuple[str, Any]]) -> None:
+    """What an engine does with what is published."""
+    for _ in pairs:
+        pass
+
+
 def swapped(ema: ShardedEMA, folder: str) -> None:
     with ema.swap():
         pass
@@ -82,6 +89,8 @@ CALLS = {
     "iter_full": Call(sharded, lambda e, _: list(e.iter_full()), BATCH),
     "export": Call(sharded, lambda e, f: e.export(f"{f}/e", mode="direct", progress=False)),
     "stream": Call(sharded, lambda e, f: e.export(f"{f}/e", mode="stream", progress=False), BATCH),
+    "publish": Call(sharded, lambda e, f: e.publish(taken), BATCH),
+    "publish_folder": Call(sharded, lambda e, f: e.publish(FolderSink(f"{f}/w"))),
     "save": Call(sharded, lambda e, f: e.save(f"{f}/s")),
     "load": Call(sharded, lambda e, f: e.load(f"{f}/before")),
     "load_full": Call(sharded, lambda e, f: e.load_full(f"{f}/full.safetensors")),
@@ -341,7 +350,7 @@ def memory_runs_out_before_a_transfer() -> None:
         raise torch.OutOfMemoryError("no room for a bucket")
 
     for poor in (0, last_rank()):
-        for name in ("full_state_dict", "all_ranks", "iter_full", "stream"):
+        for name in ("full_state_dict", "all_ranks", "iter_full", "stream", "publish"):
             ema = sharded(timeout=15.0)
             with shared_folder() as folder:
                 here = dist.get_rank() == poor
@@ -397,7 +406,7 @@ def a_rank_fails_in_the_middle_of_a_transfer() -> None:
         return real(self, index, box)
 
     for poor in (0, last_rank()):
-        for name in ("full_state_dict", "all_ranks", "iter_full", "stream"):
+        for name in ("full_state_dict", "all_ranks", "iter_full", "stream", "publish"):
             ema = sharded(timeout=15.0)
             ema.metrics()
             with shared_folder() as folder, mock.patch.object(transfer, "BUCKET_BYTES", 512):
@@ -545,6 +554,9 @@ def arguments_that_differ_are_named() -> None:
             ("new_schedule", "false", "true", lambda: ema.load(old, new_schedule=is_last())),
             ("add", r"\[\]", r'\["a"\]', lambda: ema.load(old, add=one((), "a"))),
             ("drop", r"\[\]", r'\["c"\]', lambda: ema.load(old, drop=one((), "c"))),
+            ("name", '"a"', '"b"', lambda: ema.publish(taken, one("a", "b"))),
+            ("dtype", "None", "bfloat16", lambda: ema.publish(taken, "a", dtype=one(None, bf16))),
+            ("version", '"1"', '"2"', lambda: ema.publish(taken, "a", version=one(1, 2))),
             ("every", "1", "null", lambda: two.copy_to_model(every=one(1, None))),
         ]  # fmt: skip
         for name, here, there, call in rows:
@@ -574,6 +586,8 @@ def what_one_rank_refuses_all_refuse() -> None:
             lambda: ema.full_state_dict(dtype=torch.int8 if odd else None),
             lambda: ema.full_state_dict("none" if odd else None),
             lambda: ema.metrics("none" if odd else None),
+            lambda: ema.publish(taken, dtype=torch.int8 if odd else None),
+            lambda: ema.publish(taken, version=-1 if odd else None),
         ]
         for call in calls:
             with pytest.raises(ValueError, match=f"rank {last_rank()}: .*(got|expected)"):
@@ -604,6 +618,7 @@ def ranks_out_of_step_are_told_their_counts() -> None:
             lambda: list(ema.iter_full()),
             lambda: ema.save(f"{folder}/x"),
             lambda: ema.export(f"{folder}/x"),
+            lambda: ema.publish(taken),
             lambda: swapped(two, ""),
             two.copy_to_model,
         ):
@@ -680,7 +695,10 @@ def a_call_leaves_the_store_as_it_found_it() -> None:
     start = keys()
     with shared_folder() as folder:
         for ema_, calls in (
-            (ema, ("metrics", "save", "export", "stream", "all_ranks")),
+            (
+                ema,
+                ("metrics", "save", "export", "stream", "all_ranks", "publish", "publish_folder"),
+            ),
             (two, ("swap", "copy")),
         ):
             for name in calls:
@@ -716,6 +734,12 @@ def a_transfer_waits_for_a_leader_that_beats() -> None:
     assert tensor == 0
 
 
+def gloo_is_given_no_tensors_of_a_gpu() -> None:
+    assert dist.group.WORLD is not None
+    assert torch.device("cuda") in dist.group.WORLD._device_types  # it says so, but cannot send
+    assert agree.device_for(dist.group.WORLD, "cuda") == torch.device("cpu")
+
+
 SLOW = [a_slow_consumer_is_waited_for, a_transfer_waits_for_a_leader_that_beats]
 FACTS = [
     memory_runs_out_before_a_transfer,
@@ -733,6 +757,7 @@ FACTS = [
     an_interrupt_is_raised_again_and_told,
     ranks_in_different_calls_are_told,
     a_call_leaves_the_store_as_it_found_it,
+    gloo_is_given_no_tensors_of_a_gpu,
 ]
 
 
@@ -1026,9 +1051,14 @@ class _Event:
 def test_the_device_of_a_transfer_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
     cuda, cpu, bound = torch.device("cuda", 3), torch.device("cpu"), torch.device("cuda", 2)
-    nccl: Any = SimpleNamespace(_device_types=[torch.device("cuda")], bound_device_id=None)
-    both: Any = SimpleNamespace(_device_types=[torch.device("cuda"), cpu], bound_device_id=None)
-    eager: Any = SimpleNamespace(_device_types=[torch.device("cuda")], bound_device_id=bound)
+
+    def group_of(kinds: list[torch.device], bound: torch.device | None = None) -> Any:
+        backend = SimpleNamespace(name=lambda: "nccl")
+        return SimpleNamespace(
+            _device_types=kinds, bound_device_id=bound, _get_backend=lambda _: backend
+        )
+
+    nccl, eager, both = group_of([cuda]), group_of([cuda], bound), group_of([cuda, cpu])
     for group, kind, model, expected in (
         (nccl, "cuda", cuda, cuda),
         (nccl, "cpu", cuda, cuda),  # what is in host memory goes through the model's device

@@ -22,6 +22,7 @@ GATHERS: dict[str, Callable[[ShardedEMA], object]] = {
     "full_state_dict": lambda ema: ema.full_state_dict(),
     "all_ranks": lambda ema: ema.full_state_dict(all_ranks=True),
     "iter_full": lambda ema: list(ema.iter_full()),
+    "inference": torch.inference_mode()(lambda ema: list(ema.iter_full())),
 }
 
 

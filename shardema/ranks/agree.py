@@ -50,7 +50,7 @@ from shardema.ranks.messages import (
     unpacked,
 )
 from shardema.ranks.rounds import GRACE, Cancelled, Rounds, call_of, rounds_of
-from shardema.scopes import uninterrupted
+from shardema.scopes import uninterrupted, writable
 
 _SLOWEST = 20e6  # bytes per second that a disk or network must reach, else it is a timeout
 _SILENT = 2.0  # seconds beyond the timeout after which the store counts as unreachable
@@ -140,7 +140,8 @@ class Ranks:
         assert group is not None
         joined, key = self._rounds().joined, f"{group.group_name} {device}"
         if key not in joined:
-            token = torch.zeros(1, device=device)
+            with writable():
+                token = torch.zeros(1, device=device)
             self.transfer(op, lambda: dist.all_reduce(token, group=group), device)
             joined.add(key)
 
@@ -150,11 +151,12 @@ class Ranks:
         """``value`` of every rank, in order. Collective; it pickles, so only for trusted ranks."""
         if self.size == 1:
             return [value]
-        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = self._gathered(torch.tensor([own.numel()], device="cpu")).flatten().tolist()
-        padded = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
-        padded[: own.numel()] = own
-        rows = self._gathered(padded).numpy()
+        with writable():  # another thread sends: tensors of inference mode cannot be written there
+            own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+            sizes = self._gathered(torch.tensor([own.numel()], device="cpu")).flatten().tolist()
+            padded = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
+            padded[: own.numel()] = own
+            rows = self._gathered(padded).numpy()
         return [pickle.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
 
     def _gathered(self, values: Tensor) -> Tensor:
@@ -549,10 +551,11 @@ def device_for(
 
     An accelerator's index is that of the model, else that given to init_process_group, else the
     current one: the program may never have set it.
+    A group of gloo alone has a backend for CUDA too, which cannot send.
     """
     kinds = sorted(device.type for device in group._device_types)
     chosen = kind if kind in kinds else kinds[0]
-    if chosen == "cpu":
+    if chosen == "cpu" or group._get_backend(torch.device(chosen)).name() == "gloo":
         return torch.device("cpu")
     for known in (of_model, group.bound_device_id):
         if known is not None and known.type == chosen:

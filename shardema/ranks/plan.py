@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from shardema.errors import abbreviate
 from shardema.ranks.agree import Ranks
-from shardema.shards.boxes import Box, Dims, check_covered
+from shardema.shards.boxes import Box, Dims, check_covered, without_overlaps
 from shardema.shards.shard import Role, Shard
 
 _Holders = tuple[tuple[Box, tuple[int, ...]], ...]
@@ -43,7 +44,8 @@ class Item:
         averaged: whether it is averaged.
         file_name: its name in an export.
         opaque: the class of a tensor that has no values to gather; see `Shard`. Else empty.
-        holders: each distinct box with the indices of the ranks that hold it, ascending.
+        holders: each distinct box with the indices of the ranks that hold it, ascending. Where
+            ranks hold the same elements in other cuts, a box is a part of what they hold.
         stem: of its file in an export, ``<stem>.safetensors``; empty if it is not exported.
     """
 
@@ -212,7 +214,7 @@ def _merged(facts: _Facts, told: Sequence[_Told], ranks: Ranks) -> list[Item]:
     for (fqn, theirs), column in zip(known.items(), held, strict=True):
         key = theirs[0], column.tobytes()
         if key not in made:
-            made[key] = _holders([layout[one] for one in column.tolist()])
+            made[key] = _holders(theirs[0], [layout[one] for one in column.tolist()])
             check_covered(fqn, theirs[0], [box for box, _ in made[key]])
         items.append(Item(*(fqn, *theirs, made[key])))
     return items
@@ -244,13 +246,16 @@ def _agreed(
     return agreed
 
 
-def _holders(layouts: Sequence[_Layout]) -> _Holders:
+def _holders(shape: Dims, layouts: Sequence[_Layout]) -> _Holders:
     """Each distinct box of a tensor and the ranks that hold it, from the layout of each rank."""
     ranks_of: dict[tuple[Dims, Dims], list[int]] = {}
     for index, layout in enumerate(layouts):
         for box in layout:
             ranks_of.setdefault(box, []).append(index)
-    return tuple((Box(*box), tuple(who)) for box, who in sorted(ranks_of.items()))
+    holders = tuple((Box(*box), tuple(who)) for box, who in sorted(ranks_of.items()))
+    if sum(box.numel for box, _ in holders) > math.prod(shape):
+        return tuple(without_overlaps(holders))  # replicas that are cut in other ways
+    return holders
 
 
 @contextlib.contextmanager
