@@ -57,6 +57,13 @@ PICTURES = (
     Picture("merge", "merge", "time", "s to merge the checkpoints"),
     Picture("replicas", "replicas", "time_to_limit", "time / one sum of the bits"),
     Picture("publish", "publish", "time", "s to the reader's side"),
+    Picture(
+        "calls",
+        "calls",
+        "cpu_of_leader",
+        "s of a core for the first rank and the store",
+        "(call) of (.*)",
+    ),
     Picture("arithmetic", "arithmetic", "max_error", "largest relative error", r"(noise .*)"),
     Picture("export", "export", "time", "s to one file"),
     Picture(

@@ -191,7 +191,7 @@ class ShardedEMA:
             )
             for name, rule in schedules.items():
                 selection.check_rule(name, rule, weights.averaged_shards, weights.unmatched)
-            ranks = Ranks(None if group is not None else weights.ranks(), group, timeout)
+            ranks = Ranks(None if group else weights.ranks(), group, timeout, weights.accelerator)
             homes = agree_on_homes(teachers, renamed, weights, policies, ranks, chosen=select)
             self._averages = Averages(weights, ranks, schedules, policies, homes)
             notices = Notices(self._averages)

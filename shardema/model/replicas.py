@@ -128,7 +128,7 @@ class AllGatherSlices:
                 begin, end = _span(tensor.numel(), groups[:level])[-1]
                 size = _size(end - begin, dist.get_world_size(groups[level]))
                 if size:
-                    key = (groups[level], tensor.dtype, _travels(groups[level], tensor))
+                    key = (groups[level], tensor.dtype, _travels(groups[level], tensor, ranks))
                     by_key.setdefault(key, []).append(_Region(flat(tensor)[begin:end], size))
             for (group, dtype, device), regions in by_key.items():
                 limit = max(1, BUCKET_BYTES // (dtype.itemsize * dist.get_world_size(group)))
@@ -180,9 +180,9 @@ class AllGatherSlices:
         torch._foreach_copy_(parts, values)
 
 
-def _travels(group: dist.ProcessGroup, tensor: Tensor) -> torch.device:
+def _travels(group: dist.ProcessGroup, tensor: Tensor, ranks: Ranks) -> torch.device:
     """The device of the transfer: the tensor's, or the group's for host tensors under NCCL."""
-    device = device_for(group, tensor.device.type)
+    device = device_for(group, tensor.device.type, ranks.device)
     return tensor.device if device.type == tensor.device.type else device
 
 
