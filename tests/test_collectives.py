@@ -741,6 +741,12 @@ def a_transfer_waits_for_a_leader_that_beats() -> None:
     assert tensor == 0
 
 
+def gloo_is_given_no_tensors_of_a_gpu() -> None:
+    assert dist.group.WORLD is not None
+    assert torch.device("cuda") in dist.group.WORLD._device_types  # it says so, but cannot send
+    assert agree.device_for(dist.group.WORLD, "cuda") == torch.device("cpu")
+
+
 SLOW = [a_slow_consumer_is_waited_for, a_transfer_waits_for_a_leader_that_beats]
 FACTS = [
     memory_runs_out_before_a_transfer,
@@ -758,6 +764,7 @@ FACTS = [
     an_interrupt_is_raised_again_and_told,
     ranks_in_different_calls_are_told,
     a_call_leaves_the_store_as_it_found_it,
+    gloo_is_given_no_tensors_of_a_gpu,
 ]
 
 
