@@ -17,6 +17,7 @@ from shardema import importers
 from shardema.cli import logs, spec
 from shardema.cli.checks import diff, prune, verify
 from shardema.cli.chosen import DTYPES, merge, reconstruct
+from shardema.cli.demo import demo
 from shardema.cli.looks import inspect
 from shardema.cli.tables import Commands, one_line, printable, progress
 from shardema.cli.texts import describe, unit_of
@@ -35,6 +36,7 @@ def main() -> None:
     """Inspect, verify, compare and export checkpoints of averaged weights; plot averages."""
 
 
+main.add_command(demo)
 main.add_command(inspect)
 main.add_command(verify)
 main.add_command(diff)
