@@ -21,6 +21,11 @@ from shardema.backends import BACKENDS
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+README = (ROOT / "README.md").read_text()
+HOME = re.compile(  # what a link of the README to a file of ours begins with
+    r"https://(?:github\.com/shardema/shardema/blob|raw\.githubusercontent\.com/shardema/shardema)"
+    r"/main/([^)\s#]+)(?:#([\w-]+))?"
+)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
@@ -29,13 +34,20 @@ def name_of(page: Path) -> str:
 
 
 def examples(page: Path) -> list[tuple[int, str]]:
-    """Line and code of each block that is marked ``python`` and nothing else."""
+    """Line and code of each block that is marked ``python`` or ``diff`` and nothing else."""
     text = page.read_text()
     return [
-        (text.count("\n", 0, match.start("code")), match["code"])
+        (text.count("\n", 0, match.start("code")), code)
         for match in FENCE.finditer(text)
-        if match["info"].strip() == "python"
+        for kind, code in [(match["info"].strip(), match["code"])]
+        if kind in ("python", "diff")
+        for code in [code if kind == "python" else patched(code)]
     ]
+
+
+def patched(diff: str) -> str:
+    """What a diff of added lines makes."""
+    return "".join(line[1:] or "\n" for line in diff.splitlines(keepends=True))
 
 
 def modules() -> list[str]:
@@ -61,6 +73,43 @@ def test_the_examples_of_a_page_run(page: Path, untouched: None) -> None:
     namespace: dict[str, object] = {"__name__": page.stem}
     for line, code in blocks:  # padded, so that a traceback shows the page's own lines
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+def test_the_readme_adds_six_lines_to_a_training_loop_that_runs_without_them(
+    untouched: None,
+) -> None:
+    (diff,) = [match["code"] for match in FENCE.finditer(README) if match["info"] == "diff"]
+    added = [line for line in diff.splitlines() if line.startswith("+")]
+    assert len(added) <= 6
+    assert not any(line.startswith("-") for line in diff.splitlines())
+    plain = "".join(line for line in diff.splitlines(True) if not line.startswith("+"))
+    for code in (patched(plain), patched(diff), patched(diff)):  # again: what it wrote is there
+        exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_readme_is_short_and_can_be_read_on_a_package_index() -> None:
+    assert len(README.splitlines()) <= 150
+    assert "pip install shardema" in README
+    assert "./launch/test.sh" in README
+    assert LINK.findall(README) == []  # relative
+    assert (
+        'Source = "https://github.com/shardema/shardema"' in (ROOT / "pyproject.toml").read_text()
+    )
+    links = HOME.findall(README)
+    assert len(links) > 30
+    lost = [path for path, _ in links if not (ROOT / path).exists()]
+    assert lost == []
+    for path, anchor in links:
+        assert not anchor or anchor in anchors(ROOT / path), f"{path}#{anchor}"
+    used = set(re.findall(r"\]\[([\w-]+)\]", README))
+    assert used == set(re.findall(r"^\[([\w-]+)\]: ", README, re.MULTILINE))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in kept}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
