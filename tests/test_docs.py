@@ -6,6 +6,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -168,8 +169,37 @@ def test_every_message_in_errors_is_one_of_the_code() -> None:
         assert any(pattern.search(text) for text in known), f"no code says {message!r}"
 
 
-def test_every_page_is_in_the_table_of_contents() -> None:
-    contents = (ROOT / "docs/index.md").read_text().split("```{toctree}")[1].split("```")[0]
-    listed = [line for line in contents.split() if not line.startswith(":")]
-    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
-    assert sorted(listed) == sorted(pages)
+INDEX = (ROOT / "docs" / "index.md").read_text()
+ALL = {page.stem: page for end in ("md", "ipynb") for page in (ROOT / "docs").glob(f"*.{end}")}
+
+
+def contents() -> list[str]:
+    """The pages in the tables of contents of the index, one table for each kind of page."""
+    found = re.findall(r"^```\{toctree\}\n(.*?)^```$", INDEX, re.MULTILINE | re.DOTALL)
+    return [line for table in found for line in table.split("\n") if line and line[0] != ":"]
+
+
+def test_every_page_is_in_one_table_of_contents_and_one_click_away() -> None:
+    assert sorted(contents()) == sorted(ALL.keys() - {"index"})
+    captions = re.findall(r"^:caption: (.+)$", INDEX, re.MULTILINE)
+    assert captions[:4] == ["Tutorials", "How-to", "Concepts", "Reference"]
+    linked = re.findall(r"^\| \[[^\]]+\]\((\w+)\.(?:md|ipynb)\)", INDEX, re.MULTILINE)
+    assert linked == contents()
+
+
+def test_the_readme_leads_to_the_index_so_every_page_is_two_clicks_away() -> None:
+    assert "docs/index.md" in {path for path, _ in HOME.findall(README)}
+
+
+def test_llms_txt_names_every_page() -> None:
+    named = HOME.findall((ROOT / "docs" / "llms.txt").read_text())
+    assert [path for path, _ in named] == [f"docs/{ALL[page].name}" for page in contents()]
+
+
+def test_the_notebook_runs(untouched: None) -> None:
+    cells = json.loads(ALL["tour"].read_text())["cells"]
+    namespace: dict[str, object] = {}
+    for cell in cells:
+        assert not cell.get("outputs"), "the build of the pages makes them"
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), namespace)
