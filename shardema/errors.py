@@ -47,3 +47,8 @@ class SwapError(RuntimeError):
 def abbreviate(names: Sequence[str]) -> str:
     """The first five names, and the number of further ones."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def counted(number: float, noun: str) -> str:
+    """A number and what it counts: ``1 step``, ``2 steps``."""
+    return f"{number:,.10g} {noun}{'' if number == 1 else 's'}"

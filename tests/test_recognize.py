@@ -78,7 +78,7 @@ def test_a_managers_directory_lists_its_steps(tmp_path: Path) -> None:
     assert "checksum mismatch" in steps[1]["error"]
     code, text = run("inspect", tmp_path / "run")
     assert code == 0
-    assert "4 step(s), 3 of them complete" in text
+    assert "4 steps, 3 complete" in text
     assert "resume()" in text
 
 

@@ -21,6 +21,7 @@ from shardema.cli.demo import demo
 from shardema.cli.looks import inspect
 from shardema.cli.tables import Commands, one_line, printable, progress
 from shardema.cli.texts import describe, unit_of
+from shardema.errors import counted
 from shardema.files import manifest
 from shardema.files.layouts import LAYOUTS, Layout
 from shardema.files.offline import export_checkpoint
@@ -129,8 +130,9 @@ def convert(
         )
     if not quiet:
         count = "unknown" if found.num_updates is None else f"{found.num_updates}"
-        told = f"{len(found.tensors)} tensor(s) of format {found.format!r}, updates: {count}"
-        click.echo(printable(f"{out}: {told}"))
+        tensors = counted(len(found.tensors), "tensor")
+        told = f"{out}: {tensors} of format {found.format!r}, updates: {count}"
+        click.echo(printable(told))
 
 
 @main.group()
@@ -204,7 +206,7 @@ def profile(
             found = _profiles(checkpoint, average)
         if text:
             for label, one in found.items():
-                click.echo(printable(f"{label} at {one.t:,} {unit_of(one)}s: {describe(one)}"))
+                click.echo(printable(f"{label} at {counted(one.t, unit_of(one))}: {describe(one)}"))
         else:
             _draw(output, force, lambda drawing: drawing.profiles(found, log=log))
         return
