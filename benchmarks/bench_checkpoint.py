@@ -37,7 +37,9 @@ from harness import (
     arguments,
     attempt,
     everywhere,
+    files_in,
     finish,
+    forget,
     rank,
     ratio,
     say,
@@ -262,10 +264,6 @@ def sync_folder(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def files_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
 WAYS: dict[str, Way] = {
     RAW: Way(raw_save, raw_load, raw_start, check=False),
     OURS: Way(ours_save, ours_load, ours_start, of_ema=True),
@@ -363,16 +361,6 @@ def extra_memory(work: Callable[[], object]) -> float:
     with PeakMemory() as memory:
         work()
     return max(everywhere(memory.extra)) / MIB
-
-
-def forget(folder: Path) -> None:
-    """Drops the files of a folder from the page cache."""
-    dist.barrier()
-    if rank() == 0:
-        for path in files_in(folder):
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    dist.barrier()
 
 
 class Training:

@@ -5,7 +5,8 @@
     python benchmarks/bench_merge.py --mib 256 --sources 6
     torchrun --standalone --nproc-per-node 2 benchmarks/bench_merge.py
 
-Both ways run in these same processes, in turn, ``--repeats`` times.
+Both ways run in these same processes, in turn, ``--repeats`` times: with the checkpoints in the
+page cache, then from the disk.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from harness import (
     arguments,
     everywhere,
     finish,
+    forget,
     rank,
     ranks,
     ratio,
@@ -110,8 +112,14 @@ def run_once(call: Callable[[], None]) -> Sample:
     return Sample(max(everywhere(seconds)), sum(everywhere(busy)), extra)
 
 
-def measure(sources: Sequence[Path], repeats: int, folder: Path) -> dict[str, list[Sample]]:
-    """Runs both ways in turn; the first turn warms up and does not count."""
+def measure(
+    sources: Sequence[Path], repeats: int, folder: Path, cold: bool
+) -> dict[str, list[Sample]]:
+    """Runs both ways in turn; the first turn warms up and does not count.
+
+    Args:
+        cold: the checkpoints are read from the disk.
+    """
     ways: Mapping[str, Callable[[Sequence[Path], Path], None]] = {
         REFERENCE: read_all_write_once,
         OURS: merge,
@@ -119,6 +127,9 @@ def measure(sources: Sequence[Path], repeats: int, folder: Path) -> dict[str, li
     samples: dict[str, list[Sample]] = {name: [] for name in ways}
     for turn, name in turns(list(ways), repeats + 1):
         out, way = folder / f"out-{name}", ways[name]
+        if cold:
+            for source in sources:
+                forget(source)
         sample = run_once(lambda way=way, out=out: way(sources, out))
         say(f"{turn}/{repeats} {name:20} {sample.seconds:.2f} s")
         if turn:
@@ -129,8 +140,7 @@ def measure(sources: Sequence[Path], repeats: int, folder: Path) -> dict[str, li
     return samples
 
 
-def to_rows(samples: Mapping[str, Sequence[Sample]], case: str) -> Table:
-    table = Table()
+def add_rows(table: Table, samples: Mapping[str, Sequence[Sample]], case: str) -> None:
     times = {name: [sample.seconds for sample in runs] for name, runs in samples.items()}
     table.add_times(times, case, unit="s", to=[REFERENCE])
     busy = {name: [sample.processor for sample in runs] for name, runs in samples.items()}
@@ -140,7 +150,6 @@ def to_rows(samples: Mapping[str, Sequence[Sample]], case: str) -> Table:
     table.add(OURS, case, f"processor_time_to_{REFERENCE}", "ratio", to_reference)
     extra = [max(sample.extra) / MIB for sample in samples[OURS]]
     table.add(OURS, case, "extra_memory_max", "MiB", extra)
-    return table
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -157,9 +166,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with world():
         with shared_folder("merge-", args.out) as folder:
             sources = make_sources(args.mib, args.sources, folder)
-            samples = measure(sources, args.repeats, folder)
-        case = f"fp32 {args.mib} MiB, {args.sources} sources"
-        return finish(to_rows(samples, case), args, TARGETS)
+            table = Table()
+            for cold in (False, True):
+                case = f"{'cold ' if cold else ''}fp32 {args.mib} MiB, {args.sources} sources"
+                add_rows(table, measure(sources, args.repeats, folder, cold), case)
+        return finish(table, args, TARGETS)
 
 
 if __name__ == "__main__":

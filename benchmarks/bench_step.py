@@ -23,10 +23,11 @@ import rivals
 from harness import Table, arguments, attempt, clock, finish, ratio, say, short, world
 from harness import number as parse_number
 from rivals import DTYPES
-from shardema import ShadowPolicy, ShardedEMA
+from shardema import ShadowPolicy, ShardedEMA, schedules
 
 WITHOUT = "no_average"
 OURS = "shardema"
+WATCHED = {"slow": 0.9999, "middle": 0.999, "fast": 0.99, "power": schedules.power(std=0.1)}
 OTHERS = ("mul_add_cosmos", "torch_ema", "diffusers")
 _RATE = 1e-6  # of learning: the model is to stay where it is
 
@@ -44,6 +45,11 @@ def inline(model: nn.Module) -> Trained:
     return Trained(ShardedEMA(model, rivals.DECAY).update)
 
 
+def watched(model: nn.Module) -> Trained:
+    """Four averages of one read of the weights, as ``launch/train.py --watch`` keeps them."""
+    return Trained(ShardedEMA(model, WATCHED).update)
+
+
 def offloaded(model: nn.Module) -> Trained:
     """Shadows in host memory, averaged beside the training; reading them waits for the last one."""
     ema = ShardedEMA(model, rivals.DECAY, shadow=ShadowPolicy(device="cpu"))
@@ -55,6 +61,7 @@ def providers(model: nn.Module) -> dict[str, Callable[[], Trained]]:
     made: dict[str, Callable[[], Trained]] = {
         WITHOUT: lambda: Trained(lambda: None),
         OURS: lambda: inline(model),
+        f"{OURS}_{len(WATCHED)}_averages": lambda: watched(model),
         f"{OURS}_offloaded": lambda: offloaded(model),
     }
     for name in OTHERS:

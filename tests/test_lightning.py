@@ -527,6 +527,21 @@ def test_each_dataloader_can_have_its_own_weights(tmp_path: Path) -> None:
     assert losses[0] != losses[1]
 
 
+def test_several_averages_are_evaluated_side_by_side(tmp_path: Path) -> None:
+    sides = ["slow", "raw", "ema", "ema", "fast"]
+    ema = EMACallback({"fast": 0.5, "slow": 0.9}, average="fast", eval_with=sides)
+    steps, module = Steps(), Module()
+    trainer_of(tmp_path, ema, steps).fit(module, data(4), [data(1)] * 5)
+    assert [loader for _, loader, _ in module.seen] == [0, 1, 2, 3, 4]
+    assert ema.ema is not None
+    found = {name: ema.ema.full_state_dict(name) for name in ("fast", "slow")}
+    found |= {"raw": steps.values[-1], "ema": found["fast"]}
+    assert any(not torch.equal(found["fast"][name], found["slow"][name]) for name in found["slow"])
+    for (_, _, seen), side in zip(module.seen, sides, strict=True):
+        assert_equal(found[side], seen)
+    assert_equal(weights_of(module), steps.values[-1])
+
+
 def test_raw_evaluates_the_weights_themselves(tmp_path: Path) -> None:
     ema, steps, module = EMACallback(DECAY, eval_with="raw"), Steps(), Module()
     trainer_of(tmp_path, ema, steps).fit(module, data(4), data(1))
@@ -1141,7 +1156,12 @@ def test_a_clock_in_samples_takes_dt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"eval_with": "both"}, "eval_with: got 'both', expected 'ema', 'raw', or a list"),
+        ({"eval_with": "both"}, "eval_with: got 'both', expected one of \\['ema', 'raw'\\], or a"),
+        (
+            {"schedule": {"ema": 0.5, "b": 0.6}, "average": "b"},
+            "eval_with: got 'ema', where 'ema' is the name of an average, and average='b'",
+        ),
+        ({"schedule": {"raw": 0.5}}, "schedule: 'raw' is a value of eval_with="),
         ({"eval_with": []}, "eval_with: got \\[\\]"),
         ({"average": "long"}, "average: got 'long', expected one of \\['ema'\\]"),
         ({"schedule": {"a": 0.5, "b": 0.6}}, "average: got None, expected one of"),

@@ -22,7 +22,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -56,8 +56,6 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
-Side = Literal["ema", "raw"]
-
 _KEY = "shardema"  # key of the average's token in a checkpoint; "" if it has no average
 _WRAPPING = (FSDPStrategy, DeepSpeedStrategy)  # each run creates a wrapper with new tensors
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, *_WRAPPING)
@@ -73,9 +71,11 @@ class EMACallback(Callback):
     Args:
         schedule: as for `ShardedEMA`, or a preset without a model, such as
             ``presets.timm_v3(decay=0.9998)``.
-        eval_with: weights to evaluate with, ``"ema"`` or ``"raw"``; or a list with one of them for
-            each dataloader, such as ``["raw", "ema"]`` with the same dataloader twice.
-        average: name of the average to evaluate and export, if there are several.
+        eval_with: weights to evaluate with: ``"ema"``, which is `average` if there are several,
+            ``"raw"``, or the name of one of several averages; or a list with one of them for each
+            dataloader, such as ``["raw", "ema"]`` with the same dataloader twice.
+        average: name of the average that ``"ema"`` means and that is exported, if there are
+            several.
         module: name of a child of the LightningModule, such as ``"net"``: only this child is
             averaged and exported, with its own names. Not with FSDP1 and DeepSpeed.
         dt: as for `ShardedEMA.attach`; a callable is called at every update.
@@ -103,7 +103,7 @@ class EMACallback(Callback):
         self,
         schedule: Given | Preset | None = None,
         *,
-        eval_with: Side | Sequence[Side] = "ema",
+        eval_with: str | Sequence[str] = "ema",
         average: str | None = None,
         module: str | None = None,
         dt: float | Callable[[], float] | None = None,
@@ -117,10 +117,13 @@ class EMACallback(Callback):
         schedule, options = with_preset(schedule, options)
         inspect.signature(ShardedEMA).bind(None, schedule, **options)
         names = list(as_schedules(schedule))
+        if "raw" in names:
+            raise ValueError(
+                "schedule: 'raw' is a value of eval_with=; give the average another name"
+            )
         if average not in (None, *names) or (average is None and len(names) > 1):
             raise ValueError(f"average: got {average!r}, expected one of {names}")
         self.eval_with = eval_with
-        self._sides(0)
         self.schedule: Any = schedule
         self.average = average
         self.module = module
@@ -131,13 +134,15 @@ class EMACallback(Callback):
         self.wait = wait
         self.teacher = teacher
         self.options = options
+        self._sides(0)
         self.ema: ShardedEMA | None = None
         self._averaged: tuple[LightningModule, nn.Module | None] | None = None  # it, its wrapper
         self._resume: tuple[str, str | None] | None = None  # a loaded checkpoint, its token
         self._before: ShardedEMA | None = None  # the last `ema`, until a checkpoint is restored
         self._handle: Any = None
         self._followed: list[tuple[Any, int]] = []  # attached optimizers, number of their groups
-        self._plan: list[Side] = []  # of the current evaluation, by dataloader
+        self._plan: list[str] = []  # of the current evaluation, by dataloader
+        self._side = "raw"  # what the model holds now
         self._swap: contextlib.ExitStack | None = None
         self._pending: PendingSave | None = None
         self._waiting: list[Callable[[], None]] = []  # removals, until the save is complete
@@ -334,7 +339,7 @@ class EMACallback(Callback):
         self._finish_save()
         (path, token), self._resume = self._resume, None
         before, self._before = self._before, None
-        raw = trainer.state.fn != TrainerFn.FITTING and "ema" not in self._sides(0)
+        raw = trainer.state.fn != TrainerFn.FITTING and set(self._sides(0)) == {"raw"}
         try:
             self.ema = self._read(trainer, path, token, before, raw or self.allow_missing)
         except (ValueError, CheckpointError) as error:
@@ -379,14 +384,21 @@ class EMACallback(Callback):
 
     # ---- evaluating ---------------------------------------------------------------------------
 
-    def _sides(self, loaders: int) -> list[Side]:
-        """``"ema"`` or ``"raw"`` for each of ``loaders`` dataloaders; 0 if that is unknown."""
+    def _sides(self, loaders: int) -> list[str]:
+        """What to evaluate each of ``loaders`` dataloaders with; 0 if their number is unknown."""
         given = self.eval_with
         sides = [given] * max(loaders, 1) if isinstance(given, str) else list(given)
-        if not sides or any(side not in ("ema", "raw") for side in sides):
+        names = list(as_schedules(self.schedule))
+        able = list(dict.fromkeys(["ema", "raw", *names]))
+        if not sides or any(side not in able for side in sides):
             raise ValueError(
-                f"eval_with: got {given!r}, expected 'ema', 'raw', or a list of them with one for "
+                f"eval_with: got {given!r}, expected one of {able}, or a list of them with one for "
                 "each dataloader (both: the same dataloader twice, and ['raw', 'ema'])"
+            )
+        if "ema" in sides and "ema" in names and self.average not in (None, "ema"):
+            raise ValueError(
+                f"eval_with: got {given!r}, where 'ema' is the name of an average, and average="
+                f"{self.average!r} is another; write the name of the one that is meant"
             )
         if loaders and len(sides) != loaders:
             raise ValueError(
@@ -398,7 +410,7 @@ class EMACallback(Callback):
         if trainer.sanity_checking:
             return
         plan = self._sides(len(batches))
-        if "ema" not in plan:
+        if set(plan) == {"raw"}:
             return
         training = trainer.state.fn == TrainerFn.FITTING
         if not training and not self._bound(trainer, pl_module) and trainer.is_global_zero:
@@ -411,18 +423,19 @@ class EMACallback(Callback):
     def _turn(self, trainer: Any, loader: int) -> None:
         """Swaps in or out, so that the model holds the weights for this dataloader."""
         side = self._plan[loader] if self._plan else "raw"
-        if side == "raw":
-            self._leave()
-        elif self._swap is None:
+        if side == self._side:
+            return
+        self._leave()
+        if side != "raw":
             assert self.ema is not None
             with contextlib.ExitStack() as stack:
                 wrappers = getattr(trainer.strategy, "_lightning_optimizers", [])
                 stack.enter_context(deferred_modes([*wrappers, *trainer.optimizers]))
-                stack.enter_context(self.ema.swap(self.average))
-                self._swap = stack.pop_all()
+                stack.enter_context(self.ema.swap(self.average if side == "ema" else side))
+                self._swap, self._side = stack.pop_all(), side
 
     def _leave(self, exception: BaseException | None = None) -> None:
-        swap, self._swap = self._swap, None
+        swap, self._swap, self._side = self._swap, None, "raw"
         if swap is None:
             return
         if exception is None:

@@ -532,6 +532,14 @@ def managed(at: Scene, *, damaged: bool, check: bool, saves: int, wait: bool) ->
         if dist.get_rank() == 0:
             os.truncate(os.path.join(folder, f"step-{newest:08d}", "shardema.json"), 100)
         dist.barrier()
+    if any(not _is_of_these(at, saved) for saved in at.managed.values()):
+        if not _is_of_these(at, at.managed[max(at.managed)]):
+            with (
+                CheckpointManager(at.ema, folder) as manager,
+                refuse(ValueError, "it is a checkpoint of another model, or of another select="),
+            ):
+                manager.resume()
+        _remove_steps(at)
     with CheckpointManager(at.ema, folder, keep_last=2, keep_every=3, wait=wait) as manager:
         last = _resume(at, manager, check)
         for step in range(last + 1, last + 1 + saves):
@@ -559,6 +567,18 @@ def _resume(at: Scene, manager: CheckpointManager, check: bool) -> int:
         return 0
     _took(at, at.managed[step])
     return step
+
+
+def _is_of_these(at: Scene, saved: Saved) -> bool:
+    """Whether the same tensors are averaged now: others are where some were frozen since."""
+    return all(saved.truths[name].full.keys() == at.truths[name].full.keys() for name in at.truths)
+
+
+def _remove_steps(at: Scene) -> None:
+    at.managed.clear()
+    if dist.get_rank() == 0:
+        shutil.rmtree(os.path.join(at.folder, "steps"), ignore_errors=True)
+    dist.barrier()
 
 
 def _is_of_now(at: Scene, saved: Saved) -> bool:
@@ -869,10 +889,7 @@ def grow(at: Scene, *, gathered: dict[str, Any] | None) -> None:
         inner.queue = torch.zeros(at.grown, dtype=inner.queue.dtype)
     at.checkpoints.clear()  # of another shape
     if at.case.averages[at.ema.names[0]]["buffers"] == "average":
-        at.managed.clear()
-        if dist.get_rank() == 0:
-            shutil.rmtree(os.path.join(at.folder, "steps"), ignore_errors=True)
-        dist.barrier()
+        _remove_steps(at)
         rebuild(at)
     if gathered:
         full_state_dict(at, **gathered)
