@@ -47,6 +47,9 @@ def test_inspect_shows_what_is_in_it(folder: Path) -> None:
     for word in ("fast", "slow", "half_life", "power", "1 step ", "1 rank ", "0.weight", "3 x 4"):
         assert word in text, word
     assert "not in it, since not averaged: 1 parameter\n" in text
+    table = text.splitlines()[1:]  # after the line with the path
+    assert max(map(len, table)) <= 80
+    assert any("half_life(length=100)" in line for line in table)  # in one piece
     code, text = run("inspect", folder / "lean", "--json")
     facts = json.loads(text)
     assert facts["averages"]["slow"]["schedule"]["params"]["std"] == 0.1
