@@ -1,4 +1,4 @@
-"""Sphinx settings: ``launch/docs.sh`` builds the pages in docs/_build."""
+"""Sphinx settings: ``launch/docs.sh`` builds the pages in docs/_build/html."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The documentation as HTML in docs/_build, in an environment of its own; warnings are errors.
+# The documentation as HTML in docs/_build/html, in an environment of its own; warnings are errors.
 #
 #     ./launch/docs.sh [arguments of sphinx-build]
 set -euo pipefail
@@ -7,5 +7,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 VENV=$ROOT/.venv-docs
 make_env docs
-"$PYTHON" -m sphinx -W --keep-going "$@" "$ROOT/docs" "$ROOT/docs/_build"
-echo "open $ROOT/docs/_build/index.html"
+"$PYTHON" -m sphinx -W --keep-going "$@" "$ROOT/docs" "$ROOT/docs/_build/html"
+echo "open $ROOT/docs/_build/html/index.html"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import doctest
 import importlib
 import inspect
@@ -104,6 +105,17 @@ def test_the_readme_is_short_and_can_be_read_on_a_package_index() -> None:
         assert not anchor or anchor in anchors(ROOT / path), f"{path}#{anchor}"
     used = set(re.findall(r"\]\[([\w-]+)\]", README))
     assert used == set(re.findall(r"^\[([\w-]+)\]: ", README, re.MULTILINE))
+
+
+def test_the_table_of_the_readme_is_that_of_the_newest_rows() -> None:
+    path = ROOT / "benchmarks" / "results" / "wrappers.csv"
+    with path.open(newline="") as file:  # of rows of one case the last is the newest
+        rows = {(row["case"], row["metric"]): float(row["p50"]) for row in csv.DictReader(file)}
+    told = re.findall(r"^\| (.+) \| (\d+) M \| ([\d,]+) \|$", README, re.MULTILINE)
+    cases = ["ddp", "ddp, slices", "fsdp1", "fsdp2", "zero3"]
+    for case, (_, size, time) in zip(cases, told, strict=True):
+        assert int(size) == round(rows[f"{case} fp32/fp32 256 MiB", "average"] / 1e6)
+        assert int(time.replace(",", "")) == round(rows[f"{case} fp32/fp32 256 MiB", "time"])
 
 
 def anchors(page: Path) -> set[str]:
