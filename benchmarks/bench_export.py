@@ -60,9 +60,9 @@ class Case:
     nbytes: int
 
 
-def make_case(mib: int) -> Case:
+def make_case(mib: int, device: str) -> Case:
     """Builds the model shard by shard: the full one is in no rank's memory."""
-    model = models.build(lambda: models.Blocks(mib), "fsdp2")
+    model = models.build(lambda: models.Blocks(mib), "fsdp2", device=device)
     locals_ = models.locals_of(model)
     with torch.no_grad():
         ema = ShardedEMA(model, 0.5)
@@ -191,13 +191,13 @@ def remove(folder: Path) -> None:
     dist.barrier()
 
 
-def warm_up(out: Path) -> list[str]:
+def warm_up(out: Path, device: str) -> list[str]:
     """Runs every provider once on a small model: what is imported or built once is not measured.
 
     Returns:
         Names of those that run here.
     """
-    case = make_case(1)
+    case = make_case(1, device)
     usable = []
     for name, provider in PROVIDERS.items():
         failure = ""
@@ -303,7 +303,7 @@ def to_rows(samples: Mapping[str, Sequence[Sample]], case: str) -> Table:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = arguments("export", __doc__, repeats=3)
+    parser = arguments("export", __doc__, repeats=3, on_gpu=True)
     parser.add_argument("--mib", type=int, default=1024, help="size of the model")
     parser.add_argument("--out", default=tempfile.gettempdir(), help="a folder on the disk to use")
     parser.add_argument("--verify", action="store_true", help="compare what is in the files")
@@ -319,10 +319,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, appends the rows, and returns the exit code, the same on every rank."""
     args = parse(argv)
-    with world():
+    with world(args.device):
         with shared_folder("export-", args.out) as out:
-            names = warm_up(out)
-            case = make_case(args.mib)
+            names = warm_up(out, args.device)
+            case = make_case(args.mib, args.device)
             verifier = Verifier()
             look = verifier.look if args.verify else lambda name, folder: None
             samples = measure(case, names, args.repeats, out, look)

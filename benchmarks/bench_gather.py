@@ -77,27 +77,27 @@ def consume(result: Full | Iterable[tuple[str, Tensor]]) -> None:
             pass
 
 
-def wrong(name: str, mib: int) -> str:
+def wrong(name: str, mib: int, device: str) -> str:
     """What differs from the reference, on a small model; or nothing."""
-    model, ema = make(mib)
+    model, ema = make(mib, device)
     expected = state_dict(model, ema)
     got = dict(PROVIDERS[name](model, ema))
     if set(got) != set(expected):
         return f"wrong: gives {len(got)} tensors, expected {len(expected)}"
-    odd = [key for key in got if not torch.equal(got[key], expected[key])]
+    odd = [key for key in got if not torch.equal(got[key].cpu(), expected[key])]
     return f"wrong: {odd[0]} differs" if odd else ""
 
 
-def make(mib: int) -> tuple[nn.Module, ShardedEMA]:
+def make(mib: int, device: str) -> tuple[nn.Module, ShardedEMA]:
     """An FSDP2 model and an average that equals its weights."""
-    model = models.build(lambda: models.Blocks(mib), "fsdp2")
+    model = models.build(lambda: models.Blocks(mib), "fsdp2", device=device)
     ema = ShardedEMA(model, 0.5)
     ema.update()
     return model, ema
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = arguments("gather", __doc__, repeats=7)
+    parser = arguments("gather", __doc__, repeats=7, on_gpu=True)
     parser.add_argument("--mib", type=int, default=1024, help="size of the model")
     return parser.parse_args(argv)
 
@@ -105,12 +105,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, appends the rows, and returns the exit code."""
     args = parse(argv)
-    with world(), torch.no_grad():
+    with world(args.device), torch.no_grad():
         table, case = Table(), f"fsdp2 fp32 {args.mib} MiB"
         usable: dict[str, Gather] = {}
-        model, ema = make(args.mib)
+        model, ema = make(args.mib, args.device)
         for name, provider in PROVIDERS.items():
-            said, why = attempt(lambda name=name: wrong(name, 1))
+            said, why = attempt(lambda name=name: wrong(name, 1, args.device))
             if why or said:
                 table.lacks(name, case, why or said)
             else:

@@ -31,6 +31,7 @@ BUCKET = BUCKET_BYTES / MIB
 SIDE = {name: OTHERS[name] for name in ("torch_ema", "diffusers")}
 TARGETS = (
     Target("shardema", ".*MiB update", "peak_memory", most=0),
+    Target("shardema", ".* teacher (construct|update)", "peak_memory", most=0.1),
     Target("shardema", ".* fp32/fp32 .* swap", "peak_memory", most=16),
     Target("shardema", ".* (gather|save|export)", "peak_memory_others", most=BUCKET),
     Target("shardema", ".* (save|export)", "peak_memory_rank0", most=BUCKET),
@@ -87,6 +88,19 @@ def averages(table: Table, case: str, model: torch.nn.Module) -> None:
         measure(table, provider, f"{case} swap", lambda s=swapper: use(s))
 
 
+def taught(table: Table, case: str, model: torch.nn.Module, teacher: torch.nn.Module) -> None:
+    """What an average takes beyond the teacher that it is kept in."""
+    held = sum(p.numel() * p.element_size() for p in models.locals_of(teacher)) / MIB
+    table.add("shardema", f"{case} teacher", "size", "MiB", [max(everywhere(held))])
+    kept: list[ShardedEMA] = []
+
+    def construct() -> None:
+        kept.append(ShardedEMA(model, 0.5, into=teacher))
+
+    measure(table, "shardema", f"{case} teacher construct", construct, kept.clear)
+    measure(table, "shardema", f"{case} teacher update", lambda: kept[0].update())
+
+
 def ours(table: Table, case: str, model: torch.nn.Module, out: Path) -> None:
     """What only shardema has: the collective verbs."""
     ema = ShardedEMA(model, 0.5)
@@ -129,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 model = models.build(make, "fsdp2", DTYPES[word])
                 averages(table, case, model)
                 ours(table, case, model, out / word)
+                taught(table, case, model, models.build(make, "fsdp2").requires_grad_(False))
         return finish(table, args, TARGETS)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import models
 import rivals
-from harness import Table, arguments, attempt, clock, finish, ratio, say, short, world
+from harness import Table, arguments, attempt, clock, finish, ratio, say, settle, short, world
 from harness import number as parse_number
 from rivals import DTYPES
 from shardema import ShadowPolicy, ShardedEMA, schedules
@@ -70,7 +70,7 @@ def providers(model: nn.Module) -> dict[str, Callable[[], Trained]]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = arguments("step", __doc__, repeats=5)
+    parser = arguments("step", __doc__, repeats=5, on_gpu=True)
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=list(DTYPES))
     parser.add_argument("--mib", type=int, default=128, help="size of the model in fp32")
     parser.add_argument(
@@ -83,9 +83,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def measure(table: Table, args: argparse.Namespace, word: str, tokens: int) -> None:
     """Steps of one model with every provider."""
     case = f"fsdp2 {word}/fp32 {args.mib} MiB, {short(tokens)} tokens"
-    model = models.build(lambda: models.Blocks(args.mib), "fsdp2", DTYPES[word])
+    model = models.build(lambda: models.Blocks(args.mib), "fsdp2", DTYPES[word], args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0)
-    batch = torch.arange(tokens) % model.embed.num_embeddings  # type: ignore[union-attr]
+    batch = torch.arange(tokens, device=args.device) % model.embed.num_embeddings  # type: ignore[union-attr]
 
     def step(update: Callable[[], object]) -> None:
         with torch.enable_grad():
@@ -107,6 +107,7 @@ def measure(table: Table, args: argparse.Namespace, word: str, tokens: int) -> N
         for _ in range(args.steps):
             step(lambda: timed(trained.update))
         timed(trained.settle)
+        settle()
         outside = time.perf_counter() - start - inside
         shares.setdefault(name, []).append(100 * inside / outside)
 
@@ -131,7 +132,7 @@ def measure(table: Table, args: argparse.Namespace, word: str, tokens: int) -> N
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, appends the rows, and returns the exit code."""
     args = parse(argv)
-    with world(), torch.no_grad():
+    with world(args.device), torch.no_grad():
         table = Table()
         for word in args.dtype:
             for tokens in args.tokens:

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import models
-from harness import Table, Target, arguments, attempt, clock, everywhere, finish, world
+from harness import Table, Target, arguments, attempt, clock, everywhere, finish, peak, world
 from models import MIB, local, locals_of
 from rivals import DTYPES, average_of
 from shardema import ShardedEMA
-from tests import meters
 
 LIMIT, OURS = "limit", "shardema"
 TARGETS = (
@@ -146,7 +145,7 @@ def use(swapper: Swapper) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = arguments("swap", __doc__, repeats=15)
+    parser = arguments("swap", __doc__, repeats=15, on_gpu=True)
     parser.add_argument("--layout", choices=["plain", "fsdp2"], default="fsdp2")
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=list(DTYPES))
     parser.add_argument("--mib", type=int, default=512, help="size of the model in fp32")
@@ -156,13 +155,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, appends the rows, and returns the exit code."""
     args = parse(argv)
-    with world(), torch.no_grad():
+    with world(args.device), torch.no_grad():
         table = Table()
         for word in args.dtype:
             case = f"{args.layout} {word}/fp32 {args.mib} MiB"
 
             def make(mib: int, dtype: torch.dtype = DTYPES[word]) -> Any:
-                return models.build(lambda: models.Blocks(mib), args.layout, dtype)
+                return models.build(lambda: models.Blocks(mib), args.layout, dtype, args.device)
 
             model = make(args.mib)
             usable: dict[str, Swapper] = {}
@@ -181,8 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             times = clock(calls, args.repeats)
             table.add_times(times, case, to=[LIMIT, OURS])
             for name, call in calls.items():
-                peak = max(everywhere(meters.peak(call)))
-                table.add(name, case, "peak_memory", "MiB", [peak / MIB])
+                most = max(everywhere(peak(call, args.device)))
+                table.add(name, case, "peak_memory", "MiB", [most / MIB])
         return finish(table, args, TARGETS)
 
 

@@ -27,6 +27,7 @@ import rivals
 from harness import (
     Table,
     Target,
+    allocated,
     arguments,
     attempt,
     clock,
@@ -39,7 +40,7 @@ from harness import (
 from rivals import DTYPES, Average, Build
 from tests import meters
 
-LIMIT, OURS = "limit", "shardema"
+LIMIT, OURS, COPY = "limit", "shardema", "copy"
 SMALL = 1 << 10  # tensors of so many elements cost by the piece
 TARGETS = (
     Target(OURS, r"fsdp2 fp32/fp32 (blocks-[0-9]+|.*Mi)", "time_to_limit", most=1.05),
@@ -51,6 +52,7 @@ TARGETS = (
     Target(OURS, r".* fp32/fp32 (blocks-.*|.*Mi), 2 averages", "time_to_one_average", most=1.75),
     Target(OURS, r".* bf16/fp32 (blocks-.*|.*Mi), 2 averages", "time_to_one_average", most=1.9),
     Target(OURS, r".* 2000x1Ki", "beyond_1.5_limits_per_tensor", most=5),
+    Target(OURS, r".* (4x|1x)\d+Mi", "share_of_copy_bandwidth", least=0.9),
     Target(OURS, ".*", "allocated", most=0),
     Target(OURS, ".*", "collectives", most=0),
 )
@@ -68,11 +70,12 @@ def maker(tensors: str, layout: models.Layout) -> Callable[[], nn.Module]:
     return functools.partial(models.Tensors, int(count), number(numel), ranks)
 
 
-def runs_right(build: Build, layout: models.Layout, dtype: torch.dtype) -> str:
+def runs_right(build: Build, args: argparse.Namespace, dtype: torch.dtype) -> str:
     """What is wrong with a provider, found on a small model of the same kind; or nothing."""
 
     def work() -> str:
-        model = models.build(maker("3x96", layout), layout, dtype)
+        small = maker("3x96", args.layout)
+        model = models.build(small, args.layout, dtype, args.device)
         return rivals.wrong(build(model), models.locals_of(model))
 
     said, why = attempt(work)
@@ -83,15 +86,15 @@ def runs_right(build: Build, layout: models.Layout, dtype: torch.dtype) -> str:
 
 
 def measure(
-    table: Table, model: nn.Module, builds: dict[str, Build], case: str, repeats: int
+    table: Table, model: nn.Module, builds: dict[str, Build], case: str, args: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Runs all providers on one model; adds what does not depend on the others."""
     averages: dict[str, Average] = {name: build(model) for name, build in builds.items()}
-    times = clock({name: average.update for name, average in averages.items()}, repeats)
+    times = clock({name: average.update for name, average in averages.items()}, args.repeats)
     for name, average in averages.items():
         with meters.collectives() as calls:
-            allocated = meters.allocated(average.update)
-        table.add(name, case, "allocated", "bytes", [allocated])
+            nbytes = allocated(average.update, args.device)
+        table.add(name, case, "allocated", "bytes", [nbytes])
         table.add(name, case, "collectives", "calls", [len(calls) / 2])  # allocated calls twice
     return times
 
@@ -101,16 +104,18 @@ def one_average(
 ) -> None:
     """All providers, right ones only; the others get a row that says why."""
     builds = {LIMIT: rivals.limit()}
+    if args.copy:
+        builds[COPY] = rivals.copy
     for name, build in (rivals.ours() | rivals.OTHERS).items():
         wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in args.providers)
         if name != OURS and not wanted:
             continue
-        why = runs_right(build, args.layout, dtype)
+        why = runs_right(build, args, dtype)
         if why:
             table.lacks(name, case, why)
         else:
             builds[name] = build
-    times = measure(table, model, builds, case, args.repeats)
+    times = measure(table, model, builds, case, args)
     others = [name for name in times if name in rivals.OTHERS]
     table.add_times(times, case, to=[LIMIT])
     if others:
@@ -118,6 +123,11 @@ def one_average(
         table.add(OURS, case, f"time_to_{fastest}", "ratio", ratio(times[OURS], times[fastest]))
     for name in others:
         table.add(name, case, f"time_to_{OURS}", "ratio", ratio(times[name], times[OURS]))
+    if args.copy:
+        for name in (LIMIT, OURS):
+            moved = 12 if name == LIMIT else 8 + dtype.itemsize  # bytes of an element
+            share = [moved / 8 * r for r in ratio(times[COPY], times[name])]
+            table.add(name, case, "share_of_copy_bandwidth", "ratio", share)
     count = sum(1 for _ in model.parameters())
     small = all(p.numel() <= SMALL for p in models.locals_of(model))
     for name, seconds in times.items():
@@ -149,7 +159,7 @@ def several_averages(
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = arguments("update", __doc__, repeats=11)
+    parser = arguments("update", __doc__, repeats=11, on_gpu=True)
     parser.add_argument("--layout", choices=["plain", "fsdp2"], default="fsdp2")
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=list(DTYPES))
     parser.add_argument(
@@ -164,19 +174,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--providers", nargs="+", default=["*"], help="patterns of names, besides shardema"
     )
+    parser.add_argument(
+        "--copy", action="store_true", help="also as a share of the bandwidth of a flat copy"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, appends the rows, and returns the exit code."""
     args = parse(argv)
-    with world(), torch.no_grad():
+    with world(args.device), torch.no_grad():
         table = Table()
         for word in args.dtype:
             dtype = DTYPES[word]
             for tensors in args.tensors:
                 case = f"{args.layout} {word}/fp32 {tensors}"
-                model: Any = models.build(maker(tensors, args.layout), args.layout, dtype)
+                model: Any = models.build(
+                    maker(tensors, args.layout), args.layout, dtype, args.device
+                )
                 say(f"{case}: {sum(p.numel() for p in models.locals_of(model)):,} elements a rank")
                 one_average(table, args, model, case, dtype)
                 if args.averages:

@@ -32,9 +32,11 @@ from typing import Any, Literal
 import torch
 from torch import distributed as dist
 
-from rows import HERE, Row, append, cpu_name, measured, unmeasured
+from rows import HERE, Row, append, device_name, measured, unmeasured
 
 sys.path.insert(1, str(HERE.parent))  # the tests' meters, which are shown to fire there
+
+from tests import meters
 
 _LEAST = 0.005  # seconds: what is shorter is repeated inside a turn
 _MOST_CALLS = 200  # in a turn
@@ -44,17 +46,23 @@ _MOST_CALLS = 200  # in a turn
 
 
 @contextlib.contextmanager
-def world() -> Iterator[None]:
+def world(device: str = "cpu") -> Iterator[None]:
     """The process group that is there or that torchrun asks for, or one of a single rank."""
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    torch.set_num_threads(1)  # ranks share the cores
+    # ranks share the cores; beside a GPU each has its part of them, for averages in host memory
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, share) if device == "cuda" else 1)
     if dist.is_initialized():
         yield
         return
+    backend = "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend)
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
@@ -112,6 +120,22 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def settle() -> None:
+    """Waits for the GPU, if this process uses one: until then its work is only queued."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def allocated(call: Callable[[], object], device: str) -> int:
+    """Bytes of tensors that a call allocates there, after a first call."""
+    return (meters.bytes_on_gpu if device == "cuda" else meters.allocated)(call)
+
+
+def peak(call: Callable[[], object], device: str) -> int:
+    """Most bytes of tensors that a call holds there at a time, beyond those before it."""
+    return (meters.peak_on_gpu if device == "cuda" else meters.peak)(call)
+
+
 # ---- measuring --------------------------------------------------------------------------------
 
 
@@ -142,9 +166,11 @@ def clock(
     for name, call in providers.items():
         for _ in range(warm_up):
             call()
+        settle()
         dist.barrier()
         start = time.perf_counter()
         call()
+        settle()
         slowest = max(everywhere(time.perf_counter() - start))
         many[name] = calls or min(_MOST_CALLS, max(1, math.ceil(_LEAST / slowest)))
     gc.collect()
@@ -156,6 +182,7 @@ def clock(
             start = time.perf_counter()
             for _ in range(n):
                 call()
+            settle()
             times[name].append((time.perf_counter() - start) / n)
     finally:
         gc.enable()
@@ -197,7 +224,7 @@ class Table:
     """The rows of a run, as they come."""
 
     rows: list[Row] = field(default_factory=list)
-    device: str = field(default_factory=cpu_name)
+    device: str = field(default_factory=device_name)
     world_size: int = field(default_factory=ranks)
 
     def add(
@@ -270,13 +297,21 @@ class Target:
         )
 
 
-def arguments(name: str, doc: str | None, repeats: int = 0) -> argparse.ArgumentParser:
-    """A parser with what all benchmarks take; without ``repeats`` it measures once."""
+def arguments(
+    name: str, doc: str | None, repeats: int = 0, *, on_gpu: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with what all benchmarks take; without ``repeats`` it measures once.
+
+    Args:
+        on_gpu: the benchmark has ``--device``.
+    """
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     if repeats:
         parser.add_argument(
             "--repeats", type=_positive, default=repeats, help="turns of all providers"
         )
+    if on_gpu:
+        parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the model")
     where = HERE / "results" / f"{name}.csv"
     parser.add_argument("--results", type=Path, default=where, help="CSV of rows")
     parser.add_argument(

@@ -117,20 +117,23 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def build(make: Any, layout: Layout, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model on the CPU with random weights in [1, 2).
+def build(
+    make: Any, layout: Layout, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> nn.Module:
+    """A model with random weights in [1, 2).
 
     The full model of a sharded one is in no rank's memory.
 
     Args:
         make: ``make() -> nn.Module``.
         layout: ``"plain"`` (every rank holds all of it) or ``"fsdp2"``.
+        device: ``"cpu"``, or ``"cuda"``: the rank's own.
     """
     with torch.device("meta"):
         model = make().to(dtype)
     if layout == "fsdp2":
-        shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
-    model.to_empty(device="cpu")
+        shard(model, init_device_mesh(device, (dist.get_world_size(),)))
+    model.to_empty(device=device)
     torch.manual_seed(dist.get_rank())
     with torch.no_grad():
         for local in locals_of(model):

@@ -189,6 +189,13 @@ def _git(*words: str) -> str:
     return done.stdout.strip()
 
 
+def device_name() -> str:
+    """The GPU, if this process uses one, else the processor."""
+    if not torch.cuda.is_initialized():
+        return cpu_name()
+    return f"cuda ({torch.cuda.get_device_name()}, {torch.cuda.device_count()} of them)"
+
+
 def cpu_name() -> str:
     """The processor and its cores that this process may use: ``cpu (Some CPU, 2 cores)``."""
     name = platform.processor() or platform.machine()

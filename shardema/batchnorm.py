@@ -21,6 +21,7 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from shardema.backends.tree import unwrap, walk, wrapped_child
+from shardema.devices import double
 from shardema.ema import ShardedEMA
 from shardema.errors import abbreviate
 from shardema.ranks.agree import Ranks
@@ -74,12 +75,12 @@ class _Moments:
             return
         wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         others = [dim for dim in range(wide.ndim) if dim != 1]
-        variance, mean = torch.var_mean(wide, others, correction=0)
+        variance, mean = map(double, torch.var_mean(wide, others, correction=0))
         self.mean, self.squares = self.mean.to(mean.device), self.squares.to(mean.device)
-        apart = mean.double() - self.mean
+        apart = mean - self.mean
         total = self.count + count
         self.squares = (
-            self.squares + variance.double() * count + apart.square() * (self.count * count / total)
+            self.squares + variance * count + apart.square() * (self.count * count / total)
         )
         self.mean = self.mean + apart * (count / total)
         self.count = total

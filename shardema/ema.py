@@ -410,7 +410,8 @@ class ShardedEMA:
         Raises:
             RuntimeError: gradients are enabled, so a backward would mix average and weights; inside
                 ``swap()``.
-            ValueError: there are several averages: use ``with ema.swap(name): model(x)``.
+            ValueError: there are several averages: use ``with ema.swap(name): model(x)``; or the
+                model is a list of modules.
         """
         return self._forward_with(None, *inputs, **kwargs)
 
@@ -421,8 +422,15 @@ class ShardedEMA:
                 f"rank {rank}: ema(...) with gradients enabled: a backward would mix the "
                 "average and the weights; call it under torch.no_grad()"
             )
+        first, *others = self._averages.weights.models
+        if others:
+            raise ValueError(
+                f"rank {self._averages.ranks.rank}: ema(...): the model is a list of "
+                f"{len(others) + 1} modules, which only the training loop can run; call them "
+                "inside swap(), expected one module"
+            )
         with self.swap(name):
-            return self._averages.weights.models[0](*inputs, **kwargs)
+            return first(*inputs, **kwargs)
 
     def mix(self, coefficients: Mapping[str, float], *, check_sum: bool = True) -> Mixture:
         """Names a linear combination of averages and weights. Local.

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardema.devices import with_float64
 from shardema.ranks.plan import Holdings, Plan
 from shardema.schedules import by_pattern
 from shardema.scopes import writable
@@ -109,6 +110,9 @@ def sums(
                 pairs = (averages(number, box), sources(number, box))
                 weight = weights[item.fqn]
                 for part, source in _parts(box, *pairs):
+                    # where there is float64
+                    where = with_float64(part.device)
+                    part, source = part.to(where), source.to(where)
                     # what is stored in fewer bits than it is computed in moves all the same
                     part = part.double() if average.policy.lossless else part
                     found.append(_row(part, source, weight))

@@ -34,8 +34,10 @@ from shardema.shards.boxes import Box
 from shardema.shards.shard import Shard
 from tests import meters, oracle, zoo
 from tests.layouts import LAYOUTS, Layout
+from tests.meshes import MESHES
 
 STEPS = 20
+ALL = LAYOUTS | MESHES
 
 
 def write(model: nn.Module, values: dict[str, Tensor]) -> None:
@@ -75,6 +77,24 @@ def shared_folder() -> Iterator[str]:
     dist.broadcast_object_list(name, src=0)
     yield name[0]
     dist.barrier()
+
+
+def tied(layout: Layout) -> dict[str, str]:
+    """Second names of tensors, with their first ones."""
+    return {} if "untied" in layout.options else {"head.weight": "embed.weight"}
+
+
+def trainable_of(layout: Layout) -> set[str]:
+    """What is averaged, on whatever rank it is."""
+    plain = zoo.make(**dict.fromkeys(layout.options, True))
+    return {fqn for fqn, p in plain.named_parameters() if p.requires_grad}
+
+
+def with_buffers(layout: Layout, model: nn.Module) -> zoo.Zoo | None:
+    """The unwrapped module that holds the buffers; None where another rank does."""
+    models = layout.models(model)
+    inner = [unwrap(m) for m in (models if isinstance(models, list) else [models])]
+    return next((m for m in inner if m.mask is not None), None)
 
 
 def forward(model: nn.Module) -> Tensor:
@@ -143,8 +163,10 @@ def bf16_parameters_are_averaged_in_fp32(layout: Layout) -> None:
 
 def the_gathered_model_loads_strictly(layout: Layout) -> None:
     model, ema, values = trained(layout)
-    with torch.no_grad():
-        unwrap(model).mask[0] = 7.0
+    inner = with_buffers(layout, model)
+    if inner is not None:
+        with torch.no_grad():
+            inner.mask[0] = 7.0
     full = ema.full_state_dict()
     everywhere = ema.full_state_dict(all_ranks=True)
     pairs = list(ema.iter_full())
@@ -158,7 +180,7 @@ def the_gathered_model_loads_strictly(layout: Layout) -> None:
     fresh = zoo.make(**dict.fromkeys(layout.options, True))
     fresh.load_state_dict(full, strict=True)
     assert set(full) == set(fresh.state_dict())
-    assert full["head.weight"] is full["embed.weight"]
+    assert all(full[second] is full[first] for second, first in tied(layout).items())
     assert torch.equal(full["frozen.weight"], values["frozen.weight"])
     assert full["mask"].tolist() == [7.0, -torch.inf]
     assert torch.equal(full["table"], torch.arange(5) * 10_000)
@@ -181,7 +203,7 @@ def what_is_published_is_what_is_gathered(layout: Layout) -> None:
         assert found is not None
         if first:
             assert_same({**got, **found.tensors}, expected)
-            assert got.keys() - found.tensors.keys() == {"head.weight"}  # tied: in a file once
+            assert got.keys() - found.tensors.keys() == tied(layout).keys()  # in a file once
 
 
 def leaving_iter_full_early_hangs_nobody(layout: Layout) -> None:
@@ -362,7 +384,7 @@ def a_write_inside_swap_is_reported(layout: Layout) -> None:
 
 def a_backward_across_a_swap_raises(layout: Layout) -> None:
     model, ema, _ = trained(layout)
-    loss = model(zoo.tokens()).sum()
+    loss = layout.loss(model)
     with ema.swap():
         pass
     with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
@@ -400,11 +422,8 @@ def training_goes_on_as_if_nothing_was_swapped(layout: Layout) -> None:
 def metrics_are_those_of_the_whole_model(layout: Layout) -> None:
     model, ema, values = trained(layout)
     told = ema.metrics()
-    full = {
-        k: v
-        for k, v in ema.full_state_dict(all_ranks=True).items()
-        if k in ema.internal.averages.weights.averaged
-    }
+    averaged = trainable_of(layout)
+    full = {k: v for k, v in ema.full_state_dict(all_ranks=True).items() if k in averaged}
     apart = {k: (v - values[k]).double().square().sum() for k, v in full.items()}
     size = {k: values[k].double().square().sum() for k in full}
     expected = {"decay": 0.75, "horizon": 4.0, "unmoved": 0.0, "nonfinite": 0.0}
@@ -457,6 +476,10 @@ def weights_that_are_not_finite_are_skipped_or_raised(layout: Layout) -> None:
 def the_ema_is_called_like_the_model(layout: Layout) -> None:
     model, ema, _ = trained(layout)
     model.eval()
+    if isinstance(layout.models(model), list):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"ema\(\.\.\.\): .* a list"):
+            ema(zoo.tokens())
+        return
     with torch.no_grad():
         said = ema(zoo.tokens()).clone()
         with ema.swap():
@@ -495,15 +518,19 @@ def copy_to_model_reset_and_load_full(layout: Layout) -> None:
 
 def averaged_buffers_follow_the_average(layout: Layout) -> None:
     model = layout.build()
-    inner = unwrap(model)
-    odd = {name: getattr(inner, name).clone() for name in ("mask", "table", "flag")}
+    inner = with_buffers(layout, model)
+    norms = [] if inner is None else [inner.norm]
+    plain = zoo.make(**dict.fromkeys(layout.options, True))
+    odd = {name: getattr(plain, name) for name in ("mask", "table", "flag")}
     ema = layout.keep(model, 0.75, buffers="average")
-    history = [{"norm.running_mean": inner.norm.running_mean.cpu().clone()}]
+    history = [{"norm.running_mean": plain.norm.running_mean.cpu()}]
     for step in range(3):
+        value = torch.full_like(plain.norm.running_mean, 1.5 + step)
         with torch.no_grad():
-            inner.norm.running_mean.fill_(1.5 + step)
-            inner.norm.num_batches_tracked.fill_(2**24 + 1 + step)
-        history.append({"norm.running_mean": inner.norm.running_mean.cpu().clone()})
+            for norm in norms:
+                norm.running_mean.copy_(value)
+                norm.num_batches_tracked.fill_(2**24 + 1 + step)
+        history.append({"norm.running_mean": value.cpu()})
         ema.update()
     full = ema.full_state_dict(all_ranks=True)
     truth = oracle.average(history, [0.25] * 3)["norm.running_mean"]
@@ -513,14 +540,17 @@ def averaged_buffers_follow_the_average(layout: Layout) -> None:
         assert torch.equal(full[name], value.cpu()), name
         assert full[name].dtype == value.dtype
     with ema.swap(), torch.no_grad():
-        assert torch.equal(inner.norm.running_mean.cpu(), full["norm.running_mean"])
-        inner.norm.running_mean.add_(9)  # as a broadcast of DDP: it must not get into the average
-    assert torch.equal(inner.norm.running_mean.cpu(), history[-1]["norm.running_mean"])
+        for norm in norms:
+            assert torch.equal(norm.running_mean.cpu(), full["norm.running_mean"])
+            norm.running_mean.add_(9)  # as a broadcast of DDP: it must not get into the average
+    for norm in norms:
+        assert torch.equal(norm.running_mean.cpu(), history[-1]["norm.running_mean"])
     assert_same(ema.full_state_dict(all_ranks=True), full)
     with shared_folder() as folder:
         ema.save(f"{folder}/ema")
         with torch.no_grad():
-            inner.norm.running_mean.zero_()
+            for norm in norms:
+                norm.running_mean.zero_()
         again = layout.keep(model, 0.75, buffers="average")
         again.load(f"{folder}/ema")
         assert_same(again.full_state_dict(all_ranks=True), full)
@@ -581,7 +611,7 @@ def power_averages_are_the_merges_of_a_window(layout: Layout) -> None:
         assert profile.mass(range(2, STEPS + 1)) == pytest.approx(weights, abs=1e-12)
         assert profile.mass([0, 2]).item() == profile.initial == 0
         full = ema.full_state_dict(name, all_ranks=True)
-        for fqn in ema.internal.averages.weights.averaged:
+        for fqn in trainable_of(layout):
             pairs = zip(weights, steps[2:], strict=True)
             merged = sum(weight * values[fqn].double().cpu() for weight, values in pairs)
             oracle.assert_close(full[fqn], merged, STEPS)
@@ -646,7 +676,7 @@ def mixtures_are_read_like_averages(layout: Layout) -> None:
         ema.update()
     coefficients = {"raw": 0.3, "ema": 1.3, "start": -0.6}
     mixture = ema.mix(coefficients)
-    averaged = ema.internal.averages.weights.averaged
+    averaged = trainable_of(layout)
     full = {name: ema.full_state_dict(name, all_ranks=True) for name in rules}
     parts = {"raw": values, **full}
     expected = dict(full["ema"])
@@ -654,9 +684,8 @@ def mixtures_are_read_like_averages(layout: Layout) -> None:
         terms = [parts[name][fqn].cpu().double() * c for name, c in coefficients.items()]
         expected[fqn] = (terms[0] + terms[1] + terms[2]).float()
         assert not torch.equal(expected[fqn], full["ema"][fqn])
-    tied = {"head.weight": "embed.weight"}
-    expected.update({name: expected[fqn] for name, fqn in tied.items()})
-    values.update({name: values[fqn] for name, fqn in tied.items()})
+    expected.update({name: expected[fqn] for name, fqn in tied(layout).items()})
+    values.update({name: values[fqn] for name, fqn in tied(layout).items()})
     got = ema.full_state_dict(mixture, all_ranks=True)
     assert_same(got, expected)
     assert_same(same_everywhere(dict(ema.iter_full(mixture))), expected)
@@ -677,8 +706,9 @@ def mixtures_are_read_like_averages(layout: Layout) -> None:
     with ema.swap(mixture):
         inside = forward(model)
     assert torch.equal(forward(model), before)
-    with torch.no_grad():
-        assert torch.equal(mixture(zoo.tokens()).cpu(), inside)
+    if not isinstance(layout.models(model), list):
+        with torch.no_grad():
+            assert torch.equal(mixture(zoo.tokens()).cpu(), inside)
     assert_forward(layout, inside, forward(plain))
     for name, kept in full.items():
         assert_same(ema.full_state_dict(name, all_ranks=True), kept)
@@ -703,7 +733,8 @@ def a_saved_average_loads(layout: Layout) -> None:
 def an_export_is_what_safetensors_would_write(layout: Layout) -> None:
     _, ema, _ = trained(layout)
     full = ema.full_state_dict(all_ranks=True)
-    del full["head.weight"]
+    for name in tied(layout):
+        del full[name]
     with shared_folder() as folder:
         for mode in ("direct", "stream"):
             ema.export(f"{folder}/{mode}", mode=mode, progress=False)
@@ -839,4 +870,4 @@ FACTS = [
 
 def check(fact: str, layout: str) -> None:
     """Runs one fact by name, so that it can travel to another process."""
-    next(f for f in FACTS if f.__name__ == fact)(LAYOUTS[layout])
+    next(f for f in FACTS if f.__name__ == fact)(ALL[layout])

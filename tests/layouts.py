@@ -39,8 +39,13 @@ class Layout:
         exact: the forward gives the same bits as the unsharded one (tensor parallel does not).
         policy: how the averages are kept.
         kernel: by which kernel.
+        fresh: torch cannot write full tensors into it: they are written into a fresh model, which
+            is wrapped, and its shards are copied.
+        models: of what is wrapped, what a `ShardedEMA` is given.
+        loss: a loss whose backward needs no other rank.
         full: those of the worlds that run only with ``--full``: other layouts on as many ranks, and
             this one on another number, show nearly the same.
+        gate: facts that run without it all the same, in the smallest world.
     """
 
     name: str
@@ -51,7 +56,11 @@ class Layout:
     exact: bool = True
     policy: ShadowPolicy = BESIDE
     kernel: str = "auto"  # foreach, for what is as small as the zoo
+    fresh: bool = False
+    models: Callable[[Any], nn.Module | list[nn.Module]] = lambda model: model
+    loss: Callable[[Any], Tensor] = lambda model: model(zoo.tokens()).sum()
     full: tuple[int, ...] = ()
+    gate: tuple[str, ...] = ()
 
     def build(self, **options: bool) -> nn.Module:
         """The wrapped zoo model."""
@@ -63,16 +72,18 @@ class Layout:
             return self.wrap(model)
 
         model = wrapped()
-        if not self.exact:
-            # torch cannot write full tensors into uneven strided shards (set_model_state_dict
-            # asserts on torch 2.13): write them into a fresh model and shard that
+        if self.fresh or not self.exact:
+            # into uneven strided shards (set_model_state_dict asserts on torch 2.13), and by the
+            # names of a whole model into its parts
             model.rewrap = wrapped
         return model
 
     def keep(self, model: Any, schedule: Any, **options: Any) -> ShardedEMA:
         """A `ShardedEMA` as the layout wants averages kept, where no other way is given."""
         return ShardedEMA(
-            model, schedule, **{"shadow": self.policy, "kernel": self.kernel, **options}
+            self.models(model),
+            schedule,
+            **{"shadow": self.policy, "kernel": self.kernel, **options},
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -86,7 +87,8 @@ def _memory_events(call: Callable[[], object]) -> list[int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
     assert seen.profiler is not None
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    found = seen.profiler.kineto_results.events()
+    events = [e for e in found if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
@@ -96,6 +98,22 @@ def allocated_on_gpu(call: Callable[[], object]) -> int:
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     call()
     return int(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
+
+
+def bytes_on_gpu(call: Callable[[], object]) -> int:
+    """Bytes of tensors that a call allocates on the GPU, after a first call."""
+    call()
+    before = torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
+    call()
+    return int(torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - before)
+
+
+def peak_on_gpu(call: Callable[[], object]) -> int:
+    """Most bytes of tensors that a call holds on the GPU beyond what it was started with."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 @contextlib.contextmanager

@@ -351,6 +351,12 @@ GATHERING = (
 )
 # what a `ShadowPolicy` may ask for
 POLICIES = files("offload_in_training", "slices", "policy")
+TEACHING = (
+    (*files("teachers"), "-k", "not zero3 and not adapter and not recipe"),
+    (*files("interrupts"), "-k", "teacher"),
+    (*files("teachers"), "-k", "zero3 or adapter"),
+)
+PUBLISHING = (files("publish"), (*files("interrupts"), "-k", "publish"))
 SWAPPING = (contract(2, "ddp"), files("interrupts"), files("identity"), contract(2, "fsdp1"))
 STORIES = {
     "ranks/agree.py": Story(
@@ -413,6 +419,14 @@ STORIES = {
     "backends/tree.py": Story(
         4, (files("errors", "kinds"), files("gathered"), files("zero_errors"), contract(2, "fsdp1"))
     ),
+    "kernels/rounding.py": Story(6, (files("rounding"), files("kernels_triton"))),
+    "model/teacher.py": Story(6, TEACHING),
+    "update/homes.py": Story(3, TEACHING),
+    "publishing/publish.py": Story(5, PUBLISHING),
+    "publishing/folder.py": Story(4, PUBLISHING),
+    "publishing/place.py": Story(3, PUBLISHING),
+    "publishing/group.py": Story(3, PUBLISHING),
+    "publishing/shared_memory.py": Story(2, PUBLISHING),
     "backends/zero.py": Story(7, (files("zero_errors"), files("zero"), files("zero_checkpoints"))),
 }
 

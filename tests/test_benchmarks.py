@@ -45,7 +45,7 @@ ON_ONE = {
     "arithmetic": [
         *(*TWICE, "--updates", "3", "--target-updates", "3", "--elements", "4", "--numel", "2048")
     ],
-    "update": [*TWICE, "--layout", "plain", "--tensors", "2x8", "--averages", *OURS],
+    "update": [*TWICE, "--layout", "plain", "--tensors", "2x8", "--averages", "--copy", *OURS],
 }
 
 

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA
 from shardema.exchange import Exchange
 from shardema.model import replicas
+from shardema.publishing import FolderSink
 from shardema.ranks import agree, plan, rounds, transfer
 from shardema.ranks.agree import Ranks
 from tests import world
@@ -55,6 +56,12 @@ def sliced(**options: Any) -> ShardedEMA:
 
 def checked(**options: Any) -> ShardedEMA:
     return sharded(on_nonfinite="skip", **options)
+
+
+def taken(pairs: Iterator[tuple[str, Any]]) -> None:
+    """What an engine does with what is published."""
+    for _ in pairs:
+        pass
 
 
 def swapped(ema: ShardedEMA, folder: str) -> None:
@@ -84,6 +91,8 @@ CALLS = {
     "stream": Call(
         sharded, lambda e, f: e.export(f"{f}/e", mode="stream", progress=False), "send", "irecv"
     ),
+    "publish": Call(sharded, lambda e, f: e.publish(taken), "send", "irecv"),
+    "publish_folder": Call(sharded, lambda e, f: e.publish(FolderSink(f"{f}/w"))),
     "save": Call(sharded, lambda e, f: e.save(f"{f}/s")),
     "load": Call(sharded, lambda e, f: e.load(f"{f}/before")),
     "load_full": Call(sharded, lambda e, f: e.load_full(f"{f}/full.safetensors")),
@@ -348,7 +357,7 @@ def memory_runs_out_before_a_transfer() -> None:
         raise torch.OutOfMemoryError("no room for a bucket")
 
     for poor in (0, last_rank()):
-        for name in ("full_state_dict", "all_ranks", "iter_full", "stream"):
+        for name in ("full_state_dict", "all_ranks", "iter_full", "stream", "publish"):
             ema = sharded(timeout=15.0)
             with shared_folder() as folder:
                 here = dist.get_rank() == poor
@@ -404,7 +413,7 @@ def a_rank_fails_in_the_middle_of_a_transfer() -> None:
         return real(self, index, box)
 
     for poor in (0, last_rank()):
-        for name in ("full_state_dict", "all_ranks", "iter_full", "stream"):
+        for name in ("full_state_dict", "all_ranks", "iter_full", "stream", "publish"):
             ema = sharded(timeout=15.0)
             ema.metrics()
             with shared_folder() as folder, mock.patch.object(transfer, "BUCKET_BYTES", 512):
@@ -552,6 +561,9 @@ def arguments_that_differ_are_named() -> None:
             ("new_schedule", "false", "true", lambda: ema.load(old, new_schedule=is_last())),
             ("add", r"\[\]", r'\["a"\]', lambda: ema.load(old, add=one((), "a"))),
             ("drop", r"\[\]", r'\["c"\]', lambda: ema.load(old, drop=one((), "c"))),
+            ("name", '"a"', '"b"', lambda: ema.publish(taken, one("a", "b"))),
+            ("dtype", "None", "bfloat16", lambda: ema.publish(taken, "a", dtype=one(None, bf16))),
+            ("version", '"1"', '"2"', lambda: ema.publish(taken, "a", version=one(1, 2))),
             ("every", "1", "null", lambda: two.copy_to_model(every=one(1, None))),
         ]  # fmt: skip
         for name, here, there, call in rows:
@@ -581,6 +593,8 @@ def what_one_rank_refuses_all_refuse() -> None:
             lambda: ema.full_state_dict(dtype=torch.int8 if odd else None),
             lambda: ema.full_state_dict("none" if odd else None),
             lambda: ema.metrics("none" if odd else None),
+            lambda: ema.publish(taken, dtype=torch.int8 if odd else None),
+            lambda: ema.publish(taken, version=-1 if odd else None),
         ]
         for call in calls:
             with pytest.raises(ValueError, match=f"rank {last_rank()}: .*(got|expected)"):
@@ -611,6 +625,7 @@ def ranks_out_of_step_are_told_their_counts() -> None:
             lambda: list(ema.iter_full()),
             lambda: ema.save(f"{folder}/x"),
             lambda: ema.export(f"{folder}/x"),
+            lambda: ema.publish(taken),
             lambda: swapped(two, ""),
             two.copy_to_model,
         ):
@@ -687,7 +702,10 @@ def a_call_leaves_the_store_as_it_found_it() -> None:
     start = keys()
     with shared_folder() as folder:
         for ema_, calls in (
-            (ema, ("metrics", "save", "export", "stream", "all_ranks")),
+            (
+                ema,
+                ("metrics", "save", "export", "stream", "all_ranks", "publish", "publish_folder"),
+            ),
             (two, ("swap", "copy")),
         ):
             for name in calls:
@@ -723,6 +741,12 @@ def a_transfer_waits_for_a_leader_that_beats() -> None:
     assert tensor == 0
 
 
+def gloo_is_given_no_tensors_of_a_gpu() -> None:
+    assert dist.group.WORLD is not None
+    assert torch.device("cuda") in dist.group.WORLD._device_types  # it says so, but cannot send
+    assert agree.device_for(dist.group.WORLD, "cuda") == torch.device("cpu")
+
+
 SLOW = [a_slow_consumer_is_waited_for, a_transfer_waits_for_a_leader_that_beats]
 FACTS = [
     memory_runs_out_before_a_transfer,
@@ -740,6 +764,7 @@ FACTS = [
     an_interrupt_is_raised_again_and_told,
     ranks_in_different_calls_are_told,
     a_call_leaves_the_store_as_it_found_it,
+    gloo_is_given_no_tensors_of_a_gpu,
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 import inspect
@@ -24,7 +25,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import shardema
-from shardema import RankError, ShadowPolicy, ShardedEMA
+from shardema import RankError, ShadowPolicy, ShardedEMA, publishing
 from shardema.model import replicas
 from shardema.scopes import to_the_end, uninterrupted
 from tests import meters, world
@@ -107,8 +108,8 @@ def signal_in_a_broadcast(number: int) -> Iterator[None]:
 class SignalAtLine:
     """Raises SIGALRM at the line of this number that runs in those files."""
 
-    def __init__(self, at: int) -> None:
-        self._left = at
+    def __init__(self, at: int, files: set[str] = LOOKED_AT) -> None:
+        self._left, self._files = at, files
         self.came = False  # what it raises in a generator that is thrown away is lost
         self._tracer = self._look  # Python 3.11 keeps no reference while it calls it
 
@@ -124,7 +125,7 @@ class SignalAtLine:
 
     def _look(self, frame: FrameType, event: str, _: object) -> Any:
         file = frame.f_code.co_filename
-        if file not in LOOKED_AT:
+        if file not in self._files:
             return None
         # raised at a yield, it would end the generator without its `finally`: no handler does that
         ends = event == "return" and not frame.f_code.co_flags & inspect.CO_GENERATOR
@@ -143,13 +144,24 @@ def _is_one_step(file: str, line: int) -> bool:
 
 
 class Kept:
-    """An EMA of two averages, offloaded or not, and what can be seen of it."""
+    """An EMA of two averages, and what can be seen of it.
 
-    def __init__(self, policy: ShadowPolicy, folder: Path) -> None:
+    Args:
+        policy: how the first one is kept, and the second one if it has no teacher.
+        taught: the second one is kept in a teacher, of which a part is in 16 bits.
+    """
+
+    def __init__(self, policy: ShadowPolicy, folder: Path, *, taught: bool = False) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2).bfloat16())
+        self.teacher = copy.deepcopy(self.model).requires_grad_(False) if taught else None
         self.ema = ShardedEMA(
-            self.model, {"a": 0.5, "b": 0.9}, shadow=policy, buffers="average", kernel="foreach"
+            self.model,
+            {"a": 0.5, "b": 0.9},
+            shadow={"a": policy, "b": FP32} if taught else policy,
+            buffers="average",
+            kernel="foreach",
+            into={"b": self.teacher} if self.teacher else None,
         )
         self.move(1.0)
         self.ema.update()
@@ -176,12 +188,18 @@ class Kept:
     def weights(self) -> list[Tensor]:
         return [tensor.detach().clone() for tensor in self.tensors()]
 
+    def stored(self) -> list[Tensor]:
+        """The memory of the averages, and the teacher's."""
+        self.ema.flush()
+        kept = [average.shadows for average in self.ema.internal.averages.values()]
+        found = [t for s in kept for t in (*s.views.values(), *s.companions.values())]
+        return [*found, *(self.teacher.state_dict().values() if self.teacher else ())]
+
     def averages(self) -> list[Any]:
         """Of the averages and their clocks."""
-        self.ema.flush()
         kept = self.ema.internal.averages.values()
         told = [(a.t, a.num_updates, a.moved_at) for a in kept]
-        return [torch.tensor(told), *(t.clone() for a in kept for t in a.shadows.flats)]
+        return [torch.tensor(told), *(t.clone() for t in self.stored())]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -206,7 +224,12 @@ POLICIES = {
     "beside": ShadowPolicy(),
     "offload": ShadowPolicy(device="cpu", staging_bytes=1 << 20),
     "device_offload": ShadowPolicy(device="cpu", compute="device", staging_bytes=1 << 20),
+    "bfloat16": ShadowPolicy(dtype=torch.bfloat16),
+    "compensated": ShadowPolicy(compensated=True),
+    "teacher": ShadowPolicy(),
 }
+FP32 = ShadowPolicy(dtype=torch.float32)
+NOT_COPIED = [("update", "beside"), ("update", "offload")]  # but by lerp, of which one is enough
 
 
 def interrupted_everywhere(
@@ -249,12 +272,10 @@ def put(kept: Kept, state: tuple[list[Tensor], list[Tensor]]) -> None:
     with torch.no_grad():
         for tensor, value in zip(kept.tensors(), state[0], strict=True):
             tensor.copy_(value)
-        kept.ema.flush()
-        clocks, *flats = state[1]
-        averages = list(kept.ema.internal.averages.values())
-        mine = [flat for average in averages for flat in average.shadows.flats]
-        for flat, value in zip(mine, flats, strict=True):
-            flat.copy_(value)
+        clocks, *stored = state[1]
+        for mine, value in zip(kept.stored(), stored, strict=True):
+            mine.copy_(value)
+    averages = list(kept.ema.internal.averages.values())
     for average, (t, count, moved_at) in zip(averages, clocks.tolist(), strict=True):
         average.restart(t, int(count), moved_at)
 
@@ -273,16 +294,21 @@ def whole(
 def test_a_time_limit_at_any_copy_leaves_nothing_half_done(
     name: str, policy: str, tmp_path: Path
 ) -> None:
-    kept = Kept(POLICIES[policy], tmp_path)
+    kept = Kept(POLICIES[policy], tmp_path, taught=policy == "teacher")
     with handled():
         at = functools.partial(Signals, "copy_")
         hit = interrupted_everywhere(kept, CALLS[name], at, 1000)
-    assert hit >= 2 or (name, policy) in (("update", "beside"), ("update", "offload"))
+    assert hit >= 2 or (name, policy) in NOT_COPIED
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_time_limit_at_any_line_leaves_nothing_half_done(name: str, tmp_path: Path) -> None:
-    kept = Kept(POLICIES["beside"], tmp_path)
+AT_LINES = [(name, "beside") for name in CALLS] + [("update", "teacher"), ("update", "compensated")]
+
+
+@pytest.mark.parametrize(("name", "policy"), AT_LINES)
+def test_a_time_limit_at_any_line_leaves_nothing_half_done(
+    name: str, policy: str, tmp_path: Path
+) -> None:
+    kept = Kept(POLICIES[policy], tmp_path, taught=policy == "teacher")
     with handled():
         hit = interrupted_everywhere(kept, CALLS[name], SignalAtLine, 100_000)
     assert hit > 50
@@ -372,6 +398,81 @@ def test_a_load_that_fails_half_way_is_told_until_another_one_is_whole(tmp_path:
     kept.ema.load(kept.folder)
     kept.ema.update()
     assert kept.ema.num_updates == 2
+
+
+# ---- publishing -------------------------------------------------------------------------------
+
+PUBLISHING = {str(path) for path in HOME.glob("publishing/*.py")}
+PUBLISHING |= {str(HOME / "gathering.py"), str(HOME / "files/export.py")}
+
+
+@contextlib.contextmanager
+def read_from(kind: str, folder: Path) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    """A sink, and what reads the newest version of it."""
+    if kind == "folder":
+        with contextlib.closing(publishing.FolderSink(folder)) as files:
+            yield files, publishing.Watched(folder).latest
+        return
+    if kind == "memory":
+        memory = publishing.SharedMemorySink(f"interrupts-{os.getpid()}")
+        try:
+            yield memory, publishing.SharedMemoryReader(f"interrupts-{os.getpid()}").latest
+        finally:
+            memory.close(remove=True)
+        return
+    held: list[publishing.Version] = []
+
+    def load(pairs: Iterator[tuple[str, Tensor]]) -> None:
+        found = dict(pairs)
+        held[:] = [publishing.Version(str(int(found["count"])), found)]
+
+    yield publishing.Loader(load, staged=True), lambda: held[-1]
+
+
+# how many lines lie between two moments: a folder is synced in each
+STRIDES = {"folder": 13, "memory": 3, "staged": 3}
+
+
+@pytest.mark.parametrize("kind", STRIDES)
+def test_a_time_limit_at_any_line_of_a_publish_leaves_one_whole_version(
+    kind: str, tmp_path: Path
+) -> None:
+    """That before, or the new one; and the next call publishes."""
+    model = nn.Linear(3, 4)
+    model.register_buffer("count", torch.tensor(0))
+    ema = ShardedEMA(model, 0.5)
+    expected, hit, version = {}, 0, 0
+
+    def new() -> str:
+        nonlocal version
+        version += 1
+        with torch.no_grad():
+            model.count.fill_(version)
+            model.weight.add_(1.0)
+        ema.update()
+        expected[str(version)] = ema.full_state_dict()
+        return str(version)
+
+    with handled(), read_from(kind, tmp_path / "w") as (sink, read):
+        ema.publish(sink, version=new())
+        for moment in range(0, 100_000, STRIDES[kind]):
+            before, now = read().version, new()
+            signals = SignalAtLine(moment, PUBLISHING)
+            with contextlib.suppress(TimeLimit, RankError, RuntimeError), signals:
+                ema.publish(sink, version=now)
+            found = read()
+            assert found.version in (before, now), moment
+            full = expected[found.version]
+            assert found.tensors.keys() == full.keys()
+            assert all(torch.equal(found.tensors[fqn], full[fqn]) for fqn in full), moment
+            if not signals.came:
+                break
+            hit += 1
+            if moment % 5 == 0:
+                ema.publish(sink, version=new())
+                assert read().version == str(version)
+    assert hit > 20
+    assert found.version == now
 
 
 # ---- holding signals back ---------------------------------------------------------------------

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,32 +41,42 @@ def test_the_facts_of_triton_interpreted_hold() -> None:
     assert re.search(r"^\d+ passed", done.stdout, re.MULTILINE), done.stdout
 
 
-def compiled(param: torch.dtype, shadows: list[torch.dtype], capability: int) -> str:
-    """The PTX of the kernel; ptxas has taken it."""
+def made(kernel: Any, capability: int, **constants: Any) -> dict[str, Any]:
+    """What Triton makes of a kernel: the PTX, and the cubin that ptxas has made of it."""
     from triton.backends.compiler import GPUTarget
 
     from shardema.kernels import fused_gpu
 
-    source = triton.compiler.ASTSource(
-        fn=fused_gpu.lerp_kernel,
-        signature={
-            "table": "*i64",
-            "weights": "*fp64",
-            "PARAM": "constexpr",
-            "SHADOWS": "constexpr",
-            "BLOCK": "constexpr",
-        },
-        constexprs={
-            "PARAM": fused_gpu._TYPES[param],
-            "SHADOWS": tuple(fused_gpu._TYPES[dtype] for dtype in shadows),
-            "BLOCK": fused_gpu.BLOCK,
-        },
-    )
-    made = triton.compile(
-        source, GPUTarget("cuda", capability, 32), options={"num_warps": fused_gpu.WARPS}
-    )
-    assert made.asm["cubin"]
-    ptx = made.asm["ptx"]
+    signature = {"table": "*i64", "weights": "*fp64"} | dict.fromkeys(constants, "constexpr")
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    target = GPUTarget("cuda", capability, 32)
+    found = triton.compile(source, target, options={"num_warps": fused_gpu.WARPS}).asm
+    assert found["cubin"]
+    return dict(found)
+
+
+def constants_of(param: torch.dtype, shadows: list[torch.dtype]) -> dict[str, Any]:
+    """The constants of a launch."""
+    from shardema.kernels import fused_gpu
+
+    given: dict[str, Any] = {}
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *_, num_warps, **constants: given.update(constants)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_gpu, "lerp_kernel", Kernel())
+        nothing = torch.zeros(0)
+        fused_gpu._Launch(nothing, nothing, param, tuple(shadows)).run(1)
+    return given
+
+
+def compiled(param: torch.dtype, shadows: list[torch.dtype], capability: int) -> str:
+    """The PTX of the kernel; ptxas has taken it."""
+    from shardema.kernels import fused_gpu
+
+    ptx = made(fused_gpu.lerp_kernel, capability, **constants_of(param, shadows))["ptx"]
     assert isinstance(ptx, str)
     return ptx
 
@@ -100,15 +111,17 @@ def test_the_compiled_kernel_fuses_and_rounds_as_written(
 
 
 @pytest.mark.usefixtures("compiles_anew")
-def test_wide_blocks_move_16_bytes_at_a_time() -> None:
+def test_wide_blocks_move_4_elements_at_a_time() -> None:
     from shardema.kernels import fused_gpu
 
     each = fused_gpu.BLOCK // (32 * fused_gpu.WARPS)  # elements of a thread
     for param in (torch.float32, torch.bfloat16):
         ptx = compiled(param, [torch.float32], 80)
-        whole = each * (param.itemsize + 4) // 16
-        assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == whole
-        assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == each * 4 // 16
+        same = param == torch.float32
+        assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == (1 + same) * each // 4
+        assert len(re.findall(r"ld\.global\.v2\.b32", ptx)) == (not same) * each // 4
+        assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == each // 4
+        assert "ld.shared" not in ptx  # no values move between threads
 
 
 @pytest.mark.usefixtures("compiles_anew")
@@ -119,6 +132,79 @@ def test_averages_of_several_dtypes_compile_into_one_kernel() -> None:
     assert len(re.findall(r"\.entry", ptx)) == 1
     assert "fma.rn.f32" in ptx
     assert "fma.rn.f64" in ptx
+
+
+# ---- registers --------------------------------------------------------------------------------
+
+SPEED = Path(__file__).parent.parent / "docs" / "speed.md"
+NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def documented() -> list[tuple[str, str, int, int, int]]:
+    """Weights, average, number of averages, registers, occupancy: of docs/speed.md."""
+    rows = re.findall(
+        r"^\| (\w+) \| ([\w, ]+) \| (\d) \| (\d+) \| (\d+) % \|", SPEED.read_text(), re.MULTILINE
+    )
+    return [(param, kept, *map(int, numbers)) for param, kept, *numbers in rows]  # type: ignore[misc]
+
+
+def usage(param: str, kept: str, count: int, folder: Path) -> dict[str, int]:
+    """What a variant uses on Hopper (sm_90): registers, bytes of stack, shared, local memory."""
+    from shardema.kernels import fused_gpu
+
+    dtype, part = NAMES[param], {"PART": fused_gpu.PART}
+    if kept == "bf16, at random":
+        kernel, constants = fused_gpu.stochastic_kernel, {"PARAM": fused_gpu._TYPES[dtype], **part}
+    elif kept == "fp32, compensated":
+        kernel, constants = fused_gpu.compensated_kernel, {"PARAM": fused_gpu._TYPES[dtype], **part}
+    else:
+        kernel, constants = fused_gpu.lerp_kernel, constants_of(dtype, [NAMES[kept]] * count)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(made(kernel, 90, **constants)["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    command = [tool, "--dump-resource-usage", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text))
+    return {name: int(value) for name, value in found.items()}
+
+
+def occupancy(registers: int, warps: int) -> int:
+    """Percent of the 64 warps of a Hopper multiprocessor, of 65536 registers, that are resident.
+
+    Registers are given to a warp in units of 256, warps leave and come as whole programs.
+    """
+    each = -(-registers * 32 // 256) * 256
+    return 100 * min(64, 65536 // each // warps * warps) // 64
+
+
+VARIANTS = [
+    pytest.param(*row, marks=[pytest.mark.full] * (row[2] in (2, 3) or row[0] == "fp64"))
+    for row in documented()
+]
+
+
+@pytest.mark.usefixtures("compiles_anew")
+@pytest.mark.parametrize(("param", "kept", "count", "registers", "percent"), VARIANTS)
+def test_a_program_uses_the_registers_that_the_docs_give(
+    param: str, kept: str, count: int, registers: int, percent: int, tmp_path: Path
+) -> None:
+    from shardema.kernels import fused_gpu
+
+    try:
+        found = usage(param, kept, count, tmp_path)
+    except (FileNotFoundError, RuntimeError) as error:  # Triton comes without ptxas on some systems
+        pytest.skip(f"ptxas or cuobjdump of Triton does not run here: {error}")
+    assert found["REG"] <= registers
+    assert found["STACK"] == found["LOCAL"] == 0  # nothing is spilled
+    assert found["SHARED"] <= 1024  # what the driver keeps for itself
+    assert occupancy(registers, fused_gpu.WARPS) == percent
+    assert percent >= 62
+
+
+def test_the_docs_give_every_kind_of_average() -> None:
+    kinds = {(param, kept) for param, kept, *_ in documented()}
+    shadows = {"fp32", "bf16, at random", "fp32, compensated"}
+    assert kinds == {*itertools.product(("fp32", "bf16"), shadows), ("fp64", "fp64")}
 
 
 WITHOUT = {  # what of the host, and how Triton says so

@@ -41,11 +41,15 @@ def test_the_local_meter_fires() -> None:
     assert not meters.read_only_locals(ema)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_gpu_meters_fire() -> None:
     values = torch.zeros(1000, device="cuda")
     assert meters.allocated_on_gpu(lambda: values + 1) == 1
     assert meters.allocated_on_gpu(values.zero_) == 0
+    assert meters.bytes_on_gpu(lambda: values + 1) >= 4000
+    assert meters.bytes_on_gpu(values.zero_) == 0
+    assert meters.peak_on_gpu(lambda: [torch.zeros(1000, device="cuda") for _ in "abc"]) >= 12_000
     with pytest.raises(RuntimeError, match="synchronizing"), meters.no_sync():
         values[0].item()
 

@@ -758,32 +758,85 @@ def test_a_forked_child_neither_hangs_nor_updates() -> None:
 # ---- on a GPU -----------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_thread_chooses_the_gpu_of_the_weights_before_its_first_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a counting fake of `torch.cuda.set_device`: a context of the driver is not seen here."""
+    seen: list[object] = []
+
+    class Copies(staging.CopyStreams):
+        """Of a CPU, but in a thread as if they were of the third GPU."""
+
+        def make_current(self) -> None:
+            there = object.__new__(staging.CopyStreams)
+            there.device, there.streams = torch.device("cuda", 2), [object()]
+            there.make_current()
+
+        def copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+            seen.append("copy")
+            super().copy(targets, sources)
+
+    monkeypatch.setattr(offload, "CopyStreams", Copies)
+
+    def chosen(device: torch.device) -> None:
+        seen.append((threading.current_thread().name, device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", chosen)
+    behind = HostOffload(*case(), foreach.bind)
+    behind(WEIGHTS[0])
+    behind.flush()
+    behind.close()
+    assert seen[:2] == [("shardema-offload", torch.device("cuda", 2)), "copy"]
+    seen.clear()
+    staging.CopyStreams(torch.device("cpu"), streams=1).make_current()
+    assert seen == []  # of a CPU there is nothing to choose
+
+
+# the same on a CPU, without streams: so that what is not run on a GPU is at least run
+DEVICES = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+            ],
+        ),
+    ],
+)
+
+
 @BOTH
+@DEVICES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("staging", [TINY, offload.STAGING_BYTES])
-def test_on_a_gpu_the_streams_keep_the_order(kind: Any, dtype: torch.dtype, staging: int) -> None:
+@pytest.mark.parametrize("nbytes", [TINY, offload.STAGING_BYTES])
+def test_the_streams_keep_the_order(
+    kind: Any, device: str, dtype: torch.dtype, nbytes: int
+) -> None:
+    on_a_gpu = device == "cuda"
     shadows, params, slots = case(dtype)
-    on_gpu = [torch.empty_like(p, device="cuda") for p in params[: len(params) // 3]]
+    on_device = [torch.empty_like(p, device=device) for p in params[: len(params) // 3]]
     pinned = []
     for shadow in shadows:
-        flat = staging.zeros(shadow.numel(), shadow.dtype, pinned=True)
+        flat = staging.zeros(shadow.numel(), shadow.dtype, pinned=on_a_gpu)
         pinned.append(flat.as_strided(shadow.shape, shadow.stride()).copy_(shadow))
-    behind = kind(pinned, on_gpu * 3, slots, foreach.bind, staging_bytes=staging)
+    behind = kind(pinned, on_device * 3, slots, foreach.bind, staging_bytes=nbytes)
     for weights in WEIGHTS:
-        torch.cuda._sleep(10_000_000)  # what follows is not there yet when the update is called
-        for target, param in zip(on_gpu, params, strict=False):
-            target.copy_(param.cuda(), non_blocking=True)
+        if on_a_gpu:  # what follows is not there yet when the update is called
+            torch.cuda._sleep(10_000_000)
+        for target, param in zip(on_device, params, strict=False):
+            target.copy_(param.to(device), non_blocking=True)
         behind(weights)
         behind.await_reads()
-        for target in on_gpu:
+        for target in on_device:
             target.fill_(7.0)
         behind.flush()
         plain = clones(shadows)
-        device = "cpu" if kind is HostOffload else "cuda"
-        moved = [shadow.to(device) for shadow in plain]
-        reference.bind(moved, [p.to(device) for p in params], slots)(weights)
+        where = "cpu" if kind is HostOffload else device
+        moved = [shadow.to(where) for shadow in plain]
+        reference.bind(moved, [p.to(where) for p in params], slots)(weights)
         shadows = [shadow.cpu() for shadow in moved]
         assert same(pinned, shadows)
     behind.close()

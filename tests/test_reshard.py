@@ -171,6 +171,9 @@ def chunks_are_one_model(folder: str) -> None:
     assert all(torch.equal(again[fqn], value) for fqn, value in full.items())
     with ema.swap():
         pass
+    match = rf"rank {rank}: ema\(\.\.\.\): the model is a list of 2 modules"
+    with torch.no_grad(), pytest.raises(ValueError, match=match):
+        ema(torch.zeros(3))
 
 
 def patterns_may_match_on_one_stage_only() -> None:

@@ -17,7 +17,14 @@ import xxhash
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from shardema import ShadowPolicy, ShardedEMA, kernels, schedules
+from shardema import (
+    ShadowPolicy,
+    ShardedEMA,
+    Snapshots,
+    kernels,
+    posthoc,
+    schedules,
+)
 from shardema.files import manifest
 from shardema.files.offline import export_checkpoint
 from shardema.kernels import foreach, fused, rounding
@@ -524,3 +531,113 @@ def test_a_reset_begins_again(policy: ShadowPolicy) -> None:
     fresh = ShardedEMA(model, 0.99, shadow=policy)
     go_on(model, fresh, 3)
     assert_same(full_bits(ema), full_bits(fresh))
+
+
+# ---- chosen afterwards --------------------------------------------------------------------------
+
+
+POLICY = {"narrow": NARROW, "exact": EXACT}
+DTYPE = {"narrow": torch.bfloat16, "exact": torch.float32}  # in which they are read
+
+
+@pytest.fixture(params=["narrow", "exact"])
+def kept_run(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, nn.Module, ShardedEMA]:
+    """Snapshots of two averages of a kind, and the model that they are of; a folder "run"."""
+    model = nn.Linear(40, 30)
+    rules = {"a": schedules.power(0.05), "b": schedules.power(0.10)}
+    ema = ShardedEMA(model, rules, shadow=POLICY[request.param])
+    with Snapshots(ema, tmp_path / "run", every=5) as book:
+        for step in range(1, 21):
+            go_on(model, ema, 1)
+            book.step(step)
+            if step % 10 == 0:
+                ema.save(tmp_path / f"saved-{step}")
+    return request.param, model, ema
+
+
+def read_back(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {dtype}
+    return stored
+
+
+def near(got: Tensor, exact: Tensor) -> None:
+    """Rounded to the nearest, of a sum in float32 or wider."""
+    eps = torch.finfo(got.dtype).eps
+    assert ((got.double() - exact).abs() <= eps * exact.abs() + 1e-6).all()
+
+
+def test_snapshots_of_them_are_reconstructed(
+    kept_run: tuple[str, nn.Module, ShardedEMA], tmp_path: Path
+) -> None:
+    """From what is stored, with the lost bits; the result has the dtype of the average."""
+    kind, model, ema = kept_run
+    dtype = DTYPE[kind]
+    found = posthoc.open(tmp_path / "run").target(schedules.power(0.07))
+    exact = {fqn: torch.zeros(value.shape).double() for fqn, value in model.named_parameters()}
+    for label, c in found.coefficients.items():
+        step, _, name = label.partition(":")
+        kept = ShardedEMA(model, {name: ema.internal.averages[name].schedule}, shadow=POLICY[kind])
+        others = {"a", "b"} - {name}
+        kept.load(tmp_path / "run" / step, drop=others)
+        shadows = kept.internal.averages[name].shadows
+        for fqn, value in shadows.views.items():
+            lost = shadows.companions.get(fqn)
+            wide = value.double() if lost is None else rounding.compensated_value(value, lost)
+            exact[fqn] += c * wide
+    found.export(tmp_path / "out")
+    for fqn, value in read_back(tmp_path / "out", dtype).items():
+        near(value, exact[fqn])
+    found.export(tmp_path / "wide", dtype=torch.float64)
+    for fqn, value in read_back(tmp_path / "wide", torch.float64).items():
+        assert ((value - exact[fqn]).abs() <= 1e-6).all()
+    weights = {fqn: value.clone() for fqn, value in model.state_dict().items()}
+    with ema.swap(found):
+        for fqn, value in model.named_parameters():
+            near(value, exact[fqn])
+    assert_same(dict(model.state_dict()), weights)
+    ema.load_full(found, "a", t=20)
+    for fqn, value in full_bits(ema, "a").items():
+        near(value, exact[fqn])
+    assert not any(lost.any() for lost in ema.internal.averages["a"].shadows.companions.values())
+
+
+def test_checkpoints_of_them_are_merged_and_they_are_mixed(
+    kept_run: tuple[str, nn.Module, ShardedEMA], tmp_path: Path
+) -> None:
+    kind, model, ema = kept_run
+    dtype = DTYPE[kind]
+    paths = [tmp_path / f"saved-{step}" for step in (10, 20)]
+    kept = []
+    for path in paths:
+        ema.load(path)
+        kept.append(full_bits(ema, "b"))
+    posthoc.merge(paths, tmp_path / "out", weights=[-0.25, 1.25], average="b")
+    for fqn, value in read_back(tmp_path / "out", dtype).items():
+        near(value, -0.25 * kept[0][fqn].double() + 1.25 * kept[1][fqn].double())
+    for names in (("a", "b"), ("b", "raw")):
+        mixed = full_bits(ema, ema.mix({names[0]: 1.5, names[1]: -0.5}))
+        parts = [full_bits(ema, "a"), kept[1], dict(model.state_dict())]
+        by_name = dict(zip(("a", "b", "raw"), parts, strict=True))
+        first, second = (by_name[name] for name in names)
+        for fqn, value in mixed.items():
+            assert value.dtype == dtype
+            exact = 1.5 * first[fqn].double() - 0.5 * second[fqn].double()
+            assert torch.equal(value, exact.to(dtype)), fqn
+
+
+def test_snapshots_in_bfloat16_keep_no_lost_bits(tmp_path: Path) -> None:
+    model = nn.Linear(40, 30)
+    ema = ShardedEMA(model, 0.9, shadow=EXACT)
+    with Snapshots(ema, tmp_path / "run", every=1, dtype="bfloat16") as book:
+        go_on(model, ema, 1)
+        book.step(1)
+    [tensor, *_] = manifest.read(tmp_path / "run" / "step-00000001").tensors
+    assert tensor.dtype == torch.bfloat16
+    found = posthoc.open(tmp_path / "run").target(schedules.constant(0.9))
+    found.export(tmp_path / "out")
+    stored = read_back(tmp_path / "out", torch.bfloat16)
+    expected = {fqn: value.bfloat16() for fqn, value in full_bits(ema).items()}
+    assert_same(stored, expected)
+    with pytest.raises(ValueError, match=r"dtype torch.bfloat16, expected \(30, 40\) and torch.fl"):
+        ema.load(tmp_path / "run" / "step-00000001")

@@ -12,7 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from shardema.shards.boxes import Box, check_covered, contiguous_runs, flat_boxes, split_box, whole
+from shardema.shards.boxes import (
+    Box,
+    check_covered,
+    contiguous_runs,
+    flat_boxes,
+    split_box,
+    whole,
+    without_overlaps,
+)
 from shardema.shards.shard import Shard
 from shardema.shards.strides import aligned_parts, memory_order, overlaps
 
@@ -51,6 +59,36 @@ def test_runs_are_the_contiguous_stretches(case: tuple[tuple[int, ...], Box]) ->
     numel, starts = contiguous_runs(shape, box)
     flat = [start + i for start in starts for i in range(numel)]
     assert flat == box.view(torch.arange(math.prod(shape)).view(shape)).reshape(-1).tolist()
+
+
+@given(shapes, st.data())
+def test_boxes_without_overlaps_are_held_by_the_same_ranks(
+    shape: tuple[int, ...], data: st.DataObject
+) -> None:
+    n = math.prod(shape)
+    cuts = [sorted(data.draw(st.lists(st.integers(0, n), max_size=4))) for _ in range(3)]
+    held: dict[Box, tuple[int, ...]] = {}  # three replicas, each cut in its own way by its ranks
+    for copy, cut in enumerate(cuts):
+        for part, (start, stop) in enumerate(itertools.pairwise([0, *cut, n])):
+            for box in flat_boxes(shape, start, stop - start):
+                held[box] = (*held.get(box, ()), 10 * copy + part)
+
+    def ranks_of(pairs: list[tuple[Box, tuple[int, ...]]]) -> list[list[int]]:
+        places = torch.arange(n).view(shape)
+        found: list[list[int]] = [[] for _ in range(n)]
+        for box, ranks in pairs:
+            for place in box.view(places).flatten().tolist():
+                found[place] += ranks
+        return [sorted(ranks) for ranks in found]
+
+    parts = without_overlaps(list(held.items()))
+    check_covered("w", shape, [box for box, _ in parts])
+    assert ranks_of(parts) == ranks_of(list(held.items()))
+
+
+def test_what_a_rank_holds_twice_stays_an_overlap() -> None:
+    twice = [(Box((0,), (3,)), (0,)), (Box((2,), (2,)), (0,))]
+    assert without_overlaps(twice) == twice
 
 
 @given(boxes(), st.integers(1, 9))

@@ -13,7 +13,7 @@ from tests.soak.trainers.cases import PLAIN, SETTINGS, Case, Life, draw
 from tests.soak.trainers.machine import Fault, Machine, Tally, cases, script
 
 SEED = 30_000
-AVERAGE = {"rule": "constant", "decay": 0.5, "update_every": 1, "float64": False}
+AVERAGE = {"rule": "constant", "decay": 0.5, "update_every": 1, "kept": "auto"}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.layouts import LAYOUTS, Layout
 
 STEPS = 20
 FP32 = ShadowPolicy(dtype=torch.float32)
+CPU = torch.device("cpu")
 
 
 def second(layout: Layout, **options: bool) -> nn.Module:
@@ -1036,6 +1038,55 @@ def byol_on_digits() -> None:
     assert probed(teacher["encoder"]) > max(0.8, untrained - 0.05), (untrained, spread)
 
 
+def dino_on_digits() -> None:
+    """Centred, sharpened targets for all views; the momentum grows to 1 (arXiv 2104.14294)."""
+    x, *_ = images()
+    steps, prototypes = 120, 32
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        parts = encoder(), nn.Linear(24, prototypes, bias=False)
+        return FSDP(nn.Sequential(*map(wrap, parts)), use_orig_params=True, device_id=CPU)
+
+    wrap = functools.partial(FSDP, use_orig_params=True, device_id=CPU)
+    student, teacher = build(), frozen(build()).train()
+    before = [p.detach().clone() for p in teacher.parameters() if p.numel()]
+    momentum = schedules.custom(lambda t, dt: 1 - 0.05 * (1 + math.cos(math.pi * t / steps)) / 2)
+    ema = ShardedEMA(student, momentum, into=teacher, buffers="ignore")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    ema.attach(optimizer)
+    draws = torch.Generator().manual_seed(dist.get_rank())
+    center, losses = torch.zeros(prototypes), []
+    for _ in range(steps):
+        batch = x[torch.randint(len(x), (128,), generator=draws)]
+        views = [view(batch, draws) for _ in range(3)]  # two for the teacher
+        with torch.no_grad():
+            said = [teacher(each) for each in views[:2]]
+            targets = [((each - center) / 0.1).softmax(1) for each in said]
+            mean = torch.cat(said).mean(0)
+            dist.all_reduce(mean)
+            center = 0.9 * center + 0.1 * mean / dist.get_world_size()
+        logs = [(student(each) / 0.2).log_softmax(1) for each in views]
+        pairs = [(t, log) for i, t in enumerate(targets) for j, log in enumerate(logs) if i != j]
+        loss = -sum((t * log).sum(1).mean() for t, log in pairs) / len(pairs)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    teacher.eval()
+    after = [p.detach() for p in teacher.parameters() if p.numel()]
+    moved = [torch.allclose(a, b) for a, b in zip(before, after, strict=True)]
+    assert not any(moved)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses[::20]
+    with torch.no_grad():  # neither one prototype for all, nor all of them alike
+        probs = ((teacher(x) - center) / 0.1).softmax(1)
+    used = (-probs.mean(0) * probs.mean(0).log()).sum().exp()
+    each = (-probs * probs.clamp_min(1e-9).log()).sum(1).exp().mean()
+    assert used > 2 * each > 2, (used, each)
+    accuracy = probed(lambda x: teacher[0](x))
+    assert accuracy > 0.8, accuracy
+
+
 def a_mean_teacher_on_digits() -> None:
     """Few labels, and consistency with the teacher on the rest (arXiv 1703.01780)."""
     x, y, test_x, test_y = images()
@@ -1113,7 +1164,7 @@ def a_policy_with_an_anchor() -> None:
     assert 0 < near < 0.5 * far, (near, far)
 
 
-RECIPES = [byol_on_digits, a_mean_teacher_on_digits, a_policy_with_an_anchor]
+RECIPES = [byol_on_digits, dino_on_digits, a_mean_teacher_on_digits, a_policy_with_an_anchor]
 
 
 @pytest.fixture(scope="module")

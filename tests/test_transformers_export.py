@@ -23,7 +23,14 @@ from tests.contract import assert_same, shared_folder
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import: nothing here may look for a network
 
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from transformers.distributed import DistributedConfig
 
 VOCABULARY = 128
 PARTS = 40_000  # bytes; the model has several times as many
@@ -110,6 +117,71 @@ def load_full_gives_back_the_average(kind: str) -> None:
         assert_same(fresh.full_state_dict(all_ranks=True), full)
 
 
+# transformers' own ways to shard: experts over the ranks, and dense layers over the same ones
+PARALLEL = {
+    "tp": {"tp_size": 2},
+    "tp-ep": {"tp_size": 2, "ep_size": 2},
+    "fsdp-ep": {"fsdp_size": 2, "ep_size": 2},
+}
+
+
+def mixtral() -> MixtralForCausalLM:
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+        )
+    )
+
+
+def full_of(param: Tensor) -> Tensor:
+    return (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+
+
+def its_own_parallelism_is_averaged(name: str) -> None:
+    tokens = torch.randint(VOCABULARY, (2, 8))
+    with shared_folder() as folder:
+        if dist.get_rank() == 0:
+            mixtral().save_pretrained(f"{folder}/start")
+        dist.barrier()
+        plain = MixtralForCausalLM.from_pretrained(f"{folder}/start").eval()
+        model = MixtralForCausalLM.from_pretrained(
+            f"{folder}/start", distributed_config=DistributedConfig(**PARALLEL[name])
+        )
+        ema = ShardedEMA(model, 0.5)
+        alone = {fqn: value.clone() for fqn, value in plain.state_dict().items()}
+        assert_same(ema.full_state_dict(all_ranks=True), alone)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)  # of two meshes
+        for _ in range(3):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update()
+            for fqn, param in model.named_parameters():
+                alone[fqn].lerp_(full_of(param), 0.5)
+        assert_same(ema.full_state_dict(all_ranks=True), alone)
+        model.eval()
+        live = logits_of(model, tokens)
+        with ema.swap():
+            average = logits_of(model, tokens)
+        assert torch.equal(logits_of(model, tokens), live)
+        plain.load_state_dict(alone, strict=True)
+        torch.testing.assert_close(average, logits_of(plain, tokens))
+        assert not torch.allclose(average, live)
+        ema.save(f"{folder}/ema")
+        ema.export(f"{folder}/export")
+        read = MixtralForCausalLM.from_pretrained(f"{folder}/export")
+        assert_same(read.state_dict(), alone)
+        other = ShardedEMA(plain, 0.5)  # without any parallelism
+        other.load(f"{folder}/ema")
+        assert_same(other.full_state_dict(all_ranks=True), alone)
+
+
 # ---- in one process ---------------------------------------------------------------------------
 
 
@@ -138,6 +210,9 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             world.Fact(f"writes_its_exports/{kind}", writes_its_exports, (str(folder), kind)),
             world.Fact(f"load_full/{kind}", load_full_gives_back_the_average, (kind,)),
         )
+    ]
+    facts += [
+        world.Fact(f"own/{name}", its_own_parallelism_is_averaged, (name,)) for name in PARALLEL
     ]
     return Exported(folder, world.judge(facts, 2, only=only))
 
@@ -240,4 +315,15 @@ def test_an_export_in_bf16_loads_as_bf16(exported: Exported, kind: str) -> None:
 
 @pytest.mark.parametrize("fact", [f"load_full/{kind}" for kind in KINDS])
 def test_load_full_gives_back_the_exported_average(exported: Exported, fact: str) -> None:
+    exported.verdicts.check(fact)
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        pytest.param(f"own/{name}", marks=[pytest.mark.full] * (name != "fsdp-ep"))
+        for name in PARALLEL
+    ],
+)
+def test_its_own_parallelism_is_averaged(exported: Exported, fact: str) -> None:
     exported.verdicts.check(fact)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardema import ShadowPolicy, ShardedEMA, schedules
-from tests import engines, meters, oracle, world, zoo
+from tests import engines, meters, oracle, parallel_facts, world, zoo
 from tests.contract import assert_same, shared_folder
 from tests.engines import CONFIGS, Config
 
@@ -488,9 +488,18 @@ FACTS = [
 ]
 
 
+OF_RANKS = {  # of engines of which each rank has other tensors
+    "ranks_have_other_tensors": parallel_facts.ranks_have_other_tensors,
+    "fused_weights_are_refused": parallel_facts.fused_weights_are_refused,
+}
+
+
 def check(fact: str, config: str) -> None:
     """Runs one fact by name, so that it can travel to another process."""
     engines.prepare()
+    if fact in OF_RANKS:
+        OF_RANKS[fact](config)
+        return
     next(f for f in FACTS if f.__name__ == fact)((CONFIGS | engines.ON_GPU)[config])
 
 
@@ -507,6 +516,8 @@ KINDS += ("2-bf16", "3-bf16", "3-offload")
 
 def in_the_gate(ranks: int, fact: str, name: str) -> bool:
     """Everything else is run with --full."""
+    if fact in OF_RANKS:
+        return ranks == 2 and name in ("2-bf16", *parallel_facts.IN_THE_GATE)
     place = [f.__name__ for f in FACTS].index(fact)
     if fact in _ONCE:
         return name == _ONCE[fact] and ranks == 2
@@ -522,6 +533,8 @@ CASES = [
     for fact in facts
     for name in CONFIGS
 ]
+CASES += [(n, "ranks_have_other_tensors", name) for n in (2, 4) for name in parallel_facts.NAMES]
+CASES += [(2, "fused_weights_are_refused", "2-bf16")]
 
 
 @pytest.fixture(scope="module")
@@ -540,7 +553,7 @@ def verdicts(
             timeout=900,
             only={f"{fact}[{name}]" for size, fact, name in chosen if size == ranks},
         )
-        for ranks in (2, 3)
+        for ranks in (2, 3, 4)
     }
 
 

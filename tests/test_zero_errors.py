@@ -57,6 +57,13 @@ def becomes(module: str, name: str) -> Callable[[Any], None]:
     return turn_on
 
 
+def auto_ep(engine: Any) -> None:
+    """A layer as AutoEP puts it in place of a model's own."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    engine.module.out.__class__ = type("Replaced", (AutoEPMoELayer,), {})
+
+
 def unknown_optimizer(engine: Any) -> None:
     engine.optimizer.__class__ = type("Novel", (type(engine.optimizer),), {})
 
@@ -64,12 +71,11 @@ def unknown_optimizer(engine: Any) -> None:
 # Real engines. Most of these features need a GPU or a cluster to run, so they are turned on in
 # the config of an engine that was made without: what is tested is that its answer is looked at.
 UNPROVEN: dict[str, Callable[[Any], None]] = {
-    "mixture-of-experts layers": attribute("has_moe_layers", True),
+    "AutoEP": auto_ep,
     "hpZ (zero_hpz_partition_size)": zero_config(zero_hpz_partition_size=2),
     "qwZ (zero_quantized_weights)": zero_config(zero_quantized_weights=True),
     "zero_quantized_nontrainable_weights": zero_config(zero_quantized_nontrainable_weights=True),
     "qgZ (zero_quantized_gradients)": zero_config(zero_quantized_gradients=True),
-    "AutoTP (tensor_parallel)": config("tensor_parallel_config", autotp_size=2),
     "model parallelism (mpu)": attribute("mpu", object()),
     "sequence parallelism": attribute("sequence_parallel_size", 2),
     "DeepCompile": config("compile_config", deepcompile=True),

@@ -24,14 +24,14 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_kernels_triton
 from shardema import ShadowPolicy, ShardedEMA, schedules  # noqa: E402
 from shardema.kernels import fused_gpu, reference, rounding  # noqa: E402  (never without the interpreter)
 from shardema.shards.boxes import Box  # noqa: E402
-from shardema.update import updates  # noqa: E402
+from shardema.update import replays, updates  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, on inf and NaN
 
-B = fused_gpu.BLOCK
+B, P = fused_gpu.BLOCK, fused_gpu.PART
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PAIRS = list(itertools.product(DTYPES, DTYPES))
-SIZES = [0, 1, 7, B - 1, B, B + 1, 2 * B + 9]
+SIZES = [0, 1, 7, P - 1, P, P + 1, B - 1, B, B + 1, 2 * B + 9]
 EXACT = [0.0, 0.25, 0.5, 0.75, 1.0]  # of multiples of 4 under 128: no rounding in any dtype
 EXACT_PRODUCTS = [3 / 1024, 1021 / 1024]  # the sum is rounded, not the product
 ROUGH = [1e-8, 0.1, 1 / 3, 0.7, 0.9999]
@@ -357,6 +357,7 @@ def test_an_ema_goes_on_by_replays_as_by_updates(monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as capture:  # the launch of a capture does nothing
         capture.setattr(updates, "_capturing", lambda: True)
         capture.setattr(fused_gpu._Work, "_capturing", lambda self: True)
+        capture.setattr(replays.Replays, "count", lambda self: None)
         graph.update()
     now = graph.full_state_dict("ramp")
     assert all(torch.equal(now[fqn], value) for fqn, value in before.items())
@@ -372,10 +373,61 @@ def test_an_ema_goes_on_by_replays_as_by_updates(monkeypatch: pytest.MonkeyPatch
         for name in rules:
             got, expected = graph.full_state_dict(name), eager.full_state_dict(name)
             assert all(torch.equal(got[fqn], value) for fqn, value in expected.items())
+    for _ in range(3):
+        graph.internal.updates.updater.launch()
+    for read in (graph.before_replay, graph.update, lambda: graph.full_state_dict("ramp")):
+        with pytest.raises(RuntimeError, match="got 6 replays, expected at most 3, one after each"):
+            read()
+    graph.reset()
+    graph.before_replay()
+    graph.internal.updates.updater.launch()
+    graph.full_state_dict("ramp")
     model.weight.data = model.weight.data.clone()
     for call in (graph.before_replay, graph.update):
         with pytest.raises(RuntimeError, match="capture again"):
             call()
+
+
+class Stream:
+    """Of a GPU: counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", 0)
+        self.waited: list[object] = []
+
+    def record_event(self) -> object:
+        return ("event of", self)
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append(event)
+
+
+def test_each_other_stream_waits_once_for_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With counting fakes of streams and tensors: that a stream waits is a matter of the GPU."""
+    first, *others = streams = [Stream() for _ in range(3)]
+    current = [first]
+    given: list[object] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    table = SimpleNamespace(is_cuda=True, device=first.device, record_stream=given.append)
+    written = fused_gpu._Written([table, torch.zeros(2), table])  # type: ignore[list-item]
+    for stream in (*streams, *streams):
+        current.append(stream)
+        written.wait()
+    assert [stream.waited for stream in others] == [[("event of", first)]] * 2
+    assert given == [others[0], others[0], others[1], others[1]]
+    assert first.waited == []
+
+
+def test_an_update_waits_for_the_tables_before_it_launches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shadow = torch.zeros(5)
+    lerp_ = fused_gpu.bind([shadow], [torch.ones(5)], [0])
+    seen: list[float] = []
+    monkeypatch.setattr(fused_gpu._Written, "wait", lambda self: seen.append(float(shadow[0])))
+    lerp_([0.5])
+    lerp_.refresh([0.25])
+    assert seen == [0.0, 0.5]
 
 
 def test_what_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,7 +487,7 @@ def rounded(
 def test_shadows_with_a_rounding_have_the_bits_of_the_reference(
     param: torch.dtype, shift: int
 ) -> None:
-    for numel in (1, B, B + 9):
+    for numel in (1, P + 1, B, B + 9):
         # products by these weights are exact: the interpreter rounds them
         for weight in (0.0, 0.25, 0.75, 1.0):
             results = []

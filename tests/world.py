@@ -36,6 +36,10 @@ PRELOAD = [
 ]
 TRAINERS = ["accelerate", "lightning", "transformers.trainer"]  # seconds each, on every rank
 ONE_IS_ENOUGH = "ONE_IS_ENOUGH"  # in the environment: a fact that fails ends all
+# devices of a world: each rank has a GPU, and NCCL connects them; NCCL is the only backend, and no
+# rank has chosen its GPU; or all ranks have the first GPU, which NCCL refuses, so it is gloo
+NCCL, NCCL_ALONE, GLOO_ON_GPU = "cuda", "cuda, NCCL alone", "cuda over gloo"
+_BACKENDS = {NCCL: "cpu:gloo,cuda:nccl", NCCL_ALONE: "nccl"}
 TIMEOUT = 20  # seconds of the process group: a desynchronised fact fails, it does not hang
 
 
@@ -70,11 +74,11 @@ def _main(rank: int, size: int, folder: str, facts: Sequence[Fact], told: Any, d
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # torch warns of NO_SHARD, FSDP1 and more at every call
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    os.environ["RANK_DEVICE"] = device
-    if device == "cuda":
-        torch.cuda.set_device(0)
+    os.environ["RANK_DEVICE"] = "cpu" if device == "cpu" else "cuda"
+    if device in (NCCL, GLOO_ON_GPU):
+        torch.cuda.set_device(rank if device == NCCL else 0)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        _BACKENDS.get(device, "gloo"),
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=size,
@@ -135,7 +139,7 @@ def until_one_fails(
 
     Args:
         timeout: seconds for all facts.
-        device: where the models are.
+        device: where the models are: ``"cpu"`` or a constant above.
         grace: seconds that the others have once a rank has failed.
         preload: modules that are imported once for all worlds, if this one is the first.
         heard: told the name of each fact that the first rank is done with.
@@ -203,7 +207,7 @@ def judge(
 
     Args:
         timeout: seconds for all facts.
-        device: where the models are.
+        device: where the models are: ``"cpu"`` or a constant above.
     """
     end = time.monotonic() + timeout
     # by its place in the whole list: the same draws, whatever is selected
@@ -237,9 +241,9 @@ def selected(request: pytest.FixtureRequest, *parameters: str) -> set[Any]:
     return {value for (value,) in values} if len(parameters) == 1 else values
 
 
-def hold(facts: Sequence[Fact], ranks: int) -> None:
+def hold(facts: Sequence[Fact], ranks: int, device: str = "cpu") -> None:
     """Runs the facts in a world; raises with all that do not hold."""
-    told = judge(facts, ranks).told
+    told = judge(facts, ranks, device=device).told
     said = [
         f"{name}, rank {rank}:\n{text}"
         for name, texts in told.items()

@@ -228,7 +228,7 @@ def _forget_pending(group: Any) -> None:
     if pending is None:
         return
     if pending.all_gather_event is not None:
-        group.device_handle.current_stream().wait_event(pending.all_gather_event)
+        group.device_handle.current_stream(group.device).wait_event(pending.all_gather_event)
     if hasattr(pending.all_gather_work, "wait"):
         pending.all_gather_work.wait()
     group._all_gather_result = None

@@ -2,7 +2,8 @@
 
 A wrapper (DDP, FSDP, torch.compile, activation checkpointing) holds the wrapped module as a child
 with a known name. Only that child of that wrapper type is removed from names, so a user's own child
-called ``module`` keeps its name.
+called ``module`` keeps its name. DeepSpeed's experts have the numbers that they have among those of
+all ranks.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from shardema.backends.subclasses import kind_of, pointer, values_of
 from shardema.shards.boxes import whole
@@ -164,14 +166,34 @@ def refuse_part(models: Sequence[nn.Module], root: nn.Module | None, how: str) -
     )
 
 
-def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its clean prefix (``"a.b."``); once for each registration."""
+def walk(module: nn.Module, prefix: str = "", first: int = 0) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its clean prefix (``"a.b."``); once for each registration.
+
+    Args:
+        first: the number of the first of the experts in the list below, among those of all ranks.
+    """
     yield prefix, module
     inner = wrapped_child(module)
     again = _AGAIN.get(inner or "")
     for name, child in module._modules.items():
-        if child is not None and name != again:
-            yield from walk(child, prefix if name == inner else f"{prefix}{name}.")
+        if child is None or name == again:
+            continue
+        listed = name.isdigit()
+        below = _first_expert(module, child) or (0 if listed else first)
+        place = str(int(name) + first) if listed and first else name
+        yield from walk(child, prefix if name == inner else f"{prefix}{place}.", below)
+
+
+def _first_expert(parent: nn.Module, child: nn.Module) -> int:
+    """The number of the first expert in ``child``, if it is this rank's list of experts.
+
+    DeepSpeed numbers the experts of each rank from 0.
+    """
+    home = sys.modules.get("deepspeed.moe.sharded_moe")
+    if home is None or not isinstance(parent, home.MOELayer) or child is not parent.experts:
+        return 0
+    group: Any = parent.ep_group  # None before deepspeed.initialize
+    return 0 if group is None else dist.get_rank(group) * cast("int", parent.num_local_experts)
 
 
 class Form:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from shardema.backends.tree import Named, named_tensors, tie_shared_storage, whole_shard
-from shardema.shards.boxes import flat_boxes
+from shardema.shards.boxes import Dims, flat_boxes
 from shardema.shards.shard import REPLACED, OffloadedStorage, Shard
 
 # ---- which models ---------------------------------------------------------------------------
@@ -125,14 +125,22 @@ def _device(offload: Any) -> str:
     return str(getattr(device, "value", device))
 
 
+def _auto_ep(engine: Any) -> bool:
+    """Whether the engine has replaced layers by expert-parallel ones of its own."""
+    home = sys.modules.get("deepspeed.module_inject.auto_ep_layer")
+    return home is not None and any(
+        isinstance(module, home.AutoEPMoELayer) for module in engine.module.modules()
+    )
+
+
 _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
-    "mixture-of-experts layers": lambda e: bool(e.has_moe_layers),
+    "AutoEP": lambda e: _auto_ep(e),
     "hpZ (zero_hpz_partition_size)": lambda e: e.zero_hpz_partition_size() > 1,
     "qwZ (zero_quantized_weights)": lambda e: bool(e.zero_quantized_weights()),
     "zero_quantized_nontrainable_weights": lambda e: bool(e.zero_quantized_nontrainable_weights()),
     "qgZ (zero_quantized_gradients)": lambda e: bool(e.zero_quantized_gradients()),
-    "AutoTP (tensor_parallel)": lambda e: e.autotp_size() > 1,
-    "model parallelism (mpu)": lambda e: e.mpu is not None,
+    # AutoTP's is of DeepSpeed itself
+    "model parallelism (mpu)": lambda e: e.mpu is not None and e.autotp_size() <= 1,
     "sequence parallelism": lambda e: e.sequence_parallel_size > 1,
     "DeepCompile": lambda e: bool(e.is_deepcompile_enabled()),
     "ZenFlow": lambda e: bool(e.zenflow),
@@ -390,22 +398,71 @@ def read(models: Sequence[nn.Module]) -> list[Shard]:
     slots = partitions.slots()
     stepped = {id(p) for group in engine.basic_optimizer.param_groups for p in group["params"]}
     # ZeRO-0 keeps everything on every rank
-    same = (engine.seq_data_parallel_group,) if engine.zero_optimization_stage() == 0 else ()
+    whole = engine.zero_optimization_stage() == 0
     shards: list[Shard] = []
     rest: list[Shard] = []
     order: dict[str, int] = {}
+    same: dict[str, tuple[Any, ...]] = {}
     for named in named_tensors(models, set()):
         order[named.fqn] = len(order)
+        same[named.fqn] = (_data_group(engine, named.tensor),) if whole else ()
         slot = slots.get(id(named.tensor))
+        block = _block_of(named, engine)
         if slot is not None:
-            shards.append(_shard(named, slot, partitions))
+            shards.append(_placed(_shard(named, slot, partitions), block))
         elif hasattr(named.tensor, "ds_id"):
-            shards.append(frozen_part(named))
+            shards.append(_placed(frozen_part(named), block))
         else:
             owned = named.role != "parameter" or id(named.tensor) in stepped
-            rest.append(whole_shard(named if owned else replace(named, role="frozen")))
-    found = [replace(shard, replicas=same) for shard in [*shards, *tie_shared_storage(rest)]]
+            role = named.role if owned else "frozen"
+            rest.append(_placed(whole_shard(replace(named, role=role)), block))
+    found = [*shards, *tie_shared_storage(rest)]
+    found = [replace(shard, replicas=same[shard.fqn]) for shard in found]
     return sorted(found, key=lambda shard: order[shard.fqn])
+
+
+_Block = tuple[Dims, Dims]  # the full shape, and the offset in it of what this rank's layer holds
+
+
+def _block_of(named: Named, engine: Any) -> _Block | None:
+    """The block of a parameter that AutoTP has cut; None for one that is whole.
+
+    Raises:
+        ValueError: one that is not cut into one block for each rank (fused weights).
+    """
+    param: Any = named.tensor
+    cut = getattr(param, "ds_autotp_universal_checkpoint_meta", None)
+    whole = not getattr(param, "tensor_model_parallel", False) if cut is None else cut["replicated"]
+    if whole:
+        return None
+    local = tuple(getattr(param, "ds_shape", param.shape))
+    rank = engine.mpu.get_tensor_model_parallel_rank()
+    # the sizes of the ranks' parts; None for what is cut in another way
+    dim, sizes = (None, None) if cut is None else (cut["partition_dim"], cut["partition_sizes"])
+    if dim is None or not sizes or sizes[rank] != local[dim]:
+        raise ValueError(
+            f"rank {dist.get_rank()}: {named.fqn}: AutoTP has cut it into parts of shape "
+            f"{list(local)} that are not one block each (fused weights), which is not supported; "
+            "leave it whole (partition_type 'skip'), or split it into several layers"
+        )
+    offset = sum(sizes[:rank])
+    full = tuple(sum(sizes) if d == dim else size for d, size in enumerate(local))
+    return full, tuple(offset if d == dim else 0 for d in range(len(local)))
+
+
+def _placed(shard: Shard, block: _Block | None) -> Shard:
+    """A shard of a part of a tensor, as a shard of the tensor."""
+    if block is None:
+        return shard
+    shape, origin = block
+    return replace(shard, shape=shape, boxes=tuple(box.shifted(origin) for box in shard.boxes))
+
+
+def _data_group(engine: Any, tensor: Tensor) -> Any:
+    """The ranks among which the engine averages the gradient: of an expert, those that hold it."""
+    if getattr(tensor, "allreduce", True):
+        return engine.seq_data_parallel_group
+    return engine.expert_data_parallel_group[tensor.group_name]  # type: ignore[attr-defined]
 
 
 def _shard(named: Named, slot: _Slot, partitions: _PartitionMap) -> Shard:
@@ -472,8 +529,11 @@ def mark_written(models: Sequence[nn.Module]) -> None:
 
 
 def ranks(models: Sequence[nn.Module]) -> tuple[int, ...] | None:
-    """The ranks of the engine's data-parallel group."""
-    group = getattr(_engine(models), "seq_data_parallel_group", None)
+    """The ranks of the data-parallel group; with AutoTP all, which hold the other parts."""
+    engine = _engine(models)
+    if engine.autotp_size() > 1:
+        return tuple(range(dist.get_world_size()))
+    group = getattr(engine, "seq_data_parallel_group", None)
     return None if group is None else tuple(sorted(dist.get_process_group_ranks(group)))
 
 

@@ -13,6 +13,7 @@ memory whole.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ class Stored:
         return self.manifest.tensors[self.number].dtype
 
     @property
+    def exported_dtype(self) -> torch.dtype:
+        return self.manifest.exported_dtype(self.manifest.tensors[self.number])
+
+    @property
     def shape(self) -> Dims:
         return self.manifest.tensors[self.number].shape
 
@@ -59,10 +64,11 @@ class Blend:
 
     @property
     def dtype(self) -> torch.dtype:
-        found = dtype_of(self.sources[0][1])
-        for _, source in self.sources[1:]:
-            found = torch.promote_types(found, dtype_of(source))
-        return found
+        return _widest(dtype_of(source) for _, source in self.sources)
+
+    @property
+    def exported_dtype(self) -> torch.dtype:
+        return _widest(exported_dtype_of(source) for _, source in self.sources)
 
     @property
     def shape(self) -> Dims:
@@ -75,6 +81,15 @@ Value = Source | Blend
 def dtype_of(value: Value) -> torch.dtype:
     """The dtype of the tensor."""
     return value.entry.dtype if isinstance(value, Place) else value.dtype
+
+
+def exported_dtype_of(value: Value) -> torch.dtype:
+    """The dtype of the tensor outside of checkpoints: float32 of a compensated average."""
+    return value.exported_dtype if isinstance(value, Stored | Blend) else dtype_of(value)
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def shape_of(value: Value) -> Dims:

@@ -153,6 +153,11 @@ class Manifest:
                 found.setdefault(stored.tensor, []).append((number, stored))
         return found
 
+    def exported_dtype(self, tensor: StoredTensor) -> torch.dtype:
+        """The dtype of a tensor outside of checkpoints, where lost bits are not kept."""
+        narrowed = tensor.average is not None and self.averages[tensor.average].compensated
+        return torch.float32 if narrowed else tensor.dtype
+
 
 def pack(manifest: Manifest) -> bytes:
     """The bytes of the manifest's file."""

@@ -72,7 +72,7 @@ def export_checkpoint(
 
     def out_dtype(tensor: StoredTensor) -> torch.dtype:
         if dtype is None:
-            return _own_dtype(stored, tensor)
+            return stored.exported_dtype(tensor)
         cast = tensor.role != "buffer" and tensor.dtype.is_floating_point
         return dtype if cast else tensor.dtype
 
@@ -112,12 +112,6 @@ def export_checkpoint(
         new.add(configs)
         new.finish(indices)
     return stored
-
-
-def _own_dtype(stored: Manifest, tensor: StoredTensor) -> torch.dtype:
-    """The dtype of a tensor outside of checkpoints."""
-    narrowed = tensor.average is not None and stored.averages[tensor.average].compensated
-    return torch.float32 if narrowed else tensor.dtype
 
 
 def _upload(

@@ -32,9 +32,10 @@ from shardema.kernels.rounding import Compensated, Rounding, Stochastic, runs
 from shardema.shards.strides import dense_like
 
 BLOCK = 4096  # elements of a program
+PART = 1024  # elements that it masks at once
 MAX_AVERAGES = 4  # shadows that a program holds in its registers
 WARPS = 8
-ALIGN = 16  # bytes that a thread loads at once, if all addresses of a block are aligned to it
+ALIGN = 16  # bytes that a thread loads at most at once, if a block's addresses are aligned to it
 
 _TYPES = {
     torch.float64: tl.float64,
@@ -46,31 +47,50 @@ _Dtypes = tuple[torch.dtype, ...]
 
 
 @triton.jit
-def lerp_kernel(table, weights, PARAM: tl.constexpr, SHADOWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program per row of ``table``; the slots of a row are indices into ``weights``."""
+def lerp_kernel(
+    table,
+    weights,
+    PARAM: tl.constexpr,
+    SHADOWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    EACH: tl.constexpr,
+):
+    """A program per row of ``table``; the slots of a row are indices into ``weights``.
+
+    A full block whose addresses are aligned is done at once, any other part by part under a mask:
+    masks of a whole block would take the registers of all programs.
+    """
     row = table + tl.program_id(0).to(tl.int64) * (3 + 2 * len(SHADOWS))
-    size = tl.load(row)
+    size = tl.load(row).to(tl.int32)
     if tl.load(row + 1) != 0:
-        _block(row + 2, weights, size, PARAM, SHADOWS, BLOCK, True)
+        _block(row + 2, weights, 0, size, PARAM, SHADOWS, BLOCK, EACH)
     else:
-        _block(row + 2, weights, size, PARAM, SHADOWS, BLOCK, False)
+        for start in range(0, size, PART):
+            _block(row + 2, weights, start, size, PARAM, SHADOWS, PART, 0)
 
 
 @triton.jit
 def _block(
     row,
     weights,
+    start,
     size,
     PARAM: tl.constexpr,
     SHADOWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    NUMEL: tl.constexpr,
+    EACH: tl.constexpr,
 ):
-    """All averages of one block; WIDE: it is full and all its addresses are aligned to 16 bytes."""
-    at = tl.arange(0, BLOCK)
+    """All averages of ``NUMEL`` elements of a block.
+
+    EACH: of a full block, the elements that a thread reads at once from each tensor, aligned to
+    that many. It is the same for all tensors, so that no values move between threads. 0: elements
+    from ``size`` on are left out.
+    """
+    at = start + tl.arange(0, NUMEL)
     source = tl.load(row).to(tl.pointer_type(PARAM))
-    if WIDE:
-        param = tl.load(tl.multiple_of(source, 16) + at)
+    if EACH > 0:
+        param = tl.load(tl.multiple_of(source, EACH * PARAM.primitive_bitwidth // 8) + at)
     else:
         param = tl.load(source + at, mask=at < size)
     for k in tl.static_range(len(SHADOWS)):
@@ -78,8 +98,8 @@ def _block(
         weight = weight.to(tl.float64 if SHADOWS[k].is_fp64() else tl.float32)
         if weight != 0:
             target = tl.load(row + 1 + k).to(tl.pointer_type(SHADOWS[k]))
-            if WIDE:
-                target = tl.multiple_of(target, 16)
+            if EACH > 0:
+                target = tl.multiple_of(target, EACH * SHADOWS[k].primitive_bitwidth // 8)
                 shadow = tl.load(target + at)
                 tl.store(target + at, _lerp(shadow, param, weight, SHADOWS[k]))
             else:
@@ -124,53 +144,65 @@ def _has_companion(bits):
 
 
 @triton.jit
-def stochastic_kernel(table, weights, PARAM: tl.constexpr, BLOCK: tl.constexpr):
+def stochastic_kernel(table, weights, PARAM: tl.constexpr, PART: tl.constexpr):
     """A program per row: bfloat16 shadows, rounded at random as `rounding` says."""
     row = table + tl.program_id(0).to(tl.int64) * 11
+    size = tl.load(row).to(tl.int32)
     weight = tl.load(weights + tl.load(row + 3))
     if weight != 0:
-        at = tl.arange(0, BLOCK)
-        inside = at < tl.load(row)
-        param = tl.load(tl.load(row + 1).to(tl.pointer_type(PARAM)) + at, mask=inside)
-        target = tl.load(row + 2).to(tl.pointer_type(tl.bfloat16)) + at
-        shadow = tl.load(target, mask=inside)
-        value = _lerp(shadow.to(tl.float64), param, weight, tl.float64)
         number = tl.load(weights + tl.load(row + 4)).to(tl.int64).to(tl.uint64)
-        element = tl.load(row + 7) + at
-        run = tl.load(row + 8)
-        place = (element // run) * tl.load(row + 10) + (element % run) * tl.load(row + 9)
-        place = (tl.load(row + 6) + place).to(tl.uint64)
         key = _mixed(tl.load(row + 5).to(tl.uint64) + number * 0x9E3779B97F4A7C15)
-        noise = _mixed(place * 0x9E3779B97F4A7C15 + key) >> 19
-        bits = value.to(tl.int64, bitcast=True)
-        cut = (bits + noise.to(tl.int64)) & -35184372088832  # 45 zeros
-        value = tl.where(_finite(bits), cut.to(tl.float64, bitcast=True), value)
-        tl.store(target, value.to(tl.float32).to(tl.bfloat16), mask=inside)
+        for start in range(0, size, PART):
+            _stochastic(row, weight, key, start + tl.arange(0, PART), size, PARAM)
 
 
 @triton.jit
-def compensated_kernel(table, weights, PARAM: tl.constexpr, BLOCK: tl.constexpr):
+def _stochastic(row, weight, key, at, size, PARAM: tl.constexpr):
+    inside = at < size
+    param = tl.load(tl.load(row + 1).to(tl.pointer_type(PARAM)) + at, mask=inside)
+    target = tl.load(row + 2).to(tl.pointer_type(tl.bfloat16)) + at
+    shadow = tl.load(target, mask=inside)
+    value = _lerp(shadow.to(tl.float64), param, weight, tl.float64)
+    element = tl.load(row + 7) + at
+    run = tl.load(row + 8)
+    place = (element // run) * tl.load(row + 10) + (element % run) * tl.load(row + 9)
+    place = (tl.load(row + 6) + place).to(tl.uint64)
+    noise = _mixed(place * 0x9E3779B97F4A7C15 + key) >> 19
+    bits = value.to(tl.int64, bitcast=True)
+    cut = (bits + noise.to(tl.int64)) & -35184372088832  # 45 zeros
+    value = tl.where(_finite(bits), cut.to(tl.float64, bitcast=True), value)
+    tl.store(target, value.to(tl.float32).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def compensated_kernel(table, weights, PARAM: tl.constexpr, PART: tl.constexpr):
     """A program per row: float32 shadows and their companions, as `rounding` says."""
     row = table + tl.program_id(0).to(tl.int64) * 5
+    size = tl.load(row).to(tl.int32)
     weight = tl.load(weights + tl.load(row + 3))
     if weight != 0:
-        at = tl.arange(0, BLOCK)
-        inside = at < tl.load(row)
-        param = tl.load(tl.load(row + 1).to(tl.pointer_type(PARAM)) + at, mask=inside)
-        target = tl.load(row + 2).to(tl.pointer_type(tl.float32)) + at
-        companion = tl.load(row + 4).to(tl.pointer_type(tl.int16)) + at
-        shadow = tl.load(target, mask=inside).to(tl.float64).to(tl.int64, bitcast=True)
-        lost = tl.load(companion, mask=inside).to(tl.int64) * 8192
-        lost = tl.where(_has_companion(shadow), lost, 0)
-        start = (shadow + lost).to(tl.float64, bitcast=True)
-        value = _lerp(start, param, weight, tl.float64)
-        nearest = value.to(tl.float32)
-        stored = nearest.to(tl.float64).to(tl.int64, bitcast=True)
-        units = (value.to(tl.int64, bitcast=True) - stored + 4096) >> 13
-        units = tl.minimum(tl.maximum(units, -32768), 32767)
-        tl.store(target, nearest, mask=inside)
-        units = tl.where(_has_companion(stored), units, 0)
-        tl.store(companion, units.to(tl.int16), mask=inside)
+        for start in range(0, size, PART):
+            _compensated(row, weight, start + tl.arange(0, PART), size, PARAM)
+
+
+@triton.jit
+def _compensated(row, weight, at, size, PARAM: tl.constexpr):
+    inside = at < size
+    param = tl.load(tl.load(row + 1).to(tl.pointer_type(PARAM)) + at, mask=inside)
+    target = tl.load(row + 2).to(tl.pointer_type(tl.float32)) + at
+    companion = tl.load(row + 4).to(tl.pointer_type(tl.int16)) + at
+    shadow = tl.load(target, mask=inside).to(tl.float64).to(tl.int64, bitcast=True)
+    lost = tl.load(companion, mask=inside).to(tl.int64) * 8192
+    lost = tl.where(_has_companion(shadow), lost, 0)
+    start = (shadow + lost).to(tl.float64, bitcast=True)
+    value = _lerp(start, param, weight, tl.float64)
+    nearest = value.to(tl.float32)
+    stored = nearest.to(tl.float64).to(tl.int64, bitcast=True)
+    units = (value.to(tl.int64, bitcast=True) - stored + 4096) >> 13
+    units = tl.minimum(tl.maximum(units, -32768), 32767)
+    tl.store(target, nearest, mask=inside)
+    units = tl.where(_has_companion(stored), units, 0)
+    tl.store(companion, units.to(tl.int16), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -215,6 +247,8 @@ class _Launch:
                 PARAM=_TYPES[self.param],
                 SHADOWS=tuple(_TYPES[dtype] for dtype in self.shadows),
                 BLOCK=BLOCK,
+                PART=PART,
+                EACH=ALIGN // max(self.param.itemsize, *(d.itemsize for d in self.shadows)),
                 num_warps=WARPS,
             )
 
@@ -246,8 +280,34 @@ class _RoundedLaunch:
     def run(self, programs: int) -> None:
         with torch.cuda.device_of(self.table):
             self.kernel[(programs,)](
-                self.table, self.weights, PARAM=_TYPES[self.param], BLOCK=BLOCK, num_warps=WARPS
+                self.table, self.weights, PARAM=_TYPES[self.param], PART=PART, num_warps=WARPS
             )
+
+
+class _Written:
+    """Tensors that the current streams have written; other streams wait for that once.
+
+    Args:
+        tensors: on any devices; only those of a GPU have streams.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors: dict[torch.device, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.is_cuda:
+                self._tensors.setdefault(tensor.device, []).append(tensor)
+        self._streams = {torch.cuda.current_stream(device) for device in self._tensors}
+        self._events = {stream.device: stream.record_event() for stream in self._streams}
+
+    def wait(self) -> None:
+        """Lets the current streams wait; the host does not."""
+        for device, tensors in self._tensors.items():
+            stream = torch.cuda.current_stream(device)
+            if stream not in self._streams:
+                stream.wait_event(self._events[device])
+                for tensor in tensors:  # freed memory is not reused before this stream is done
+                    tensor.record_stream(stream)
+                self._streams.add(stream)
 
 
 class _Work:
@@ -286,6 +346,8 @@ class _Work:
             self._launches.append(_RoundedLaunch(table, self._weights[device], dtype, kernel))
         for one in self._launches:  # compiles now, not in a capture; weights of 0 write nothing
             one.run(1)
+        tables = [one.table for one in self._launches]
+        self._written = _Written([*tables, *self._weights.values()])
 
     def move(self, weights: Sequence[float]) -> None:
         """Updates the shadows; in a capture, with the weights of each replay."""
@@ -305,6 +367,7 @@ class _Work:
                 "refresh: got a stream that captures a CUDA graph, expected one that does not: "
                 "the graph would keep these weights; refresh before each replay, outside of it"
             )
+        self._written.wait()  # a captured stream must not; `torch.cuda.graph` has waited for all
         for slot, old in enumerate(self._sent):
             if weights[slot] != old:
                 for tensor in self._weights.values():

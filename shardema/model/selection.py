@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import distributed as dist
 
+from shardema.devices import SUPPORTED
 from shardema.errors import abbreviate
 from shardema.schedules import by_pattern
 from shardema.shards.boxes import Dims
@@ -89,6 +90,13 @@ def choose(
         raise ValueError(
             f"{abbreviate(unmade)}: on the meta device, without values to average; "
             "materialise the model first (to_empty and its initialisation, or a checkpoint)"
+        )
+    odd = [s for s in chosen if s.local.device.type not in SUPPORTED]
+    if odd:
+        raise ValueError(
+            f"{abbreviate([s.fqn for s in odd])}: got the device {odd[0].local.device.type!r}, "
+            f"expected one of {', '.join(SUPPORTED)}: others are not tested; average a copy of the "
+            "weights on the CPU"
         )
     opaque = [s for s in chosen if s.opaque]
     if opaque:

@@ -72,7 +72,8 @@ def merge(
         any_sum: allow weights with another sum.
         average: of shardema's checkpoints that have several.
         trust: allow the pickle in folders of torch.distributed.checkpoint to run code.
-        dtype: of the weights; None takes the widest of each tensor.
+        dtype: of the weights; None takes the widest of each tensor, float32 of a compensated
+            average.
         max_shard_size, partial, ranks, done: as for `Reconstruction.export`.
 
     Returns:

@@ -104,7 +104,8 @@ class Reconstruction(sources.Imported):
 
         Args:
             out: the folder to write; must not exist.
-            dtype: of averages and frozen parameters; None keeps the stored ones.
+            dtype: of averages and frozen parameters; None keeps the stored ones, but of a
+                compensated average float32.
             max_shard_size: of a file: bytes, or a size such as ``"5GB"``.
             partial: export without the parameters that the snapshots lack.
             ranks: that call it; None for those of the default group.

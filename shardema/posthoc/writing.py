@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from shardema.files import blending, offline, sums
-from shardema.files.blending import Blend, Value, dtype_of, shape_of
+from shardema.files.blending import Blend, Value, exported_dtype_of, shape_of
 from shardema.files.export import Writer, choose_mode, parse_size, plan_targets, reserve
 from shardema.files.folder import new_folder
 from shardema.files.safetensors import local_path
@@ -44,7 +44,7 @@ class Output:
     cast: bool = True
 
     def dtype(self, asked: torch.dtype | None) -> torch.dtype:
-        own = dtype_of(self.value)
+        own = exported_dtype_of(self.value)
         cast = asked is not None and self.cast and own.is_floating_point
         return asked if cast and asked is not None else own
 
@@ -68,7 +68,8 @@ def write(
     Args:
         out: must not exist.
         op: for messages.
-        dtype: of what `Output.cast` says; None keeps the stored ones.
+        dtype: of what `Output.cast` says; None keeps the stored ones, float32 of a compensated
+            average.
         max_shard_size: of a file: bytes, or a size such as ``"5GB"``.
         configs: a folder whose config.json and the like belong beside it; may be empty.
         done: called with the number of bytes after each part.

@@ -495,10 +495,13 @@ class _StoreGone(RuntimeError):
 
 
 def device_for(group: dist.ProcessGroup, kind: str) -> torch.device:
-    """The device on which a group communicates tensors of device type ``kind``."""
+    """The device on which a group communicates tensors of device type ``kind``.
+
+    A group of gloo alone has a backend for CUDA too, which cannot send.
+    """
     kinds = sorted(device.type for device in group._device_types)
     chosen = kind if kind in kinds else kinds[0]
-    if chosen == "cpu":
+    if chosen == "cpu" or group._get_backend(torch.device(chosen)).name() == "gloo":
         return torch.device("cpu")
     return torch.device(chosen, torch.accelerator.current_device_index())
 

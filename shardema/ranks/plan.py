@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from shardema.errors import abbreviate
 from shardema.ranks.agree import Ranks
-from shardema.shards.boxes import Box, Dims, check_covered
+from shardema.shards.boxes import Box, Dims, check_covered, without_overlaps
 from shardema.shards.shard import Role, Shard
 
 
@@ -33,7 +34,8 @@ class Item:
         averaged: whether it is averaged.
         file_name: its name in an export.
         opaque: the class of a tensor that has no values to gather; see `Shard`. Else empty.
-        holders: each distinct box with the indices of the ranks that hold it, ascending.
+        holders: each distinct box with the indices of the ranks that hold it, ascending. Where
+            ranks hold the same elements in other cuts, a box is a part of what they hold.
         stem: of its file in an export, ``<stem>.safetensors``; empty if it is not exported.
     """
 
@@ -184,6 +186,8 @@ def _merged(everything: Sequence[Any], ranks: Ranks) -> list[Item]:
         holders = known.get((shape, layout))
         if holders is None:
             holders = tuple((Box(*box), who) for box, who in layout)
+            if sum(box.numel for box, _ in holders) > math.prod(shape):
+                holders = tuple(without_overlaps(holders))  # replicas that are cut in other ways
             check_covered(fqn, shape, [box for box, _ in holders])
             known[shape, layout] = holders
         items.append(Item(*(fqn, *entry["facts"], holders)))

@@ -41,6 +41,21 @@ class Box:
             sizes.append(stop - start)
         return Box(tuple(offsets), tuple(sizes))
 
+    def without(self, other: Box) -> Iterator[Box]:
+        """The elements that are not in ``other``, as at most two boxes for each dim."""
+        common = self.intersect(other)
+        if common is None:
+            yield self
+            return
+        offsets, sizes = list(self.offsets), list(self.sizes)
+        for dim, (start, size) in enumerate(zip(common.offsets, common.sizes, strict=True)):
+            end = offsets[dim] + sizes[dim]
+            for first, last in ((offsets[dim], start), (start + size, end)):
+                if first < last:
+                    part = (*offsets[:dim], first, *offsets[dim + 1 :])
+                    yield Box(part, (*sizes[:dim], last - first, *sizes[dim + 1 :]))
+            offsets[dim], sizes[dim] = start, size
+
     def relative_to(self, origin: Dims) -> Box:
         """This box with ``origin`` as the zero of its coordinates."""
         return Box(tuple(o - z for o, z in zip(self.offsets, origin, strict=True)), self.sizes)
@@ -125,6 +140,32 @@ def contiguous_runs(shape: Dims, box: Box) -> tuple[int, list[int]]:
             starts = [box.offsets[d] * inner + s for s in starts]
         inner *= shape[d]
     return numel, starts
+
+
+Held = tuple[Box, tuple[int, ...]]  # a box, and the indices of the ranks that hold it
+
+
+def without_overlaps(held: Sequence[Held]) -> list[Held]:
+    """The same elements of the same ranks in boxes that do not overlap, sorted.
+
+    Ranks may hold the same elements in other cuts. What one rank holds twice is left as it is.
+    """
+    parts: list[Held] = []
+    for box, ranks in held:
+        rest, settled = [box], list[Held]()
+        for other, others in parts:
+            common = [c for piece in rest if (c := piece.intersect(other)) is not None]
+            if not common or set(ranks) & set(others):
+                settled.append((other, others))
+                continue
+            left = [other]
+            for c in common:
+                left = [piece for whole in left for piece in whole.without(c)]
+                settled.append((c, tuple(sorted((*others, *ranks)))))
+            settled += [(piece, others) for piece in left]
+            rest = [piece for whole in rest for piece in whole.without(other)]
+        parts = settled + [(piece, ranks) for piece in rest]
+    return sorted(parts)
 
 
 Span = tuple[int, int]  # of one dim: first index and end

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardema.devices import with_float64
 from shardema.policy import ShadowPolicy
 from shardema.ranks.plan import Holdings, Plan
 from shardema.shards.boxes import Box, split_box
@@ -129,10 +130,11 @@ class MixedAverage:
 
     def combine(self, out: Tensor, values: Sequence[Tensor], dtype: torch.dtype) -> None:
         """Writes the combination of ``values``, one for each of `parts`, rounded to ``dtype``."""
+        where = with_float64(out.device)
         for box in split_box(Box((0,) * out.dim(), tuple(out.shape)), _CHUNK_NUMEL):
             total: Tensor | None = None
             for (coefficient, _), tensor in zip(self.parts, values, strict=True):
-                term = box.view(tensor).to(out.device, torch.float64) * coefficient
+                term = box.view(tensor).to(where, torch.float64) * coefficient
                 total = term if total is None else total.add_(term)
             if total is not None:
                 box.view(out).copy_(total.to(dtype))

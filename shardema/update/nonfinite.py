@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from shardema.devices import double
 from shardema.errors import abbreviate
 from shardema.shards.shard import Shard, materialized
 from shardema.update.averages import Averages
@@ -67,6 +68,6 @@ def not_finite(shards: Sequence[Shard]) -> list[Shard]:
     for device in {shard.source.device for shard in shards}:
         here = [shard for shard in shards if shard.source.device == device]
         largest = torch._foreach_norm([shard.source for shard in here], math.inf)
-        all_finite = torch.stack([norm.double() for norm in largest]).isfinite().tolist()
+        all_finite = torch.stack([double(norm) for norm in largest]).isfinite().tolist()
         found += [shard for shard, finite in zip(here, all_finite, strict=True) if not finite]
     return found

@@ -366,6 +366,7 @@ def _average(work: _Work, update: _Update) -> None:
     """One update: the copies of a batch are issued before the previous batch is averaged."""
     if not work.batches or not any(update.weights):
         return
+    work.batches[0].copies.make_current()
     work.batches[0].copy()
     for k, batch in enumerate(work.batches):
         if k + 1 < len(work.batches):

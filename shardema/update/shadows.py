@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from shardema.devices import has_float64
 from shardema.policy import ShadowPolicy
 from shardema.shards.shard import Shard, materialized
 from shardema.shards.strides import dense_like
@@ -87,6 +88,19 @@ class Shadows:
         return [shadow for shadow, _ in pairs], [source for _, source in pairs]
 
 
+def _check_float64(shard: Shard, policy: ShadowPolicy) -> None:
+    device, dtype = shard.source.device, policy.dtype_for(shard.source.dtype)
+    if has_float64(device) or (policy.device == "cpu" and policy.compute == "host"):
+        return
+    if dtype == torch.float64 or policy.lossless:
+        what = "compensated" if policy.compensated else str(dtype)
+        raise ValueError(
+            f"{shard.fqn}: got a {what} average on {device.type}, expected float32: that device "
+            "has no float64, in which the average is computed; use the default ShadowPolicy(), or "
+            "keep it in host memory with ShadowPolicy(device='cpu')"
+        )
+
+
 def allocate(shards: Sequence[Shard], policy: ShadowPolicy, *, pin: bool = True) -> Shadows:
     """Zeroed shadows of ``shards``, on the devices of their sources or in host memory.
 
@@ -94,7 +108,12 @@ def allocate(shards: Sequence[Shard], policy: ShadowPolicy, *, pin: bool = True)
 
     Args:
         pin: pin host memory that is copied to a GPU (``compute="device"``).
+
+    Raises:
+        ValueError: an average is computed in float64 on a device that has none.
     """
+    for shard in shards:
+        _check_float64(shard, policy)
     ends: dict[_Key, int] = {}
     last: dict[_Key, Shard] = {}
     next_fqn: dict[str, str] = {}

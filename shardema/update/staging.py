@@ -54,6 +54,15 @@ class CopyStreams:
                 for _ in range(2)
             ]
 
+    def make_current(self) -> None:
+        """Makes the device the current one of the calling thread.
+
+        A new thread has the first GPU. It would return there from a stream of another one, and so
+        create a context on it, of about 0.5 GB.
+        """
+        if self.streams:
+            torch.cuda.set_device(self.device)
+
     def begin(self) -> None:
         """Side streams wait for the work queued on the caller's stream so far."""
         if self.streams:

@@ -10,6 +10,7 @@ from shardema.policy import ShadowPolicy
 from shardema.shards.shard import Shard
 from shardema.update.average import Average, Pair
 from shardema.update.offload import DeviceOffload, HostOffload
+from shardema.update.replays import Replays
 
 _INLINE = ("", 0)
 
@@ -45,6 +46,7 @@ class Updater:
         detach: called by worker threads before they change averages.
 
     Attributes:
+        replays: of the graphs that have captured `launch`; None if it cannot be captured.
         changes_here: whether a call changes averages itself, not only worker threads.
     """
 
@@ -60,7 +62,11 @@ class Updater:
             pairs.setdefault(_where(average.policy), [])
         for average, pair in pairs_of(averages, held):
             pairs[_where(average.policy)].append(pair)
-        self._inline = [bind(*columns(pairs.pop(_INLINE)))] if _INLINE in pairs else []
+        here = columns(pairs.pop(_INLINE)) if _INLINE in pairs else None
+        self._inline = [bind(*here)] if here else []
+        self.replays: Replays | None = None
+        if here and here[0] and all(hasattr(lerp_, "launch") for lerp_ in self._inline):
+            self.replays = Replays(here[0][0].device)
         self._behind: list[HostOffload | DeviceOffload] = []
         for (compute, size), group in pairs.items():
             shadows, sources, slots, roundings = columns(group)
@@ -107,7 +113,7 @@ class Updater:
         Raises:
             RuntimeError: a kernel in use cannot be captured.
         """
-        if self._behind or not all(hasattr(lerp_, "launch") for lerp_ in self._inline):
+        if self._behind or self.replays is None:
             raise RuntimeError(
                 f"update under CUDA graph capture: {', '.join(self.kernel_names)} cannot be "
                 "captured; build the EMA with kernel='fused' on a GPU with triton, and averages on "
@@ -115,9 +121,12 @@ class Updater:
             )
         for lerp_ in self._inline:
             lerp_.launch()  # type: ignore[attr-defined]
+        self.replays.count()
 
     def refresh(self, weights: Sequence[float]) -> None:
-        """Sets the weights of the following replays."""
+        """Sets the weights of the next replay."""
+        if self.replays is not None:
+            self.replays.make_ready()
         for lerp_ in self._inline:
             lerp_.refresh(weights)  # type: ignore[attr-defined]
 

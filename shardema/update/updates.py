@@ -128,7 +128,8 @@ class Updates:
         """Advances the clocks, and sets the weights of the next replay.
 
         Raises:
-            RuntimeError: no update was captured, or the storage of the weights changed.
+            RuntimeError: no update was captured, the storage of the weights changed, or there were
+                replays without this call.
         """
         if not self._binding.captured:
             raise RuntimeError(
@@ -136,6 +137,8 @@ class Updates:
             )
         if self._binding.moved or not self._weights.storage_unchanged():
             self._raise_moved()
+        with self._naming("before_replay"):
+            pass  # nothing has failed before
         weights, flat = self.decide(step)
         with writable():
             self.updater.refresh(flat)
@@ -215,7 +218,10 @@ class Updates:
 
     @contextlib.contextmanager
     def _naming(self, op: str) -> Iterator[None]:
-        """Adds the rank and ``op`` to the error of a background update."""
+        """Adds the rank and ``op`` to the error of a background update, or of replays."""
+        replays = self.updater.replays
+        if self._failed is None and replays is not None and (text := replays.complaint()):
+            self._failed = RuntimeError(text)
         try:
             if self._failed is not None:
                 raise self._failed
@@ -230,6 +236,8 @@ class Updates:
         """Clears the failure of a background update or a load, so that updates may follow."""
         if self.updater.behind:
             self.rebind()
+        if self.updater.replays is not None:
+            self.updater.replays.forget()
         self._failed = None
 
     def replace(self, op: str, work: Callable[[], None], *, counted: bool = True) -> None:

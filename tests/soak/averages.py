@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from shardema import ShadowPolicy, schedules
@@ -50,8 +52,46 @@ STEPWISE: dict[str, Callable[[int], float]] = {
 
 
 def policy(settings: Mapping[str, Any], base: ShadowPolicy) -> ShadowPolicy:
-    dtype: Any = torch.float64 if settings["float64"] else "auto"
-    return replace(base, dtype=dtype, update_every=settings["update_every"])
+    stored = KEPT[settings["kept"]]
+    seed = SEED if stored.get("dtype") == torch.bfloat16 else 0
+    return replace(base, update_every=settings["update_every"], seed=seed, **stored)
+
+
+KEPT: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "float32": {"dtype": torch.float32},
+    "float64": {"dtype": torch.float64},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "compensated": {"compensated": True},
+}
+SEED = 11  # of the averages that are rounded at random
+_UNIT = {"float64": 2.0**-52, "bfloat16": 2.0**-7, "compensated": 2.0**-39}  # of the stored value
+
+
+def rounded_at_random(value: Tensor, fqn: str, number: int) -> Tensor:
+    """A full float64 tensor as its bfloat16 average stores it after update ``number``.
+
+    To the bit, in the words of docs/precision.md and in numpy's integers modulo 2^64.
+    """
+    golden = 0x9E3779B97F4A7C15
+
+    def mix(x: Any) -> Any:
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    seed = xxhash.xxh3_64_intdigest(fqn.encode(), seed=SEED)
+    update = mix(np.array([(seed + number * golden) % 2**64], np.uint64))
+    places = np.arange(value.numel(), dtype=np.uint64) * np.uint64(golden)
+    noise = mix(update + places) >> np.uint64(19)
+    whole = value.cpu().contiguous().numpy().reshape(-1).view(np.uint64) + noise
+    cut = (whole >> np.uint64(45) << np.uint64(45)).view(np.float64)
+    return nearest(torch.from_numpy(cut).view(value.shape))
+
+
+def nearest(value: Tensor) -> Tensor:
+    """A float64 tensor that bfloat16 can hold."""
+    return value.to(torch.bfloat16).double()
 
 
 @dataclass(frozen=True)
@@ -75,6 +115,7 @@ class Truth:
         first: these values.
         history: all changes since then.
         loaded: its values have come from a file or a state, also before it changed.
+        loss: relative error of the values that it was last set to.
     """
 
     settings: Mapping[str, Any]
@@ -89,9 +130,10 @@ class Truth:
     first: Mapping[str, Tensor] = field(default_factory=dict)
     history: tuple[Move, ...] = ()
     loaded: bool = False
+    loss: float = 0.0
 
     def __post_init__(self) -> None:
-        self.full = {fqn: value.double() for fqn, value in self.full.items()}
+        self.full = {fqn: self._stored(value) for fqn, value in self.full.items()}
         self.first = dict(self.full)
         self._note()
 
@@ -99,6 +141,21 @@ class Truth:
         for fqn, value in self.full.items():
             peak = float(value.abs().max()) if value.numel() else 0.0
             self.largest[fqn] = max(self.largest.get(fqn, 0.0), peak)
+
+    def _stored(self, value: Tensor) -> Tensor:
+        """What it is set to: a bfloat16 average to the nearest."""
+        return nearest(value.double()) if self.exact else value.double().clone()
+
+    @property
+    def exact(self) -> bool:
+        """Whether its bits are known: rounding at random is a function of what is known."""
+        return bool(self.settings["kept"] == "bfloat16")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it is read."""
+        narrow = {"float64": torch.float64, "bfloat16": torch.bfloat16}
+        return narrow.get(self.settings["kept"], torch.float32)
 
     @property
     def clock(self) -> tuple[float, int, float]:
@@ -127,7 +184,10 @@ class Truth:
         for fqn, value in self.full.items():
             now = taken[fqn]
             share = 1 - self.retention(fqn, self.moved_at, self.t)
-            self.full[fqn] = now.clone() if share == 1 else value + share * (now - value)
+            if share:
+                moved = now.clone() if share == 1 else value + share * (now - value)
+                number = self.num_updates
+                self.full[fqn] = rounded_at_random(moved, fqn, number) if self.exact else moved
             peak = float(now.abs().max()) if now.numel() else 0.0
             self.largest[fqn] = max(self.largest[fqn], peak)
         self.history += (Move(self.moved_at, self.t, taken),)
@@ -136,15 +196,16 @@ class Truth:
 
     def set(self, full: Mapping[str, Tensor], t: float = 0, num_updates: int = 0) -> None:
         """The average is these values now; the clock is told."""
-        self.full = {fqn: full[fqn].double().clone() for fqn in self.full}
+        self.full = {fqn: self._stored(full[fqn]) for fqn in self.full}
         self.t, self.num_updates, self.moved_at = t, num_updates, t
-        self.moves, self.largest = 0, {}
+        self.moves, self.largest, self.loss = 0, {}, 0.0
         self._note()
         self.begins(imported=False)
 
     def take(self, other: Truth) -> None:
         """The values of another one were loaded, as full tensors; the clock stays."""
         self.full, self.moves, self.largest = dict(other.full), other.moves, dict(other.largest)
+        self.loss = 2.0**-24 if self.settings["kept"] == "compensated" else 0.0  # float32's
         self.begins(imported=True)
 
     def begins(self, *, imported: bool) -> None:
@@ -173,11 +234,17 @@ class Truth:
         return any(self.retention(fqn, self.moved_at, now) == 0 for fqn in self.full)
 
     def bound(self, fqn: str) -> float:
-        """How far float32 may be from it: a rounding of the largest value at each move."""
-        wide = self.settings["float64"]
-        eps = torch.finfo(torch.float64 if wide else torch.float32).eps
+        """How far what is stored may be from it: a rounding of the largest value at each move."""
+        if self.exact:
+            return 0.0
+        eps = _UNIT.get(self.settings["kept"], torch.finfo(torch.float32).eps)
         # the library computes the weight of an update in the dtype of the average
-        return 4 * (self.moves + 1) * eps * max(1.0, self.largest[fqn])
+        return (4 * (self.moves + 1) * eps + self.loss) * max(1.0, self.largest[fqn])
+
+    def noise(self, fqn: str) -> float:
+        """How far rounding at random may have led it from the sum of its weights."""
+        unit = _UNIT["bfloat16"] if self.exact else 0.0
+        return (self.moves + 1) * unit * self.largest[fqn]
 
     def copy(self) -> Truth:
         made = copy.copy(self)  # what the history holds never changes
@@ -198,9 +265,18 @@ class Mixed(Truth):
     slack: Mapping[str, float] = field(default_factory=dict)
 
     def bound(self, fqn: str) -> float:
-        eps = torch.finfo(torch.float64 if self.settings["float64"] else torch.float32).eps
         told = sum(abs(c) * part.bound(fqn) for c, part in self.parts if part is not None)
-        return told + eps * self.largest[fqn] + self.slack.get(fqn, 0.0)
+        eps = torch.finfo(self.dtype).eps
+        # of a compensated average float32 is read, which need not be as near
+        read = eps * sum(abs(c) * part.largest[fqn] for c, part in self.parts if part is not None)
+        return told + read + eps * self.largest[fqn] + self.slack.get(fqn, 0.0)
+
+    @property
+    def exact(self) -> bool:
+        return False
+
+    def noise(self, fqn: str) -> float:
+        return sum(abs(c) * part.noise(fqn) for c, part in self.parts if part is not None)
 
 
 def mixed(

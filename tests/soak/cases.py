@@ -19,6 +19,7 @@ from tests.soak.layouts import ALL, ENGINES
 FLAT = ("fsdp1-flat",)  # a flat parameter trains, freezes and is stepped as one
 WHOLE = ("plain", "ddp", "ddp-slices", "ddp-device-offload-slices")
 FSDP2 = ("fsdp2", "fsdp2-keep", "fsdp2-offload", "hsdp", "hsdp-slices")
+TEACHERS = ("plain", "ddp", "fsdp2", "fsdp2-keep")
 # of what is loaded from full tensors
 FORMS = ("export", "state_dict", "torch_averaged", "timm", "ema_pytorch", "lit_ema", "diffusers")
 FSDP1 = tuple(name for name in LAYOUTS if name.startswith("fsdp1"))
@@ -40,6 +41,7 @@ class Case:
         model: options of `models.make`.
         averages: ``{name: settings}``; `averages.rule` and `averages.policy` read the settings.
         optimizers: ``"sgd"`` or ``"adam"`` for each; the parameters are dealt to them in turn.
+        teacher: the average that a second module is for; empty if none is.
     """
 
     seed: int
@@ -49,6 +51,7 @@ class Case:
     averages: Mapping[str, Mapping[str, Any]]
     optimizers: Sequence[str]
     actions: Sequence[Action]
+    teacher: str = ""
 
     def with_actions(self, actions: Sequence[Action]) -> Case:
         return Case(
@@ -59,6 +62,7 @@ class Case:
             self.averages,
             self.optimizers,
             tuple(actions),
+            self.teacher,
         )
 
 
@@ -95,6 +99,7 @@ def _train(rng: random.Random, case: Case) -> dict[str, Any]:
         "how": rng.choice(hows),
         "expert": rng.randrange(3),
         "other": rng.random() < 0.2,
+        "taught": bool(case.teacher) and rng.random() < 0.5,
     }
 
 
@@ -247,12 +252,43 @@ def _iterate(rng: random.Random, case: Case) -> dict[str, Any]:
     return {**_named(rng, case), "stop": rng.randrange(-1, 4)}
 
 
+def _publish(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {
+        **_named(rng, case),
+        "sink": rng.choice(["callable", "object", "folder", "folder", "memory"]),
+        "mode": rng.choice(["direct", "stream", "auto"]),
+        "dtype": rng.choice([None, "model", "model", "bfloat16"]),
+        "numbered": rng.random() < 0.5,
+    }
+
+
+def _publish_refused(rng: random.Random, case: Case) -> dict[str, Any]:
+    calls = ["exists", "raises", "raises", "few", "sink", "differ", "swap", "arguments"]
+    return {
+        **_named(rng, case),
+        "call": rng.choice(calls),
+        "fails": rng.choice(["prepare", "write", "commit"]),
+    }
+
+
+def _teach(rng: random.Random, case: Case) -> dict[str, Any]:
+    return {
+        "updates": rng.randrange(3),
+        "inside": rng.random() < 0.3,
+        "seed": rng.randrange(1000),
+        "under": rng.choice(["no_grad", "autocast"]),
+        "early": rng.random() < 0.4,
+        "expert": rng.randrange(3),
+    }
+
+
 _OF_MIXTURES: dict[str, Any] = {
     "swap": _swap,
     "full_state_dict": _gather,
     "iter_full": _iterate,
     "export": _export,
     "copy_to_model": _named,
+    "publish": _publish,
     "metrics": _named,
     "forward": _forward,
     "written": _named,
@@ -349,6 +385,9 @@ KINDS: dict[str, Kind] = {
     "flush": Kind(0.5),
     "mix": Kind(3, _mix),
     "mix_refused": Kind(0.7, _mix_refused, refuses=True),
+    "publish": Kind(2, _publish),
+    "publish_refused": Kind(1, _publish_refused, refuses=True),
+    "teach": Kind(3, _teach, layouts=TEACHERS),
     "profile": Kind(1.5, _profile),
     "snapshots": Kind(1.5, _snapshots),
     "reconstruct": Kind(1.5, _reconstruct),
@@ -391,6 +430,7 @@ _RULES += ["power", "debiased"] * 2 + ["by_pattern"] * 3  # which begin with a c
 _RULES += ["power_gamma", "share", "block_mean", "bema"]  # of merging
 
 
+_KEPT = ["auto"] * 4 + ["float64"] + ["bfloat16"] * 2 + ["compensated"] * 2
 _UNSEEN = 0.5  # how often a pair is drawn that was not drawn before, where there is one
 
 
@@ -456,7 +496,7 @@ def draw(
             "rule": "start" if key == "start" else rng.choice(_RULES),
             "decay": rng.choice([0.5, 0.75, 0.9, 0.99]),
             "update_every": rng.choice([1, 1, 3]),
-            "float64": rng.random() < 0.2,
+            "kept": rng.choice(_KEPT),
             "pattern": rng.choice(
                 ["embed.*", "*bias", "norm.weight" if model["norm"] else "*bias"]
             ),
@@ -469,7 +509,10 @@ def draw(
         settings["slow"] = slow
     steppers = ["sgd", "adam"] + (["fused"] if name in ("plain", "ddp") else [])
     optimizers = [rng.choice(steppers) for _ in range(rng.choice([1, 2]))]
-    case = Case(seed, name, ranks, model, averages, optimizers, ())
+    teacher = next(iter(averages)) if name in TEACHERS and rng.random() < 0.5 else ""
+    if teacher and averages[teacher]["kept"] in ("auto", "compensated"):
+        averages[teacher]["kept"] = "float32"
+    case = Case(seed, name, ranks, model, averages, optimizers, (), teacher)
     among = [kind for kind in possible(name) if not kinds or kind in kinds]
     actions: list[Action] = []
     for _ in range(length):

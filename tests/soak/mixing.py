@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from shardema import mixtures
 from shardema.update.mixture import Mixture
-from tests.soak import actions, peek
+from tests.soak import actions, elsewhere, peek
 from tests.soak.scene import Scene, refuse
 
 
@@ -66,6 +66,7 @@ CALLS = {
     "iter_full": lambda at, mixture, args: actions.iter_full(at, name=mixture, **args),
     "export": lambda at, mixture, args: actions.export(at, name=mixture, **args),
     "copy_to_model": lambda at, mixture, args: actions.copy_to_model(at, name=mixture),
+    "publish": lambda at, mixture, args: elsewhere.publish(at, name=mixture, **args),
     "metrics": _metrics,
     "forward": _forward,
     "written": _written,

@@ -19,6 +19,7 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 
 from shardema import ShardedEMA
+from shardema.kernels import rounding
 from shardema.shards.boxes import Box
 from tests import engines
 
@@ -100,11 +101,26 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def shadows(ema: ShardedEMA, name: str) -> Iterator[tuple[str, Box, Tensor]]:
-    """This rank's part of an average: tensor, place, values."""
+    """This rank's part of an average, with its lost bits if it has any: tensor, place, values."""
     average = ema.internal.averages[name]
     for shard in ema.internal.averages.held(average):
-        for box, values in shard.local_boxes(average.shadows.views[shard.fqn]):
+        kept = average.shadows.views[shard.fqn]
+        if shard.fqn in average.shadows.companions:
+            kept = rounding.compensated_value(kept, average.shadows.companions[shard.fqn])
+        for box, values in shard.local_boxes(kept):
             yield shard.fqn, box, values
+
+
+def computed_with(model: nn.Module) -> Iterator[tuple[str, Box | None, Tensor]]:
+    """What a forward gathers, or has gathered: tensor, this rank's place in it, values."""
+    for fqn, param in model.named_parameters():
+        if not isinstance(param, DTensor):
+            yield fqn, None, param.detach()
+            continue
+        mesh, local = param.device_mesh, param.to_local().detach()
+        rows = torch.arange(param.shape[0]).chunk(mesh.size())[: mesh.get_local_rank()]
+        offsets = (sum(map(len, rows)), *(0,) * (local.dim() - 1))
+        yield fqn, Box(offsets, tuple(local.shape)), local
 
 
 def _full_of_fsdp1(model: FSDP) -> dict[str, Tensor]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.soak import actions, afterwards, mixing
+from tests.soak import actions, afterwards, elsewhere, mixing
 from tests.soak.scene import Scene
 
 ACTIONS = {
     **actions.ACTIONS,
-    **{function.__name__: function for function in (*mixing.ACTIONS, *afterwards.ACTIONS)},
+    **{
+        function.__name__: function
+        for function in (*mixing.ACTIONS, *afterwards.ACTIONS, *elsewhere.ACTIONS)
+    },
 }
 
 

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,8 @@ class Scene:
         emas: all that were built.
         pending: the last save, where it may be being written.
         book: the snapshots of this run so far, if any.
+        teacher: the module that the case's average is kept in, if any.
+        published: versions in the folder that is published to, the newest last.
     """
 
     case: Case
@@ -153,6 +155,8 @@ class Scene:
     emas: list[weakref.ref[ShardedEMA]] = field(default_factory=list)
     pending: PendingSave | None = None
     book: Book | None = None
+    teacher: nn.Module | None = None
+    published: list[str] = field(default_factory=list)
 
     # ---- what is true -------------------------------------------------------------------------
 
@@ -267,6 +271,16 @@ class Scene:
             assert peek.equal(buffer, buffers[name]), f"buffer {name} differs from the twin's"
         assert peek.inside(self.ema) is None, "the EMA thinks that it is inside a swap"
         self.check_averages()
+        self.check_teacher()
+
+    def check_teacher(self) -> None:
+        """What its next forward computes with is the average."""
+        if self.teacher is None:
+            return
+        truth = self.truths[self.case.teacher]
+        for fqn, box, values in peek.computed_with(self.teacher):
+            if fqn in truth.full:
+                self.assert_close(truth, fqn, values, box, "teacher: ")
 
     def check_averages(self) -> None:
         peek.wait(self.ema)
@@ -287,7 +301,8 @@ class Scene:
         expected = truth.full[fqn] if box is None else box.view(truth.full[fqn])
         error = float((got.double().cpu() - expected.cpu()).abs().max())
         bound = truth.bound(fqn)
-        bound += torch.finfo(got.dtype).eps * truth.largest[fqn]  # one more rounding
+        if not truth.exact:
+            bound += torch.finfo(got.dtype).eps * truth.largest[fqn]  # one more rounding
         assert error <= bound, f"{what}{fqn} is {error:.3g} from the truth, bound {bound:.3g}"
 
     def check_store(self) -> None:
@@ -344,7 +359,8 @@ class Scene:
         return os.path.join(self.folder, f"{kind}-{self.count:03d}")
 
     def new_ema(self) -> ShardedEMA:
-        ema = build_ema(self.case, self.model, self.layout)
+        into = {} if self.teacher is None else {self.case.teacher: self.teacher}
+        ema = build_ema(self.case, self.model, self.layout, into)
         self.emas.append(weakref.ref(ema))
         return ema
 
@@ -363,12 +379,35 @@ class Scene:
         self.open.clear()
 
 
-def build_ema(case: Case, model: nn.Module, layout: Layout) -> ShardedEMA:
+def build_ema(
+    case: Case, model: nn.Module, layout: Layout, into: Mapping[str, nn.Module] | None = None
+) -> ShardedEMA:
+    """Args: into: teachers by name; one may be of 16 bits, so the dtype of its average is given."""
     rules = {name: kept.rule(s) for name, s in case.averages.items()}
-    policies = {name: kept.policy(s, layout.policy) for name, s in case.averages.items()}
+    policies = {}
+    for name, settings in case.averages.items():
+        plain = name in (into or ()) and settings["kept"] in ("auto", "compensated")
+        stored = {**settings, "kept": "float32"} if plain else settings
+        policies[name] = kept.policy(stored, layout.policy)
     buffers = next(iter(case.averages.values()))["buffers"]
     kernel = "slow" if any(s["slow"] for s in case.averages.values()) else layout.kernel
-    return ShardedEMA(model, rules, shadow=policies, kernel=kernel, buffers=buffers, timeout=15.0)
+    return ShardedEMA(
+        model,
+        rules,
+        shadow=policies,
+        kernel=kernel,
+        buffers=buffers,
+        into=into or None,
+        timeout=15.0,
+    )
+
+
+def new_teacher(case: Case, layout: Layout, grown: int = 2) -> nn.Module:
+    """A frozen module with the student's layout; DDP takes none, so there it is plain."""
+    made = models.make(dict(case.model))
+    made.queue = torch.zeros(grown, dtype=made.queue.dtype)
+    wrapped = made if case.layout.startswith("ddp") else layout.wrap(made)
+    return wrapped.requires_grad_(False).eval()
 
 
 def deal(case: Case, model: nn.Module) -> list[list[nn.Parameter]]:
@@ -420,7 +459,11 @@ def scene(case: Case) -> Iterator[Scene]:
     torch.manual_seed(case.seed)
     model, twin = (layout.wrap(models.make(dict(case.model))) for _ in range(2))
     optimizers = both_optimizers(case, model, twin)
-    at = Scene(case, layout, told[0], model, twin, build_ema(case, model, layout), {}, optimizers)
+    teacher = new_teacher(case, layout) if case.teacher else None
+    into = {} if teacher is None else {case.teacher: teacher}
+    ema = build_ema(case, model, layout, into)
+    at = Scene(case, layout, told[0], model, twin, ema, {}, optimizers, teacher=teacher)
+    del ema
     at.emas.append(weakref.ref(at.ema))
     at.engine = ENGINES.get(case.layout)
     start = at.weights()

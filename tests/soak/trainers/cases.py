@@ -142,7 +142,7 @@ def draw(seed: int, trainer: str = "", kills: bool = False) -> Case:
             "rule": "half_life" if settings.get("samples") else rng.choice(_RULES),
             "decay": rng.choice([0.5, 0.75, 0.9]),
             "update_every": rng.choice([1, 1, 1, 2]),
-            "float64": rng.random() < 0.2,
+            "kept": "float64" if rng.random() < 0.2 else "auto",
         }
     sharded = rng.random() < 0.4
     kinds = [k for k in _KINDS.get(name, ("ddp", "fsdp2")) if (k == "fsdp2") == sharded]

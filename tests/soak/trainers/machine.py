@@ -147,7 +147,7 @@ def plainer(case: Case) -> Iterator[Case]:
         for name in case.averages:
             yield replace(case, averages={"ema": case.averages[name]})
     for name, settings in case.averages.items():
-        standard = {"rule": "constant", "decay": 0.5, "update_every": 1, "float64": False}
+        standard = {"rule": "constant", "decay": 0.5, "update_every": 1, "kept": "auto"}
         if settings != standard and not case.settings.get("samples"):
             yield replace(case, averages={**case.averages, name: standard})
     for number, life in enumerate(lives):
