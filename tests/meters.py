@@ -115,6 +115,11 @@ def peak(call: Callable[[], object]) -> int:
     return max(itertools.accumulate(_memory_events(call), initial=0))
 
 
+def kept(call: Callable[[], object]) -> int:
+    """Bytes of CPU tensors that are held after a call beyond those before it."""
+    return sum(_memory_events(call))
+
+
 def _memory_events(call: Callable[[], object]) -> list[int]:
     """Bytes of every single allocation and, negative, of every release, in their order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:

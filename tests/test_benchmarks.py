@@ -37,6 +37,7 @@ ON_TWO_RANKS = {
     "publish": [*TWICE, "--mib", "1"],
     "memory": ["--mib", "1", "--dtype", "bf16"],
     "replicas": [*TWICE, "--mib", "1"],
+    "wrappers": [*TWICE, "--mib", "1", "--wrappers", "ddp", "ddp, slices", "fsdp1", "fsdp2"],
     "checkpoint": [*TWICE, "--mib", "1", "--train-mib", "1", "--tokens", "4", "--steps", "1"],
 }
 ON_ONE = {

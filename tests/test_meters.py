@@ -16,6 +16,8 @@ def test_the_allocation_meter_fires() -> None:
     assert meters.allocated(values.zero_) == 0
     assert meters.peak(lambda: [torch.zeros(1000) for _ in range(3)]) == 12_000
     assert meters.peak(lambda: [torch.zeros(1000).numel() for _ in range(3)]) == 4000
+    held: list[torch.Tensor] = []
+    assert meters.kept(lambda: held.append(torch.zeros(1000) + torch.zeros(1000))) == 4000
 
 
 def test_the_copy_meter_fires() -> None:

@@ -631,14 +631,18 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
 def test_without_matplotlib_the_command_says_what_to_install(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
+        "from shardema.cli.demo import draw\n"
         "from shardema.cli.main import main\n"
+        "print(draw([{'step': 1.0, 'raw_loss': 2.0, 'ema_loss': 1.0}], 'x.png'))\n"
         "main(['plot', 'decay', '--schedule', '0.9', '--steps', '9', '-o', 'x.png'])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 1
-    assert done.stderr == "Error: shardema.cli.plot needs matplotlib: pip install matplotlib\n"
+    missing = "shardema.cli.plot needs matplotlib: pip install 'shardema[plot]'"
+    assert done.stderr == f"Error: {missing}\n"
+    assert done.stdout == f"nothing: {missing}\n"  # the demo goes on without a picture
 
 
 def test_a_picture_needs_neither_pyplot_nor_a_display(tmp_path: Path) -> None:

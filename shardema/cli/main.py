@@ -18,11 +18,13 @@ from shardema import importers
 from shardema.cli import logs, spec
 from shardema.cli.checks import diff, prune, verify
 from shardema.cli.chosen import DTYPES, merge, reconstruct
+from shardema.cli.demo import demo
 from shardema.cli.doctor import doctor
 from shardema.cli.looks import inspect
 from shardema.cli.planned import plan
 from shardema.cli.tables import Commands, as_json, one_line, printable, progress
 from shardema.cli.texts import describe, unit_of
+from shardema.errors import counted
 from shardema.files import companions, manifest
 from shardema.files.layouts import LAYOUTS, Layout
 from shardema.files.manifest import Manifest
@@ -39,6 +41,7 @@ def main() -> None:
     """Inspect, verify, compare and export checkpoints of averaged weights; plot averages."""
 
 
+main.add_command(demo)
 main.add_command(inspect)
 main.add_command(verify)
 main.add_command(diff)
@@ -187,8 +190,9 @@ def convert(
         )
     if not quiet:
         count = "unknown" if found.num_updates is None else f"{found.num_updates}"
-        told = f"{len(found.tensors)} tensor(s) of format {found.format!r}, updates: {count}"
-        click.echo(printable(f"{out}: {told}"))
+        tensors = counted(len(found.tensors), "tensor")
+        told = f"{out}: {tensors} of format {found.format!r}, updates: {count}"
+        click.echo(printable(told))
 
 
 @main.group()
@@ -272,7 +276,7 @@ def profile(
             found = _profiles(checkpoint, average)
         if text:
             for label, one in found.items():
-                click.echo(printable(f"{label} at {one.t:,} {unit_of(one)}s: {describe(one)}"))
+                click.echo(printable(f"{label} at {counted(one.t, unit_of(one))}: {describe(one)}"))
         else:
             _draw(output, format_, force, lambda drawing: drawing.profiles(found, log=log))
         return

@@ -35,7 +35,7 @@ try:
     from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 except ImportError as error:
     raise ImportError(
-        "shardema.cli.plot needs matplotlib: pip install matplotlib", name=error.name
+        "shardema.cli.plot needs matplotlib: pip install 'shardema[plot]'", name=error.name
     ) from error
 
 _SEEN = 0.005  # weight of the initial values from which the legend mentions it

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -85,12 +86,12 @@ def line(console: Console, text: str) -> None:
 
 
 def table(columns: Sequence[str], right: Sequence[str] = ()) -> Table:
-    """An empty table.
+    """An empty table, without lines between columns: most fit into 80 characters.
 
     Args:
         right: columns with numbers.
     """
-    made = Table()
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in columns:
         justify: Any = "right" if column in right else "left"
         made.add_column(column, justify=justify, overflow="fold")

@@ -24,22 +24,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.accelerators import XLAAccelerator
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from shardema.arguments import Preset, as_schedules, with_preset
-from shardema.ema import ShardedEMA
+from shardema.ema import Given, ShardedEMA
 from shardema.errors import CheckpointError
 from shardema.files.background import PendingSave
 from shardema.files.safetensors import reporting
@@ -47,7 +36,24 @@ from shardema.integrations.logged import logged
 from shardema.integrations.modes import deferred_modes
 from shardema.integrations.newest import Candidate, choose
 from shardema.ranks.agree import Ranks
-from shardema.schedules import Schedule
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.accelerators import XLAAccelerator
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
+    from lightning.pytorch.strategies import (
+        DDPStrategy,
+        DeepSpeedStrategy,
+        FSDPStrategy,
+        ModelParallelStrategy,
+        SingleDeviceStrategy,
+    )
+    from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+except ImportError as error:
+    raise ImportError(
+        "shardema.integrations.lightning needs lightning: pip install 'shardema[lightning]'",
+        name=error.name,
+    ) from error
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +104,7 @@ class EMACallback(Callback):
 
     def __init__(
         self,
-        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any] | Preset,
+        schedule: Given | Preset | None = None,
         *,
         eval_with: str | Sequence[str] = "ema",
         average: str | None = None,

@@ -22,23 +22,31 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import transformers
 from torch import nn
-from transformers import Trainer, TrainerCallback
 
 from shardema.arguments import Preset, as_schedules, with_preset
 from shardema.backends.tree import unwrap
-from shardema.ema import ShardedEMA
+from shardema.ema import Given, ShardedEMA
 from shardema.files import manifest
 from shardema.files.background import PendingSave
 from shardema.integrations.logged import logged
 from shardema.integrations.modes import deferred_modes
 from shardema.integrations.newest import Candidate, choose, sweep_beside
 from shardema.ranks.agree import Ranks
-from shardema.schedules import Schedule, describe
+from shardema.schedules import describe
+
+try:
+    import transformers
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "shardema.integrations.transformers needs transformers: "
+        "pip install 'shardema[transformers]'",
+        name=error.name,
+    ) from error
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +108,7 @@ class EMACallback(TrainerCallback):
 
     def __init__(
         self,
-        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any] | Preset,
+        schedule: Given | Preset | None = None,
         *,
         eval_with: str | Sequence[str] = "ema",
         save_with: str = "ema",
