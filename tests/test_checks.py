@@ -546,9 +546,12 @@ def each_command(folder: Path) -> list[list[str]]:
     with CheckpointManager(ShardedEMA(nn.Linear(2, 2), 0.5), f"{here}-steps") as manager:
         manager.save(1)
     Path(log).write_text("step,raw_loss,ema_loss\n1,2,3\n")
+    Path(f"{here}.json").write_text("{}")
     rule = ["--schedule", "0.9", "--steps", "9", "--output", f"{new}.png"]
     calls = [
         ["demo", "--out", new],
+        ["doctor", "--folder", here],
+        ["plan", f"{here}.json", "--world-size", "2"],
         ["inspect", here],
         ["verify", here],
         ["diff", here, here],
