@@ -42,7 +42,7 @@ ON_TWO_RANKS = {
 }
 ON_ONE = {
     "scale": [*TWICE, "--ranks", "2", "4", "--tensors", "2", "4", "--layers", "1"],
-    "calls": [*TWICE, "--ranks", "2", "5"],
+    "calls": [*TWICE, "--ranks", "3"],
     "arithmetic": [
         *(*TWICE, "--updates", "3", "--target-updates", "3", "--elements", "4", "--numel", "2048")
     ],
