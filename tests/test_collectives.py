@@ -36,7 +36,7 @@ from shardema.exchange import Exchange
 from shardema.model import replicas
 from shardema.publishing import FolderSink
 from shardema.ranks import agree, plan, rounds, transfer
-from shardema.ranks.agree import Ranks
+from shardema.ranks.agree import ALL_GATHER, Ranks
 from tests import world
 
 TIMEOUT = 4.0  # seconds of the EMA
@@ -82,7 +82,7 @@ class Call:
     first: bool = False  # it is the first one of its EMA
 
 
-BATCH, GATHER = "batch_isend_irecv", "all_gather_into_tensor"
+BATCH, GATHER = "batch_isend_irecv", ALL_GATHER
 CALLS = {
     "full_state_dict": Call(sharded, lambda e, _: e.full_state_dict(), BATCH),
     "all_ranks": Call(sharded, lambda e, _: e.full_state_dict(all_ranks=True), "broadcast"),

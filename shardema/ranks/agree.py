@@ -170,7 +170,7 @@ class Ranks:
         rows = torch.empty((self.size, *sent.shape), dtype=sent.dtype, device=device)
 
         def move() -> None:
-            dist.all_gather_into_tensor(rows.flatten(0, 1), sent, group=self.group())
+            all_gather_rows(rows, sent, self.group())
 
         self.transfer("the exchange of who holds what", move, device)
         return rows.cpu()
@@ -542,6 +542,15 @@ def _is_late(message: dict[str, Any], own: dict[str, Any]) -> bool:
 
 class _StoreGone(RuntimeError):
     """The store does not answer."""
+
+
+# torch 2.13 has another name for it, and warns of the older one
+ALL_GATHER = next(n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, n))
+
+
+def all_gather_rows(rows: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Row n of ``rows`` becomes ``own`` of the group's n-th rank. Collective."""
+    getattr(dist, ALL_GATHER)(rows.flatten(), own.flatten(), group=group)
 
 
 def device_for(
