@@ -105,6 +105,9 @@ def two(folder: Path, ranks: int, module: str, *arguments: str) -> Iterator[tupl
             hosts.append(Host(process, log))
             stack.callback(hosts[-1].kill)
         until(lambda: all((folder / f"up-{name}").exists() for name in NAMES), 60)
+        for host in hosts:  # the cable of a host that is killed stays in the other one
+            network = os.open(f"/proc/{host.process.pid}/ns/net", os.O_RDONLY)
+            stack.callback(os.close, network)
         near, far = (str(host.process.pid) for host in hosts)
         cable = ["ip", "link", "add", "eth0", "netns", near, "type", "veth"]
         cable += ["peer", "name", "eth0", "netns", far]

@@ -25,13 +25,14 @@ from tests.hosts import until
 TIMEOUT = 5.0  # seconds, of the EMA
 
 
-def averaged(layout: str, timeout: float = 300.0) -> ShardedEMA:
+def averaged(layout: str, timeout: float = 300.0, width: int = 7) -> ShardedEMA:
     """An average after some updates: ``"fsdp2"`` over all ranks, ``"hsdp"`` over each host's."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 6))
+    model = nn.Sequential(nn.Linear(5, width), nn.BatchNorm1d(width))
+    model += nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
     size = dist.get_world_size()
-    sizes = (size,) if layout == "fsdp2" else (2, size // 2)
-    fully_shard(model, mesh=init_device_mesh("cpu", sizes))
+    sizes, names = ((size,), ("dp",)) if layout == "fsdp2" else ((2, size // 2), ("hosts", "dp"))
+    fully_shard(model, mesh=init_device_mesh("cpu", sizes, mesh_dim_names=names))
     ema = ShardedEMA(model, 0.5, timeout=timeout)
     for _ in range(3):
         with torch.no_grad():
@@ -87,6 +88,7 @@ def what_is_not_shared_is_refused(ema: ShardedEMA, folder: Path) -> None:
         manager.save(1)
     dist.barrier()
     left = sorted(path.name for path in new.parent.rglob("*") if path.is_dir())
+    dist.barrier()  # before more is written
     assert left == (["managed"] if dist.get_rank() < far_rank() else []), left
 
 
@@ -116,6 +118,7 @@ def one_host_writes_an_export(ema: ShardedEMA, folder: Path, values: dict[str, T
         ema.save(folder / "first" / "ema")
     dist.barrier()
     assert [path.name for path in new.parent.iterdir()] == ["export"]
+    dist.barrier()
 
 
 # ---- a host or the network fails --------------------------------------------------------------
@@ -127,7 +130,7 @@ def failing(folder: Path, where: str) -> None:
     Args:
         where: ``"call"``: the fault comes before a call; ``"transfer"``: during a transfer.
     """
-    ema = averaged("fsdp2", TIMEOUT)
+    ema = averaged("fsdp2", TIMEOUT, width=2048)
     ema.full_state_dict()
     dist.barrier()
     try:
@@ -135,8 +138,8 @@ def failing(folder: Path, where: str) -> None:
             wait_for_the_fault(folder)
             ema.save(folder / "shared" / "ema")
         else:
-            transfer.BUCKET_BYTES = 16
-            if dist.get_rank():  # it waits for the first rank in one of the next transfers
+            transfer.BUCKET_BYTES = 1 << 20
+            if dist.get_rank():  # it waits for the first rank: connections hold less than it sends
                 (folder / f"ready-{dist.get_rank()}").touch()
             for number, _ in enumerate(ema.iter_full()):
                 if number == 0:
