@@ -1,7 +1,6 @@
-"""Keeps and draws the curves of the demo: raw and averaged validation loss of several seeds.
+"""Keeps and draws raw and averaged validation loss of several seeds, as the README shows them.
 
-./launch/demo.sh --seed 1
-python benchmarks/demo_curves.py keep 1 runs/demo/log.csv
+launch/README.md, "Raw and averaged weights", has the runs, and keeps their curves. Then:
 python benchmarks/demo_curves.py draw docs/demo.png
 """
 

@@ -50,6 +50,7 @@ PICTURES = (
     Picture(
         "update-averages", "update", "time_to_one_average", "time / one average", r"(.*), (\d+).*"
     ),
+    Picture("wrappers", "wrappers", "time", "us of an update", r"(?=.* (\d+ MiB))(.*) .*/.*"),
     Picture("step", "step", "overhead", "% of a training step"),
     Picture("swap", "swap", "time", "ms for a swap, in and out"),
     Picture("gather", "gather", "time", "s to the first rank"),
@@ -57,6 +58,13 @@ PICTURES = (
     Picture("merge", "merge", "time", "s to merge the checkpoints"),
     Picture("replicas", "replicas", "time_to_limit", "time / one sum of the bits"),
     Picture("publish", "publish", "time", "s to the reader's side"),
+    Picture(
+        "calls",
+        "calls",
+        "cpu_of_leader",
+        "s of a core for the first rank and the store",
+        "(call) of (.*)",
+    ),
     Picture("arithmetic", "arithmetic", "max_error", "largest relative error", r"(noise .*)"),
     Picture("export", "export", "time", "s to one file"),
     Picture(

@@ -1,4 +1,4 @@
-"""Sphinx settings: ``sphinx-build -W docs docs/_build``."""
+"""Sphinx settings: ``launch/docs.sh`` builds the pages in docs/_build/html."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ project = "shardema"
 author = "the shardema developers"
 version = release = shardema.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 # the pages need none of them
 autodoc_mock_imports = ["accelerate", "lightning", "matplotlib", "transformers", "triton"]
 exclude_patterns = ["_build"]
@@ -16,6 +16,10 @@ html_theme = "furo"
 html_title = f"shardema {release}"
 
 myst_heading_anchors = 3
+nb_execution_mode = "force"  # tour.ipynb
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300  # seconds of a cell, also on a machine that is busy
+html_extra_path = ["llms.txt"]
 default_role = "py:obj"  # the docstrings name things in single backticks
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True

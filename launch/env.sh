@@ -1,8 +1,9 @@
-# Sourced by demo.sh and test.sh: the environment in .venv, with the pins of constraints.txt.
-# Sets ROOT and PYTHON. Usage: make_env EXTRA
+# Sourced by demo.sh, test.sh and docs.sh: the environment in VENV, with the pins of constraints.txt.
+# Sets ROOT, VENV and PYTHON. Usage: [VENV=$ROOT/FOLDER]; make_env EXTRA
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=$ROOT/.venv/bin/python
+VENV=$ROOT/.venv
+PYTHON=$VENV/bin/python
 
 die() {
     echo "$(basename "$0"): $*" >&2
@@ -23,24 +24,25 @@ find_python() {
 
 make_env() {
     local extra=$1 python stamp wanted
+    PYTHON=$VENV/bin/python
     if ! [ -x "$PYTHON" ]; then
         python=$(find_python)
         "$python" -c 'import venv, ensurepip' 2>/dev/null ||
             die "$python has no venv module: install it (Debian: apt install python3-venv)"
-        echo "making $ROOT/.venv with $python"
-        "$python" -m venv "$ROOT/.venv" || die "$ROOT/.venv could not be made"
+        echo "making $VENV with $python"
+        "$python" -m venv "$VENV" || die "$VENV could not be made"
     fi
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-        die "$ROOT/.venv has no working Python of version 3.10 or newer: remove it and run this again"
-    stamp=$ROOT/.venv/.installed-$extra
+        die "$VENV has no working Python of version 3.10 or newer: remove it and run this again"
+    stamp=$VENV/.installed-$extra
     wanted=$(cat "$ROOT/pyproject.toml" "$ROOT/launch/constraints.txt" | "$PYTHON" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
-    echo "installing shardema[$extra] into $ROOT/.venv"
+    echo "installing shardema[$extra] into $VENV"
     "$PYTHON" -m pip --version >/dev/null 2>&1 ||
-        die "$ROOT/.venv has no pip: remove it and run this again"
+        die "$VENV has no pip: remove it and run this again"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check \
         --constraint "$ROOT/launch/constraints.txt" --editable "$ROOT[$extra]" ||
         die "pip could not install shardema[$extra]: its lines above say why"

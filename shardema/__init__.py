@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shardema import importers, mixtures, posthoc, presets, publishing, schedules
 from shardema.batchnorm import update_bn
+from shardema.config import EMAConfig
 from shardema.ema import ShardedEMA
 from shardema.errors import CheckpointError, RankError, SwapError
 from shardema.files.background import PendingSave
@@ -17,6 +18,7 @@ from shardema.update.mixture import Mixture
 __all__ = [
     "CheckpointError",
     "CheckpointManager",
+    "EMAConfig",
     "Mixture",
     "PendingSave",
     "Profile",

@@ -73,10 +73,15 @@ class Preset:
 
 
 def with_preset(schedule: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """``schedule`` and ``options`` of `ShardedEMA`, where the schedule may be a preset."""
-    if isinstance(schedule, Preset):
-        return schedule.schedule, {**schedule.options, **options}
-    return schedule, dict(options)
+    """``schedule`` and ``options`` of `ShardedEMA`, where the schedule may be a preset.
+
+    ``decay`` and ``beta`` among the options are the schedule, as for `ShardedEMA`.
+    """
+    left = dict(options)
+    rule = one_of(schedule, **{word: left.pop(word, None) for word in ("decay", "beta")})
+    if isinstance(rule, Preset):
+        return rule.schedule, {**rule.options, **left}
+    return rule, left
 
 
 def as_schedules(schedule: Any) -> dict[str, Rule]:

@@ -33,9 +33,12 @@ from shardema.arguments import (
     refuse_positional,
 )
 from shardema.calls import Call, Calls
+from shardema.costs import live
+from shardema.costs.cost import Cost
 from shardema.files import dcp, layouts, loading
 from shardema.files import export as exporter
 from shardema.files.background import PendingSave
+from shardema.files.companions import check_tokenizer
 from shardema.gathering import export_file, full_tensors
 from shardema.habits import missing
 from shardema.importers import Imported
@@ -188,7 +191,7 @@ class ShardedEMA:
             )
             for name, rule in schedules.items():
                 selection.check_rule(name, rule, weights.averaged_shards, weights.unmatched)
-            ranks = Ranks(None if group is not None else weights.ranks(), group, timeout)
+            ranks = Ranks(None if group else weights.ranks(), group, timeout, weights.accelerator)
             homes = agree_on_homes(teachers, renamed, weights, policies, ranks, chosen=select)
             self._averages = Averages(weights, ranks, schedules, policies, homes)
             notices = Notices(self._averages)
@@ -606,6 +609,7 @@ class ShardedEMA:
         max_shard_size: int | str = "5GB",
         mode: exporter.Mode = "auto",
         progress: bool = True,
+        tokenizer: Any = None,
     ) -> None:
         """Writes the averaged model as safetensors, in the Hugging Face layout. Collective.
 
@@ -631,6 +635,10 @@ class ShardedEMA:
                 file system. ``"stream"``: the first rank writes; to an object store it always
                 does, tensor by tensor. ``"auto"``: ``"direct"`` where that is safe.
             progress: show a progress bar on the first rank if it takes more than a second.
+            tokenizer: what ``from_pretrained`` needs beside the weights: an object with
+                ``save_pretrained`` or the folder of one, which the first rank writes; None copies
+                the tokenizer of the local folder that a transformers model was loaded from; False
+                writes none. Not of files of ``torch.save``.
 
         Raises:
             CheckpointError: the folder exists, or a write failed (a full disk). Raised on all
@@ -644,6 +652,7 @@ class ShardedEMA:
         calls = self._calls
 
         def given() -> dict[str, Any]:
+            check_tokenizer(tokenizer)
             return layouts.arguments(path, layout, max_shard_size, mode)
 
         if isinstance(name, Reconstruction):
@@ -663,6 +672,7 @@ class ShardedEMA:
             max_shard_size=max_shard_size,
             mode=mode,
             progress=progress,
+            tokenizer=tokenizer,
         )
 
     def publish(
@@ -734,6 +744,22 @@ class ShardedEMA:
         average = self._calls.begin(Call("metrics", name))
         plan, kernel_names = self._calls.plan_of(average), self._updates.updater.kernel_names
         return metrics.measure(plan, average, self._averages, kernel_names)
+
+    def cost(self, folder: str | os.PathLike[str] | None = None) -> Cost:
+        """What the averages cost: memory, an update, a save, an export. Local.
+
+        ``print(ema.cost())`` is one line; ``shardema plan`` computes the same before a run. Bytes
+        are those that this rank has allocated. Times are bytes by the speed of this machine, which
+        is measured now: it takes a second and 64 MiB on the device of the weights.
+
+        Args:
+            folder: where the speed of the disk is measured, with a file of 64 MiB; None leaves the
+                seconds of a save and an export out.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        return live.cost_of(self._averages, folder)
 
     # ---- checkpoints --------------------------------------------------------------------------
 

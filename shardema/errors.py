@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+PAGE = "https://github.com/shardema/shardema/blob/main/docs/errors.md"
+
 
 class RankError(RuntimeError):
     """A collective call failed on some rank.
@@ -21,8 +23,11 @@ class RankError(RuntimeError):
         errno: the system's error number, None if there is none.
     """
 
+    section = "collective-calls"  # of `PAGE`, which a traceback names
+
     def __init__(self, message: str, *, rank: int = -1, path: str = "", errno: int | None = None):
         super().__init__(message)
+        _point_to_page(self, self.section)
         self.rank = rank
         self.path = path
         self.errno = errno
@@ -30,6 +35,8 @@ class RankError(RuntimeError):
 
 class CheckpointError(RankError):
     """A checkpoint or an export could not be written or read; existing ones are unchanged."""
+
+    section = "saving-loading-exporting"
 
 
 class SwapError(RuntimeError):
@@ -41,9 +48,20 @@ class SwapError(RuntimeError):
 
     def __init__(self, message: str, *, weights: Mapping[str, Tensor]):
         super().__init__(message)
+        _point_to_page(self, "updating-and-swapping")
         self.weights = dict(weights)
+
+
+def _point_to_page(error: Exception, section: str) -> None:
+    if hasattr(error, "add_note"):  # from Python 3.11 on
+        error.add_note(f"causes and remedies: {PAGE}#{section}")
 
 
 def abbreviate(names: Sequence[str]) -> str:
     """The first five names, and the number of further ones."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def counted(number: float, noun: str) -> str:
+    """A number and what it counts: ``1 step``, ``2 steps``."""
+    return f"{number:,.10g} {noun}{'' if number == 1 else 's'}"

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+_NAMED = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShadowPolicy:
@@ -15,7 +17,8 @@ class ShadowPolicy:
     Args:
         dtype: torch.float32 or torch.float64; ``"auto"`` uses float64 for float64 parameters and
             float32 for all others. torch.bfloat16 stores 2 bytes a value, rounded up or down at
-            random, so that small changes are right on average. torch.float16 is not accepted.
+            random, so that small changes are right on average. torch.float16 is not accepted. In
+            configs a name: ``"float32"``, ``"float64"``, ``"bfloat16"``.
         compensated: keeps 16 further bits of each float32 value, 6 bytes together, so that small
             changes are not lost at decays close to 1. Readers get the float32 value; `save` stores
             both as one float64.
@@ -43,7 +46,7 @@ class ShadowPolicy:
             dtype than ``"auto"`` or torch.float32.
     """
 
-    dtype: torch.dtype | Literal["auto"] = "auto"
+    dtype: torch.dtype | Literal["auto", "float32", "float64", "bfloat16"] = "auto"
     device: Literal["model", "cpu"] = "model"
     compute: Literal["host", "device"] = "host"
     staging_bytes: int = 512 << 20
@@ -74,6 +77,8 @@ class ShadowPolicy:
             raise ValueError(
                 f"ShadowPolicy: got staging_bytes={size!r}, expected bytes, 1 MiB or more"
             )
+        if isinstance(self.dtype, str) and self.dtype in _NAMED:
+            object.__setattr__(self, "dtype", _NAMED[self.dtype])
         if self.dtype not in ("auto", torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(
                 f"ShadowPolicy: got dtype={self.dtype!r}, expected 'auto', torch.float32, "
@@ -107,7 +112,7 @@ class ShadowPolicy:
 
     def dtype_for(self, param: torch.dtype) -> torch.dtype:
         """The dtype of the average of a parameter of dtype ``param``."""
-        if self.dtype != "auto":
+        if not isinstance(self.dtype, str):
             return self.dtype
         return torch.float64 if param == torch.float64 else torch.float32
 

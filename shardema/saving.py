@@ -10,13 +10,14 @@ import torch
 
 from shardema.backends.tree import unwrap
 from shardema.calls import Call, Calls
-from shardema.files import checkpoint, layouts, pretrained
+from shardema.files import checkpoint, companions, layouts, pretrained
 from shardema.files import export as exporter
 from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
+from shardema.schedules import describe
 from shardema.scopes import writable
 from shardema.update.averages import Readable
-from shardema.update.mixture import Mixture
+from shardema.update.mixture import MixedAverage, Mixture
 
 
 def save(
@@ -92,6 +93,7 @@ def export(
     max_shard_size: int | str = "5GB",
     mode: exporter.Mode = "auto",
     progress: bool = False,
+    tokenizer: Any = False,
     also: Callable[[str], None] = lambda place: None,
 ) -> None:
     """Writes an average as safetensors; see `ShardedEMA.export`. Collective.
@@ -99,7 +101,7 @@ def export(
     Args:
         op: the method's name.
         average: what the call of `export_call` gave.
-        path, dtype, layout, max_shard_size, mode, progress: as for `ShardedEMA.export`.
+        path, dtype, layout, max_shard_size, mode, progress, tokenizer: as for `ShardedEMA.export`.
         also: called on the leader with the temporary folder, to write further files.
 
     Raises:
@@ -114,6 +116,7 @@ def export(
 
         def extra(place: str) -> None:
             layouts.write_config(module, place, exported_dtype, fields)
+            companions.write_tokenizer(module, tokenizer, place)
             also(place)
 
         exporter.export(
@@ -123,4 +126,11 @@ def export(
             mode=mode,
             progress=progress,
             extra=extra,
+            told=_told(average),
         )
+
+
+def _told(average: Readable) -> dict[str, str]:
+    """What the files of an average say of themselves."""
+    rule = None if isinstance(average, MixedAverage) else describe(average.schedule)
+    return exporter.about(average.name, average.t, average.num_updates, rule)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -730,6 +731,15 @@ def a_saved_average_loads(layout: Layout) -> None:
         assert_same(ema.full_state_dict(all_ranks=True), full)
 
 
+def parts_of(path: str) -> tuple[bytes, dict[str, Any], dict[str, str]]:
+    """The data of a safetensors file, its header, and the metadata in it."""
+    content = Path(path).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    told = header.pop("__metadata__")
+    return content[end:], header, told
+
+
 def an_export_is_what_safetensors_would_write(layout: Layout) -> None:
     _, ema, _ = trained(layout)
     full = ema.full_state_dict(all_ranks=True)
@@ -743,9 +753,12 @@ def an_export_is_what_safetensors_would_write(layout: Layout) -> None:
             tensors = {k: v.contiguous() for k, v in full.items()}
             reference = f"{folder}/reference.safetensors"
             safetensors.torch.save_file(tensors, reference, metadata={"format": "pt"})
-            expected = Path(reference).read_bytes()
+            expected, entries, _ = parts_of(reference)
             for mode in ("direct", "stream"):
-                assert Path(f"{folder}/{mode}/model.safetensors").read_bytes() == expected
+                data, there, told = parts_of(f"{folder}/{mode}/model.safetensors")
+                assert (data, there) == (expected, entries)
+                assert told.keys() == {"format", "shardema"}
+                assert json.loads(told["shardema"])["num_updates"] == ema.num_updates
             names = sorted(os.listdir(f"{folder}/parts"))
             assert names[-1] == "model.safetensors.index.json"
             assert len(names) > 3

@@ -39,6 +39,44 @@ _COMMUNICATION = (
 
 
 @contextlib.contextmanager
+def communicators() -> Iterator[set[str]]:
+    """Names of the groups that make a communicator inside, by the rules of NCCL.
+
+    Raises at what makes more of them, or hangs: a send that is not in a batch makes one for its two
+    ranks; a batch that not all ranks of a group take part in must not be the group's first call.
+    """
+    made: set[str] = set()
+    batches: list[Any] = []
+    cls, batch = dist.ProcessGroup, dist.batch_isend_irecv
+    originals = {name: cls.__dict__[name] for name in _COMMUNICATION if name in cls.__dict__}
+
+    def in_batch(parts: list[Any]) -> Any:
+        batches.append(parts)
+        try:
+            return batch(parts)
+        finally:
+            batches.pop()
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+            if name in ("send", "recv", "recv_anysource"):
+                assert batches, f"{name} makes a communicator of two ranks"
+                assert group.group_name in made, "a batch is the first call of its group"
+            made.add(group.group_name)
+            return original(group, *args, **kwargs)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name, original in originals.items():
+            stack.callback(setattr, cls, name, original)
+            setattr(cls, name, counted(name, getattr(cls, name)))
+        stack.callback(setattr, dist, "batch_isend_irecv", batch)
+        dist.batch_isend_irecv = in_batch
+        yield made
+
+
+@contextlib.contextmanager
 def collectives() -> Iterator[list[str]]:
     """Names of the calls that reach any ProcessGroup inside, in order."""
     calls: list[str] = []
@@ -75,6 +113,11 @@ def allocated_at_first(call: Callable[[], object]) -> int:
 def peak(call: Callable[[], object]) -> int:
     """Most bytes of CPU tensors that a call holds at a time, beyond what it was started with."""
     return max(itertools.accumulate(_memory_events(call), initial=0))
+
+
+def kept(call: Callable[[], object]) -> int:
+    """Bytes of CPU tensors that are held after a call beyond those before it."""
+    return sum(_memory_events(call))
 
 
 def _memory_events(call: Callable[[], object]) -> list[int]:

@@ -590,7 +590,7 @@ def a_folder_of_the_user_is_kept(folder: str) -> None:
 def registering_is_refused(folder: str) -> None:
     run = started("ddp")
     alone = ShardedEMA(run.model, DECAY)
-    ema = attach(run.accelerator, run.model, run.optimizer, schedule=DECAY)
+    ema = attach(run.accelerator, run.model, run.optimizer, decay=DECAY)
     for one in (ema, alone):
         with pytest.raises(TypeError, match=r"omit the call: after attach\(\) save_state"):
             run.accelerator.register_for_checkpointing(one)

@@ -37,10 +37,12 @@ ON_TWO_RANKS = {
     "publish": [*TWICE, "--mib", "1"],
     "memory": ["--mib", "1", "--dtype", "bf16"],
     "replicas": [*TWICE, "--mib", "1"],
+    "wrappers": [*TWICE, "--mib", "1", "--wrappers", "ddp", "ddp, slices", "fsdp1", "fsdp2"],
     "checkpoint": [*TWICE, "--mib", "1", "--train-mib", "1", "--tokens", "4", "--steps", "1"],
 }
 ON_ONE = {
     "scale": [*TWICE, "--ranks", "2", "4", "--tensors", "2", "4", "--layers", "1"],
+    "calls": [*TWICE, "--ranks", "3"],
     "arithmetic": [
         *(*TWICE, "--updates", "3", "--target-updates", "3", "--elements", "4", "--numel", "2048")
     ],

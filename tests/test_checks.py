@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shardema import CheckpointManager, ShardedEMA
+from shardema.cli.main import main
 from shardema.files.compare import compare
 from shardema.files.manifest import BLOCK
 from shardema.files.safetensors import make_header
@@ -63,7 +64,7 @@ def test_verify_names_each_damaged_stretch_and_goes_on(tmp_path: Path) -> None:
     assert first.startswith(f"{tmp_path / 'bad'}: DAMAGED: {file}: checksum mismatch in bytes 0 to")
     assert f"{BLOCK * 2} to {size} (n1.weight" in second
     assert third == f"{tmp_path / 'none'}: no such folder or file"
-    assert fourth.startswith(f"{tmp_path / 'good'}: ok, 2 tensor(s) in 1 file(s)")
+    assert fourth.startswith(f"{tmp_path / 'good'}: ok, 2 tensors in 1 file")
     code, (bad, none, good) = read_json("verify", *(tmp_path / n for n in ("bad", "none", "good")))
     assert (code, bad["ok"], none["ok"], good["ok"]) == (2, False, False, True)
     assert (none["absent"], none["damages"]) == (True, [])
@@ -143,7 +144,7 @@ def test_verify_of_an_export_says_that_it_has_no_checksums(tmp_path: Path) -> No
     for place in ("one", "cut", "one/model.safetensors"):
         code, text = run("verify", tmp_path / place)
         assert code == 0
-        assert "an export has no checksums, so values are not verified; 4 tensor(s)" in text
+        assert "an export has no checksums, so values are not verified; 4 tensors" in text
     code, (found,) = read_json("verify", tmp_path / "cut")
     assert (code, found["ok"], found["checksums"]) == (0, True, False)
 
@@ -194,7 +195,7 @@ def test_verify_against_a_model_finds_a_torn_pair(tmp_path: Path) -> None:
     safetensors.torch.save_file(weights, tmp_path / "same.safetensors")
     words = ("verify", tmp_path / "ema", "--against")
     code, text = run(*words, tmp_path / "same.safetensors", "--quiet")
-    assert (code, ": ok, 4 tensor(s)" in text) == (0, True), text
+    assert (code, ": ok, 4 tensors" in text) == (0, True), text
     weights["0.weight"][499, 2999] += 1
     safetensors.torch.save_file(weights, tmp_path / "other.safetensors")
     code, text = run(*words, tmp_path / "other.safetensors", "--quiet")
@@ -270,7 +271,7 @@ def test_distances_are_those_of_full_tensors_and_the_worst_is_first(
     assert found.distance == pytest.approx(expected(a, b), rel=1e-12)
     for same in itertools.product((f"{places / 'ck'}:fast", str(places / "fast")), repeat=2):
         code, text = run("diff", *same)
-        assert (code, text) == (0, f"{len(full[0])} tensor(s) are bitwise equal\n")
+        assert (code, text) == (0, f"{len(full[0])} tensors compared, bitwise equal\n")
 
 
 def test_tied_tensors_match_under_any_of_their_names(tmp_path: Path) -> None:
@@ -291,7 +292,7 @@ def test_tied_tensors_match_under_any_of_their_names(tmp_path: Path) -> None:
         for sides in itertools.permutations((tmp_path / "ck", tmp_path / "other.safetensors")):
             got, text = run("diff", *sides)
             assert got == code, text
-            assert f"{len(tensors)} tensor(s)" in text or "z.weight" in tensors
+            assert f"{len(tensors)} tensor" in text or "z.weight" in tensors
 
 
 def test_diff_shows_as_many_as_asked(places: Path) -> None:
@@ -299,7 +300,7 @@ def test_diff_shows_as_many_as_asked(places: Path) -> None:
     code, text = run("diff", *sides, "--top", "1")
     assert code == 1
     assert sum(name in text for name in ("big.weight", "big.bias", "small.weight")) == 1
-    assert "3 of 3 tensor(s) differ; distance of all 0." in text
+    assert "3 of 3 tensors differ; distance of all 0." in text
     code, found = read_json("diff", *sides, "--top", "2")
     assert (code, len(found["tensors"]), found["different"]) == (1, 2, 3)
 
@@ -498,11 +499,20 @@ COMMANDS = textwrap.dedent(
     """
     import json, os, subprocess, sys
     from shardema.cli.main import main
+
+
+    def interrupt(event, args):
+        if event in ("open", "os.mkdir", "os.listdir") and "here" in str(args[0]):
+            raise KeyboardInterrupt
+
     for output, words in json.loads(sys.argv[1]):
         err = os.memfd_create("err")
         pid = os.fork()
         if pid == 0:
-            if output == "full":
+            if output == "interrupted":  # as Ctrl-C does, where it first looks at a path
+                sys.addaudithook(interrupt)
+                out = os.open("/dev/null", os.O_WRONLY)
+            elif output == "full":
                 out = os.open("/dev/full", os.O_WRONLY)
             elif output == "closed":
                 read, out = os.pipe()
@@ -519,8 +529,47 @@ COMMANDS = textwrap.dedent(
 )
 
 
+def ended(given: list[tuple[str, list[str]]]) -> list[tuple[int, str]]:
+    """Exit status and stderr of each command, whose output is what its first word says."""
+    call = [sys.executable, "-c", COMMANDS, json.dumps(given)]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # as in most shells
+    done = subprocess.run(call, capture_output=True, text=True, check=True, env=env)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(given)
+    return [(status, said) for status, said in results]
+
+
+def each_command(folder: Path) -> list[list[str]]:
+    """A call of every command that looks at a path with "here" in its name."""
+    here, new, log = (str(folder / name) for name in ("here", "here-new", "here.csv"))
+    shutil.copytree(folder / "ck", here)
+    with CheckpointManager(ShardedEMA(nn.Linear(2, 2), 0.5), f"{here}-steps") as manager:
+        manager.save(1)
+    Path(log).write_text("step,raw_loss,ema_loss\n1,2,3\n")
+    Path(f"{here}.json").write_text("{}")
+    rule = ["--schedule", "0.9", "--steps", "9", "--output", f"{new}.png"]
+    calls = [
+        ["demo", "--out", new],
+        ["doctor", "--folder", here],
+        ["plan", f"{here}.json", "--world-size", "2"],
+        ["inspect", here],
+        ["verify", here],
+        ["diff", here, here],
+        ["prune", f"{here}-steps", "--keep-last", "1"],
+        ["export", here, new],
+        ["convert", here, new],
+        ["reconstruct", here, "--target", "power(0.1)"],
+        ["merge", here, "--weights", "1", "--out", new],
+        ["plot", "profile", here],
+        ["plot", "decay", *rule],
+        ["plot", "curves", log],
+    ]
+    assert {words[0] for words in calls} == main.commands.keys()
+    return calls
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
-def test_a_closed_pipe_and_a_full_disk_end_in_one_line(tmp_path: Path) -> None:
+def test_a_closed_pipe_a_full_disk_and_ctrl_c_end_in_one_line(tmp_path: Path) -> None:
     ck, other, many = (str(tmp_path / name) for name in ("ck", "other", "many"))
     save(tmp_path / "ck", 8)
     save(tmp_path / "other", 9)
@@ -532,14 +581,14 @@ def test_a_closed_pipe_and_a_full_disk_end_in_one_line(tmp_path: Path) -> None:
         ("closed", ["inspect", ck, "--json"]),
         ("closed", ["diff", ck, other]),
         ("head", ["inspect", many, "--tensors"]),
+        *(("interrupted", words) for words in each_command(tmp_path)),
     ]
-    call = [sys.executable, "-c", COMMANDS, json.dumps(given)]
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # as in most shells
-    done = subprocess.run(call, capture_output=True, text=True, check=True, env=env)
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == len(given)
     reasons = {"full": "No space left on device", "closed": "Broken pipe", "head": "Broken pipe"}
-    for (output, command), (status, said) in zip(given, results, strict=True):
+    for (output, command), (status, said) in zip(given, ended(given), strict=True):
         *first, last = said.splitlines()
-        assert (status, last) == (1, f"Error: writing the output: {reasons[output]}"), command
+        told = f"Error: writing the output: {reasons[output]}" if output in reasons else "Aborted!"
+        assert (status, last) == (1, told), command
+        if output == "interrupted":
+            assert first == [""], said
+            continue
         assert len(first) == (output == "head"), said

@@ -44,9 +44,12 @@ def folder(tmp_path: Path) -> Path:
 def test_inspect_shows_what_is_in_it(folder: Path) -> None:
     code, text = run("inspect", folder / "lean", "--tensors")
     assert code == 0
-    for word in ("fast", "slow", "half_life", "power", "1 steps", "1 rank(s)", "0.weight", "3 x 4"):
+    for word in ("fast", "slow", "half_life", "power", "1 step ", "1 rank ", "0.weight", "3 x 4"):
         assert word in text, word
-    assert "not in it: 1 parameter(s)" in text
+    assert "not in it, since not averaged: 1 parameter\n" in text
+    table = text.splitlines()[1:]  # after the line with the path
+    assert max(map(len, table)) <= 80
+    assert any("half_life(length=100)" in line for line in table)  # in one piece
     code, text = run("inspect", folder / "lean", "--json")
     facts = json.loads(text)
     assert facts["averages"]["slow"]["schedule"]["params"]["std"] == 0.1
@@ -163,7 +166,7 @@ def test_what_four_ranks_wrote_is_joined_verified_and_compared(tmp_path: Path) -
     offline = (tmp_path / "offline/model.safetensors").read_bytes()
     assert offline == (online / "model.safetensors").read_bytes()
     code, text = run("verify", ck)
-    assert (code, "in 4 file(s)" in text) == (0, True), text
+    assert (code, "in 4 files" in text) == (0, True), text
 
     net = zoo.make()
     net.load_state_dict(safetensors.torch.load_file(online / "model.safetensors"), strict=False)
@@ -214,7 +217,8 @@ def test_the_config_says_the_dtype_that_is_written(tmp_path: Path) -> None:
 
 def test_every_command_and_option_is_on_its_page() -> None:
     root = Path(__file__).parent.parent / "docs"
-    pages = dict.fromkeys(main.commands, root / "cli.md") | {"export": root / "export.md"}
+    pages = dict.fromkeys(main.commands, root / "cli.md")
+    pages |= {"export": root / "export.md", "plan": root / "plan.md"}
     overview = (root / "cli.md").read_text()
     for name, command in main.commands.items():
         assert f"`shardema {name} " in overview, name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import signal
 import tempfile
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -34,7 +36,7 @@ from shardema.exchange import Exchange
 from shardema.model import replicas
 from shardema.publishing import FolderSink
 from shardema.ranks import agree, plan, rounds, transfer
-from shardema.ranks.agree import Ranks
+from shardema.ranks.agree import ALL_GATHER, Ranks
 from tests import world
 
 TIMEOUT = 4.0  # seconds of the EMA
@@ -75,36 +77,28 @@ class Call:
 
     make: Callable[..., ShardedEMA]
     run: Callable[[ShardedEMA, str], Any]
-    sends: str = ""  # of torch.distributed, on all ranks but the leader
-    receives: str = ""  # on the leader
+    moves: str = ""  # of torch.distributed
     words: bool = True
     first: bool = False  # it is the first one of its EMA
 
 
+BATCH, GATHER = "batch_isend_irecv", ALL_GATHER
 CALLS = {
-    "full_state_dict": Call(sharded, lambda e, _: e.full_state_dict(), "send", "irecv"),
-    "all_ranks": Call(
-        sharded, lambda e, _: e.full_state_dict(all_ranks=True), "broadcast", "broadcast"
-    ),
-    "iter_full": Call(sharded, lambda e, _: list(e.iter_full()), "send", "irecv"),
+    "full_state_dict": Call(sharded, lambda e, _: e.full_state_dict(), BATCH),
+    "all_ranks": Call(sharded, lambda e, _: e.full_state_dict(all_ranks=True), "broadcast"),
+    "iter_full": Call(sharded, lambda e, _: list(e.iter_full()), BATCH),
     "export": Call(sharded, lambda e, f: e.export(f"{f}/e", mode="direct", progress=False)),
-    "stream": Call(
-        sharded, lambda e, f: e.export(f"{f}/e", mode="stream", progress=False), "send", "irecv"
-    ),
-    "publish": Call(sharded, lambda e, f: e.publish(taken), "send", "irecv"),
+    "stream": Call(sharded, lambda e, f: e.export(f"{f}/e", mode="stream", progress=False), BATCH),
+    "publish": Call(sharded, lambda e, f: e.publish(taken), BATCH),
     "publish_folder": Call(sharded, lambda e, f: e.publish(FolderSink(f"{f}/w"))),
     "save": Call(sharded, lambda e, f: e.save(f"{f}/s")),
     "load": Call(sharded, lambda e, f: e.load(f"{f}/before")),
     "load_full": Call(sharded, lambda e, f: e.load_full(f"{f}/full.safetensors")),
     "metrics": Call(sharded, lambda e, _: e.metrics()),
-    "first": Call(
-        sharded, lambda e, _: e.metrics(), "all_gather_object", "all_gather_object", first=True
-    ),
-    "swap": Call(sliced, swapped, "all_gather_into_tensor", "all_gather_into_tensor"),
-    "copy": Call(
-        sliced, lambda e, _: e.copy_to_model(), "all_gather_into_tensor", "all_gather_into_tensor"
-    ),
-    "update": Call(checked, lambda e, _: e.update(), "all_reduce", "all_reduce", words=False),
+    "first": Call(sharded, lambda e, _: e.metrics(), GATHER, first=True),
+    "swap": Call(sliced, swapped, GATHER),
+    "copy": Call(sliced, lambda e, _: e.copy_to_model(), GATHER),
+    "update": Call(checked, lambda e, _: e.update(), "all_reduce", words=False),
 }
 
 
@@ -152,8 +146,7 @@ def arm(case: Case) -> None:
 
         setattr(rounds.Rounds, name, gone)
     if case.point == "moving":
-        name = call.receives if case.victim == 0 else call.sends
-        setattr(dist, name, lambda *args, **kwargs: leave(case.kind))
+        setattr(dist, call.moves, lambda *args, **kwargs: leave(case.kind))
     if case.point == "end":
         real = Ranks.agree
 
@@ -273,7 +266,7 @@ def sweep() -> Iterator[Case]:
     for size in (2, 4):
         for name, call in CALLS.items():
             for point in ("start", "word", "moving", "end"):
-                if (point == "moving" and not call.sends) or (point == "word" and not call.words):
+                if (point == "moving" and not call.moves) or (point == "word" and not call.words):
                     continue
                 if point == "end" and name in ("metrics", "update"):
                     continue
@@ -347,7 +340,7 @@ def keys() -> int:
 
 
 def moving() -> list[tuple[str, Callable[..., ShardedEMA], Callable[[ShardedEMA, str], Any]]]:
-    return [(name, call.make, call.run) for name, call in CALLS.items() if call.sends]
+    return [(name, call.make, call.run) for name, call in CALLS.items() if call.moves]
 
 
 def memory_runs_out_before_a_transfer() -> None:
@@ -903,6 +896,79 @@ def test_a_rank_that_withdrew_and_is_then_asked_to_come_again_gets_its_reply() -
     assert store.num_keys() == 0
 
 
+class _Counted:
+    """A store, and the names of the requests to it."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.requests: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        self.requests.append(name)
+        return getattr(self._store, name)
+
+
+def a_round_of(size: int) -> tuple[list[str], list[list[str]], Any]:
+    """The requests of the leader, who comes last, and of each other rank; the store."""
+    store = dist.HashStore()
+    stores = [_Counted(store) for _ in range(size)]
+    each = [rounds.Rounds(one, range(size), index) for index, one in enumerate(stores)]
+    message, cancel = {"op": "save", "same": None}, threading.Event()
+    with ThreadPoolExecutor(size) as pool:
+        others = [pool.submit(one.follow, message, 15.0, cancel) for one in each[1:]]
+        while store.num_keys() < size or store.add(each[0]._key("came"), 0) < size - 1:
+            time.sleep(0.001)
+        messages = each[0].collect(message, 15.0, cancel)
+        collected = list(stores[0].requests)
+        each[0].answer({"reply": "yes"}, messages)
+        assert [(other.result() or {})["reply"] for other in others] == ["yes"] * (size - 1)
+    return collected, [one.requests for one in stores[1:]], store
+
+
+def test_what_a_round_asks_of_the_store() -> None:
+    """The leader asks as often, however many ranks there are; no rank asks more than it must."""
+    for size in (2, 5):
+        leader, others, store = a_round_of(size)
+        assert leader == ["set", "add", "check", "multi_get"]
+        deleting = 0
+        for requests in others:
+            assert requests[:2] == ["set", "add"]
+            end = requests.index("get")
+            assert set(requests[2:end]) <= {"check", "add"}  # looking for the reply
+            assert requests[end : end + 3] == ["get", "delete_key", "add"]
+            deleting += requests[end + 3 :] == ["delete_key"] * 4 + ["set"]
+        assert (deleting, store.num_keys()) == (1, 0)
+
+
+def test_ranks_look_more_rarely_the_more_there_are() -> None:
+    """So the store has as many requests from thousands of ranks as from a hundred."""
+    few, many = (rounds.Rounds(dist.HashStore(), range(size), 1) for size in (2, 4096))
+    first = [next(one._pauses(len(one.ranks))) for one in (few, many)]
+    assert first[0] < 0.001 < 0.1 < first[1]
+    longest = [max(itertools.islice(one._pauses(len(one.ranks)), 100)) for one in (few, many)]
+    assert longest == [0.01, pytest.approx(0.41, abs=0.01)]
+    assert few._look < many._look < rounds.ROLL_CALL
+
+
+def test_a_leader_that_did_not_wait_for_its_readers_clears_up_in_the_next_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = dist.HashStore()
+    leader, second = (rounds.Rounds(store, (0, 1), index) for index in range(2))
+    message, cancel = {"op": "save", "same": None}, threading.Event()
+    left = []
+    for linger in (0.0, 2.0):
+        monkeypatch.setattr(rounds, "LINGER_S", linger)
+        with ThreadPoolExecutor(1) as pool:
+            reply = pool.submit(second.follow, message, 15.0, cancel)
+            messages = leader.collect(message, 15.0, cancel)
+            with mock.patch.object(leader, "_has", return_value=False) if not linger else nothing():
+                leader.answer({"reply": "yes"}, messages)
+            assert reply.result()
+        left.append(store.num_keys())
+    assert left == [1, 0]
+
+
 def test_a_roll_call_leaves_its_own_keys_only() -> None:
     """The message that a rank had posted before it answers is gone."""
     store = dist.HashStore()
@@ -982,13 +1048,44 @@ class _Event:
         return _Event.left < 0
 
 
+def test_the_device_of_a_transfer_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    cuda, cpu, bound = torch.device("cuda", 3), torch.device("cpu"), torch.device("cuda", 2)
+
+    def group_of(kinds: list[torch.device], bound: torch.device | None = None) -> Any:
+        backend = SimpleNamespace(name=lambda: "nccl")
+        return SimpleNamespace(
+            _device_types=kinds, bound_device_id=bound, _get_backend=lambda _: backend
+        )
+
+    nccl, eager, both = group_of([cuda]), group_of([cuda], bound), group_of([cuda, cpu])
+    for group, kind, model, expected in (
+        (nccl, "cuda", cuda, cuda),
+        (nccl, "cpu", cuda, cuda),  # what is in host memory goes through the model's device
+        (nccl, "cpu", None, torch.device("cuda", 1)),
+        (eager, "cpu", None, bound),
+        (eager, "cuda", cuda, cuda),
+        (both, "cpu", cuda, cpu),
+        (both, "cuda", cuda, cuda),
+    ):
+        assert agree.device_for(group, kind, model) == expected, (kind, model)
+
+
 def test_a_transfer_on_an_accelerator_is_launched_and_its_event_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "Event", _Event)
-    launched = []
-    done = agree._started(lambda: launched.append(True), torch.device("cuda"))
-    assert launched == [True]
+    current, launched = [0], []
+
+    @contextlib.contextmanager
+    def device_index(index: int) -> Iterator[None]:
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    done = agree._started(lambda: launched.append(current[-1]), torch.device("cuda", 3))
+    assert launched == [3]  # not the current one, which the program may never have set
     _Event.left = 3
     assert done(10.0) is True
     assert _Event.left == -1

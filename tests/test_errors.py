@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from shardema import CheckpointError, ShadowPolicy, ShardedEMA, schedules
+from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA, SwapError, schedules
 from tests import world, zoo
 from tests.test_checkpoint import bits
+from tests.test_docs import anchors
 
 
 def net() -> nn.Module:
@@ -103,6 +105,20 @@ def net() -> nn.Module:
 def test_construction(make: Callable[[], object], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         make()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are of Python 3.11")
+def test_a_traceback_leads_to_the_section_of_the_page() -> None:
+    page = Path(__file__).parent.parent / "docs" / "errors.md"
+    found = []
+    for error in (RankError("x"), CheckpointError("x"), SwapError("x", weights={})):
+        (note,) = error.__notes__
+        url, _, section = note.rpartition(" ")[2].partition("#")
+        assert url == "https://github.com/shardema/shardema/blob/main/docs/errors.md"
+        assert section in anchors(page)
+        found.append(section)
+        assert str(error) == "x"
+    assert found == ["collective-calls", "saving-loading-exporting", "updating-and-swapping"]
 
 
 def test_a_tensor_that_shares_memory_is_refused() -> None:

@@ -21,9 +21,11 @@ OPTIONAL = {
     "transformers": "integrations/transformers.py",
     "lightning": "integrations/lightning.py",
     "matplotlib": "cli/plot.py",
+    "plotext": "cli/terminal.py",
     "triton": "kernels/fused_gpu.py",
     "peft": "files/pretrained.py",
     "fsspec": "files/remote.py",
+    "huggingface_hub": "files/hub.py",
 }
 
 
@@ -197,6 +199,12 @@ ema.full_state_dict()
 ema.save(sys.argv[1])
 ema.load(sys.argv[1])
 print([m for m in unwanted if m in sys.modules])
+for name in ("accelerate", "lightning", "transformers"):
+    sys.modules[name] = None  # as if it were not installed
+    try:
+        __import__(f"shardema.integrations.{{name}}")
+    except ImportError as error:
+        print(error)
 """
 
 
@@ -206,4 +214,9 @@ def test_neither_the_import_nor_a_plain_model_needs_what_is_slow_or_optional(
     code = PLAIN_LIFE.format(names=sorted({*OPTIONAL, "rich", "click", *SLOW}))
     call = [sys.executable, "-c", code, str(tmp_path / "ema")]
     done = subprocess.run(call, capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:2] == ["[]", "[]"]
+    first, second, *missing = done.stdout.splitlines()
+    assert (first, second) == ("[]", "[]")
+    assert missing == [
+        f"shardema.integrations.{name} needs {name}: pip install 'shardema[{name}]'"
+        for name in ("accelerate", "lightning", "transformers")
+    ]

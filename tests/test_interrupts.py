@@ -77,18 +77,18 @@ class Signals(meters._Dispatched):
 @contextlib.contextmanager
 def signal_in_the_transfer(number: int) -> Iterator[None]:
     """Sends a signal to this process while a thread of it is in the first collective."""
-    gather = replicas._all_gather
+    gather = replicas.all_gather_rows
 
     def interrupted(*args: Any) -> None:
-        replicas._all_gather = gather
+        replicas.all_gather_rows = gather
         os.kill(os.getpid(), number)
         gather(*args)
 
-    replicas._all_gather = interrupted
+    replicas.all_gather_rows = interrupted
     try:
         yield
     finally:
-        replicas._all_gather = gather
+        replicas.all_gather_rows = gather
 
 
 @contextlib.contextmanager

@@ -1144,6 +1144,7 @@ def test_one_of_several_averages_evaluates(tmp_path: Path) -> None:
 
 
 def test_a_clock_in_samples_takes_dt(tmp_path: Path) -> None:
+    assert EMACallback(decay=0.9).schedule == EMACallback(0.9).schedule == 0.9
     ema = EMACallback(schedules.half_life(10, unit="sample"), dt=2)
     trainer_of(tmp_path, ema).fit(Module(), data(3))
     assert ema.ema is not None
@@ -1167,6 +1168,7 @@ def test_a_clock_in_samples_takes_dt(tmp_path: Path) -> None:
         ({"schedule": {"a": 0.5, "b": 0.6}}, "average: got None, expected one of"),
         ({"schedule": 1.5}, "decay"),
         ({"selects": "*"}, "selects"),
+        ({"decay": 0.5}, "got schedule and decay, expected one"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:

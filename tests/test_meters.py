@@ -16,6 +16,8 @@ def test_the_allocation_meter_fires() -> None:
     assert meters.allocated(values.zero_) == 0
     assert meters.peak(lambda: [torch.zeros(1000) for _ in range(3)]) == 12_000
     assert meters.peak(lambda: [torch.zeros(1000).numel() for _ in range(3)]) == 4000
+    held: list[torch.Tensor] = []
+    assert meters.kept(lambda: held.append(torch.zeros(1000) + torch.zeros(1000))) == 4000
 
 
 def test_the_copy_meter_fires() -> None:
@@ -69,5 +71,25 @@ def fires_on_collectives() -> None:
     assert calls == []
 
 
-def test_the_collective_meter_fires() -> None:
-    world.run(fires_on_collectives, 2)
+def fires_on_communicators() -> None:
+    here, other = torch.zeros(1), 1 - dist.get_rank()
+    kind = dist.isend if dist.get_rank() == 0 else dist.irecv
+    with meters.communicators() as made:
+        with pytest.raises(AssertionError, match="a communicator of two ranks"):
+            kind(here, other)
+        with pytest.raises(AssertionError, match="the first call of its group"):
+            dist.batch_isend_irecv([dist.P2POp(kind, here, other)])
+        assert made == set()
+        dist.barrier()
+        for work in dist.batch_isend_irecv([dist.P2POp(kind, here, other)]):
+            work.wait()
+        assert made == {dist.group.WORLD.group_name}
+
+
+def meters_of_communication() -> None:
+    fires_on_collectives()
+    fires_on_communicators()
+
+
+def test_the_meters_of_communication_fire() -> None:
+    world.run(meters_of_communication, 2)

@@ -29,6 +29,28 @@ SURVIVORS = {
         "pause = min(2 * pause, _PAUSES[1])",
         "pause = min((3) * pause, _PAUSES[1])",
     ): "longer pauses between two looks find the same files",
+    (
+        "publishing/folder.py",
+        "shutil.rmtree(hidden, ignore_errors=True)",
+        "(shutil.rmtree(hidden))",
+    ): "errors of it are suppressed around it as well",
+    ("publishing/folder.py", "path, fd = None, -1", "path, fd = None, -(2)"): (
+        "any negative number says that there is no descriptor yet"
+    ),
+    (
+        "publishing/place.py",
+        "if time.monotonic() >= end:",
+        "if (time.monotonic() > end):",
+    ): "one instant of a clock",
+    (
+        "model/teacher.py",
+        'boxes = ", ".join(f"{list(b.sizes)} at {list(b.offsets)}" for b in shard.boxes[:3])',
+        'boxes = ", ".join(f"{list(b.sizes)} at {list(b.offsets)}" for b in shard.boxes[:(4)])',
+    ): "how many boxes an error lists",
+    ("model/teacher.py", "if len(shard.boxes) > 1:", "if len(shard.boxes) > (2):"): (
+        "no two backends hold the same two boxes of a tensor in another order"
+    ),
+    ("update/homes.py", "return False", "return"): "None is as false",
     ("update/attach.py", "self._guard()", "pass"): (
         "before the update of an open round, which waits for the one before it and refuses to be "
         "made inside a swap by itself; the step's own guard follows"

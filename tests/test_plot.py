@@ -631,14 +631,18 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
 def test_without_matplotlib_the_command_says_what_to_install(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
+        "from shardema.cli.demo import draw\n"
         "from shardema.cli.main import main\n"
+        "print(draw([{'step': 1.0, 'raw_loss': 2.0, 'ema_loss': 1.0}], 'x.png'))\n"
         "main(['plot', 'decay', '--schedule', '0.9', '--steps', '9', '-o', 'x.png'])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 1
-    assert done.stderr == "Error: shardema.cli.plot needs matplotlib: pip install matplotlib\n"
+    missing = "shardema.cli.plot needs matplotlib: pip install 'shardema[plot]'"
+    assert done.stderr == f"Error: {missing}\n"
+    assert done.stdout == f"nothing: {missing}\n"  # the demo goes on without a picture
 
 
 def test_a_picture_needs_neither_pyplot_nor_a_display(tmp_path: Path) -> None:
@@ -656,3 +660,30 @@ def test_a_picture_needs_neither_pyplot_nor_a_display(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.png").read_bytes().startswith(PNG)
+
+
+# other forms
+
+
+def test_the_curves_of_a_figure_are_printed_as_json() -> None:
+    words = ["plot", "decay", "--schedule", "ramp(0.9)", "--steps", "3", "--format", "json"]
+    done = CliRunner().invoke(main, words)
+    (one, *_) = json.loads(done.output)
+    rule = schedules.ramp(0.9)
+    assert one["x"] == [1.0, 2.0, 3.0][-len(one["x"]) :]
+    assert one["y"] == [rule.retention(x - 1, x) for x in one["x"]]
+    words = ["plot", "profile", "--schedule", "0.5", "--steps", "4", "--format", "json"]
+    (one,) = json.loads(CliRunner().invoke(main, words).output)
+    assert one["y"][:4] == [0.0625, 0.125, 0.25, 0.5]
+
+
+def test_curves_are_drawn_in_the_terminal_without_a_display(tmp_path: Path) -> None:
+    pytest.importorskip("plotext")
+    log = tmp_path / "log.csv"
+    log.write_text("step,raw_loss,ema_loss\n10,2.0,1.9\n20,1.0,0.5\n")
+    done = CliRunner().invoke(main, ["plot", "curves", str(log), "--format", "terminal"])
+    assert done.exit_code == 0, done.output
+    for text in ("Raw and averaged weights: loss", "raw: raw_loss", "average: ema_loss", "20"):
+        assert text in done.output
+    assert "\x1b" not in done.output  # no colors where nobody looks
+    assert list(tmp_path.iterdir()) == [log]

@@ -225,5 +225,5 @@ def test_the_issue_forms_ask_for_what_a_maintainer_needs() -> None:
         for field in form["body"]
         if "validations" in field
     }
-    for label in ("python -m torch.utils.collect_env", "repr(ema)", "minimal script"):
+    for label in ("shardema doctor --for-issue", "repr(ema)", "minimal script"):
         assert any(label in text and needed for text, needed in required.items()), label

@@ -508,6 +508,30 @@ def test_on_two_ranks(verdicts: world.Verdicts, fact: str) -> None:
     verdicts.check(fact)
 
 
+def test_a_publish_to_shared_memory_leaves_no_file_open(place: Place) -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), 0.5)
+    sink, held = SharedMemorySink(place.memory), []
+    for version in range(3):
+        ema.publish(sink, version=version)
+        held.append(len(os.listdir("/proc/self/fd")))
+    sink.close(remove=True)
+    assert len(set(held)) == 1, held
+
+
+def test_a_link_that_cannot_be_renamed_leaves_the_old_version_alone(tmp_path: Path) -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), 0.5)
+    with contextlib.closing(FolderSink(tmp_path)) as sink:
+        ema.publish(sink, version="a")
+        (tmp_path / ".current.tmp").mkdir()  # where the new link is made
+        with pytest.raises(CheckpointError):
+            ema.publish(sink, version="b")
+        assert Watched(tmp_path).version == "a"
+        assert not (tmp_path / "b").exists()
+        (tmp_path / ".current.tmp").rmdir()
+        ema.publish(sink, version="b")
+        assert Watched(tmp_path).version == "b"
+
+
 # ---- a publisher that is killed ---------------------------------------------------------------
 
 

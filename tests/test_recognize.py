@@ -35,6 +35,26 @@ def inspected(path: Path, *words: str) -> dict[str, Any]:
 # ---- of shardema --------------------------------------------------------------------------------
 
 
+def test_a_file_of_a_checkpoint_leads_to_its_folder(tmp_path: Path) -> None:
+    ema = ShardedEMA(nn.Linear(3, 2), 0.5)
+    for _ in range(2):  # the second save's files are in a folder of their own
+        ema.save(tmp_path / "ck", overwrite=True)
+    parts = [path for path in (tmp_path / "ck").rglob("*") if path.is_file()]
+    assert {path.suffix for path in parts} == {".json", ".safetensors"}
+    for part in parts:
+        code, text = run("inspect", part)
+        told = f"this is a file of a checkpoint of shardema; give its folder, {tmp_path / 'ck'}\n"
+        assert (code, text) == (1, f"Error: reading {part}: {told}")
+
+
+def test_a_log_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,raw_loss\n1,2.0\n")
+    code, text = run("inspect", tmp_path / "log.csv")
+    assert code == 1
+    assert "not a safetensors file, nor one of another kind" in text
+    assert "`shardema plot curves` draws logs" in text
+
+
 def test_a_checkpoint_has_its_kind_and_its_layout(tmp_path: Path) -> None:
     ShardedEMA(nn.Linear(3, 2), {"a": 0.5, "b": 0.9}).save(tmp_path / "ck")
     found = inspected(tmp_path / "ck", "--layout")
@@ -78,7 +98,7 @@ def test_a_managers_directory_lists_its_steps(tmp_path: Path) -> None:
     assert "checksum mismatch" in steps[1]["error"]
     code, text = run("inspect", tmp_path / "run")
     assert code == 0
-    assert "4 step(s), 3 of them complete" in text
+    assert "4 steps, 3 complete" in text
     assert "resume()" in text
 
 

@@ -1,7 +1,7 @@
 """Whole stories, as a user lives them: train, be killed, resume, export, load the export.
 
 One backend is in the gate; the others run with --full, and leave a dated row each in
-benchmarks/results/stories.csv, which the README's table of backends goes by.
+benchmarks/results/stories.csv, which docs/tested.md goes by.
 """
 
 from __future__ import annotations

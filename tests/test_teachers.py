@@ -608,6 +608,17 @@ def test_tied_weights_of_the_student_are_tied_in_the_teacher() -> None:
     assert torch.equal(teacher[2].weight, student[0].weight - 1)
 
 
+def test_a_buffer_of_the_teacher_is_no_parameter() -> None:
+    student, teacher = net(), frozen()
+    value = teacher[1].bias.detach().clone()
+    del teacher[1].bias
+    teacher[1].register_buffer("bias", value)
+    with pytest.raises(
+        ValueError, match=r"1.bias: got a buffer in the teacher, expected a plain p"
+    ):
+        ShardedEMA(student, 0.5, into=teacher)
+
+
 def test_two_tensors_into_one_are_refused() -> None:
     student = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     options = {"rename": lambda fqn: f"0.{fqn[2:]}", "select": "*.bias"}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
@@ -18,8 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from shardema import ShardedEMA
+from shardema.cli.main import main
 from tests import world
-from tests.contract import assert_same, shared_folder
+from tests.contract import assert_same, parts_of, shared_folder
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import: nothing here may look for a network
 
@@ -265,8 +267,11 @@ def test_the_file_is_what_save_pretrained_writes(
 ) -> None:
     folder = exported.of(kind, "whole")
     load(folder).save_pretrained(tmp_path)
-    for name in ("model.safetensors", "config.json", "generation_config.json"):
+    for name in ("config.json", "generation_config.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+    theirs, ours = (parts_of(f"{place}/model.safetensors") for place in (tmp_path, folder))
+    assert theirs[:2] == ours[:2]
+    assert theirs[2].items() <= ours[2].items()  # ours also says which average it is
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in folder.iterdir()}
 
 
@@ -316,6 +321,20 @@ def test_an_export_in_bf16_loads_as_bf16(exported: Exported, kind: str) -> None:
 @pytest.mark.parametrize("fact", [f"load_full/{kind}" for kind in KINDS])
 def test_load_full_gives_back_the_exported_average(exported: Exported, fact: str) -> None:
     exported.verdicts.check(fact)
+
+
+def test_plan_reads_the_config_of_a_model_without_its_weights(tmp_path: Path) -> None:
+    make("tied").config.save_pretrained(tmp_path)
+    words = ["plan", str(tmp_path), "--strategy", "ddp", "--world-size", "2", "--json"]
+    done = CliRunner().invoke(main, [*words, "--memory-speed", "100"])
+    assert done.exit_code == 0, done.output
+    averaged = dict(make("tied").named_parameters())  # tied ones once
+    found = json.loads(done.output)
+    assert found["parameters"] == sum(param.numel() for param in averaged.values())
+    assert found["tensors"] == len(averaged)
+    (tmp_path / "config.json").write_text('{"model_type": "no such thing"}')
+    done = CliRunner().invoke(main, words)
+    assert (done.exit_code, "transformers cannot build" in done.output) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -1054,6 +1054,9 @@ def test_a_killed_trainer_goes_on_to_the_same_average(
         (lambda: EMACallback({"a": 0.9}), ValueError, r"got 'ema', expected .*'raw', 'both', 'a'"),
         (lambda: EMACallback({"raw": 0.9}), ValueError, "are values of eval_with="),
         (lambda: EMACallback(0.9, every=2), TypeError, "every"),
+        (lambda: EMACallback(decay=1.5), ValueError, r"decay=1.5, expected a number in \[0, 1\]"),
+        (lambda: EMACallback(0.9, decay=0.9), TypeError, "got schedule and decay, expected one"),
+        (EMACallback, TypeError, "schedule: got None, expected a decay"),
         (
             lambda: EMACallback(schedules.half_life(9, unit="token")),
             ValueError,

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from shardema import ShadowPolicy, ShardedEMA, schedules
+from shardema.costs import tensors
+from shardema.costs.layout import Layout, Strategy
 from tests import engines, meters, oracle, parallel_facts, world, zoo
 from tests.contract import assert_same, shared_folder
 from tests.engines import CONFIGS, Config
+from tests.test_costs import Net, check_plan
 
 STEPS = 20
 
@@ -466,6 +470,15 @@ def what_is_published_is_the_average_of_the_masters(config: Config) -> None:
     assert_same(engines.weights(engine), live)
 
 
+def the_plan_of_an_engine_is_what_it_allocates(config: Config) -> None:
+    module = Net()
+    weights = torch.bfloat16 if "bf16" in config.more else torch.float32
+    described = tensors.of_module(module, weights)
+    zero: dict[int, Strategy] = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
+    layout = Layout(zero[config.stage], dist.get_world_size())
+    check_plan(described, config.engine(module), layout, ShadowPolicy())
+
+
 FACTS = [
     the_average_is_that_of_the_masters,
     a_forward_inside_swap_is_the_averages,
@@ -485,6 +498,7 @@ FACTS = [
     after_load_checkpoint_the_masters_are_found,
     a_mixture_is_read_like_an_average,
     what_is_published_is_the_average_of_the_masters,
+    the_plan_of_an_engine_is_what_it_allocates,
 ]
 
 
@@ -504,11 +518,12 @@ def check(fact: str, config: str) -> None:
 
 
 # one of each kind; the others are variants of how the same class lays out its partitions
-# what does not hang on the class of the optimizer: on one config
+# what does not hang on the class of the optimizer: on one config, or one of each stage
 _ONCE = {
-    "dt_is_asked_at_steps_that_count": "2-bf16",
-    "steps_count_again_after_a_rollback": "1-bf16",
-    "what_is_published_is_the_average_of_the_masters": "3-bf16",
+    "dt_is_asked_at_steps_that_count": ("2-bf16",),
+    "steps_count_again_after_a_rollback": ("1-bf16",),
+    "what_is_published_is_the_average_of_the_masters": ("3-bf16",),
+    "the_plan_of_an_engine_is_what_it_allocates": ("1-fp32", "2-bf16", "3-bf16"),
 }
 KINDS = ("0-fp32", "0-bf16", "0-fused", "1-bf16-fp32-accumulation")
 KINDS += ("2-bf16", "3-bf16", "3-offload")
@@ -520,7 +535,7 @@ def in_the_gate(ranks: int, fact: str, name: str) -> bool:
         return ranks == 2 and name in ("2-bf16", *parallel_facts.IN_THE_GATE)
     place = [f.__name__ for f in FACTS].index(fact)
     if fact in _ONCE:
-        return name == _ONCE[fact] and ranks == 2
+        return name in _ONCE[fact] and ranks == 2
     if name in KINDS:
         return ranks == 2 or place < 2
     # what a variant averages on three ranks, of which nothing is a multiple; a swap on two

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from shardema.cli.tables import as_json, line, one_line, progress, row, screen, size, table
-from shardema.errors import CheckpointError, abbreviate
+from shardema.errors import CheckpointError, abbreviate, counted
 from shardema.files import pruning
 from shardema.files import verify as verifying
 from shardema.files.compare import Compared, Difference, compare
@@ -80,7 +80,7 @@ def _verified(given: str, against: str | None, quiet: bool) -> Iterator[Verified
 
 
 def _show_verified(console: Console, found: Verified) -> None:
-    held = f"{found.tensors} tensor(s) in {found.files} file(s), {size(found.nbytes)}"
+    held = f"{_tensors(found.tensors)} in {counted(found.files, 'file')}, {size(found.nbytes)}"
     if found.absent:
         line(console, f"{found.path}: no such folder or file")
     elif found.gone:
@@ -96,6 +96,10 @@ def _show_verified(console: Console, found: Verified) -> None:
     else:
         told = "headers, index and sizes are ok; an export has no checksums, so values are not"
         line(console, f"{found.path}: {told} verified; {held}")
+
+
+def _tensors(number: int) -> str:
+    return counted(number, "tensor")
 
 
 def _told(path: str, damage: Damage) -> str:
@@ -175,10 +179,10 @@ def _show_differences(console: Console, a: str, b: str, found: Compared, top: in
     different = sum(not d.equal for d in found.differences)
     line(
         console,
-        f"{different} of {len(found.differences)} tensor(s) differ; distance of all "
+        f"{different} of {_tensors(len(found.differences))} differ; distance of all "
         f"{found.distance:.3g}"
         if different
-        else f"{len(found.differences)} tensor(s) are bitwise equal",
+        else f"{_tensors(len(found.differences))} compared, bitwise equal",
     )
 
 

@@ -17,6 +17,7 @@ from torch import distributed as dist
 from shardema import posthoc
 from shardema.cli import spec
 from shardema.cli.tables import as_json, line, one_line, printable, progress, row, screen, table
+from shardema.errors import counted
 from shardema.files.safetensors import reporting
 from shardema.posthoc.reconstruction import Reconstruction, described
 from shardema.posthoc.targets import CURVES
@@ -172,7 +173,7 @@ def merge(
         as_json({"out": out, "weights": dict(zip(checkpoints, used, strict=True))})
     elif leader and not quiet:
         told = ", ".join(f"{weight:.6g}" for weight in used)
-        click.echo(printable(f"{out}: {len(used)} checkpoint(s) with the weights {told}"))
+        click.echo(printable(f"{out}: {counted(len(used), 'checkpoint')} with the weights {told}"))
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shardema.cli.tables import as_json, line, one_line, row, screen, size, table
+from shardema.errors import counted
 from shardema.files import consolidated, recognize
 from shardema.files import manifest as manifests
 from shardema.files.manifest import Manifest, StoredTensor
@@ -126,8 +127,8 @@ def _layout(stored: Manifest) -> list[dict[str, Any]]:
 def _show(console: Console, path: str, stored: Manifest, facts: Mapping[str, Any]) -> None:
     line(
         console,
-        f"{path}: saved by {stored.world_size} rank(s) in {len(stored.files)} file(s), "
-        f"{size(facts['bytes'])}",
+        f"{path}: saved by {counted(stored.world_size, 'rank')} in "
+        f"{counted(len(stored.files), 'file')}, {size(facts['bytes'])}",
     )
     columns = ("average", "t", "updates", "schedule", "tensors", "elements", "size")
     made = table(columns, ("t", "updates", "tensors", "elements", "size"))
@@ -138,7 +139,7 @@ def _show(console: Console, path: str, stored: Manifest, facts: Mapping[str, Any
         row(
             made,
             name,
-            f"{a['t']} {given.get('unit', 'step')}s",
+            counted(a["t"], given.get("unit", "step")),
             a["num_updates"],
             f"{rule['name']}({params})",
             a["tensors"],
@@ -147,9 +148,10 @@ def _show(console: Console, path: str, stored: Manifest, facts: Mapping[str, Any
         )
     console.print(made)
     if facts["buffers"]:
-        line(console, f"and {facts['buffers']} buffer(s) of the model")
+        line(console, f"and {counted(facts['buffers'], 'buffer')} of the model")
     if stored.left_out:
-        line(console, f"not in it: {len(stored.left_out)} parameter(s) that are not averaged")
+        left_out = counted(len(stored.left_out), "parameter")
+        line(console, f"not in it, since not averaged: {left_out}")
 
 
 def _tensor_table(stored: Manifest) -> Table:
@@ -163,13 +165,15 @@ def _tensor_table(stored: Manifest) -> Table:
 def _layout_table(files: list[dict[str, Any]]) -> Table:
     made = table(("file", "tensor", "average", "elements", "size"))
     for file in files:
+        name = file["file"]
         for box in file["boxes"]:
             ranges = ", ".join(
                 f"{offset}:{offset + n}"
                 for offset, n in zip(box["offsets"], box["sizes"], strict=True)
             )
             average = box["average"] or ""
-            row(made, file["file"], box["fqn"], average, f"[{ranges}]", size(box["bytes"]))
+            row(made, name, box["fqn"], average, f"[{ranges}]", size(box["bytes"]))
+            name = ""  # once is enough
     return made
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,16 @@ from shardema import importers
 from shardema.cli import logs, spec
 from shardema.cli.checks import diff, prune, verify
 from shardema.cli.chosen import DTYPES, merge, reconstruct
+from shardema.cli.demo import demo
+from shardema.cli.doctor import doctor
 from shardema.cli.looks import inspect
-from shardema.cli.tables import Commands, one_line, printable, progress
+from shardema.cli.planned import plan
+from shardema.cli.tables import Commands, as_json, one_line, printable, progress
 from shardema.cli.texts import describe, unit_of
-from shardema.files import manifest
+from shardema.errors import counted
+from shardema.files import companions, manifest
 from shardema.files.layouts import LAYOUTS, Layout
+from shardema.files.manifest import Manifest
 from shardema.files.offline import export_checkpoint
 from shardema.files.profiles import read_profile
 from shardema.importers import converting
@@ -35,12 +41,15 @@ def main() -> None:
     """Inspect, verify, compare and export checkpoints of averaged weights; plot averages."""
 
 
+main.add_command(demo)
 main.add_command(inspect)
 main.add_command(verify)
 main.add_command(diff)
 main.add_command(prune)
 main.add_command(reconstruct)
 main.add_command(merge)
+main.add_command(plan)
+main.add_command(doctor)
 
 
 @main.command()
@@ -53,6 +62,13 @@ main.add_command(merge)
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Size of one file.")
 @click.option("--partial", is_flag=True, help="Export without parameters that are not saved.")
+@click.option("--tokenizer", type=click.Path(), help="Folder of a tokenizer to copy to OUT.")
+@click.option("--pipeline", type=click.Path(), help="A diffusers pipeline: OUT is a copy of it,")
+@click.option("--component", help="with this component replaced, such as unet.")
+@click.option("--card", is_flag=True, help="Write a model card.")
+@click.option("--base-model", help="For the card: what the run started from.")
+@click.option("--push", metavar="ORG/NAME", help="Upload OUT to the Hugging Face Hub, with a card.")
+@click.option("--private", is_flag=True, help="With --push: a new repository is private.")
 @click.option("--quiet", is_flag=True, help="Print no progress bar and no summary.")
 def export(
     checkpoint: str,
@@ -62,6 +78,13 @@ def export(
     layout: Layout,
     max_shard_size: str,
     partial: bool,
+    tokenizer: str | None,
+    pipeline: str | None,
+    component: str | None,
+    card: bool,
+    base_model: str | None,
+    push: str | None,
+    private: bool,
     quiet: bool,
 ) -> None:
     """Write an average of CHECKPOINT to the new folder OUT, by default in the HF layout.
@@ -69,20 +92,60 @@ def export(
     One process, no model code, a few MiB of memory. The layouts timm and torch_averaged are one
     file of torch.save, and need memory for the average.
     """
+    hub = _hub() if card or push else None
+    if (pipeline is None) != (component is None):
+        raise click.UsageError("give --pipeline and --component together")
+    if hub is not None and (pipeline is not None or layout not in ("hf", "diffusers")):
+        raise click.UsageError("--card and --push are of one model in the HF layout")
+    stored: list[Manifest] = []
     with one_line(), progress("export", quiet) as bar:
-        stored = export_checkpoint(
-            checkpoint,
-            out,
-            average=average,
-            dtype=DTYPES[dtype] if dtype else None,
-            layout=layout,
-            max_shard_size=max_shard_size,
-            partial=partial,
-            done=bar.update,
-        )
+        companions.check_tokenizer(tokenizer)
+
+        def write(folder: str) -> None:
+            stored[:] = [
+                export_checkpoint(
+                    checkpoint,
+                    folder,
+                    average=average,
+                    dtype=DTYPES[dtype] if dtype else None,
+                    layout=layout,
+                    max_shard_size=max_shard_size,
+                    partial=partial,
+                    done=bar.update,
+                )
+            ]
+
+        if pipeline is not None and component is not None:
+            companions.into_pipeline(pipeline, component, out, write)
+        else:
+            write(out)
+        if tokenizer is not None:
+            companions.copy_tokenizer(tokenizer, out)
+    address = _published(hub, out, push, base_model, private) if hub is not None else None
     if not quiet:
-        name = average or next(iter(stored.averages))
-        click.echo(printable(f"{out}: average {name!r} at t={stored.averages[name].t}"))
+        name = average or next(iter(stored[0].averages))
+        click.echo(printable(f"{out}: average {name!r} at t={stored[0].averages[name].t}"))
+        if address:
+            click.echo(printable(address))
+
+
+def _hub() -> Any:
+    """The module that needs huggingface_hub, before anything is written."""
+    try:
+        from shardema.files import hub
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
+    return hub
+
+
+def _published(
+    hub: Any, out: str, push: str | None, base_model: str | None, private: bool
+) -> str | None:
+    """Writes the card, and uploads the folder if there is a place; returns its address."""
+    with one_line():
+        title = push or os.path.basename(os.path.abspath(out))
+        hub.write_card(out, title=title, base_model=base_model)
+        return str(hub.push(out, push, private=private)) if push else None
 
 
 @main.command()
@@ -127,8 +190,9 @@ def convert(
         )
     if not quiet:
         count = "unknown" if found.num_updates is None else f"{found.num_updates}"
-        told = f"{len(found.tensors)} tensor(s) of format {found.format!r}, updates: {count}"
-        click.echo(printable(f"{out}: {told}"))
+        tensors = counted(len(found.tensors), "tensor")
+        told = f"{out}: {tensors} of format {found.format!r}, updates: {count}"
+        click.echo(printable(told))
 
 
 @main.group()
@@ -138,6 +202,14 @@ def plot() -> None:
 
 _FORMATS = (".png", ".svg", ".pdf")
 _force = click.option("--force", is_flag=True, help="Replace an existing file.")
+_format = click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["picture", "terminal", "json"]),
+    default="picture",
+    show_default=True,
+    help="A file; text in the terminal; the curves as JSON.",
+)
 
 
 def _output(default: str) -> Callable[..., Any]:
@@ -178,6 +250,7 @@ def _of_rules(*, steps_required: bool) -> Callable[..., Any]:
 @_of_rules(steps_required=False)
 @click.option("--log", is_flag=True, help="Logarithmic vertical axis.")
 @_output("profile.png")
+@_format
 @_force
 def profile(
     checkpoint: tuple[str, ...],
@@ -189,6 +262,7 @@ def profile(
     dt: float | None,
     log: bool,
     output: str,
+    format_: str,
     force: bool,
 ) -> None:
     """Plot how much each step of a run contributes to the average at its end.
@@ -202,9 +276,9 @@ def profile(
             found = _profiles(checkpoint, average)
         if text:
             for label, one in found.items():
-                click.echo(printable(f"{label} at {one.t:,} {unit_of(one)}s: {describe(one)}"))
+                click.echo(printable(f"{label} at {counted(one.t, unit_of(one))}: {describe(one)}"))
         else:
-            _draw(output, force, lambda drawing: drawing.profiles(found, log=log))
+            _draw(output, format_, force, lambda drawing: drawing.profiles(found, log=log))
         return
     if text or average is not None:
         raise click.UsageError("--text and --average are of checkpoints, and none is given")
@@ -212,6 +286,7 @@ def profile(
         raise click.UsageError("Missing option '--steps'.")
     _draw(
         output,
+        format_,
         force,
         lambda drawing: drawing.profile(_rules(schedule, preset), steps, dt=dt, log=log),
     )
@@ -233,6 +308,7 @@ def _profiles(folders: tuple[str, ...], average: str | None) -> dict[str, Profil
 @plot.command()
 @_of_rules(steps_required=True)
 @_output("decay.png")
+@_format
 @_force
 def decay(
     schedule: tuple[str, ...],
@@ -240,10 +316,16 @@ def decay(
     steps: int,
     dt: float | None,
     output: str,
+    format_: str,
     force: bool,
 ) -> None:
     """Plot the decay of each update of a run."""
-    _draw(output, force, lambda drawing: drawing.decay(_rules(schedule, preset), steps, dt=dt))
+    _draw(
+        output,
+        format_,
+        force,
+        lambda drawing: drawing.decay(_rules(schedule, preset), steps, dt=dt),
+    )
 
 
 @plot.command()
@@ -253,6 +335,7 @@ def decay(
 @click.option("--step", help="Column of the horizontal axis.  [default: step]")
 @click.option("--unit", default="", help="Unit of the vertical axis, such as nats.")
 @_output("curves.png")
+@_format
 @_force
 def curves(
     log: str,
@@ -261,6 +344,7 @@ def curves(
     step: str | None,
     unit: str,
     output: str,
+    format_: str,
     force: bool,
 ) -> None:
     """Plot the raw and the averaged learning curves of LOG.
@@ -276,6 +360,7 @@ def curves(
         raise click.ClickException(str(error)) from error
     _draw(
         output,
+        format_,
         force,
         lambda drawing: drawing.curves(rows, raw=raw, averaged=average, step=step, unit=unit),
     )
@@ -290,18 +375,30 @@ def _rules(written: tuple[str, ...], presets: tuple[str, ...]) -> dict[str, Sche
     return found
 
 
-def _draw(output: str, force: bool, make: Callable[[Any], Any]) -> None:
-    """Draws a figure, then writes it; replaces an existing file only with ``force``."""
-    if os.path.lexists(output) and not force:
+def _draw(output: str, format_: str, force: bool, make: Callable[[Any], Any]) -> None:
+    """Draws a figure, and writes or prints it; replaces an existing file only with ``force``."""
+    if format_ == "picture" and os.path.lexists(output) and not force:
         raise click.ClickException(f"{output} exists already: give another --output, or --force")
     try:
         from shardema.cli import plot as drawing
+
+        if format_ == "terminal":
+            from shardema.cli import terminal
     except ImportError as error:
         raise click.ClickException(str(error)) from error
     try:
         figure = make(drawing)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    if format_ == "json":
+        as_json(drawing.series(figure))
+    elif format_ == "terminal":
+        click.echo(terminal.draw(drawing.series(figure), color=sys.stdout.isatty()))
+    else:
+        _write(figure, output, force)
+
+
+def _write(figure: Any, output: str, force: bool) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format=output.rsplit(".", 1)[1], dpi=120)
     try:

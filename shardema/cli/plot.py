@@ -31,10 +31,11 @@ from shardema.schedules.profiles import StepWeights, decays, weight_profile
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import StepPatch
     from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 except ImportError as error:
     raise ImportError(
-        "shardema.cli.plot needs matplotlib: pip install matplotlib", name=error.name
+        "shardema.cli.plot needs matplotlib: pip install 'shardema[plot]'", name=error.name
     ) from error
 
 _SEEN = 0.005  # weight of the initial values from which the legend mentions it
@@ -385,3 +386,30 @@ def _quantity(raw: str, averaged: str) -> str:
     if raw.replace("raw", "") == raw:
         return raw
     return raw.replace("raw", "").strip("_/.- ") or "value"
+
+
+def series(figure: Figure) -> list[dict[str, Any]]:
+    """What a figure of this module shows, as lists: of each curve its panel, label, x and y.
+
+    A profile is constant between its edges; each edge is a point with the height after it.
+
+    >>> [(one["label"], one["x"][0], one["y"][0]) for one in series(decay([0.9], 10))]
+    [('0.9', 1.0, 0.9)]
+    """
+    found = []
+    for axes in figure.axes:
+        panel = {"title": axes.get_title(), "across": axes.get_xlabel(), "up": axes.get_ylabel()}
+        for line in axes.lines:
+            label, (x, y) = str(line.get_label()), line.get_data()
+            found.append({**panel, "label": label, "x": _floats(x), "y": _floats(y)})
+        for patch in axes.patches:
+            if isinstance(patch, StepPatch):
+                heights, edges, _ = patch.get_data()
+                label, y = str(patch.get_label()), [*heights, *heights[-1:]]
+                found.append({**panel, "label": label, "x": _floats(edges), "y": _floats(y)})
+    return found
+
+
+def _floats(values: Any) -> list[float | None]:
+    """Numbers of a curve; None for what is not finite."""
+    return [float(value) if math.isfinite(value) else None for value in values]

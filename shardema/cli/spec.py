@@ -16,9 +16,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from shardema import presets, schedules
+from shardema.arguments import Preset, as_schedules
 from shardema.posthoc.targets import CURVES, Target, window
 from shardema.schedules import Schedule, as_schedule
 
@@ -63,12 +62,17 @@ def preset(text: str) -> dict[str, Schedule]:
     >>> list(preset("edm2(stds=[0.05, 0.1])"))
     ["edm2(stds=[0.05, 0.1]), average '0.050'", "edm2(stds=[0.05, 0.1]), average '0.100'"]
     """
-    made = _value(_parse(text), _presets(), text)
-    if not isinstance(made, dict):
-        raise ValueError(f"got {text!r}, expected a preset such as timm_v3(decay=0.9999)")
+    made: dict[str, Any] = _made(lambda: as_schedules(_preset_of(text).schedule), text)
     if len(made) == 1:
         return {text: next(iter(made.values()))}
     return {f"{text}, average {name!r}": rule for name, rule in made.items()}
+
+
+def _preset_of(text: str) -> Preset:
+    made = _value(_parse(text), _presets(), text)
+    if not isinstance(made, Preset):
+        raise ValueError(f"got {text!r}, expected a preset such as timm_v3(decay=0.9999)")
+    return made
 
 
 def target(text: str) -> Target:
@@ -107,6 +111,20 @@ def rules(text: str) -> dict[str, Schedule]:
     if text.split("(", 1)[0].strip() in _presets():
         return preset(text)
     return {text: schedule(text)}
+
+
+def given(text: str) -> Schedule | Preset:
+    """Parses a schedule, or a preset with its options.
+
+    Raises:
+        ValueError: the string is neither.
+
+    >>> given("timm_v1(decay=0.9)").options
+    {'buffers': 'average'}
+    """
+    if text.split("(", 1)[0].strip() in _presets():
+        return _preset_of(text)
+    return schedule(text)
 
 
 def _schedules() -> dict[str, Callable[..., Any]]:
@@ -189,12 +207,7 @@ def _call(
     except TypeError as error:
         takes = ", ".join(str(p.replace(annotation=p.empty)) for p in taken)
         raise ValueError(f"{name}: {error}; it takes {takes or 'nothing'}") from error
-    if name not in _presets():
-        return _made(lambda: known[name](*bound.args, **bound.kwargs), text)
-    # a preset returns an EMA; its schedules do not depend on the model, so one weight is enough
-    ema = _made(lambda: known[name](nn.Linear(1, 1, bias=False), **bound.kwargs), text)
-    stored = ema.state_dict()["schedules"]
-    return {average: schedules.restore(rule) for average, rule in stored.items()}
+    return _made(lambda: known[name](*bound.args, **bound.kwargs), text)
 
 
 def _made(make: Callable[[], Any], text: str) -> Any:

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
+from shardema import bars
+from shardema.costs.words import size as size
 from shardema.errors import CheckpointError
 
 
@@ -60,9 +62,7 @@ def one_line() -> Iterator[None]:
 
 def progress(name: str, quiet: bool = False, total: int | None = None) -> Any:
     """A bar of bytes on stderr, for what takes longer than a second."""
-    return tqdm(
-        unit="B", unit_scale=True, desc=name, delay=1, leave=False, disable=quiet, total=total
-    )
+    return bars.bar(name, total, visible=not quiet)
 
 
 class _Screen(Console):
@@ -86,12 +86,12 @@ def line(console: Console, text: str) -> None:
 
 
 def table(columns: Sequence[str], right: Sequence[str] = ()) -> Table:
-    """An empty table.
+    """An empty table, without lines between columns: most fit into 80 characters.
 
     Args:
         right: columns with numbers.
     """
-    made = Table()
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in columns:
         justify: Any = "right" if column in right else "left"
         made.add_column(column, justify=justify, overflow="fold")
@@ -101,15 +101,6 @@ def table(columns: Sequence[str], right: Sequence[str] = ()) -> Table:
 def row(made: Table, *cells: object) -> None:
     """Adds cells as they are: brackets in them are no markup."""
     made.add_row(*(Text(printable(cell)) for cell in cells))
-
-
-def size(nbytes: float) -> str:
-    """Bytes, for people."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.4g} TB"
 
 
 def as_json(value: object) -> None:

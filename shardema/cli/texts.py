@@ -21,8 +21,8 @@ def describe(profile: Profile) -> str:
     unit, half = unit_of(profile), profile.since(0.5)
     parts = []
     if half is not None:
-        parts.append(f"half of the mass in the last {_number(profile.t - half)} {unit}s")
-    parts.append(f"as wide as a mean of {_number(profile.effective_updates)} updates")
+        parts.append(f"half of the mass in the last {_counted(profile.t - half, unit)}")
+    parts.append(f"as wide as a mean of {_counted(profile.effective_updates, 'update')}")
     if profile.unknown >= _SEEN:
         parts.append(f"{100 * profile.unknown:.3g} % imported at {_number(profile.start)}")
     elif profile.unknown == 0 and profile.initial >= _SEEN:
@@ -32,3 +32,7 @@ def describe(profile: Profile) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.{0 if value >= 1000 or value == int(value) else 1}f}"
+
+
+def _counted(value: float, noun: str) -> str:
+    return f"{_number(value)} {noun}{'' if _number(value) == '1' else 's'}"

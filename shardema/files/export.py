@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shardema import bars
 from shardema.files.folder import new_folder
 from shardema.files.places import any_path
 from shardema.files.prefix import new_prefix
@@ -54,6 +55,7 @@ BEHIND = 16 << 20  # bytes after which the disk begins, while the export goes on
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "f2fs", "ramfs"}
 _SMALL_RUN = 4096  # bytes; tensors with shorter contiguous runs are streamed
 _CHUNK = 16 << 20  # bytes converted or copied from a device at a time
+ABOUT = "shardema"  # key of the metadata that says what the file is
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
@@ -95,14 +97,27 @@ def parse_size(size: int | str) -> int:
     return value
 
 
+def about(average: str, t: float, num_updates: int, schedule: Any) -> dict[str, str]:
+    """What the metadata of the files of an average says beside its format.
+
+    Args:
+        schedule: as `describe` gives it; None of a mixture.
+    """
+    told = {"average": average, "t": t, "num_updates": num_updates, "schedule": schedule}
+    return {ABOUT: json.dumps(told, sort_keys=True)}
+
+
 def plan_targets(
-    tensors: Sequence[tuple[str, str, torch.dtype, Dims]], max_shard_size: int
+    tensors: Sequence[tuple[str, str, torch.dtype, Dims]],
+    max_shard_size: int,
+    told: Mapping[str, str] | None = None,
 ) -> tuple[list[Target], dict[str, bytes]]:
     """The files of an export, and ``{name: content}`` of an index for each set of several files.
 
     Args:
         tensors: stem, name, dtype and shape of each; one with an empty stem is not written.
         max_shard_size: bytes.
+        told: of `about`, for the metadata of each file.
     """
     by_stem: dict[str, list[tuple[str, torch.dtype, Dims]]] = {}
     for stem, name, dtype, shape in tensors:
@@ -113,7 +128,7 @@ def plan_targets(
     for stem, group in by_stem.items():
         # PEFT reads an adapter from one file
         limit = max_shard_size if stem in WHOLE else None
-        made, index = _targets(stem, group, limit)
+        made, index = _targets(stem, group, limit, told or {})
         targets += made
         if index is not None:
             indices[f"{stem}.safetensors.index.json"] = index
@@ -121,7 +136,10 @@ def plan_targets(
 
 
 def _targets(
-    stem: str, tensors: Sequence[tuple[str, torch.dtype, Dims]], max_shard_size: int | None
+    stem: str,
+    tensors: Sequence[tuple[str, torch.dtype, Dims]],
+    max_shard_size: int | None,
+    told: Mapping[str, str],
 ) -> tuple[list[Target], bytes | None]:
     """The files of one stem and the bytes of their index.
 
@@ -138,7 +156,7 @@ def _targets(
         groups[-1].append((name, dtype, shape))
         used += nbytes
         total += nbytes
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt", **told}
     if len(groups) == 1:
         return [Target(stem, f"{stem}.safetensors", *make_header(groups[0], metadata))], None
     targets = [
@@ -180,6 +198,7 @@ def export(
     mode: Mode,
     progress: bool,
     extra: Callable[[str], None],
+    told: Mapping[str, str] | None = None,
 ) -> None:
     """Writes ``contents`` in the HF layout. Collective over their ranks.
 
@@ -190,6 +209,7 @@ def export(
             writes them; ``"auto"``: direct where it is safe.
         progress: show a progress bar on the leader once the export has taken a second.
         extra: called on the leader with the temporary folder, to write further files.
+        told: of `about`.
 
     Raises:
         ValueError: ``mode="direct"`` on several hosts, a file system that is not local or a URL.
@@ -197,9 +217,9 @@ def export(
     """
     ranks, contents = contents.ranks, _exported(contents)
     tensors = [(i.stem, i.file_name, contents.dtype(i), i.shape) for i in contents.items]
-    targets, indices = plan_targets(tensors, max_shard_size)
+    targets, indices = plan_targets(tensors, max_shard_size, told)
     total = sum(entry.nbytes for target in targets for entry in target.entries.values())
-    bar = _bar(total, visible=progress and ranks.leader)
+    bar = bars.bar("export", total, visible=progress and ranks.leader)
     if is_remote(any_path("export", folder)):
         if mode == "direct":
             raise ValueError(
@@ -285,18 +305,6 @@ def _exported(contents: Contents) -> Contents:
         "`shardema export --partial`, which writes the averages alone",
     )
     return contents
-
-
-def _bar(total: int, *, visible: bool) -> tqdm[Any]:
-    return tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc="export",
-        delay=1,
-        leave=False,
-        disable=not visible,
-    )
 
 
 def _make_room(folder: str, targets: Sequence[Target], streamed: Contents) -> list[Prepared]:

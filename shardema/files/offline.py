@@ -16,7 +16,7 @@ from shardema import schedules
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import layouts
 from shardema.files import manifest as manifests
-from shardema.files.export import Target, Writer, parse_size, plan_targets, reserve
+from shardema.files.export import Target, Writer, about, parse_size, plan_targets, reserve
 from shardema.files.folder import new_folder
 from shardema.files.manifest import Manifest, StoredTensor
 from shardema.files.places import any_path, exists, read_whole
@@ -90,7 +90,9 @@ def export_checkpoint(
     ]
     averaged = (stored.tensors[n] for n in numbers if stored.tensors[n].average == name)
     written = next((out_dtype(t) for t in averaged), None)
-    targets, indices = plan_targets(tensors, limit)
+    kept = stored.averages[name]
+    told = about(name, kept.t, kept.num_updates, kept.schedule)
+    targets, indices = plan_targets(tensors, limit, told)
 
     def configs(place: str) -> None:
         copy_configs(stored.home, place, {target.stem for target in targets}, written)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from shardema.errors import CheckpointError, abbreviate
+from shardema.errors import CheckpointError, abbreviate, counted
 from shardema.files import consolidated, manifest
 from shardema.files.consolidated import INDICES, SINGLES, Place
 from shardema.files.places import any_path, is_file, names_in
@@ -42,6 +42,7 @@ HF, SAFETENSORS, PICKLE = "hf", "safetensors", "pickle"
 
 _DCP = ".metadata"
 _LATEST = "latest"
+_PART = re.compile(r"rank-\d+-of-\d+\.safetensors")
 _TAG = re.compile(r"[^/\x00-\x1f]{1,200}")
 _MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
 _OPTIM_STATES = re.compile(r"(\w+_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
@@ -107,6 +108,7 @@ def recognize(path: str | os.PathLike[str]) -> Recognized:
         ValueError: the path is empty, or a URL that cannot be used.
     """
     path = any_path("inspect", path)
+    _refuse_part(path)
     kinds = kinds_of(path)
     inside = {} if is_remote(path) or set(kinds) & {CHECKPOINT, MANAGER} else dict(nested(path))
     if not kinds and inside:
@@ -120,6 +122,20 @@ def recognize(path: str | os.PathLike[str]) -> Recognized:
         manifest.read(path, "inspect")  # which says that it is none
     found = _DESCRIBED[kinds[0]](path)
     return replace(found, facts={**found.facts, "also": kinds[1:], "inside": inside})
+
+
+def _refuse_part(path: str) -> None:
+    """Raises for a file of a checkpoint, which is not read alone."""
+    above, name = os.path.split(path)
+    if is_remote(path) or not (name == manifest.NAME or _PART.fullmatch(name)):
+        return
+    for folder in (above, os.path.dirname(above)):  # a save over another has a folder in it
+        if os.path.lexists(os.path.join(folder, manifest.NAME)):
+            raise CheckpointError(
+                f"reading {path}: this is a file of a checkpoint of shardema; give its folder, "
+                f"{folder or os.curdir}",
+                path=path,
+            )
 
 
 def _kinds_of_url(url: str) -> list[str]:
@@ -183,7 +199,7 @@ def _manager(path: str) -> Recognized:
     return Recognized(
         path,
         MANAGER,
-        f"the directory of a CheckpointManager: {len(facts)} step(s), {whole} of them complete",
+        f"the directory of a CheckpointManager: {counted(len(facts), 'step')}, {whole} complete",
         "CheckpointManager(ema, dir, ...).resume() loads the newest of the model's weights; "
         "`shardema verify` checks all of them",
         {"steps": facts},
@@ -257,7 +273,7 @@ def _dcp(path: str) -> Recognized:
         "bytes": _size_of(path),
         "holds_averages": key is not None,
     }
-    what = f"a checkpoint of torch.distributed.checkpoint (DCP) in {len(files)} file(s)"
+    what = f"a checkpoint of torch.distributed.checkpoint (DCP) in {counted(len(files), 'file')}"
     if key is None:
         advice = (
             "read it into the model by dcp.load, then make the ShardedEMA; no average of shardema "
@@ -339,6 +355,12 @@ def _kind_of_file(path: str) -> str:
         return SAFETENSORS  # the length of its header may begin as a pickle does
     if head[:4] == _ZIP or head.startswith(_LEGACY) or (head[:1] == b"\x80" and head[1:2] < b"\6"):
         return PICKLE
+    if int.from_bytes(head[:8], "little") > MAX_HEADER and not path.endswith(".safetensors"):
+        raise CheckpointError(
+            f"reading {path}: not a safetensors file, nor one of another kind that is known here; "
+            "give a checkpoint, an export or a file of weights; `shardema plot curves` draws logs",
+            path=path,
+        )
     return SAFETENSORS
 
 

@@ -20,24 +20,30 @@ import re
 import shutil
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 
 from shardema.arguments import NAME, Preset, with_preset
 from shardema.backends.tree import wrapped_child
 from shardema.calls import Call
-from shardema.ema import ShardedEMA
+from shardema.ema import Given, ShardedEMA
 from shardema.errors import CheckpointError, RankError
 from shardema.files import loading, manifest
 from shardema.files.background import PendingSave
 from shardema.files.safetensors import reporting, sync_path
 from shardema.integrations.callers import only_main
 from shardema.integrations.newest import Candidate, choose
-from shardema.schedules import Schedule
+
+try:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+except ImportError as error:
+    raise ImportError(
+        "shardema.integrations.accelerate needs accelerate: pip install 'shardema[accelerate]'",
+        name=error.name,
+    ) from error
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +65,7 @@ def attach(
     accelerator: Accelerator,
     model: nn.Module,
     *optimizers: Any,
-    schedule: float | Schedule | Callable[..., float] | Mapping[str, Any] | Preset,
+    schedule: Given | Preset | None = None,
     dt: float | Callable[[], float] | None = None,
     name: str = "ema",
     wait: bool = True,

@@ -24,29 +24,36 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.accelerators import XLAAccelerator
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from shardema.arguments import Preset, as_schedules, with_preset
-from shardema.ema import ShardedEMA
+from shardema.ema import Given, ShardedEMA
 from shardema.errors import CheckpointError
 from shardema.files.background import PendingSave
 from shardema.files.safetensors import reporting
+from shardema.integrations.logged import logged
 from shardema.integrations.modes import deferred_modes
 from shardema.integrations.newest import Candidate, choose
 from shardema.ranks.agree import Ranks
-from shardema.schedules import Schedule
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.accelerators import XLAAccelerator
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
+    from lightning.pytorch.strategies import (
+        DDPStrategy,
+        DeepSpeedStrategy,
+        FSDPStrategy,
+        ModelParallelStrategy,
+        SingleDeviceStrategy,
+    )
+    from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+except ImportError as error:
+    raise ImportError(
+        "shardema.integrations.lightning needs lightning: pip install 'shardema[lightning]'",
+        name=error.name,
+    ) from error
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +83,8 @@ class EMACallback(Callback):
         export: folder for ``ema.export`` at the end of `fit`; must not exist.
         allow_missing: start an average if the checkpoint has none, instead of raising.
         new_schedule: continue with this schedule if the checkpoint has another.
+        log_metrics: give `ShardedEMA.metrics` to the trainer's loggers every ``log_every_n_steps``
+            steps, as ``ema/distance``, ``ema/decay``, ... (``ema/NAME/...`` of several averages).
         wait: if False, a thread writes the averages of checkpoints while training goes on; see
             `ShardedEMA.save`. Until it is done no checkpoint is removed.
         teacher: name of a child of the LightningModule, such as ``"teacher"``, that the average is
@@ -95,7 +104,7 @@ class EMACallback(Callback):
 
     def __init__(
         self,
-        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any] | Preset,
+        schedule: Given | Preset | None = None,
         *,
         eval_with: str | Sequence[str] = "ema",
         average: str | None = None,
@@ -104,6 +113,7 @@ class EMACallback(Callback):
         export: str | os.PathLike[str] | None = None,
         allow_missing: bool = False,
         new_schedule: bool = False,
+        log_metrics: bool = True,
         wait: bool = True,
         teacher: str | None = None,
         **options: Any,
@@ -125,6 +135,7 @@ class EMACallback(Callback):
         self.export = export
         self.allow_missing = allow_missing
         self.new_schedule = new_schedule
+        self.log_metrics = log_metrics
         self.wait = wait
         self.teacher = teacher
         self.options = options
@@ -138,6 +149,7 @@ class EMACallback(Callback):
         self._plan: list[str] = []  # of the current evaluation, by dataloader
         self._side = "raw"  # what the model holds now
         self._swap: contextlib.ExitStack | None = None
+        self._logged = 0  # updates at the last log
         self._pending: PendingSave | None = None
         self._waiting: list[Callable[[], None]] = []  # removals, until the save is complete
 
@@ -205,9 +217,17 @@ class EMACallback(Callback):
         if not any(optimizer is one and groups == n for one, n in self._followed):
             self._follow(trainer)  # created, or given more parameters, in this batch
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         assert self.ema is not None
-        _ = self.ema.num_updates  # ends a round of several optimizers, with every strategy
+        updates = self.ema.num_updates  # ends a round of several optimizers, with every strategy
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not (self.log_metrics and trainer.loggers and every) or updates == self._logged:
+            return
+        if updates % every == 0:
+            self._logged = updates
+            metrics = logged(self.ema)
+            for logger in trainer.loggers:  # each of them logs on one rank only
+                logger.log_metrics(metrics, step=trainer.global_step - 1)  # as Lightning counts
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.ema is not None

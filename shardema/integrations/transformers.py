@@ -5,6 +5,7 @@ resume from, and no exceptions. So `EMACallback.bind` also wraps methods of the 
 
     train            chooses the checkpoint to resume from; detaches, also after an error
     on_train_begin   builds the ShardedEMA of the wrapped model, loads, attaches
+    log              adds the metrics of the average
     evaluate         runs once per pass, reports one evaluation
     evaluation_loop  of evaluate and predict: runs inside ema.swap()
     save_model       of a checkpoint: writes checkpoint-N/ema first; else: writes the average
@@ -24,19 +25,28 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import transformers
 from torch import nn
-from transformers import Trainer, TrainerCallback
 
 from shardema.arguments import Preset, as_schedules, with_preset
 from shardema.backends.tree import unwrap
-from shardema.ema import ShardedEMA
+from shardema.ema import Given, ShardedEMA
 from shardema.files import manifest
 from shardema.files.background import PendingSave
+from shardema.integrations.logged import logged
 from shardema.integrations.modes import deferred_modes
 from shardema.integrations.newest import Candidate, choose, sweep_beside
 from shardema.ranks.agree import Ranks
-from shardema.schedules import Schedule, describe
+from shardema.schedules import describe
+
+try:
+    import transformers
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "shardema.integrations.transformers needs transformers: "
+        "pip install 'shardema[transformers]'",
+        name=error.name,
+    ) from error
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +57,7 @@ _WRAPPED = (
     "train",
     "evaluate",
     "evaluation_loop",
+    "log",
     "save_model",
     "_load_best_model",
     "_load_from_checkpoint",
@@ -74,6 +85,9 @@ class EMACallback(TrainerCallback):
             ``push_to_hub``: the average of this name, or ``"raw"``: as without this callback.
         allow_missing: start an average if the checkpoint has none, instead of raising.
         new_schedule: continue with this schedule if the checkpoint has another.
+        log_metrics: add `ShardedEMA.metrics` to what the trainer logs of its steps, as
+            ``ema/distance``, ``ema/decay``, ... (``ema/NAME/...`` of several averages): to its
+            history and its trackers.
         wait: if False, a thread writes the averages of checkpoints while training goes on; see
             `ShardedEMA.save`. ``save_total_limit`` must not be 1.
         teacher: the module that the average is kept in (``into`` of `ShardedEMA`), as wrapped as
@@ -94,12 +108,13 @@ class EMACallback(TrainerCallback):
 
     def __init__(
         self,
-        schedule: float | Schedule | Callable[..., float] | Mapping[str, Any] | Preset,
+        schedule: Given | Preset | None = None,
         *,
         eval_with: str | Sequence[str] = "ema",
         save_with: str = "ema",
         allow_missing: bool = False,
         new_schedule: bool = False,
+        log_metrics: bool = True,
         wait: bool = True,
         teacher: str | nn.Module | None = None,
         timeout: float = 300.0,
@@ -125,6 +140,7 @@ class EMACallback(TrainerCallback):
         self._saved = None if save_with == "raw" else save_with
         self._allow_missing = allow_missing
         self._new_schedule = new_schedule
+        self._log_metrics = bool(log_metrics)
         self._wait = bool(wait)
         self._teacher = teacher
         self._pending: PendingSave | None = None
@@ -301,6 +317,15 @@ class EMACallback(TrainerCallback):
         """Writes the average to ``output_dir``. Collective."""
         if self._saved is not None and not state.is_hyper_param_search:
             self._write(self._saved, args.output_dir)
+
+    def _log(
+        self, original: Callable[..., None], logs: dict[str, float], *args: Any, **kwargs: Any
+    ) -> None:
+        """Adds the metrics to the logs of steps, which have a loss. Collective then."""
+        if self._log_metrics and self._handle is not None and "loss" in logs:
+            assert self.ema is not None
+            logs.update(logged(self.ema))
+        original(logs, *args, **kwargs)
 
     def _detach(self) -> None:
         if self._handle is not None:
@@ -509,3 +534,23 @@ def _named(key: str, plain: str, prefix: str) -> str:
     if prefix == plain or key.startswith(f"{prefix}_"):
         return key
     return f"{prefix}_{key.removeprefix(f'{plain}_')}"
+
+
+def model_of(config: Mapping[str, Any]) -> nn.Module:
+    """The model that a ``config.json`` describes; on the meta device if that is the default.
+
+    Raises:
+        ValueError: transformers does not have this kind of model, or refuses the config.
+    """
+    kind, names = str(config["model_type"]), config.get("architectures") or [None]
+    given = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        made = transformers.AutoConfig.for_model(kind, **given)
+        build: Any = getattr(transformers, str(names[0]), transformers.AutoModel.from_config)
+        model: nn.Module = build(made)
+    except Exception as error:  # a config may be wrong in any way
+        raise ValueError(
+            f"config.json: transformers cannot build a {kind} of it: {error}; give --params or "
+            "--from instead"
+        ) from error
+    return model

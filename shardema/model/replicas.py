@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from shardema.ranks.agree import Ranks, device_for
+from shardema.ranks.agree import Ranks, all_gather_rows, device_for
 from shardema.shards.boxes import Box, Dims, flat_boxes
 from shardema.shards.shard import Shard
 from shardema.shards.strides import dense_like, memory_order
@@ -128,7 +128,7 @@ class AllGatherSlices:
                 begin, end = _span(tensor.numel(), groups[:level])[-1]
                 size = _size(end - begin, dist.get_world_size(groups[level]))
                 if size:
-                    key = (groups[level], tensor.dtype, _travels(groups[level], tensor))
+                    key = (groups[level], tensor.dtype, _travels(groups[level], tensor, ranks))
                     by_key.setdefault(key, []).append(_Region(flat(tensor)[begin:end], size))
             for (group, dtype, device), regions in by_key.items():
                 limit = max(1, BUCKET_BYTES // (dtype.itemsize * dist.get_world_size(group)))
@@ -170,7 +170,7 @@ class AllGatherSlices:
         slots = [slices[at : at + part.numel()] for at, part in zip(places, own, strict=True)]
         torch._foreach_copy_(slots, own)
         # as bytes: not every process-group backend supports every dtype
-        self._ranks.transfer(op, lambda: _all_gather(came, sent, group), device)
+        self._ranks.transfer(op, lambda: all_gather_rows(came, sent, group), device)
         parts, values = [], []
         for other in (other for other in range(count) if other != rank):
             for (region, start, stop), at in zip(bucket, places, strict=True):
@@ -180,14 +180,10 @@ class AllGatherSlices:
         torch._foreach_copy_(parts, values)
 
 
-def _travels(group: dist.ProcessGroup, tensor: Tensor) -> torch.device:
+def _travels(group: dist.ProcessGroup, tensor: Tensor, ranks: Ranks) -> torch.device:
     """The device of the transfer: the tensor's, or the group's for host tensors under NCCL."""
-    device = device_for(group, tensor.device.type)
+    device = device_for(group, tensor.device.type, ranks.device)
     return tensor.device if device.type == tensor.device.type else device
-
-
-def _all_gather(rows: Tensor, slices: Tensor, group: dist.ProcessGroup) -> None:
-    dist.all_gather_into_tensor(rows, slices, group=group)
 
 
 @dataclass(frozen=True)

@@ -308,6 +308,12 @@ class Weights:
             elif failed is not None:
                 raise failed
 
+    @property
+    def accelerator(self) -> torch.device | None:
+        """The accelerator that the model is on; None if it is in host memory."""
+        devices = (shard.own.device for shard in self.shards)
+        return next((device for device in devices if device.type not in ("cpu", "meta")), None)
+
     def _device(self) -> str:
         return next((shard.own.device.type for shard in self.shards), "cpu")
 

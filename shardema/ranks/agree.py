@@ -22,12 +22,15 @@ is incomplete.
 from __future__ import annotations
 
 import contextlib
+import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from shardema.errors import RankError
@@ -47,7 +50,7 @@ from shardema.ranks.messages import (
     unpacked,
 )
 from shardema.ranks.rounds import GRACE, Cancelled, Rounds, call_of, rounds_of
-from shardema.scopes import uninterrupted
+from shardema.scopes import uninterrupted, writable
 
 _SLOWEST = 20e6  # bytes per second that a disk or network must reach, else it is a timeout
 _SILENT = 2.0  # seconds beyond the timeout after which the store counts as unreachable
@@ -68,6 +71,7 @@ class Ranks:
         ranks: their global ranks, ascending; None for all of the default group.
         group: their process group, if the caller has one.
         timeout: seconds that a rank waits for the others in a collective call.
+        device: the accelerator that the model is on; None if it is in host memory.
 
     Attributes:
         ranks: global ranks.
@@ -80,6 +84,7 @@ class Ranks:
         ranks: Sequence[int] | None = None,
         group: dist.ProcessGroup | None = None,
         timeout: float = 300.0,
+        device: torch.device | None = None,
     ) -> None:
         active = dist.is_available() and dist.is_initialized()
         world = tuple(range(dist.get_world_size())) if active else (0,)
@@ -94,7 +99,9 @@ class Ranks:
             )
         self.index = self.ranks.index(self.rank)
         self.timeout = timeout
+        self.device = device
         self._world = world
+        self._world_group = weakref.ref(dist.group.WORLD) if active else None
         self._active = active
         self._group = group
         self._who: int | None = None  # the round in which the ranks first agreed on this object
@@ -114,14 +121,29 @@ class Ranks:
     def group(self) -> dist.ProcessGroup | None:
         """Their process group; None stands for the default one. Collective on the first call."""
         if self._group is None and self.ranks != self._world:
-            self._group = dist.new_group(list(self.ranks), use_local_synchronization=True)
+            self._group = self._rounds().group()  # one for all objects that these ranks share
         return self._group
 
     def transport(self, kind: str) -> torch.device:
         """The device on which the group communicates tensors of device type ``kind``."""
         group = self._group or dist.group.WORLD  # a new group has the default one's backends
         assert group is not None
-        return device_for(group, kind)
+        return device_for(group, kind, self.device)
+
+    def join(self, op: str, device: torch.device) -> None:
+        """Makes the group's communicator on ``device``, unless that exists. Collective.
+
+        NCCL makes it in the first call of a group, which therefore must be one of all its ranks;
+        then some of them may send in a batch.
+        """
+        group = self.group() or dist.group.WORLD
+        assert group is not None
+        joined, key = self._rounds().joined, f"{group.group_name} {device}"
+        if key not in joined:
+            with writable():
+                token = torch.zeros(1, device=device)
+            self.transfer(op, lambda: dist.all_reduce(token, group=group), device)
+            joined.add(key)
 
     # ---- numbers ------------------------------------------------------------------------------
 
@@ -129,13 +151,29 @@ class Ranks:
         """``value`` of every rank, in order. Collective; it pickles, so only for trusted ranks."""
         if self.size == 1:
             return [value]
-        gathered: list[Any] = [None] * self.size
+        with writable():  # another thread sends: tensors of inference mode cannot be written there
+            own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+            sizes = self._gathered(torch.tensor([own.numel()], device="cpu")).flatten().tolist()
+            padded = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
+            padded[: own.numel()] = own
+            rows = self._gathered(padded).numpy()
+        return [pickle.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """The values of every rank, one row each, on the CPU.
+
+        Not by `all_gather_object`, which waits on an accelerator without an end, and for the
+        device that is current, not the model's.
+        """
+        device = self.transport("cpu")
+        sent = values.to(device)
+        rows = torch.empty((self.size, *sent.shape), dtype=sent.dtype, device=device)
 
         def move() -> None:
-            dist.all_gather_object(gathered, value, group=self.group())
+            all_gather_rows(rows, sent, self.group())
 
-        self.transfer("the exchange of who holds what", move, self.transport("cpu"))
-        return gathered
+        self.transfer("the exchange of who holds what", move, device)
+        return rows.cpu()
 
     def max(self, values: Sequence[float]) -> list[float]:
         """The maximum of each value over the ranks. Collective: one all-reduce."""
@@ -165,6 +203,7 @@ class Ranks:
         """
         if self.size == 1:
             return move()
+        self._check_group(op)
         rounds = self._rounds()
         if rounds.broken:
             raise self._of_broken(op)
@@ -288,6 +327,7 @@ class Ranks:
                 f"{op}: the process group was initialised after the EMA was built, which therefore "
                 "uses one rank only; build it after init_process_group and after wrapping"
             )
+        self._check_group(op)
         message: dict[str, Any] = {"op": op}
         raised: BaseException | None = None
         try:
@@ -318,6 +358,16 @@ class Ranks:
 
                 self.agree(op, fail)
             raise
+
+    def _check_group(self, op: str) -> None:
+        if self.size == 1 or self._world_group is None:
+            return
+        if not dist.is_initialized() or self._world_group() is not dist.group.WORLD:
+            raise RuntimeError(
+                f"rank {self.rank}: {op}: the process group that the EMA was built in has been "
+                "destroyed; after another init_process_group wrap the model and build the EMA "
+                "again, and load its checkpoint"
+            )
 
     def _rounds(self) -> Rounds:
         return rounds_of(self.ranks, self.index)
@@ -494,15 +544,31 @@ class _StoreGone(RuntimeError):
     """The store does not answer."""
 
 
-def device_for(group: dist.ProcessGroup, kind: str) -> torch.device:
+# torch 2.13 has another name for it, and warns of the older one
+ALL_GATHER = next(n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, n))
+
+
+def all_gather_rows(rows: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Row n of ``rows`` becomes ``own`` of the group's n-th rank. Collective."""
+    getattr(dist, ALL_GATHER)(rows.flatten(), own.flatten(), group=group)
+
+
+def device_for(
+    group: dist.ProcessGroup, kind: str, of_model: torch.device | None = None
+) -> torch.device:
     """The device on which a group communicates tensors of device type ``kind``.
 
+    An accelerator's index is that of the model, else that given to init_process_group, else the
+    current one: the program may never have set it.
     A group of gloo alone has a backend for CUDA too, which cannot send.
     """
     kinds = sorted(device.type for device in group._device_types)
     chosen = kind if kind in kinds else kinds[0]
     if chosen == "cpu" or group._get_backend(torch.device(chosen)).name() == "gloo":
         return torch.device("cpu")
+    for known in (of_model, group.bound_device_id):
+        if known is not None and known.type == chosen:
+            return known
     return torch.device(chosen, torch.accelerator.current_device_index())
 
 
@@ -523,9 +589,10 @@ def _started(move: Callable[[], None], device: torch.device) -> Callable[[float]
             return True
 
         return arrived
-    move()
-    behind = torch.Event(device)
-    behind.record()
+    with torch.accelerator.device_index(device.index):
+        move()
+        behind = torch.Event(device)
+        behind.record()
 
     def ran(seconds: float) -> bool:
         end = time.monotonic() + seconds

@@ -2,8 +2,13 @@
 
 ::
 
-    shards of all ranks  -make_plan->  Plan      which rank holds which box of which tensor
+    shards of a rank     -_Told->      what it tells the others: a digest of the tensors' facts, and
+                                       the different layouts of its tensors
+    _Told of all ranks   -make_plan->  Plan      which rank holds which box of which tensor
     Plan, local values   -Contents->   what is gathered, exported or saved, and in what dtype
+
+Facts are equal on most ranks, so they are sent only by the first rank of each digest. Tensors have
+few layouts where they are sharded by rows, and most have none where they are parts of a flat one.
 """
 
 from __future__ import annotations
@@ -11,17 +16,22 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import zlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from shardema.errors import abbreviate
 from shardema.ranks.agree import Ranks
 from shardema.shards.boxes import Box, Dims, check_covered, without_overlaps
 from shardema.shards.shard import Role, Shard
+
+_Holders = tuple[tuple[Box, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +58,7 @@ class Item:
     aliases: tuple[str, ...]
     file_name: str
     opaque: str
-    holders: tuple[tuple[Box, tuple[int, ...]], ...]
+    holders: _Holders
     stem: str = "model"
 
 
@@ -152,46 +162,100 @@ def make_plan(
     Raises:
         ValueError: ranks disagree about a tensor, or some part of it is held by no rank or twice.
     """
-    same: dict[Any, Any] = {}  # equal boxes are one object, so they are pickled once
-    mine = []
-    for shard in shards:
-        boxes = tuple((box.offsets, box.sizes) for box in shard.boxes)
-        mine.append((shard.fqn, facts_of(shard, averaged, dropped), same.setdefault(boxes, boxes)))
+    facts = [(shard.fqn, facts_of(shard, averaged, dropped)) for shard in shards]
     with _uncollected():
-        items = _merged(ranks.all_gather(mine), ranks)
+        items = _merged(facts, ranks.all_gather(_Told.of(shards, facts)), ranks)
     return Plan(tuple(items), _share_writing(items, ranks.size))
 
 
-def _merged(everything: Sequence[Any], ranks: Ranks) -> list[Item]:
-    """One item for each fqn, from the shards of every rank."""
-    merged: dict[str, dict[str, Any]] = {}
-    for index, theirs in enumerate(everything):
-        for fqn, facts, boxes in theirs:
-            entry = merged.get(fqn)
-            if entry is None:
-                entry = merged[fqn] = {"facts": facts, "first": index, "boxes": {}}
-            elif entry["facts"] != facts:
-                raise ValueError(_disagreement(fqn, entry, facts, index, ranks))
-            held = entry["boxes"]
-            for box in boxes:
-                if box in held:
-                    held[box].append(index)
-                else:
-                    held[box] = [index]
+_Facts = Sequence[tuple[str, tuple[Any, ...]]]  # the fqn of each tensor, and its `facts_of`
+_Layout = tuple[tuple[Dims, Dims], ...]  # the boxes that a rank holds of a tensor
+
+
+class _Told(NamedTuple):
+    """What a rank tells of its shards: short if its tensors have few shapes, or it holds few.
+
+    Attributes:
+        digest: of its `_Facts`, which are the same on most ranks.
+        numbers: for each of its tensors, that of its layout; compressed.
+        layouts: the different ones of its tensors.
+    """
+
+    digest: bytes
+    numbers: bytes
+    layouts: tuple[_Layout, ...]
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard], facts: _Facts) -> _Told:
+        number: dict[_Layout, int] = {}
+        layouts = (tuple((box.offsets, box.sizes) for box in shard.boxes) for shard in shards)
+        numbers = np.array([number.setdefault(one, len(number)) for one in layouts], np.uint32)
+        digest = xxhash.xxh3_128_digest(repr(facts).encode())
+        return cls(digest, zlib.compress(numbers.tobytes()), tuple(number))
+
+
+def _merged(facts: _Facts, told: Sequence[_Told], ranks: Ranks) -> list[Item]:
+    """One item for each fqn, from what all ranks told. Collective if their facts differ."""
+    by_digest = _all_facts(facts, [one.digest for one in told], ranks)
+    known = _agreed(by_digest, [one.digest for one in told], ranks)
+    place = {fqn: index for index, fqn in enumerate(known)}
+    places = {
+        digest: np.array([place[fqn] for fqn, _ in theirs], np.int64)
+        for digest, theirs in by_digest.items()
+    }
+    number: dict[_Layout, int] = {(): 0}  # of all ranks
+    held = np.zeros((len(known), len(told)), np.uint32)  # the layout of each tensor on each rank
+    for index, (digest, numbers, layouts) in enumerate(told):
+        own = np.array([number.setdefault(one, len(number)) for one in layouts], np.uint32)
+        held[places[digest], index] = own[np.frombuffer(zlib.decompress(numbers), np.uint32)]
+    layout = list(number)
+    made: dict[Any, _Holders] = {}  # layers are held alike
     items = []
-    known: dict[Any, tuple[tuple[Box, tuple[int, ...]], ...]] = {}  # layers have equal shapes
-    for fqn, entry in merged.items():
-        shape = entry["facts"][0]
-        layout = tuple(sorted((box, tuple(who)) for box, who in entry["boxes"].items()))
-        holders = known.get((shape, layout))
-        if holders is None:
-            holders = tuple((Box(*box), who) for box, who in layout)
-            if sum(box.numel for box, _ in holders) > math.prod(shape):
-                holders = tuple(without_overlaps(holders))  # replicas that are cut in other ways
-            check_covered(fqn, shape, [box for box, _ in holders])
-            known[shape, layout] = holders
-        items.append(Item(*(fqn, *entry["facts"], holders)))
+    for (fqn, theirs), column in zip(known.items(), held, strict=True):
+        key = theirs[0], column.tobytes()
+        if key not in made:
+            made[key] = _holders(theirs[0], [layout[one] for one in column.tolist()])
+            check_covered(fqn, theirs[0], [box for box, _ in made[key]])
+        items.append(Item(*(fqn, *theirs, made[key])))
     return items
+
+
+def _all_facts(facts: _Facts, digests: Sequence[bytes], ranks: Ranks) -> dict[bytes, _Facts]:
+    """The different facts by their digests, in the order of the ranks that have them first."""
+    if len(set(digests)) == 1:
+        return {digests[0]: facts}
+    first = digests.index(digests[ranks.index]) == ranks.index
+    listed = ranks.all_gather(facts if first else None)
+    return {
+        digest: theirs for digest, theirs in zip(digests, listed, strict=True) if theirs is not None
+    }
+
+
+def _agreed(
+    by_digest: Mapping[bytes, _Facts], digests: Sequence[bytes], ranks: Ranks
+) -> dict[str, tuple[Any, ...]]:
+    """What the ranks that have a tensor agree on, by fqn."""
+    agreed: dict[str, tuple[Any, ...]] = {}
+    first: dict[str, int] = {}
+    for digest, theirs in by_digest.items():
+        index = digests.index(digest)
+        for fqn, facts in theirs:
+            if agreed.setdefault(fqn, facts) != facts:
+                raise ValueError(_disagreement(fqn, agreed[fqn], first[fqn], facts, index, ranks))
+            first.setdefault(fqn, index)
+    return agreed
+
+
+def _holders(shape: Dims, layouts: Sequence[_Layout]) -> _Holders:
+    """Each distinct box of a tensor and the ranks that hold it, from the layout of each rank."""
+    ranks_of: dict[tuple[Dims, Dims], list[int]] = {}
+    for index, layout in enumerate(layouts):
+        for box in layout:
+            ranks_of.setdefault(box, []).append(index)
+    holders = tuple((Box(*box), tuple(who)) for box, who in sorted(ranks_of.items()))
+    if sum(box.numel for box, _ in holders) > math.prod(shape):
+        return tuple(without_overlaps(holders))  # replicas that are cut in other ways
+    return holders
 
 
 @contextlib.contextmanager
@@ -224,19 +288,19 @@ def facts_of(shard: Shard, averaged: Container[str], dropped: Container[str]) ->
 
 
 def _disagreement(
-    fqn: str, entry: dict[str, Any], facts: tuple[Any, ...], index: int, ranks: Ranks
+    fqn: str, known: tuple[Any, ...], first: int, facts: tuple[Any, ...], index: int, ranks: Ranks
 ) -> str:
     words = ("shape", "dtype", "device", "role", "averaged", "tied names", "file name", "class")
-    pairs = zip(words, facts, entry["facts"], strict=True)
+    pairs = zip(words, facts, known, strict=True)
     word, got, expected = next(pair for pair in pairs if pair[1] != pair[2])
     if word == "averaged" and facts[3] == "buffer":
         return (
             f"{fqn}: this buffer is finite on some ranks only (rank {ranks.ranks[index]}: {got}, "
-            f"rank {ranks.ranks[entry['first']]}: {expected}), and averaged there; give it "
+            f"rank {ranks.ranks[first]}: {expected}), and averaged there; give it "
             f'buffers={{"{fqn}": "copy"}}'
         )
     return (
-        f"{fqn}: rank {ranks.ranks[index]} has {word} {got}, rank {ranks.ranks[entry['first']]} "
+        f"{fqn}: rank {ranks.ranks[index]} has {word} {got}, rank {ranks.ranks[first]} "
         f"has {expected}; the ranks do not share one model: pass group= with those that do"
     )
 
@@ -248,15 +312,30 @@ def _share_writing(items: Sequence[Item], size: int) -> tuple[tuple[int, ...], .
     """
     load = [0] * size
     writers = []
+    known: dict[int, tuple[tuple[int, ...], list[int], bool]] = {}  # layers have the same holders
     for item in items:
-        chosen = []
-        for box, holders in item.holders:
-            alone = len(holders) == 1 or item.role == "buffer"
-            best = holders[0] if alone else min(holders, key=load.__getitem__)
-            load[best] += box.numel * item.dtype.itemsize
-            chosen.append(best)
-        writers.append(tuple(chosen))
+        if id(item.holders) not in known:
+            first = tuple(who[0] for _, who in item.holders)
+            numels = [box.numel for box, _ in item.holders]
+            known[id(item.holders)] = first, numels, all(len(w) == 1 for _, w in item.holders)
+        chosen, numels, alone = known[id(item.holders)]
+        if not alone and item.role != "buffer":
+            chosen = _least_loaded(item, load)
+        for writer, numel in zip(chosen, numels, strict=True):
+            load[writer] += numel * item.dtype.itemsize
+        writers.append(chosen)
     return tuple(writers)
+
+
+def _least_loaded(item: Item, load: Sequence[int]) -> tuple[int, ...]:
+    """For each box of an item the holder with the least to write."""
+    added = dict[int, int]()
+    chosen = []
+    for box, holders in item.holders:
+        best = min(holders, key=lambda index: load[index] + added.get(index, 0))
+        added[best] = added.get(best, 0) + box.numel * item.dtype.itemsize
+        chosen.append(best)
+    return tuple(chosen)
 
 
 def refuse_opaque(op: str, plan: Plan, chosen: Sequence[int], remedy: str) -> None:

@@ -3,11 +3,15 @@
 ::
 
     round n    each rank      message  .../n/<index>   posted and deleted by that rank
+               each rank      came     .../n/came      a counter of the messages
                the leader     beat     .../n/beat      while a reply takes long to compute
                the leader     reply    .../n/reply     deleted by the last rank that reads it
                last reader    parted   .../n/parted    if the store may be in the leader's process
     roll call  first to raise roll     .../n/roll      a transfer does not complete
                each rank      here     .../n/here/<i>  this rank is alive
+
+A rank makes five requests and a few more that look for the reply, at intervals that grow with the
+number of ranks. The leader looks at the counter, then reads all messages at once.
 
 All keys are deleted again, except those of a roll call. Each rank counts its rounds, and the leader
 alone decides how a round ends. A round that some ranks missed ends as well; its reply stays until
@@ -32,7 +36,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import distributed as dist
@@ -42,8 +46,12 @@ GRACE = 2.0  # seconds beyond the timeout in which the leader may still report m
 LINGER_S = 2.0  # seconds that the leader waits until its reply has been read
 ROLL_CALL = 2.0  # seconds in which every rank that is alive answers
 LOOK = 0.25  # seconds between two checks for rare keys: a roll call, a beat
-_KEPT = ("reply", "read", "beat")  # keys of a round that stay until all ranks have read its reply
+_LONGEST_LOOK = 1.0  # the same if there are thousands of ranks, less than `ROLL_CALL`
+_KEPT = ("reply", "read", "came", "beat")  # keys of a round until all ranks have read its reply
 _PAUSES = (5e-5, 0.01)  # seconds between two checks for a message or a reply: first, longest
+# if larger, the number of ranks times this: the store receives no more requests from more ranks
+_PAUSES_PER_RANK = (5e-5, 1e-4)
+_LOOK_PER_RANK = 5e-4
 
 
 class Cancelled(Exception):
@@ -62,6 +70,7 @@ class Rounds:
         culprit: the rank that caused it.
         alive: time of the store's last answer.
         missed: error of the last round that this rank was not part of.
+        joined: the groups of these ranks that have a communicator, with its device.
     """
 
     def __init__(self, store: Any, ranks: Sequence[int], index: int) -> None:
@@ -72,10 +81,12 @@ class Rounds:
         self.culprit = -1
         self.missed = ""
         self.alive = time.monotonic()
+        self.joined: set[str] = set()
+        self._group: weakref.ref[dist.ProcessGroup] | None = None  # it keeps the store
         self._name = f"shardema/{self.ranks[0]}-{self.ranks[-1]}-{hash(self.ranks)}"
         self._next = 0
         self._withdrawn = 0  # withdrawn messages of this rank in the next round
-        self._open: list[int] = []  # rounds whose replies stay for ranks that missed them
+        self._open: list[int] = []  # rounds of which ranks have not read the reply yet
 
     @property
     def store(self) -> Any:
@@ -86,27 +97,47 @@ class Rounds:
         """Number of the next round."""
         return self._next
 
+    def group(self) -> dist.ProcessGroup:
+        """A process group of these ranks, one for all that use it. Collective on the first call."""
+        known = None if self._group is None else self._group()
+        if known is None:
+            known = dist.new_group(list(self.ranks), use_local_synchronization=True)
+            self._group = weakref.ref(known)
+        return known
+
     # ---- a round ------------------------------------------------------------------------------
 
     def collect(
         self, message: dict[str, Any], limit: float, cancel: threading.Event
     ) -> list[dict[str, Any] | None]:
         """On the leader: the messages of all ranks; None for those missing at the timeout."""
-        keys = [self._key(index) for index in range(len(self.ranks))]
-        self.store.set(keys[0], json.dumps(message))
+        self.store.set(self._key(0), json.dumps(message))
         end = time.monotonic() + limit
-        messages: list[dict[str, Any] | None] = [None] * len(keys)
+        messages: list[dict[str, Any] | None] = [None] * len(self.ranks)
+        posted, wanted = 0, len(self.ranks) - 1
+
+        def all_posted() -> bool:
+            nonlocal posted
+            posted = int(self.store.add(self._key("came"), 0))
+            return posted >= wanted
+
         while True:
-            lacking = [index for index, found in enumerate(messages) if found is None]
-            everyone = self._poll([keys[i] for i in lacking], end, cancel)
-            came = lacking if everyone else [i for i in lacking if self._has(keys[i])]
-            known: dict[bytes, dict[str, Any]] = {}  # most messages are the same
-            for index, raw in zip(came, self._get_all([keys[i] for i in came]), strict=True):
-                found = known.setdefault(raw, json.loads(raw))
-                messages[index] = None if "withdrawn" in found else found
+            everyone = self._poll(all_posted, end, cancel, self._pauses(1))
+            self._read_messages(messages)
             if None not in messages or not everyone or time.monotonic() >= end or self.called():
                 return messages
-            time.sleep(_PAUSES[1])  # a rank has withdrawn, and may post again
+            wanted = posted + 1  # a rank has withdrawn, and may post again
+
+    def _read_messages(self, messages: list[dict[str, Any] | None]) -> None:
+        """Replaces each None by that rank's message, if it has posted one."""
+        came = [index for index, found in enumerate(messages) if found is None]
+        if not self.store.check([self._key(index) for index in came]):
+            came = [index for index in came if self._has(self._key(index))]
+        known: dict[bytes, dict[str, Any]] = {}  # most messages are the same
+        for index, raw in zip(came, self._get_all([self._key(i) for i in came]), strict=True):
+            if raw not in known:
+                known[raw] = json.loads(raw)
+            messages[index] = None if "withdrawn" in known[raw] else known[raw]
 
     def answer(self, answer: dict[str, Any], messages: Sequence[dict[str, Any] | None]) -> None:
         """On the leader: ends the round with a reply to the ranks that posted."""
@@ -129,13 +160,15 @@ class Rounds:
             self._open.append(number)
         else:  # all ranks have passed the rounds that some missed
             for passed in self._open:
-                for what in _KEPT:
+                for what in (*_KEPT, "parted"):
                     self.store.delete_key(self._key(what, passed))
             self._open.clear()
         if parting:  # this process may be about to end, and with it the store
             parted = self._key("parted", number)
-            if self._poll([parted], time.monotonic() + LINGER_S, None):
+            if self._poll(lambda: self._has(parted), time.monotonic() + LINGER_S):
                 self.store.delete_key(parted)
+            else:
+                self._open.append(number)
         self.store.delete_key(self._key(0, number))
 
     def beat(self) -> None:
@@ -157,6 +190,7 @@ class Rounds:
         while True:
             again = {"again": self._withdrawn} if self._withdrawn else {}  # in this round
             self.store.set(self._key(self.index), json.dumps({**message, **again}))
+            self.store.add(self._key("came"), 1)
             if self._await_reply(end, limit, cancel):
                 reply: dict[str, Any] = json.loads(self.store.get(self._key("reply")))
                 if self._passed(reply):
@@ -169,9 +203,13 @@ class Rounds:
                 return None
 
     def _await_reply(self, end: float, limit: float, cancel: threading.Event) -> bool:
-        known = 0
+        known, pauses = 0, self._pauses(len(self.ranks))
+
+        def replied() -> bool:
+            return self._has(self._key("reply"))
+
         while True:
-            if self._poll([self._key("reply")], min(end, time.monotonic() + LOOK), cancel):
+            if self._poll(replied, min(end, time.monotonic() + self._look), cancel, pauses):
                 return True
             if self.called():
                 return False
@@ -180,7 +218,7 @@ class Rounds:
                 known, end = beats, max(end, time.monotonic() + limit)
             if time.monotonic() >= end:
                 here = self._has(self._key(0))
-                return here and self._poll([self._key("reply")], time.monotonic() + GRACE, cancel)
+                return here and self._poll(replied, time.monotonic() + GRACE, cancel, pauses)
 
     def _passed(self, reply: dict[str, Any]) -> bool:
         """Proceeds to the next round; returns whether the reply answers this rank's message."""
@@ -238,12 +276,13 @@ class Rounds:
         self.store.set(self._key("roll"), "")
         keys = [self._key(f"here/{index}") for index in range(len(self.ranks))]
         self.store.set(keys[self.index], json.dumps(mark))
-        self._poll(keys, time.monotonic() + ROLL_CALL, None)
+        self._poll(lambda: self.store.check(keys), time.monotonic() + ROLL_CALL)
         came = [index for index, key in enumerate(keys) if self._has(key)]
         marks: list[dict[str, Any] | None] = [None] * len(keys)
         for index, raw in zip(came, self._get_all([keys[i] for i in came]), strict=True):
             marks[index] = json.loads(raw)
-        self.store.delete_key(self._key(self.index))  # if this rank had posted a message
+        for posted in (self.index, "came"):  # if ranks had posted messages
+            self.store.delete_key(self._key(posted))
         missing = [index for index, mark in enumerate(marks) if mark is None]
         if missing and self.index == came[0]:  # for ranks that were only late
             text = f"the others gave up: {mark['op']}"
@@ -267,15 +306,37 @@ class Rounds:
     def _get_all(self, keys: Sequence[str]) -> list[bytes]:
         return list(self.store.multi_get(list(keys))) if keys else []
 
-    def _poll(self, keys: Sequence[str], end: float, cancel: threading.Event | None) -> bool:
-        """Waits until all keys exist; False at the timeout or in a roll call.
+    @property
+    def _look(self) -> float:
+        return min(_LONGEST_LOOK, max(LOOK, _LOOK_PER_RANK * len(self.ranks)))
+
+    def _pauses(self, checking: int) -> Iterator[float]:
+        """Seconds between two checks for a key that so many ranks check for."""
+        pause = max(_PAUSES[0], checking * _PAUSES_PER_RANK[0])
+        longest = max(_PAUSES[1], checking * _PAUSES_PER_RANK[1])
+        while True:
+            yield pause
+            pause = min(1.5 * pause, longest)
+
+    def _poll(
+        self,
+        found: Callable[[], bool],
+        end: float,
+        cancel: threading.Event | None = None,
+        pauses: Iterator[float] | None = None,
+    ) -> bool:
+        """Waits until ``found()``, which asks the store; False at the timeout or in a roll call.
 
         Not with `Store.wait`, which holds the connection's lock and logs its timeouts.
+
+        Args:
+            cancel: set if the caller no longer waits; with it, roll calls are looked for.
+            pauses: seconds between two checks, for as many of them as there are.
         """
-        pause, last = _PAUSES
-        look = time.monotonic() + LOOK
+        pauses = self._pauses(1) if pauses is None else pauses
+        look = time.monotonic() + self._look
         while True:
-            if self.store.check(list(keys)):
+            if found():
                 return True
             now = self.alive = time.monotonic()
             if cancel is not None and cancel.is_set():
@@ -285,9 +346,8 @@ class Rounds:
             if now >= look:
                 if cancel is not None and self.called():
                     return False
-                look = now + LOOK
-            time.sleep(pause)
-            pause = min(1.5 * pause, last)
+                look = now + self._look
+            time.sleep(min(next(pauses), end - now))
 
 
 def call_of(message: dict[str, Any]) -> str:

@@ -215,8 +215,11 @@ class _Transfer:
                     self._view(buffer, place - first, chunk).copy_(values)
         except BaseException as error:
             failed = error
-        if self.ranks.size > 1 and self._takes_part(owners):
-            self.ranks.transfer(op, lambda: self._exchange(slots), device)
+        if self.ranks.size > 1 and self._is_exchanged(bucket):
+            if not self._all_ranks:
+                self.ranks.join(op, device)
+            if self.receives or owners:
+                self.ranks.transfer(op, lambda: self._exchange(slots), device)
         if failed is not None:
             raise failed
         if not self.receives:
@@ -224,27 +227,31 @@ class _Transfer:
         arrived = buffer if device.type == "cpu" else self._host[:size].copy_(buffer)
         return [self._view(arrived, place, p) for p, place in zip(bucket, places, strict=True)]
 
-    def _takes_part(self, owners: Sequence[int]) -> bool:
-        """Whether this rank sends or receives in a bucket's exchange, given its `_owners`."""
-        return self._all_ranks or any(owner != 0 for owner in owners)
+    def _is_exchanged(self, bucket: Sequence[TransferChunk]) -> bool:
+        """Whether any rank sends a part of a bucket to another one; equal on all ranks."""
+        return self._all_ranks or any(chunk.owner != 0 for chunk in bucket)
 
     def _exchange(self, slots: Mapping[int, Tensor]) -> None:
-        """Sends and receives the parts of a bucket, each in its owner's slot."""
+        """Sends and receives the parts of a bucket, each in its owner's slot.
+
+        In one batch, which goes through the communicator of the whole group: NCCL makes another
+        one, of 100 MB, for each pair of ranks that sends otherwise.
+        """
         ranks, group = self.ranks, self.ranks.group()
         if self._all_ranks:
             for owner, slot in slots.items():
                 dist.broadcast(slot, src=ranks.ranks[owner], group=group)
-        elif ranks.leader:
-            works = [
-                dist.irecv(slot, src=ranks.ranks[owner], group=group)
+            return
+        if ranks.leader:
+            parts = [
+                dist.P2POp(dist.irecv, slot, ranks.ranks[owner], group)
                 for owner, slot in slots.items()
                 if owner != ranks.index
             ]
-            for work in works:
-                assert work is not None
-                work.wait()
         else:
-            dist.send(slots[ranks.index], dst=ranks.ranks[0], group=group)
+            parts = [dist.P2POp(dist.isend, slots[ranks.index], ranks.ranks[0], group)]
+        for work in dist.batch_isend_irecv(parts):
+            work.wait()
 
     def _layout(self, bucket: list[TransferChunk]) -> tuple[list[int], dict[int, tuple[int, int]]]:
         """First byte of each chunk, and the span (first byte, bytes) of each owner."""
