@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -72,8 +73,11 @@ class Host:
         subprocess.run([*enter, "ip", "link", "set", "eth0", state], check=True)
 
     def kill(self) -> None:
-        """Kills everything that runs on it."""
-        self.process.kill()
+        """Kills everything that runs on it, and waits until nothing does."""
+        pid = self.process.pid
+        if self.process.poll() is None:
+            (first,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            os.kill(int(first), signal.SIGKILL)  # it ends last of its namespace
         self.process.wait()
 
 
