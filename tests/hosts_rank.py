@@ -175,7 +175,9 @@ def wait_for_the_fault(folder: Path) -> None:
 
 
 def tell(folder: Path, error: Exception) -> None:
-    after = time.time() - (folder / "fault").stat().st_mtime
+    now = time.time()
+    until((folder / "fault").exists, 60)  # it is noted after a kill, which may be noticed at once
+    after = now - (folder / "fault").stat().st_mtime
     told = {"type": type(error).__name__, "text": str(error), "after": after}
     path = folder / f"told-{dist.get_rank()}"
     path.with_suffix(".tmp").write_text(json.dumps(told))
