@@ -4,8 +4,9 @@
 
     python benchmarks/bench_scale.py
 
-One process, on one core. A fake process group stands for the other ranks, and Llama 3 70B lies on
-the meta device. The plan is made from the boxes of all ranks, as they would arrive pickled.
+One process, on one core. A fake process group stands for the other ranks, and Llama 3 70B and a
+model of 1 T with experts lie on the meta device. The plan is made from the boxes of all ranks, as
+they would arrive pickled; what a save and an export would send and write is counted from it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import argparse
 import contextlib
 import gc
 import io
+import json
 import math
 import pickle
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -32,14 +36,28 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import models
 from harness import Table, Target, arguments, finish, say
 from shardema import backends
+from shardema.files import manifest as manifests
+from shardema.files.export import parse_size, plan_targets
+from shardema.files.manifest import (
+    Fingerprint,
+    Manifest,
+    StoredAverage,
+    StoredBox,
+    StoredFile,
+    StoredTensor,
+)
+from shardema.files.safetensors import make_header
 from shardema.policy import ShadowPolicy
+from shardema.profiles import History
 from shardema.ranks.agree import Ranks
-from shardema.ranks.plan import make_plan
+from shardema.ranks.plan import Plan, make_plan
+from shardema.schedules import constant, describe
 from shardema.shards.boxes import Box
 from shardema.shards.shard import Shard
 from shardema.update.shadows import allocate
 
 MIB = 1 << 20
+EP = 64  # ranks over which the experts are divided, as DeepSeek-V3 was trained
 OURS = "shardema"
 TARGETS = (
     Target(OURS, "plan 1024 ranks x 1000 tensors", "time", most=1),
@@ -66,13 +84,26 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def core_seconds(work: Callable[[], object]) -> float:
+    """CPU time of a long call, which other work on the machine does not change."""
+    gc.collect()
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
 # ---- one rank of many: FSDP2 ------------------------------------------------------------------
 
 
-def sharded(make: Callable[[], nn.Module], ranks: int) -> nn.Module:
-    """The model on the meta device, sharded over a fake world."""
+def sharded(
+    make: Callable[[], nn.Module],
+    ranks: int,
+    place: Callable[[nn.Module, int], None] = lambda model, ranks: None,
+) -> nn.Module:
+    """The model on the meta device, sharded over a fake world, parts of it by ``place``."""
     with torch.device("meta"):
         model = make()
+    place(model, ranks)
     models.shard(model, init_device_mesh("cpu", (ranks,)))
     return model
 
@@ -124,12 +155,20 @@ class Sender:
         raise Sent(pickle.dumps(mine))
 
 
-def payloads(shards: Sequence[Shard], ranks: int) -> list[bytes]:
+def by_rows(shard: Shard, ranks: int, rank: int) -> tuple[Box, ...]:
+    """What FSDP2 over all ranks gives to a rank of a tensor."""
+    return rows_of(shard.shape, ranks, rank)
+
+
+Held = Callable[[Shard, int, int], tuple[Box, ...]]
+
+
+def payloads(shards: Sequence[Shard], ranks: int, held: Held = by_rows) -> list[bytes]:
     """What each rank would send: the shards of the first one, with the rank's own boxes."""
     averaged = {shard.fqn for shard in shards}
     sent = []
     for rank in range(ranks):
-        theirs = [replace(shard, boxes=rows_of(shard.shape, ranks, rank)) for shard in shards]
+        theirs = [replace(shard, boxes=held(shard, ranks, rank)) for shard in shards]
         try:
             make_plan(theirs, averaged, cast(Ranks, Sender()))
         except Sent as told:
@@ -200,6 +239,155 @@ def measure_growth(table: Table, args: argparse.Namespace) -> None:
     table.add(OURS, grown, "time_per_tensor_grows", "ratio", [by_tensors])
 
 
+# ---- large models: what a rank holds, and what a save and an export send and write ------------
+
+
+@dataclass(frozen=True)
+class Large:
+    """A model, how it is sharded, and which boxes that gives to a rank."""
+
+    make: Callable[[], nn.Module]
+    place: Callable[[nn.Module, int], None]
+    held: Held
+
+
+def experts_or_rows(shard: Shard, ranks: int, rank: int) -> tuple[Box, ...]:
+    """What `models.on_experts_mesh` and FSDP2 give to a rank."""
+    if ".experts." not in shard.fqn:
+        return by_rows(shard, ranks, rank)
+    part, mine = divmod(rank, EP)
+    experts, rows, columns = shard.shape
+    sizes = (experts // EP, rows * EP // ranks, columns)
+    return (Box((mine * sizes[0], part * sizes[1], 0), sizes),)
+
+
+def large(layers: int | None) -> dict[str, Large]:
+    """The large models, by label; with so many layers, or as many as they have."""
+    fewer = {} if layers is None else {"layers": layers}
+    return {
+        "llama-70b": Large(lambda: models.Llama(**fewer), lambda model, ranks: None, by_rows),
+        "experts-1t": Large(
+            lambda: models.Experts(**fewer),
+            lambda model, ranks: models.on_experts_mesh(model, ranks, EP),
+            experts_or_rows,
+        ),
+    }
+
+
+def measure_large(table: Table, label: str, model: Large, ranks: int, repeats: int) -> None:
+    """Rows of a model on so many ranks."""
+    case = f"{label} on {ranks} ranks"
+    say(case)
+    with fake_world(ranks):
+        shards = read(sharded(model.make, ranks, model.place))
+        for shard in shards:
+            assert shard.boxes == model.held(shard, ranks, 0), shard
+    averaged = {shard.fqn for shard in shards}
+    sent = payloads(shards, ranks, model.held)
+    times = []
+    for _ in range(repeats):
+        received = cast(Ranks, Received(sent))
+        plans: list[Plan] = []
+        times.append(seconds(lambda r=received, p=plans: p.append(make_plan(shards, averaged, r))))
+    table.add(OURS, case, "tensors", "tensors", [len(shards)])
+    table.add(OURS, case, "plan", "s", times)
+    table.add(OURS, case, "plan_sent_by_a_rank", "KiB", [max(map(len, sent)) / 1024])
+    measure_save(table, case, plans[0], ranks)
+    measure_export(table, case, plans[0])
+
+
+def files_of(plan: Plan, ranks: int) -> list[StoredFile]:
+    """The file that each rank writes of one fp32 average; the checksums are made up."""
+    pieces: list[list[tuple[int, Box]]] = [[] for _ in range(ranks)]
+    for number, (item, writers) in enumerate(zip(plan.items, plan.writers, strict=True)):
+        for (box, _), writer in zip(item.holders, writers, strict=True):
+            pieces[writer].append((number, box))
+    files = []
+    for rank, held in enumerate(pieces):
+        names = [plan.items[number].fqn for number, _ in held]
+        sizes = [box.sizes for _, box in held]
+        head, entries = make_header(
+            [(name, torch.float32, size) for name, size in zip(names, sizes, strict=True)]
+        )
+        boxes = [
+            StoredBox(number, box, entries[name].start)
+            for name, (number, box) in zip(names, held, strict=True)
+        ]
+        boxes.sort(key=lambda one: one.start)
+        size = len(head) + sum(entry.nbytes for entry in entries.values())
+        blocks = tuple(f"{n:032x}" for n in range(-(-size // manifests.BLOCK)))
+        name = f"rank-{rank:05d}-of-{ranks:05d}.safetensors"
+        files.append(StoredFile(name, size, len(head), blocks, tuple(boxes)))
+    return files
+
+
+def manifest_of(plan: Plan, files: Sequence[StoredFile]) -> Manifest:
+    """Of a save of one fp32 average."""
+    average = StoredAverage(describe(constant(0.999)), 1.0, 1, "float32", 1.0, History(1.0, True))
+    tensors = tuple(
+        StoredTensor("ema", i.fqn, i.file_name, i.role, i.shape, torch.float32, i.aliases)
+        for i in plan.items
+    )
+    prints = {item.fqn: Fingerprint("F32", f"{1 << 63:016x}") for item in plan.items}
+    return Manifest(
+        "0" * 32,
+        len(files),
+        {"ema": average},
+        tensors,
+        (),
+        tuple(files),
+        model={"weights": prints},
+    )
+
+
+def word_of(file: StoredFile) -> int:
+    """Bytes that a rank tells the first one of its file: its entry, and fingerprints."""
+    entry = {
+        "name": file.name,
+        "size": file.size,
+        "head": file.head,
+        "blocks": file.blocks,
+        "pieces": [[one.tensor, one.box.offsets, one.box.sizes] for one in file.boxes],
+    }
+    prints = [[one.tensor, "weights", "F32", 1 << 63] for one in file.boxes]
+    return len(json.dumps([entry, prints]))
+
+
+def measure_save(table: Table, case: str, plan: Plan, ranks: int) -> None:
+    """What the ranks write and tell of a save of one average, and its manifest."""
+    files = files_of(plan, ranks)
+    sizes = [file.size for file in files]
+    table.add(OURS, case, "saved_by_the_most", "MiB", [max(sizes) / MIB])
+    table.add(OURS, case, "saved_by_the_least", "MiB", [min(sizes) / MIB])
+    table.add(OURS, case, "saved", "GiB", [sum(sizes) / (1 << 30)])
+    words = [word_of(file) for file in files]
+    table.add(OURS, case, "told_by_a_rank", "KiB", [max(words) / 1024])
+    table.add(OURS, case, "told_by_all", "MiB", [sum(words) / MIB])
+    manifest = manifest_of(plan, files)
+    packed: list[bytes] = []
+    packing = core_seconds(lambda m=manifest, to=packed: to.append(manifests.pack(m)))
+    data = packed.pop()
+    table.add(OURS, case, "manifest", "MiB", [len(data) / MIB])
+    table.add(OURS, case, "manifest_packed", "s", [packing])
+    del files, manifest  # gigabytes
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, manifests.NAME).write_bytes(data)
+        reading = core_seconds(lambda: manifests.read(folder, files=False))
+    table.add(OURS, case, "manifest_read", "s", [reading])
+
+
+def measure_export(table: Table, case: str, plan: Plan) -> None:
+    """The files of an export in bf16, and what the first rank receives for them."""
+    tensors = [(i.stem, i.file_name, torch.bfloat16, i.shape) for i in plan.items]
+    targets, _ = plan_targets(tensors, parse_size("5GB"))
+    table.add(OURS, case, "exported", "GiB", [sum(t.size for t in targets) / (1 << 30)])
+    table.add(OURS, case, "exported_files", "files", [len(targets)])
+    table.add(OURS, case, "largest_file", "GiB", [max(t.size for t in targets) / (1 << 30)])
+    own = sum(box.numel for i in plan.items for box, who in i.holders if who[0] == 0)
+    full = sum(math.prod(item.shape) for item in plan.items)
+    table.add(OURS, case, "received_by_the_first", "GiB", [2 * (full - own) / (1 << 30)])
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments("scale", __doc__, repeats=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 256, 1024])
@@ -207,6 +395,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tensors", type=int, nargs="+", default=[125, 250, 500, 1000], help="of a plan"
     )
     parser.add_argument("--layers", type=int, default=80, help="of the Llama; 80 make 70 B")
+    parser.add_argument(
+        "--large-ranks", type=int, nargs="*", default=[256, 1024, 4096], help="of the large models"
+    )
+    parser.add_argument("--large-models", nargs="+", default=sorted(large(None)))
+    parser.add_argument("--large-layers", type=int, help="of the large models; all by default")
     return parser.parse_args(argv)
 
 
@@ -224,6 +417,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for ranks in args.ranks:
         measure_reading(table, llama, label, ranks, args.repeats)
     measure_growth(table, args)
+    for name in args.large_models:
+        for ranks in args.large_ranks:
+            model = large(args.large_layers)[name]
+            measure_large(table, name, model, ranks, args.repeats)
     return finish(table, args, TARGETS)
 
 

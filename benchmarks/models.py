@@ -5,6 +5,7 @@
     Tensors     n equal tensors         few large ones, or many small ones
     Blocks      an embedding with an odd number of rows, and feed-forward blocks
     Llama       the names and shapes of Llama 3 70B, for the meta device
+    Experts     those of Kimi K2, a DeepSeek-V3 of 1 T, with the experts of a layer in three tensors
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 MIB = 1 << 20
 Layout = Literal["plain", "fsdp2"]
@@ -108,6 +109,85 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(LlamaLayer(width, kv_width, hidden) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         self.lm_head = nn.Linear(width, tokens, bias=False)
+
+
+class GroupedExperts(nn.Module):
+    """The experts of a layer: ``w1`` and ``w3`` are ``[experts, hidden, width]``."""
+
+    def __init__(self, experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(experts, hidden, width))
+        self.w2 = nn.Parameter(torch.empty(experts, width, hidden))
+        self.w3 = nn.Parameter(torch.empty(experts, hidden, width))
+
+
+def gated(width: int, hidden: int) -> nn.ModuleDict:
+    """A gated feed-forward part."""
+    return nn.ModuleDict(
+        {
+            "gate_proj": nn.Linear(width, hidden, bias=False),
+            "up_proj": nn.Linear(width, hidden, bias=False),
+            "down_proj": nn.Linear(hidden, width, bias=False),
+        }
+    )
+
+
+class ExpertsLayer(nn.Module):
+    """Names and shapes of a layer: latent attention, and experts or one feed-forward part."""
+
+    def __init__(self, width: int, heads: int, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_a_proj": nn.Linear(width, 1536, bias=False),
+                "q_a_layernorm": nn.RMSNorm(1536),
+                "q_b_proj": nn.Linear(1536, heads * 192, bias=False),
+                "kv_a_proj_with_mqa": nn.Linear(width, 512 + 64, bias=False),
+                "kv_a_layernorm": nn.RMSNorm(512),
+                "kv_b_proj": nn.Linear(512, heads * 256, bias=False),
+                "o_proj": nn.Linear(heads * 128, width, bias=False),
+            }
+        )
+        self.input_layernorm = nn.RMSNorm(width)
+        self.post_attention_layernorm = nn.RMSNorm(width)
+        if experts:
+            self.gate = nn.Linear(width, experts, bias=False)
+            self.experts = GroupedExperts(experts, width, hidden)
+        self.mlp = gated(width, hidden)
+
+
+class Experts(nn.Module):
+    """Kimi K2 (arXiv 2507.20534, table 2; shapes of its public configuration): 1.03 T."""
+
+    def __init__(
+        self,
+        layers: int = 61,
+        width: int = 7168,
+        heads: int = 64,
+        experts: int = 384,
+        tokens: int = 163840,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(tokens, width)
+        first = ExpertsLayer(width, heads, 18432, 0)
+        rest = (ExpertsLayer(width, heads, 2048, experts) for _ in range(layers - 1))
+        self.layers = nn.ModuleList([first, *rest])
+        self.norm = nn.RMSNorm(width)
+        self.lm_head = nn.Linear(width, tokens, bias=False)
+
+
+def on_experts_mesh(model: nn.Module, ranks: int, ep: int) -> None:
+    """Puts the experts of an `Experts` on the meta device on a mesh of ``(ranks / ep, ep)``.
+
+    A rank has some of the experts, and of these its part of the first dim after them.
+    """
+    mesh = init_device_mesh("cpu", (ranks // ep, ep), mesh_dim_names=("fsdp", "ep"))
+    for layer in (layer for layer in model.layers if hasattr(layer, "experts")):
+        for name, param in list(layer.experts.named_parameters()):
+            local = torch.empty(len(param) // ep, *param.shape[1:], device="meta")
+            placed = DTensor.from_local(local, mesh["ep"], [Shard(0)], run_check=False)
+            setattr(layer.experts, name, nn.Parameter(placed))
+        fully_shard(layer.experts, mesh=mesh["fsdp"], shard_placement_fn=lambda _: Shard(1))
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -41,7 +41,10 @@ ON_TWO_RANKS = {
     "checkpoint": [*TWICE, "--mib", "1", "--train-mib", "1", "--tokens", "4", "--steps", "1"],
 }
 ON_ONE = {
-    "scale": [*TWICE, "--ranks", "2", "4", "--tensors", "2", "4", "--layers", "1"],
+    "scale": [
+        *(*TWICE, "--ranks", "2", "4", "--tensors", "2", "4", "--layers", "1"),
+        *("--large-ranks", "128", "--large-layers", "2"),
+    ],
     "calls": [*TWICE, "--ranks", "3"],
     "arithmetic": [
         *(*TWICE, "--updates", "3", "--target-updates", "3", "--elements", "4", "--numel", "2048")
@@ -269,6 +272,11 @@ for ranks, rank in ((2, 1), (7, 3), (40, 39), (41, 0), (600, 599)):
     assert any(shard.shape[0] % ranks for shard in shards)
     for shard in shards:
         assert shard.boxes == bench.rows_of(shard.shape, ranks, rank), (shard, ranks, rank)
+model = bench.large(2)["experts-1t"]
+with bench.fake_world(256, 67):
+    shards = bench.read(bench.sharded(model.make, 256, model.place))
+for shard in shards:
+    assert shard.boxes == model.held(shard, 256, 67), shard
 """
 
 
