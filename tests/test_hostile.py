@@ -501,7 +501,7 @@ def test_names_are_shown_without_what_a_terminal_acts_on(home: Path) -> None:
 
     folder = prepare(home, "plain", body(rename))
     for words in (["inspect", str(folder)], ["inspect", "--tensors", str(folder)]):
-        done = CliRunner().invoke(main, words)
+        done = CliRunner().invoke(main, words, env={"COLUMNS": "200"})
         assert done.exit_code == 0
         assert "\x1b" not in done.output
         assert "\u202e" not in done.output

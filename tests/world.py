@@ -74,7 +74,7 @@ def _main(rank: int, size: int, folder: str, facts: Sequence[Fact], told: Any, d
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # torch warns of NO_SHARD, FSDP1 and more at every call
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    os.environ["RANK_DEVICE"] = "cpu" if device == "cpu" else "cuda"
+    os.environ["RANK_DEVICE"] = "cuda" if device.startswith("cuda") else device
     if device in (NCCL, GLOO_ON_GPU):
         torch.cuda.set_device(rank if device == NCCL else 0)
     dist.init_process_group(
