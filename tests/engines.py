@@ -6,6 +6,7 @@ flattened them, and not from addresses as `shardema.backends.zero` does.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
@@ -85,6 +86,7 @@ class Config:
         """A new engine, over the zoo's model if no other is given. Collective."""
         import deepspeed
 
+        _ask_for_the_processor_once()
         module = model() if module is None else module
         settings = {
             "train_micro_batch_size_per_gpu": 1,
@@ -109,6 +111,14 @@ class Config:
         assert type(engine.optimizer).__name__ == self.optimizer, type(engine.optimizer)
         assert engine.zero_optimization_stage() == self.stage
         return engine
+
+
+@functools.cache
+def _ask_for_the_processor_once() -> None:
+    """DeepSpeed asks with each operator that it loads, and an answer takes seconds."""
+    import cpuinfo
+
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 
 CONFIGS = {

@@ -245,6 +245,7 @@ SWEPT = {
 NAMES = [
     (ranks, name, f.__name__) for ranks, names in SWEPT.items() for name in names for f in FACTS
 ]
+GATE = ("plain", "ddp", "fsdp1", "fsdp2")  # the rest with --full
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +265,10 @@ def verdicts(request: pytest.FixtureRequest) -> Callable[[int], world.Verdicts]:
     return judged
 
 
-@pytest.mark.parametrize(("ranks", "layout", "fact"), NAMES)
+@pytest.mark.parametrize(
+    ("ranks", "layout", "fact"),
+    [n if n[1] in GATE else pytest.param(*n, marks=pytest.mark.full) for n in NAMES],
+)
 def test_a_teacher(
     verdicts: Callable[[int], world.Verdicts], ranks: int, layout: str, fact: str
 ) -> None:
