@@ -19,7 +19,8 @@ if compgen -G "$out/average/step-*" >/dev/null; then
 else
     rm -rf "$out" # of this job, stopped before its first step was saved
 fi
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${hosts%%$'\n'*} # not by head, which ends before scontrol has written all
 # the port follows from the job, so that two jobs on one node do not meet
 port=$((20000 + SLURM_JOB_ID % 10000))
 srun .venv/bin/torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" \
