@@ -17,7 +17,11 @@ from shardema.cli import symptoms
 from shardema.cli.main import main
 from shardema.kernels import fused_cpu
 
-BROKEN = "raise RuntimeError('operator torchvision::nms does not exist')\n"
+BROKEN = """
+print("[a log, such as DeepSpeed's]")
+print("[without an end", end="")
+raise RuntimeError("operator torchvision::nms does not exist")
+"""
 
 
 @pytest.fixture

@@ -233,6 +233,7 @@ dist.destroy_process_group()
 """
 
 
+_ANSWER = "shardema: "  # begins the lines that are meant: modules print others
 # one process for all: each would take seconds to import torch
 _IMPORTING = """
 import importlib, json, sys
@@ -243,7 +244,7 @@ for name, modules in json.loads(sys.argv[1]):
         said = ""
     except BaseException as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-    print(json.dumps([name, said]), flush=True)
+    print("\\n" + sys.argv[2] + json.dumps([name, said]), flush=True)
 """
 
 
@@ -259,7 +260,7 @@ class Processes:
         asked = [(name, modules) for name, (package, modules) in _IMPORTS.items() if _has(package)]
         for rank in range(2):
             self.running.append(_python(_RANK, str(rank), place, str(DEADLINE)))
-        self.running.append(_python(_IMPORTING, json.dumps(asked)))
+        self.running.append(_python(_IMPORTING, json.dumps(asked), _ANSWER))
 
     def findings(self) -> Iterator[Finding]:
         """What came of them, in order; what still runs at the deadline is ended."""
@@ -268,7 +269,8 @@ class Processes:
         self._wait(importing)
         importing.kill()
         output, _ = importing.communicate()
-        said = dict(json.loads(text) for text in output.splitlines() if text.startswith("["))
+        lines = [line for line in output.splitlines() if line.startswith(_ANSWER)]
+        said = dict(json.loads(line.removeprefix(_ANSWER)) for line in lines)
         for name, (package, _) in _IMPORTS.items():
             if _has(package):
                 yield _imported(name, package, said.get(name))
