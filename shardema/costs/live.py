@@ -10,7 +10,7 @@ import torch
 
 from shardema.costs.cost import Cost, finished
 from shardema.costs.speeds import Speeds, disk_speed, link_speed, memory_speed
-from shardema.ranks.plan import facts_of
+from shardema.ranks.plan import Told
 from shardema.update.averages import Averages
 
 
@@ -38,10 +38,6 @@ def cost_of(averages: Averages, folder: str | os.PathLike[str] | None) -> Cost:
     )
     own = [several[0].policy.dtype_for(s.source.dtype).itemsize for s in chosen]
     total = sum(nbytes for _, nbytes in shadows)
-    told = [
-        (s.fqn, facts_of(s, weights.averaged, ()), [(b.offsets, b.sizes) for b in s.boxes])
-        for s in weights.shards
-    ]
     return finished(
         shadows,
         parameters=sum(numel),
@@ -53,7 +49,7 @@ def cost_of(averages: Averages, folder: str | os.PathLike[str] | None) -> Cost:
         save_bytes=sum(stored) + buffers,
         export_bytes=full(own) + sum(sizes.values()),
         model_dtype_bytes=full([s.own.dtype.itemsize for s in chosen]) + sum(sizes.values()),
-        sent_bytes=len(pickle.dumps(told)),
+        sent_bytes=len(pickle.dumps(Told.of([shard.boxes for shard in weights.shards], ()))),
         speeds=_speeds(averages, chosen[0].source.device, folder),
     )
 

@@ -2,9 +2,9 @@
 
 ::
 
-    shards of a rank     -_Told->      what it tells the others: a digest of the tensors' facts, and
+    shards of a rank     -Told->      what it tells the others: a digest of the tensors' facts, and
                                        the different layouts of its tensors
-    _Told of all ranks   -make_plan->  Plan      which rank holds which box of which tensor
+    Told of all ranks   -make_plan->  Plan      which rank holds which box of which tensor
     Plan, local values   -Contents->   what is gathered, exported or saved, and in what dtype
 
 Facts are equal on most ranks, so they are sent only by the first rank of each digest. Tensors have
@@ -164,7 +164,7 @@ def make_plan(
     """
     facts = [(shard.fqn, facts_of(shard, averaged, dropped)) for shard in shards]
     with _uncollected():
-        items = _merged(facts, ranks.all_gather(_Told.of(shards, facts)), ranks)
+        items = _merged(facts, ranks.all_gather(Told.of([s.boxes for s in shards], facts)), ranks)
     return Plan(tuple(items), _share_writing(items, ranks.size))
 
 
@@ -172,7 +172,7 @@ _Facts = Sequence[tuple[str, tuple[Any, ...]]]  # the fqn of each tensor, and it
 _Layout = tuple[tuple[Dims, Dims], ...]  # the boxes that a rank holds of a tensor
 
 
-class _Told(NamedTuple):
+class Told(NamedTuple):
     """What a rank tells of its shards: short if its tensors have few shapes, or it holds few.
 
     Attributes:
@@ -186,15 +186,16 @@ class _Told(NamedTuple):
     layouts: tuple[_Layout, ...]
 
     @classmethod
-    def of(cls, shards: Sequence[Shard], facts: _Facts) -> _Told:
+    def of(cls, held: Sequence[Sequence[Box]], facts: _Facts) -> Told:
+        """From the boxes that the rank holds of each of its tensors."""
         number: dict[_Layout, int] = {}
-        layouts = (tuple((box.offsets, box.sizes) for box in shard.boxes) for shard in shards)
+        layouts = (tuple((box.offsets, box.sizes) for box in boxes) for boxes in held)
         numbers = np.array([number.setdefault(one, len(number)) for one in layouts], np.uint32)
         digest = xxhash.xxh3_128_digest(repr(facts).encode())
         return cls(digest, zlib.compress(numbers.tobytes()), tuple(number))
 
 
-def _merged(facts: _Facts, told: Sequence[_Told], ranks: Ranks) -> list[Item]:
+def _merged(facts: _Facts, told: Sequence[Told], ranks: Ranks) -> list[Item]:
     """One item for each fqn, from what all ranks told. Collective if their facts differ."""
     by_digest = _all_facts(facts, [one.digest for one in told], ranks)
     known = _agreed(by_digest, [one.digest for one in told], ranks)
