@@ -124,17 +124,16 @@ void move(const void* param, void* shadow, int64_t at, int64_t n, double given) 
 const int kCut = 45;   // bits of a double that bf16 has no room for
 const int kLost = 13;  // bits of a double that a float and its companion have no room for
 const uint64_t kGolden = 0x9E3779B97F4A7C15u;
+const uint64_t kFactor = 0xBF58476D1CE4E5B9u;
 
 inline uint64_t mixed(uint64_t x) {  // splitmix64
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 30)) * kFactor;
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
   return x ^ (x >> 31);
 }
 
-inline bool finite(uint64_t bits) { return (bits >> 52 & 0x7ff) != 0x7ff; }
-
-inline bool has_companion(int64_t bits) {  // of a shadow in double: neither inf, NaN nor 0
-  return finite(uint64_t(bits)) && (bits & 0x7fffffffffffffff) != 0;
+inline bool has_companion(float x) {  // neither inf, NaN nor 0
+  return (reread<uint32_t>(x) & 0x7fffffff) - 1 < 0x7f7fffff;
 }
 
 template <Form form>
@@ -149,14 +148,15 @@ struct Places {  // of elements in the full tensor: runs of equal steps, and a j
 
 template <Form form, class P>
 void round_run(const P* __restrict__ param, bf16* __restrict__ shadow, int64_t n,
-               double coefficient, uint64_t first, uint64_t step) {
-  for (int64_t i = 0; i < n; ++i) {
+               double coefficient, uint64_t x, uint64_t step) {
+  for (int64_t i = 0; i < n; ++i, x += step) {
     const double value =
         moved<form>(double(widen(shadow[i])), double(widen(param[i])), coefficient);
+    const uint64_t noise = (x ^ (x >> 32)) * kFactor >> (64 - kCut);
     const uint64_t bits = reread<uint64_t>(value);
-    const uint64_t noise = mixed(first + uint64_t(i) * step) >> (64 - kCut);
     const uint64_t cut = (bits + noise) & ~((uint64_t(1) << kCut) - 1);
-    narrow(reread<double>(finite(bits) ? cut : bits), &shadow[i]);
+    const float nearest = float(reread<double>(value == value ? cut : bits));  // NaN stays NaN
+    shadow[i].bits = uint16_t(reread<uint32_t>(nearest) >> 16);
   }
 }
 
@@ -178,18 +178,17 @@ template <Form form, class P>
 void compensate_block(const P* __restrict__ param, float* __restrict__ shadow,
                       int16_t* __restrict__ companion, int64_t n, double coefficient) {
   for (int64_t i = 0; i < n; ++i) {
+    const int32_t lost = has_companion(shadow[i]) ? companion[i] : 0;
     const int64_t before = reread<int64_t>(double(shadow[i]));
-    const int64_t lost = int64_t(companion[i]) * (int64_t(1) << kLost);
-    const double start = reread<double>(before + (has_companion(before) ? lost : 0));
+    const double start = reread<double>(before + int64_t(lost) * (int64_t(1) << kLost));
     const double value = moved<form>(start, double(widen(param[i])), coefficient);
     const float nearest = float(value);
-    const int64_t stored = reread<int64_t>(double(nearest));
-    const int64_t apart = reread<int64_t>(value) - stored;
+    const int64_t apart = reread<int64_t>(value) - reread<int64_t>(double(nearest));
     const int64_t units = (apart + (1 << (kLost - 1))) >> kLost;
     const int64_t most = units < 32767 ? units : 32767;
-    const int64_t both = most > -32768 ? most : -32768;
+    const int32_t both = int32_t(most > -32768 ? most : -32768);
     shadow[i] = nearest;
-    companion[i] = has_companion(stored) ? int16_t(both) : int16_t(0);
+    companion[i] = int16_t(has_companion(nearest) ? both : 0);
   }
 }
 
