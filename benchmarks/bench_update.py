@@ -24,6 +24,7 @@ from torch import nn
 
 import models
 import rivals
+import triads
 from harness import (
     Table,
     Target,
@@ -40,7 +41,7 @@ from harness import (
 from rivals import DTYPES, Average, Build
 from tests import meters
 
-LIMIT, OURS, COPY = "limit", "shardema", "copy"
+LIMIT, OURS, COPY, FOREACH = "limit", "shardema", "copy", "shardema_foreach"
 SMALL = 1 << 10  # tensors of so many elements cost by the piece
 TARGETS = (
     Target(OURS, r"fsdp2 fp32/fp32 (blocks-[0-9]+|.*Mi)", "time_to_limit", most=1.05),
@@ -53,6 +54,9 @@ TARGETS = (
     Target(OURS, r".* bf16/fp32 (blocks-.*|.*Mi), 2 averages", "time_to_one_average", most=1.9),
     Target(OURS, r".* 2000x1Ki", "beyond_1.5_limits_per_tensor", most=5),
     Target(OURS, r".* (4x|1x)\d+Mi", "share_of_copy_bandwidth", least=0.9),
+    Target(OURS, r".* fp32/fp32 (blocks-.*|.*Mi)", "share_of_host", least=0.95),
+    Target(OURS, r".* bf16/fp32 (blocks-.*|.*Mi)", "share_of_host", least=0.9),
+    Target(OURS, r".* (blocks-.*|.*Mi)", f"time_to_{FOREACH}", most=1.03),
     Target(OURS, ".*", "allocated", most=0),
     Target(OURS, ".*", "collectives", most=0),
 )
@@ -104,6 +108,10 @@ def one_average(
 ) -> None:
     """All providers, right ones only; the others get a row that says why."""
     builds = {LIMIT: rivals.limit()}
+    loops, why = attempt(triads.builds) if args.device == "cpu" else ({}, "")
+    if why:
+        table.lacks("host", case, why)
+    builds |= loops or {}
     if args.copy:
         builds[COPY] = rivals.copy
     for name, build in (rivals.ours() | rivals.OTHERS).items():
@@ -116,6 +124,8 @@ def one_average(
         else:
             builds[name] = build
     times = measure(table, model, builds, case, args)
+    if loops:
+        share_of_host(table, case, times, list(loops))
     others = [name for name in times if name in rivals.OTHERS]
     table.add_times(times, case, to=[LIMIT])
     if others:
@@ -134,6 +144,20 @@ def one_average(
         if small:
             beyond = [(a - 1.5 * b) / count for a, b in zip(seconds, times[LIMIT], strict=True)]
             table.add(name, case, "beyond_1.5_limits_per_tensor", "us", [1e6 * b for b in beyond])
+
+
+def share_of_host(
+    table: Table, case: str, times: dict[str, list[float]], loops: Sequence[str]
+) -> None:
+    """Of the fastest hand-written loop, whatever it is on this host."""
+    fastest = min(loops, key=lambda name: statistics.median(times[name]))
+    say(f"{case}: the host's own limit is {fastest}")
+    for name in (LIMIT, OURS, FOREACH):
+        if name in times:
+            table.add(name, case, "share_of_host", "ratio", ratio(times[fastest], times[name]))
+    if FOREACH in times:
+        compared = ratio(times[OURS], times[FOREACH])
+        table.add(OURS, case, f"time_to_{FOREACH}", "ratio", compared)
 
 
 def several_averages(
