@@ -1,6 +1,6 @@
-"""The host's own limit: hand-written loops in place over the bytes that an update moves.
+"""The host's own limit: hand-written loops over the memory of an average and its parameters.
 
-One flat tensor of parameters, in their dtype, and one flat fp32 average: ordinary stores, the same
+In place, as an update: ordinary stores by the widest vectors and by those of 256 bits, the former
 with prefetching, and streaming stores; on one thread and on all. The fastest of them is the limit.
 """
 
@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness import Missing
-from models import locals_of
-from rivals import DECAY, Average, Build
+from rivals import DECAY
 from shardema.kernels import build, fused_cpu
 
 _LINE = 64  # the loops work on so many elements at a time
-HOW = ("ordinary", "prefetched", "streamed")
+HOW = ("ordinary", "256_bits", "prefetched", "streamed")
 
 
 @functools.cache
@@ -38,36 +37,28 @@ def _code() -> tuple[Any, fused_cpu.Threads]:
     return triad, kernel.threads
 
 
-def builds() -> dict[str, Build]:
-    """Every loop, by name; they share one average of a model.
+def loops(params: Sequence[Tensor], averages: Sequence[Tensor]) -> dict[str, Callable[[], None]]:
+    """Every loop over these, by name.
+
+    Args:
+        params: contiguous, float32 or bfloat16.
+        averages: contiguous, float32, aligned to 64 bytes, one for each.
 
     Raises:
         Missing: there is no C++ compiler.
     """
-    _code()
-    shared = functools.cache(_flat)
-    counts = sorted({1, torch.get_num_threads()})
-    return {
-        f"{how}_{count}_thread{'s' * (count > 1)}": functools.partial(_loop, shared, how, count)
-        for how in HOW
-        for count in counts
-    }
-
-
-def _flat(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """The parameters, flat, and their average."""
-    whole = torch.cat([param.reshape(-1) for param in locals_of(model)])
-    flat = whole[: whole.numel() // _LINE * _LINE]
-    return flat, flat.float().clone()
-
-
-def _loop(
-    shared: Callable[[nn.Module], tuple[Tensor, Tensor]], how: str, count: int, model: nn.Module
-) -> Average:
     triad, threads = _code()
-    flat, average = shared(model)
-    narrow = int(flat.dtype == torch.bfloat16)
-    rest = (average.numel(), 1 - DECAY, HOW.index(how), count, ctypes.byref(threads))
-    return Average(
-        lambda: triad(flat.data_ptr(), narrow, average.data_ptr(), *rest), lambda: [average]
-    )
+    pairs = [
+        (p.data_ptr(), int(p.dtype == torch.bfloat16), s.data_ptr(), s.numel() // _LINE * _LINE)
+        for p, s in zip(params, averages, strict=True)
+    ]
+
+    def loop(how: int, count: int) -> None:
+        for pair in pairs:
+            triad(*pair, 1 - DECAY, how, count, ctypes.byref(threads))
+
+    return {
+        f"{name}_{count}_thread{'s' * (count > 1)}": functools.partial(loop, how, count)
+        for how, name in enumerate(HOW)
+        for count in sorted({1, torch.get_num_threads()})
+    }
