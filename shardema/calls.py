@@ -22,6 +22,7 @@ from shardema.files import pretrained
 from shardema.files.background import PendingSave
 from shardema.model import own_state, replica_check, selection
 from shardema.model.own_state import MergedState, OwnState
+from shardema.model.weights import Weights
 from shardema.policy import ShadowPolicy
 from shardema.ranks import transfer
 from shardema.ranks.agree import Ranks
@@ -104,12 +105,14 @@ class Calls:
     """
 
     def __init__(self, averages: Averages, updates: Updates, notices: Notices) -> None:
-        self.averages, self.updates, self.notices = averages, updates, notices
-        self.weights = averages.weights
-        self.swap = SwapState()
+        self.averages: Averages = averages
+        self.updates: Updates = updates
+        self.notices: Notices = notices
+        self.weights: Weights = averages.weights
+        self.swap: SwapState = SwapState()
         self.iterations: set[Iteration] = set()
-        self.merged_state = MergedState.none()
-        self.own = OwnState()
+        self.merged_state: MergedState = MergedState.none()
+        self.own: OwnState = OwnState()
         self.pending: PendingSave | None = None
         self._added: list[Shard] = []  # tensors that modules add to the state dict, on this rank
         self._plans: dict[bool, Plan] = {}  # False: whole shards; True: the replicas' slices

@@ -49,7 +49,7 @@ class SwapError(RuntimeError):
     def __init__(self, message: str, *, weights: Mapping[str, Tensor]):
         super().__init__(message)
         _point_to_page(self, "updating-and-swapping")
-        self.weights = dict(weights)
+        self.weights: dict[str, Tensor] = dict(weights)
 
 
 def _point_to_page(error: Exception, section: str) -> None:

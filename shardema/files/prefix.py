@@ -39,8 +39,8 @@ class NewPrefix:
     """
 
     def __init__(self, op: str, ranks: Ranks) -> None:
-        self.path = ""
-        self.place = ""
+        self.path: str = ""
+        self.place: str = ""
         self.names: list[str] = []
         self._op = op
         self._ranks = ranks

@@ -314,7 +314,7 @@ class Skeletons:
     def __init__(
         self, models: Sequence[nn.Module], shards: Sequence[Shard], averaged: Collection[str]
     ) -> None:
-        self.table = {name: shard for shard in shards for name in shard.names}
+        self.table: dict[str, Shard] = {name: shard for shard in shards for name in shard.names}
         self._averaged = averaged
         self._by_prefix: dict[str, list[str]] = {}
         for name in self.table:
@@ -324,7 +324,7 @@ class Skeletons:
         self._known: dict[Any, Shard] = {}
         self._others: dict[Any, str] = {}  # names of buffers that have no shard
         self._clones: dict[int, nn.Module] = {}
-        self.models = [self._clone(model, "") for model in models]
+        self.models: list[nn.Module] = [self._clone(model, "") for model in models]
 
     def state_dict(self) -> dict[str, Any]:
         """The state dicts of all models as one."""

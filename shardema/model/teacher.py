@@ -71,7 +71,8 @@ class Teacher:
         *,
         chosen: bool,
     ) -> None:
-        self.models, self._weights, self._rename = models, weights, rename
+        self.models: tuple[nn.Module, ...] = models
+        self._weights, self._rename = weights, rename
         self._same = [id(model) for model in models] == [id(model) for model in weights.models]
         if self._same and rename is None:
             raise ValueError(
@@ -79,6 +80,7 @@ class Teacher:
                 'other tensors of the model: rename={"default": "old"}'
             )
         backends.refuse_unknown(models)
+        self.name: str
         self.name, self._backend = backends.find_teacher(models)
         # the student's own engine, or one that steps other tensors
         self._engine = self._backend.engine(models)
@@ -130,10 +132,12 @@ class Teacher:
         return {name: s for s in self._backend.read(self.models) for name in s.names}
 
     def _match(self, found: Mapping[str, Shard]) -> None:
-        self.averaged = [self._matched(shard, found) for shard in self._weights.averaged_shards]
+        self.averaged: list[Match] = [
+            self._matched(shard, found) for shard in self._weights.averaged_shards
+        ]
         self._refuse_twice()
         self._refuse_shared()
-        self.copied = [
+        self.copied: list[Match] = [
             self._buffer(shard, found)
             for shard in self._weights.shards
             if shard.role == "buffer" and shard.fqn not in self._weights.averaged

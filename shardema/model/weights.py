@@ -63,21 +63,23 @@ class Weights:
     ) -> None:
         self.models = models
         backends.refuse_unknown(models)
+        self.name: str
         self.name, self._backend = backends.find(models, backend)
         self._reads_weights = reads_weights
         self._rules = buffers
         self._buffers: dict[str, Buffers] = {}
-        self.unmatched = selection.UnmatchedPatterns(partial_model)
+        self.unmatched: selection.UnmatchedPatterns = selection.UnmatchedPatterns(partial_model)
         self.ensure_sharded()
         found = self._backend.read(models)
         self._buffers = selection.sort_buffers(found, buffers, self.unmatched)
-        self.shards = self._read()
-        self.engine = self._backend.engine(models)
+        self.shards: list[Shard] = self._read()
+        self.engine: backends.Engine | None = self._backend.engine(models)
         averaged_buffers = {fqn for fqn, word in self._buffers.items() if word == "average"}
         self._first_slices: dict[str, tuple[Any, ...]] = {}  # boxes and order when first sliced
         packed = own_state.packed(models)
         numbers = [shard for shard in self.shards if shard.fqn not in packed]
-        self.averaged = selection.choose(numbers, select, self.unmatched) | averaged_buffers
+        chosen = selection.choose(numbers, select, self.unmatched)
+        self.averaged: frozenset[str] = chosen | averaged_buffers
         self._frozen = self._frozen_now()
         self._watch()
 
@@ -154,7 +156,7 @@ class Weights:
     def _read(self) -> list[Shard]:
         shards = self._backend.read(self.models)
         left_out = [shard for shard in shards if self._ignored(shard)]
-        self.ignored = frozenset(name for shard in left_out for name in shard.names)
+        self.ignored: frozenset[str] = frozenset(name for shard in left_out for name in shard.names)
         shards = [shard for shard in shards if shard.fqn not in self.ignored]
         if not self._reads_weights:
             return shards
@@ -185,7 +187,7 @@ class Weights:
         self._form = Form(self.models)
         self._facts = self._kept(self.shards)
         self._addresses = [(shard.address, shard.address()) for shard in self.averaged_shards]
-        self.on_disk = [
+        self.on_disk: list[Shard] = [
             s for s in self.averaged_shards if s.on_disk is not None and not s.reads_weights
         ]
         self._slices: dict[str, Shard] = {}

@@ -156,8 +156,8 @@ class StoredRun:
 
     def __init__(self, folder: str, snapshots: Sequence[Snapshot]) -> None:
         self.folder = folder
-        self.snapshots = tuple(snapshots)
-        self.unit = directory.unit_of(snapshots)
+        self.snapshots: tuple[Snapshot, ...] = tuple(snapshots)
+        self.unit: str = directory.unit_of(snapshots)
 
     def __repr__(self) -> str:
         return (

@@ -66,7 +66,7 @@ class FolderSink:
         max_shard_size: int | str = "5GB",
         mode: exporter.Mode = "auto",
     ) -> None:
-        self.folder = absolute(folder, "publish")
+        self.folder: str = absolute(folder, "publish")
         if is_remote(self.folder):
             raise ValueError(
                 f"FolderSink: got {self.folder}, expected a folder of a file system: an object "
@@ -74,7 +74,8 @@ class FolderSink:
             )
         if keep is not None and keep < 1:
             raise ValueError(f"FolderSink: got keep={keep}, expected 1 or more, or None")
-        self.max_shard_size, self.mode = max_shard_size, mode
+        self.max_shard_size: int | str = max_shard_size
+        self.mode: exporter.Mode = mode
         self._keep = keep
         self._place = Place(self.folder)
 

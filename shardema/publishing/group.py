@@ -64,7 +64,8 @@ class Connection:
         named = PrefixStore("shardema/publishing", store)
         group = ProcessGroupGloo(named, index, size, timedelta(seconds=timeout))
         self._group: ProcessGroupGloo | None = group
-        self.index, self.size = index, size
+        self.index: int = index
+        self.size: int = size
         _open.add(self)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:

@@ -88,16 +88,16 @@ class Ranks:
     ) -> None:
         active = dist.is_available() and dist.is_initialized()
         world = tuple(range(dist.get_world_size())) if active else (0,)
-        self.rank = dist.get_rank() if active else 0
+        self.rank: int = dist.get_rank() if active else 0
         if group is not None:
             ranks = dist.get_process_group_ranks(group)
-        self.ranks = tuple(sorted(ranks)) if ranks is not None else world
+        self.ranks: tuple[int, ...] = tuple(sorted(ranks)) if ranks is not None else world
         if self.rank not in self.ranks:
             raise ValueError(
                 f"rank {self.rank}: the model is shared by ranks {list(self.ranks)}, which this "
                 "rank is not one of; build the EMA on those ranks, or pass group="
             )
-        self.index = self.ranks.index(self.rank)
+        self.index: int = self.ranks.index(self.rank)
         self.timeout = timeout
         self.device = device
         self._world = world

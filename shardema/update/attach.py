@@ -83,7 +83,8 @@ class Rounds:
             raise ValueError("attach: got the same optimizer twice")
         held = holds(given)
         followed = [optimizer for optimizer, one in zip(given, held, strict=True) if one]
-        self.what = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in followed))
+        names = dict.fromkeys(type(optimizer).__name__ for optimizer in followed)
+        self.what: str = ", ".join(names)
         if not followed:
             kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in given))
             raise ValueError(
@@ -100,7 +101,7 @@ class Rounds:
         self._thread = threading.get_ident()  # of the steps; calls of `close` in others do nothing
         self._steps = [Steps(optimizer, self._before, self._after) for optimizer in followed]
         self._forwards: list[Any] = []
-        self.others = OtherOptimizers(holds, followed, self._steps, wait)
+        self.others: OtherOptimizers = OtherOptimizers(holds, followed, self._steps, wait)
         if len(followed) > 1:
             self._watch_forwards()
 

@@ -45,9 +45,10 @@ class Averages(Mapping[str, Average]):
         policies: Mapping[str, ShadowPolicy],
         homes: Mapping[str, Home],
     ) -> None:
-        self.weights, self.ranks = weights, ranks
-        self.homes = tuple(homes.values())
-        self.lending = Lending()
+        self.weights: Weights = weights
+        self.ranks: Ranks = ranks
+        self.homes: tuple[Home, ...] = tuple(homes.values())
+        self.lending: Lending = Lending()
         self._handed_out = False
         self._by_name: dict[str, Average] = {}
         for name, rule in schedules.items():

@@ -42,7 +42,8 @@ class Home:
     """
 
     def __init__(self, teacher: Teacher, policy: ShadowPolicy) -> None:
-        self.teacher, self._policy = teacher, policy
+        self.teacher: Teacher = teacher
+        self._policy = policy
         self._apart = [match for match in teacher.averaged if not _holds(match, policy)]
         if self._apart and policy.dtype == "auto":
             _refuse(self._apart[0], policy)
@@ -58,7 +59,7 @@ class Home:
     def _collect(self) -> None:
         views = {m.shard.fqn: m.target for m in self.teacher.averaged if _holds(m, self._policy)}
         kept = self._kept
-        self.shadows = Shadows(kept.flats, {**views, **kept.views}, kept.next_fqn)
+        self.shadows: Shadows = Shadows(kept.flats, {**views, **kept.views}, kept.next_fqn)
 
     @property
     def apart(self) -> Mapping[str, Tensor]:

@@ -99,7 +99,7 @@ class HostOffload:
                 )
                 for k, batch in enumerate(packed)
             ]
-        self.nbytes = sum(sizes)
+        self.nbytes: int = sum(sizes)
         self._update: _Update | None = None
         self._work = _Work(batches, detach)
         # the thread has no reference to this object: else it could not be collected
@@ -217,7 +217,7 @@ class DeviceOffload:
             by_device.setdefault(param.device, []).append(i)
         self._copies: list[CopyStreams] = []
         self._batches: list[DeviceBatch] = []
-        self.nbytes = 0  # on all devices
+        self.nbytes: int = 0  # on all devices
         with writable():
             for device, mine in by_device.items():
                 copies = CopyStreams(device, streams=2)

@@ -77,7 +77,7 @@ class Updater:
                 else DeviceOffload(*those, staging_bytes=size)
             )
         by_host = (isinstance(behind, HostOffload) for behind in self._behind)
-        self.changes_here = bool(self._inline) or not all(by_host)
+        self.changes_here: bool = bool(self._inline) or not all(by_host)
 
     @property
     def kernel_names(self) -> tuple[str, ...]:

@@ -66,14 +66,14 @@ class Updates:
         notices: Notices,
     ) -> None:
         self.bind_kernel = bind_kernel
-        self.following = Following(averages.weights)
+        self.following: Following = Following(averages.weights)
         self._averages, self._weights = averages, averages.weights
         self._nonfinite = NonFinite(averages, on_nonfinite)
         self._notices = notices
         self._counted = self._weights.applied()  # the engine's last step that was averaged
         self._binding = Binding.BOUND
         self._failed: RuntimeError | None = None  # of a background update, or a load
-        self.updater = self._bound()
+        self.updater: Updater = self._bound()
 
     # ---- updating the averages ----------------------------------------------------------------
 
