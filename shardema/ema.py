@@ -118,7 +118,7 @@ class ShardedEMA:
         into: a second module, a teacher, that the average is kept in, so that its forward computes
             with it; its parameters, matched by name, are the average's memory. Or
             ``{name: teacher}`` for some of several averages; or the model itself, with ``rename``.
-            See `Teachers <teachers.html>`_. The constructor is then collective.
+            See :doc:`teachers`. The constructor is then collective.
         rename: the names of the averaged tensors in ``into``: ``{part: part}`` of a name between
             its dots, such as ``{"default": "old"}``, or a callable ``fqn -> fqn``.
         source: with a DeepSpeed engine, ``"master"`` averages the fp32 masters, which the optimizer
