@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from shardema.arguments import check_dtype
+from shardema.errors import CallError
 from shardema.files import pretrained
 from shardema.files.background import PendingSave
 from shardema.model import own_state, replica_check, selection
@@ -131,7 +132,7 @@ class Calls:
             RuntimeError: inside a swap, or after a swap whose end failed.
         """
         if self.swap.failed is not None:
-            raise RuntimeError(
+            raise CallError(
                 f"rank {self.ranks.rank}: {op}: the end of a swap() failed ({self.swap.failed}), "
                 "so model and average may each hold a part of the other: load a checkpoint into "
                 "the model, build a new EMA and load its checkpoint"
@@ -139,7 +140,7 @@ class Calls:
         self.end_swap(op)
         self._end_iterations(op)
         if self.swap.inside is not None:
-            raise RuntimeError(
+            raise CallError(
                 f"rank {self.ranks.rank}: {op} inside swap(): the model holds average "
                 f"{self.swap.inside!r} and the average holds the weights; leave the with block "
                 "first"
@@ -150,7 +151,7 @@ class Calls:
         if self.swap.due is None:
             return
         if self.averages.written_together:
-            raise RuntimeError(
+            raise CallError(
                 f"rank {self.ranks.rank}: {op}: the end of a swap() was interrupted before it "
                 "began, and the other ranks wait for it: start the run again from a checkpoint"
             )

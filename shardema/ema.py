@@ -35,6 +35,7 @@ from shardema.arguments import (
 from shardema.calls import Call, Calls
 from shardema.costs import live
 from shardema.costs.cost import Cost
+from shardema.errors import ArgumentError, CallError
 from shardema.files import dcp, layouts, loading
 from shardema.files import export as exporter
 from shardema.files.background import PendingSave
@@ -421,13 +422,13 @@ class ShardedEMA:
     def _forward_with(self, name: str | Mixture | None, *inputs: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             rank = self._averages.ranks.rank
-            raise RuntimeError(
+            raise CallError(
                 f"rank {rank}: ema(...) with gradients enabled: a backward would mix the "
                 "average and the weights; call it under torch.no_grad()"
             )
         first, *others = self._averages.weights.models
         if others:
-            raise ValueError(
+            raise ArgumentError(
                 f"rank {self._averages.ranks.rank}: ema(...): the model is a list of "
                 f"{len(others) + 1} modules, which only the training loop can run; call them "
                 "inside swap(), expected one module"
@@ -843,7 +844,7 @@ class ShardedEMA:
         After an error the averages are unchanged.
         """
         if model not in ("check", None):
-            raise ValueError(f"load: got model={model!r}, expected 'check' or None")
+            raise ArgumentError(f"load: got model={model!r}, expected 'check' or None")
         added, dropped = _names(add), _names(drop)
         self._calls.finish_save()
         self._calls.begin(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shardema.errors import linked
+
 _UPDATE = "ema.update() after optimizer.step(), or ema.attach(optimizer) once"
 _SWAP = "`with ema.swap():`, which brings the weights back at its end"
 _COPY = "ema.copy_to_model(), which replaces the weights for good"
@@ -57,8 +59,8 @@ _CALLS = {
 def missing(name: str) -> AttributeError:
     """For a name that `ShardedEMA` does not have; says which call does what it does elsewhere."""
     if name in _CALLS:
-        return AttributeError(f"ShardedEMA has no {name}: call {_CALLS[name]}")
-    return AttributeError(f"'ShardedEMA' object has no attribute {name!r}")
+        return linked(AttributeError(f"ShardedEMA has no {name}: call {_CALLS[name]}"))
+    return linked(AttributeError(f"'ShardedEMA' object has no attribute {name!r}"))
 
 
 def names() -> tuple[str, ...]:

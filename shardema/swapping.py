@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from shardema.calls import Call, Calls
-from shardema.errors import SwapError, abbreviate
+from shardema.errors import ArgumentError, CallError, SwapError, abbreviate
 from shardema.exchange import Exchange
 from shardema.files import loading
 from shardema.files.sources import Imported
@@ -158,7 +158,7 @@ class Swaps:
         )
         if exchange.copied:
             lost = "the write is lost and the weights are as before; write weights outside of it"
-        raise RuntimeError(
+        raise CallError(
             f"rank {self._averages.ranks.rank}: {abbreviate(written)}: written inside swap(), so "
             f"{lost}"
         )
@@ -235,7 +235,9 @@ class Swaps:
 
         def given() -> dict[str, Any]:
             if not good:
-                raise ValueError(f"copy_to_model: got every={every!r}, expected a whole number > 0")
+                raise ArgumentError(
+                    f"copy_to_model: got every={every!r}, expected a whole number > 0"
+                )
             return {"every": every}
 
         def ready(average: Readable) -> tuple[Readable, AllGatherSlices | None]:

@@ -175,6 +175,8 @@ def templates() -> list[str]:
     """Every string of the package but docstrings, a null character where a value is put in."""
     found = []
     for path in Path(shardema.__file__).parent.rglob("*.py"):
+        if path.stem == "entries":  # what the page says
+            continue
         nodes = list(ast.walk(ast.parse(path.read_text())))
         docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
         for node in nodes:
@@ -189,8 +191,8 @@ def templates() -> list[str]:
 def test_every_message_in_errors_is_one_of_the_code() -> None:
     page = (ROOT / "docs" / "errors.md").read_text()
     tables = page.split("\n## ", 1)[1]
-    messages = re.findall(r"^\| `([^`]+)` \|", tables, re.MULTILINE)
-    assert len(messages) > 50
+    messages = re.findall(r'^\| <a id="[\w-]+"></a>`([^`]+)`', tables, re.MULTILINE)
+    assert len(messages) > 400
     known = templates()
     for message in messages:
         parts = map(re.escape, message.split("..."))

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardema.errors import CallError
 from shardema.kernels import build, reference
 from shardema.kernels.bound import Bound
 from shardema.kernels.rounding import Compensated, Rounding, Stochastic, runs
@@ -110,7 +111,7 @@ def bind(
     """
     code = library()
     if code is None:
-        raise RuntimeError("fused: the CPU kernel could not be compiled; use kernel='foreach'")
+        raise CallError("fused: the CPU kernel could not be compiled; use kernel='foreach'")
     return Bound(table(code, shadows, params, slots, roundings), ("fused",))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from shardema import backends
 from shardema.backends.tree import FLAT, Form, named_tensors
+from shardema.errors import CallError
 from shardema.model import own_state, replicas, selection
 from shardema.model.selection import Buffers, Select
 from shardema.policy import ShadowPolicy
@@ -216,14 +217,14 @@ class Weights:
         """
         name, _ = backends.find(self.models)
         if name != self.name:
-            raise RuntimeError(
+            raise CallError(
                 f"rank {rank}: the model was {self.name!r} when the EMA was built and is "
                 f"{name!r} now; build the EMA after wrapping the model"
             )
         shards = selection.as_before(self.shards, self._read())
         facts = self._kept(shards)
         if facts != self._facts:
-            raise RuntimeError(f"rank {rank}: {selection.difference(self._facts, facts)}")
+            raise CallError(f"rank {rank}: {selection.difference(self._facts, facts)}")
         self._check_slices(shards, rank)
         before = [known for _, known in self._addresses]
         self.shards = shards
@@ -236,7 +237,7 @@ class Weights:
         for fqn, then in self._first_slices.items():
             part = replicas.slice_of(now[fqn])
             if (part.boxes, part.order) != then:
-                raise RuntimeError(
+                raise CallError(
                     f"rank {rank}: {fqn}: this replica's slice has other elements than when the "
                     "EMA was built, since the memory order of the tensor or its replicas changed; "
                     "keep them, or build a new EMA"

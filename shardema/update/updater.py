@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from shardema import kernels
+from shardema.errors import CallError
 from shardema.policy import ShadowPolicy
 from shardema.shards.shard import Shard
 from shardema.update.average import Average, Pair
@@ -114,7 +115,7 @@ class Updater:
             RuntimeError: a kernel in use cannot be captured.
         """
         if self._behind or self.replays is None:
-            raise RuntimeError(
+            raise CallError(
                 f"update under CUDA graph capture: {', '.join(self.kernel_names)} cannot be "
                 "captured; build the EMA with kernel='fused' on a GPU with triton, and averages on "
                 "the weights' device"
