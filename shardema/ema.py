@@ -41,7 +41,7 @@ from shardema.files import export as exporter
 from shardema.files.background import PendingSave
 from shardema.files.companions import check_tokenizer
 from shardema.gathering import export_file, full_tensors
-from shardema.habits import missing
+from shardema.habits import missing, unregistered
 from shardema.importers import Imported
 from shardema.model import selection
 from shardema.model.selection import Buffers, Select
@@ -947,6 +947,7 @@ class ShardedEMA:
             counted = one.clock is not None
             self._updates.replace("load_full", one.apply, counted=counted)
 
+    @unregistered
     def state_dict(self) -> dict[str, Any]:
         """For torch.distributed.checkpoint: ``dcp.save({"model": ..., "ema": ema})``. Local.
 

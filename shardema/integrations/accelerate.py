@@ -105,19 +105,17 @@ def attach(
         ValueError: a model or an optimizer that ``prepare`` did not return, an optimizer of
             another model, a name in use, an unsupported kind of training, and whatever
             `ShardedEMA` and its ``attach`` raise.
-        TypeError: an EMA was passed as the model, or is registered for checkpointing.
+        TypeError: an EMA was passed as the model.
     """
     entry = _entry(accelerator, model)
     engine = accelerator.distributed_type == DistributedType.DEEPSPEED
     _check_optimizers(accelerator, model, optimizers, engine)
     _check_name(accelerator, name)
-    _refuse_registered(accelerator._custom_objects)
     rule, options = with_preset(schedule, options)
     ema = AttachedEMA(model, rule, **options)
     handle: Any = ema.attach(*((model,) if engine else optimizers), dt=dt)
     carrier = _Carrier(accelerator, entry, ema, name, wait)
     ema._handles = [handle, accelerator.register_save_state_pre_hook(carrier.save)]
-    _guard_registration(accelerator)
     _wrap_state_methods(accelerator)
     return ema
 
@@ -367,31 +365,6 @@ def _check_name(accelerator: Accelerator, name: str) -> None:
         raise ArgumentError(
             f"attach: this accelerator has an EMA {name!r} already; give this one another "
             "name=, the folder in the state, or detach the other with remove()"
-        )
-
-
-def _guard_registration(accelerator: Accelerator) -> None:
-    """Makes ``register_for_checkpointing`` raise for EMAs, on every rank.
-
-    Otherwise the main process alone would fail, at the first save.
-    """
-    register = accelerator.register_for_checkpointing
-    if hasattr(register, "__wrapped__"):
-        return
-
-    @functools.wraps(register)
-    def checked(*objects: Any) -> None:
-        _refuse_registered(objects)
-        register(*objects)
-
-    accelerator.register_for_checkpointing = checked
-
-
-def _refuse_registered(objects: Iterable[Any]) -> None:
-    if any(isinstance(one, ShardedEMA) for one in objects):
-        raise ArgumentTypeError(
-            "register_for_checkpointing: got a ShardedEMA, whose pickle would contain one rank's "
-            "shards only; omit the call: after attach() save_state and load_state include the EMA"
         )
 
 
