@@ -27,6 +27,7 @@ from shardema.errors import ArgumentError, CallError, SwapError, abbreviate
 from shardema.exchange import Exchange
 from shardema.files import loading
 from shardema.files.sources import Imported
+from shardema.model import hiding
 from shardema.model.replicas import AllGatherSlices
 from shardema.scopes import to_the_end, uninterrupted, writable
 from shardema.shards.shard import Shard, materialized
@@ -167,6 +168,8 @@ class Swaps:
         self, average: Readable
     ) -> tuple[Readable, list[Shard], Exchange, AllGatherSlices | None]:
         notices = self._calls.notices
+        hiding.refuse_cached("swap", self._weights.shards, self._averages.ranks.rank)
+        notices.hidden("swap")
         notices.missed("swap", self._updates.following)
         notices.never_updated("swap", average.components)
         self._updates.refresh()
@@ -241,6 +244,8 @@ class Swaps:
             return {"every": every}
 
         def ready(average: Readable) -> tuple[Readable, AllGatherSlices | None]:
+            hiding.refuse_cached("copy_to_model", self._weights.shards, self._averages.ranks.rank)
+            self._calls.notices.hidden("copy_to_model")
             self._calls.notices.missed("copy_to_model", self._updates.following)
             self._updates.refresh()
             self._updates.flush("copy_to_model")

@@ -188,7 +188,8 @@ def test_every_message_of_the_package_has_an_entry() -> None:
     assert len(messages) > 500
     lost = [m for m in messages if not address(m[1]) and m[1] not in AROUND]
     assert lost == []
-    found = {address(text).partition("#")[2] for text in templates()}
+    texts = {text for text in templates() if text.count(" ") > 1}
+    found = {address(text).partition("#")[2] for text in texts}
     assert sorted(ENTRIES.keys() - found) == []  # no entry is hidden by a longer one
 
 

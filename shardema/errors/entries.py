@@ -107,6 +107,8 @@ ENTRIES = {
     "model-changed": "; build the EMA after the model has its final form, and a new one when it changes",
     "wrapped-later": "the model was ... when the EMA was built and is ... now; build the EMA after wrapping the model",
     "inside-swap": "inside swap(): the model holds average ",
+    "inside-cached": "inside torch.nn.utils.parametrize.cached()",
+    "freezing": "torch._inductor.config.freezing is on",
     "swap-cannot-restore": "the swap has left a model that has no tensor of this name, shape and precision to restore the weights in",
     "swap-end-failed": ": the end of a swap() failed (",
     "swap-end-interrupted": ": the end of a swap() was interrupted before it began, and the other ranks wait for it",
