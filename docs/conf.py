@@ -5,7 +5,7 @@ from __future__ import annotations
 import shardema
 
 project = "shardema"
-author = "the shardema developers"
+author = copyright = "the shardema developers"
 version = release = shardema.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -14,6 +14,8 @@ autodoc_mock_imports = ["accelerate", "lightning", "matplotlib", "transformers",
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"shardema {release}"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 
 myst_heading_anchors = 3
 nb_execution_mode = "force"  # tour.ipynb

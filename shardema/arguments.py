@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardema.errors import ArgumentError, ArgumentTypeError
 from shardema.policy import ShadowPolicy
 from shardema.schedules import Schedule, as_schedule, by_pattern, constant, custom, half_life
 from shardema.shards.patterns import Rename
@@ -25,17 +26,17 @@ def as_models(model: Any, argument: str = "model") -> tuple[nn.Module, ...]:
     models = tuple(model) if isinstance(model, list | tuple) else (model,)
     for one in models:
         if type(one).__module__.startswith("deepspeed.inference"):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"{argument}: got DeepSpeed's {type(one).__name__}, which does not train, expected "
                 "the engine that deepspeed.initialize returned"
             )
         if not isinstance(one, nn.Module):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"{argument}: got {type(one).__name__}, expected a torch.nn.Module, wrapped as the "
                 "training loop holds it, or a list of them"
             )
     if not models:
-        raise ValueError(f"{argument}: got an empty list, expected one module or more")
+        raise ArgumentError(f"{argument}: got an empty list, expected one module or more")
     return models
 
 
@@ -47,15 +48,17 @@ def one_of(schedule: Any, **numbers_by_name: Any) -> Any:
     named = {word: value for word, value in numbers_by_name.items() if value is not None}
     given = [*(["schedule"] if schedule is not None else []), *named]
     if not given:
-        raise TypeError(
+        raise ArgumentTypeError(
             "schedule: got None, expected a decay or another schedule, such as "
             "ShardedEMA(model, 0.999)"
         )
     if len(given) > 1:
-        raise TypeError(f"ShardedEMA: got {' and '.join(given)}, expected one of them")
+        raise ArgumentTypeError(f"ShardedEMA: got {' and '.join(given)}, expected one of them")
     for word, value in named.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{word}: got {value!r}, expected a number; give others as schedule=")
+            raise ArgumentTypeError(
+                f"{word}: got {value!r}, expected a number; give others as schedule="
+            )
         return value
     return schedule
 
@@ -87,16 +90,16 @@ def with_preset(schedule: Any, options: Mapping[str, Any]) -> tuple[Any, dict[st
 def as_schedules(schedule: Any) -> dict[str, Rule]:
     """``schedule`` as schedules by name. Raises ValueError or TypeError."""
     if isinstance(schedule, Preset):
-        raise TypeError(
+        raise ArgumentTypeError(
             "schedule: got a preset without a model, expected a schedule; "
             "presets.NAME(model, ...) builds the ShardedEMA"
         )
     given = schedule if isinstance(schedule, Mapping) else {_DEFAULT: schedule}
     if not given:
-        raise ValueError("schedule: got an empty dict, expected {name: schedule}")
+        raise ArgumentError("schedule: got an empty dict, expected {name: schedule}")
     for name in given:
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ValueError(
+            raise ArgumentError(
                 f"schedule: got the name {name!r}; names are letters, digits, '.', '_' and '-'"
             )
     schedules: dict[str, Rule] = {
@@ -105,7 +108,9 @@ def as_schedules(schedule: Any) -> dict[str, Rule]:
     }
     units = {rule.unit for rule in schedules.values()}
     if len(units) > 1:
-        raise ValueError(f"schedule: the averages count {sorted(units)}, expected one unit for all")
+        raise ArgumentError(
+            f"schedule: the averages count {sorted(units)}, expected one unit for all"
+        )
     return schedules
 
 
@@ -113,12 +118,14 @@ def as_policies(shadow: Any, schedules: Mapping[str, Rule]) -> dict[str, ShadowP
     """``shadow`` as policies by name. Raises ValueError or TypeError."""
     if isinstance(shadow, Mapping):
         if set(shadow) != set(schedules):
-            raise ValueError(
+            raise ArgumentError(
                 f"shadow: got policies for {sorted(shadow)}, expected {sorted(schedules)}"
             )
         return {name: shadow[name] for name in schedules}
     if not isinstance(shadow, ShadowPolicy):
-        raise TypeError(f"shadow: got {shadow!r}, expected a ShadowPolicy or {{name: policy}}")
+        raise ArgumentTypeError(
+            f"shadow: got {shadow!r}, expected a ShadowPolicy or {{name: policy}}"
+        )
     return dict.fromkeys(schedules, shadow)
 
 
@@ -128,14 +135,14 @@ def as_teachers(into: Any, schedules: Mapping[str, Rule]) -> dict[str, tuple[nn.
         return {}
     if not isinstance(into, Mapping):
         if len(schedules) > 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"into: got one teacher for the averages {sorted(schedules)}, expected one for "
                 "each that is kept in a teacher: {name: teacher}"
             )
         into = dict.fromkeys(schedules, into)
     odd = sorted(set(into) - set(schedules))
     if odd or not into:
-        raise ValueError(f"into: got teachers for {odd}, expected some of {sorted(schedules)}")
+        raise ArgumentError(f"into: got teachers for {odd}, expected some of {sorted(schedules)}")
     return {name: as_models(models, "into") for name, models in into.items()}
 
 
@@ -147,24 +154,24 @@ def as_rename(rename: Any, into: Any) -> Rename | None:
         for part, other in rename.items():
             texts = isinstance(part, str) and isinstance(other, str)
             if not texts or not part or "." in part:
-                raise ValueError(
+                raise ArgumentError(
                     f"rename: got {part!r}: {other!r}, expected parts of names between dots, such "
                     'as {"default": "old"}; for other changes a callable fqn -> fqn'
                 )
         found = dict(rename)
     else:
-        raise TypeError(f"rename: got {rename!r}, expected {{part: part}} or a callable")
+        raise ArgumentTypeError(f"rename: got {rename!r}, expected {{part: part}} or a callable")
     if found is not None and into is None:
-        raise ValueError("rename: got it without into=, expected both: into=model, rename=...")
+        raise ArgumentError("rename: got it without into=, expected both: into=model, rename=...")
     return found
 
 
 def check_choices(source: Any, on_nonfinite: Any) -> None:
     """Raises ValueError for values that `ShardedEMA` does not know."""
     if source not in ("master", "model"):
-        raise ValueError(f"source: got {source!r}, expected 'master' or 'model'")
+        raise ArgumentError(f"source: got {source!r}, expected 'master' or 'model'")
     if on_nonfinite not in ("ignore", "skip", "raise"):
-        raise ValueError(
+        raise ArgumentError(
             f"on_nonfinite: got {on_nonfinite!r}, expected 'ignore', 'skip' or 'raise'"
         )
 
@@ -173,7 +180,7 @@ def refuse_positional(op: str, given: tuple[Any, ...]) -> None:
     """Raises TypeError for positional arguments, which other libraries' updates accept."""
     if given:
         kinds = ", ".join(type(one).__name__ for one in given)
-        raise TypeError(
+        raise ArgumentTypeError(
             f"{op}: got {kinds} without a keyword, expected {op}() or {op}(dt=<progress since the "
             "last update>): the EMA has its model and counts its steps, so omit the model and "
             "step of timm's update, and the parameters of diffusers' step"
@@ -184,14 +191,14 @@ def increment(dt: Any, unit: str) -> float:
     """``dt`` as a Python number; a missing one is one step. Raises ValueError."""
     if dt is None:
         if unit != "step":
-            raise ValueError(
+            raise ArgumentError(
                 f"update: the schedule counts {unit}s, so say how many passed since the "
                 f"last update: update(dt=<{unit}s>)"
             )
         return 1
     real = isinstance(dt, numbers.Real) and not isinstance(dt, bool)
     if not 0 <= (float(dt) if real else math.nan) < math.inf:
-        raise ValueError(
+        raise ArgumentError(
             f"update: got dt={dt!r}, expected {unit}s since the last update, a number of "
             "0 or more (of a tensor its .item(), which waits for the device)"
         )
@@ -208,12 +215,12 @@ def progress(t: Any, num_updates: Any, unit: str) -> tuple[float | None, int | N
     if t is not None:
         real = isinstance(t, numbers.Real) and not isinstance(t, bool)
         if not 0 <= (float(t) if real else math.nan) < math.inf:
-            raise ValueError(f"load_full: got t={t!r}, expected {unit}s, a number of 0 or more")
+            raise ArgumentError(f"load_full: got t={t!r}, expected {unit}s, a number of 0 or more")
         t = int(t) if isinstance(t, numbers.Integral) else float(t)
     if num_updates is not None:
         whole = isinstance(num_updates, numbers.Integral) and not isinstance(num_updates, bool)
         if not whole or num_updates < 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"load_full: got num_updates={num_updates!r}, expected a whole number of 0 or more"
             )
         num_updates = int(num_updates)
@@ -222,7 +229,7 @@ def progress(t: Any, num_updates: Any, unit: str) -> tuple[float | None, int | N
         if num_updates is None and t == int(t):
             num_updates = int(t)
     elif t is None:
-        raise ValueError(
+        raise ArgumentError(
             f"load_full: got num_updates={num_updates} and no t; the schedule counts {unit}s, so "
             f"give the progress too: load_full(source, t=<{unit}s>, num_updates={num_updates})"
         )
@@ -254,6 +261,6 @@ def check_dtype(op: str, dtype: Any) -> None:
     """Raises ValueError unless ``dtype`` is one that weights can be gathered in."""
     good = dtype is None or dtype == "model"
     if not good and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: got dtype={dtype!r}, expected None, 'model' or a floating-point torch.dtype"
         )

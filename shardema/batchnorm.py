@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from shardema.backends.tree import unwrap, walk, wrapped_child
 from shardema.devices import double
 from shardema.ema import ShardedEMA
-from shardema.errors import abbreviate
+from shardema.errors import ArgumentError, ArgumentTypeError, abbreviate
 from shardema.ranks.agree import Ranks
 from shardema.scopes import to_the_end, uninterrupted, writable
 
@@ -154,11 +154,11 @@ def update_bn(
         calls.check_allowed("update_bn")
         same.update(name=averages.named(name).name, **averages.clocks())
         if not any(unwrap(model) is unwrap(known) for known in weights.models):
-            raise ValueError("update_bn: got a model that the EMA was not built for")
+            raise ArgumentError("update_bn: got a model that the EMA was not built for")
         layers.update(_layers(model))
         averaged = [fqn for fqn in layers if f"{fqn}.running_mean".lstrip(".") in weights.averaged]
         if averaged:
-            raise ValueError(
+            raise ArgumentError(
                 f"update_bn: {abbreviate(averaged)}: the running statistics are averaged, so "
                 "what is measured would not be used; build the EMA with "
                 'buffers={"*running_*": "copy", "*": "average"}, or without buffers='
@@ -174,7 +174,7 @@ def update_bn(
         ranks.agree("update_bn (forwards)", lambda: _measure(loader, model, layers, moments))
     pooled = _pool(layers, moments, ranks)
     if not pooled:
-        raise ValueError(
+        raise ArgumentError(
             "update_bn: the loader yielded no data on any rank; expected one batch or more"
         )
     return Statistics(tuple((layers[fqn], *values) for fqn, values in pooled.items()))
@@ -191,7 +191,7 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 def _check_same(found: list[Any]) -> None:
     if any(layers != found[0] for layers in found):
-        raise ValueError(
+        raise ArgumentError(
             "update_bn: the ranks hold different BatchNorm layers (pipeline stages, or different "
             "models), whose inputs cannot be pooled"
         )
@@ -283,7 +283,7 @@ def _forward(model: nn.Module, batch: Any, device: torch.device) -> None:
         return
     inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if not isinstance(inputs, Tensor):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"update_bn: got a batch of type {type(batch).__name__}, expected a tensor, a tuple or "
             "list that begins with one, or a mapping"
         )

@@ -18,10 +18,12 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from shardema.arguments import check_dtype
+from shardema.errors import CallError
 from shardema.files import pretrained
 from shardema.files.background import PendingSave
 from shardema.model import own_state, replica_check, selection
 from shardema.model.own_state import MergedState, OwnState
+from shardema.model.weights import Weights
 from shardema.policy import ShadowPolicy
 from shardema.ranks import transfer
 from shardema.ranks.agree import Ranks
@@ -104,12 +106,14 @@ class Calls:
     """
 
     def __init__(self, averages: Averages, updates: Updates, notices: Notices) -> None:
-        self.averages, self.updates, self.notices = averages, updates, notices
-        self.weights = averages.weights
-        self.swap = SwapState()
+        self.averages: Averages = averages
+        self.updates: Updates = updates
+        self.notices: Notices = notices
+        self.weights: Weights = averages.weights
+        self.swap: SwapState = SwapState()
         self.iterations: set[Iteration] = set()
-        self.merged_state = MergedState.none()
-        self.own = OwnState()
+        self.merged_state: MergedState = MergedState.none()
+        self.own: OwnState = OwnState()
         self.pending: PendingSave | None = None
         self._added: list[Shard] = []  # tensors that modules add to the state dict, on this rank
         self._plans: dict[bool, Plan] = {}  # False: whole shards; True: the replicas' slices
@@ -128,7 +132,7 @@ class Calls:
             RuntimeError: inside a swap, or after a swap whose end failed.
         """
         if self.swap.failed is not None:
-            raise RuntimeError(
+            raise CallError(
                 f"rank {self.ranks.rank}: {op}: the end of a swap() failed ({self.swap.failed}), "
                 "so model and average may each hold a part of the other: load a checkpoint into "
                 "the model, build a new EMA and load its checkpoint"
@@ -136,7 +140,7 @@ class Calls:
         self.end_swap(op)
         self._end_iterations(op)
         if self.swap.inside is not None:
-            raise RuntimeError(
+            raise CallError(
                 f"rank {self.ranks.rank}: {op} inside swap(): the model holds average "
                 f"{self.swap.inside!r} and the average holds the weights; leave the with block "
                 "first"
@@ -147,7 +151,7 @@ class Calls:
         if self.swap.due is None:
             return
         if self.averages.written_together:
-            raise RuntimeError(
+            raise CallError(
                 f"rank {self.ranks.rank}: {op}: the end of a swap() was interrupted before it "
                 "began, and the other ranks wait for it: start the run again from a checkpoint"
             )

@@ -16,6 +16,7 @@ from torch import nn
 from shardema.arguments import Preset, with_preset
 from shardema.cli import spec
 from shardema.ema import ShardedEMA
+from shardema.errors import ArgumentError
 from shardema.policy import ShadowPolicy
 
 _DECAY = 0.9999
@@ -90,7 +91,7 @@ class EMAConfig:
     def preset(self) -> Preset:
         """For ``schedule`` of accelerate's `attach` and of the trainers' `EMACallback`."""
         if self.decay is not None and self.schedule is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"EMAConfig: got decay={self.decay} and schedule={self.schedule!r}, expected one "
                 "of them"
             )

@@ -35,12 +35,13 @@ from shardema.arguments import (
 from shardema.calls import Call, Calls
 from shardema.costs import live
 from shardema.costs.cost import Cost
+from shardema.errors import ArgumentError, CallError
 from shardema.files import dcp, layouts, loading
 from shardema.files import export as exporter
 from shardema.files.background import PendingSave
 from shardema.files.companions import check_tokenizer
 from shardema.gathering import export_file, full_tensors
-from shardema.habits import missing
+from shardema.habits import missing, unregistered
 from shardema.importers import Imported
 from shardema.model import selection
 from shardema.model.selection import Buffers, Select
@@ -118,7 +119,7 @@ class ShardedEMA:
         into: a second module, a teacher, that the average is kept in, so that its forward computes
             with it; its parameters, matched by name, are the average's memory. Or
             ``{name: teacher}`` for some of several averages; or the model itself, with ``rename``.
-            See `Teachers <teachers.html>`_. The constructor is then collective.
+            See :doc:`teachers`. The constructor is then collective.
         rename: the names of the averaged tensors in ``into``: ``{part: part}`` of a name between
             its dots, such as ``{"default": "old"}``, or a callable ``fqn -> fqn``.
         source: with a DeepSpeed engine, ``"master"`` averages the fp32 masters, which the optimizer
@@ -421,13 +422,13 @@ class ShardedEMA:
     def _forward_with(self, name: str | Mixture | None, *inputs: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             rank = self._averages.ranks.rank
-            raise RuntimeError(
+            raise CallError(
                 f"rank {rank}: ema(...) with gradients enabled: a backward would mix the "
                 "average and the weights; call it under torch.no_grad()"
             )
         first, *others = self._averages.weights.models
         if others:
-            raise ValueError(
+            raise ArgumentError(
                 f"rank {self._averages.ranks.rank}: ema(...): the model is a list of "
                 f"{len(others) + 1} modules, which only the training loop can run; call them "
                 "inside swap(), expected one module"
@@ -843,7 +844,7 @@ class ShardedEMA:
         After an error the averages are unchanged.
         """
         if model not in ("check", None):
-            raise ValueError(f"load: got model={model!r}, expected 'check' or None")
+            raise ArgumentError(f"load: got model={model!r}, expected 'check' or None")
         added, dropped = _names(add), _names(drop)
         self._calls.finish_save()
         self._calls.begin(
@@ -946,6 +947,7 @@ class ShardedEMA:
             counted = one.clock is not None
             self._updates.replace("load_full", one.apply, counted=counted)
 
+    @unregistered
     def state_dict(self) -> dict[str, Any]:
         """For torch.distributed.checkpoint: ``dcp.save({"model": ..., "ema": ema})``. Local.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from shardema import backends, kernels
-from shardema.errors import abbreviate
+from shardema.errors import ArgumentError, abbreviate
 from shardema.schedules.base import check_decay
 from shardema.scopes import writable
 
@@ -41,7 +41,7 @@ def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
     for one in (ema_module, module):
         name, backend = backends.find([one])
         if backend.engine([one]) is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"update_: got a module of backend {name!r}, whose weights are copies of masters; "
                 "use ShardedEMA(engine, decay)"
             )
@@ -51,7 +51,7 @@ def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
     averages, sources = both
     odd = averages.keys() ^ sources.keys()
     if odd:
-        raise ValueError(
+        raise ArgumentError(
             f"update_: {abbreviate(sorted(odd))}: only one of the two modules has it; make "
             "ema_module with copy.deepcopy, or build and wrap it in the same way"
         )
@@ -60,7 +60,7 @@ def update_(ema_module: nn.Module, module: nn.Module, decay: float) -> None:
         got = (average.shape, average.boxes, average.local.dtype)
         expected = (source.shape, source.boxes, source.local.dtype)
         if got != expected or (average.role == "buffer") != (source.role == "buffer"):
-            raise ValueError(
+            raise ArgumentError(
                 f"update_: {fqn}: the average has shape, boxes and dtype {got}, expected "
                 f"{expected} as the module; build and wrap the two in the same way"
             )

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from shardema.calls import Call, Calls
+from shardema.errors import CallError
 from shardema.files import layouts
 from shardema.ranks import transfer
 from shardema.ranks.plan import Contents, Item
@@ -146,7 +147,7 @@ def _one_by_one(
     try:
         while True:
             if iteration.ended_by:
-                raise RuntimeError(
+                raise CallError(
                     f"rank {calls.ranks.rank}: {op}: {iteration.ended_by} was called before "
                     "its last tensor, which ended it; call that after the loop"
                 )

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from shardema.errors import ArgumentTypeError, linked
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 _UPDATE = "ema.update() after optimizer.step(), or ema.attach(optimizer) once"
 _SWAP = "`with ema.swap():`, which brings the weights back at its end"
 _COPY = "ema.copy_to_model(), which replaces the weights for good"
@@ -57,8 +66,35 @@ _CALLS = {
 def missing(name: str) -> AttributeError:
     """For a name that `ShardedEMA` does not have; says which call does what it does elsewhere."""
     if name in _CALLS:
-        return AttributeError(f"ShardedEMA has no {name}: call {_CALLS[name]}")
-    return AttributeError(f"'ShardedEMA' object has no attribute {name!r}")
+        return linked(AttributeError(f"ShardedEMA has no {name}: call {_CALLS[name]}"))
+    return linked(AttributeError(f"'ShardedEMA' object has no attribute {name!r}"))
+
+
+def unregistered(method: _F) -> _F:
+    """A method that raises when accelerate's ``register_for_checkpointing`` looks for it.
+
+    That function only asks whether an object has it, and pickles the object at the first save, on
+    the main process alone.
+    """
+    return cast("_F", _Unregistered(method))
+
+
+class _Unregistered:
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+        functools.update_wrapper(self, method)  # type: ignore[arg-type]
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame else None
+        if caller is not None and caller.f_code.co_name == "register_for_checkpointing":
+            raise ArgumentTypeError(
+                "register_for_checkpointing: got a ShardedEMA, whose pickle would contain one "
+                "rank's shards only; omit the call, and build the EMA with "
+                "shardema.integrations.accelerate.attach(accelerator, ...), after which "
+                "save_state and load_state include it"
+            )
+        return self._method.__get__(instance, owner)
 
 
 def names() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from shardema.ema import ShardedEMA
-from shardema.errors import CheckpointError, abbreviate
+from shardema.errors import ArgumentError, ArgumentTypeError, CheckpointError, abbreviate
 from shardema.files import manifest, remote, verify
 from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
@@ -67,7 +67,9 @@ class CheckpointManager(StepsWriter):
         wait: bool = True,
     ) -> None:
         if not isinstance(ema, ShardedEMA):
-            raise TypeError(f"CheckpointManager: got {type(ema).__name__}, expected a ShardedEMA")
+            raise ArgumentTypeError(
+                f"CheckpointManager: got {type(ema).__name__}, expected a ShardedEMA"
+            )
         self._ema = ema
         self._ranks = ema.internal.averages.ranks
         self._every = _positive_int("every", every)
@@ -283,14 +285,14 @@ class CheckpointManager(StepsWriter):
     def _prepare(self, step: int) -> bool:
         """Records the step before it is written; returns whether it replaces a checkpoint."""
         if step <= self._last:
-            raise ValueError(
+            raise ArgumentError(
                 f"CheckpointManager.save: got step {step} after step {self._last}, expected a "
                 "later one; to continue from an earlier step call resume(step=...) first"
             )
         present, made = self._steps.present(), self._steps.recorded()
         later = [s for s in made if s >= step and s in present]
         if later and not self._resumed and self._last < 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"CheckpointManager.save: got step {step}, and {self._steps.folder} has step "
                 f"{later[-1]} of an earlier run; call resume() before the first save, or give a "
                 "new directory"
@@ -369,17 +371,17 @@ def _none_of(skipped: list[tuple[int, CheckpointError]]) -> str:
 def _positive_int(name: str, value: Any) -> int:
     text = f"CheckpointManager: got {name}={value!r}, expected an integer of 1 or more"
     if type(value) is not int:
-        raise TypeError(text)
+        raise ArgumentTypeError(text)
     if value < 1:
-        raise ValueError(text)
+        raise ArgumentError(text)
     return value
 
 
 def _checked_step(op: str, value: Any) -> int:
     if type(value) is not int:
-        raise TypeError(f"CheckpointManager.{op}: got step {value!r}, expected an integer")
+        raise ArgumentTypeError(f"CheckpointManager.{op}: got step {value!r}, expected an integer")
     if not 0 <= value < MAX_STEP:
-        raise ValueError(
+        raise ArgumentError(
             f"CheckpointManager.{op}: got step {value}, expected 0 or more and below {MAX_STEP}"
         )
     return value

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from shardema.errors import ArgumentError
+
 _NAMED = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -57,45 +59,47 @@ class ShadowPolicy:
 
     def __post_init__(self) -> None:
         if self.device not in ("model", "cpu"):
-            raise ValueError(f"ShadowPolicy: got device={self.device!r}, expected 'model' or 'cpu'")
+            raise ArgumentError(
+                f"ShadowPolicy: got device={self.device!r}, expected 'model' or 'cpu'"
+            )
         if self.compute not in ("host", "device"):
-            raise ValueError(
+            raise ArgumentError(
                 f"ShadowPolicy: got compute={self.compute!r}, expected 'host' or 'device'"
             )
         if self.compute == "device" and self.device != "cpu":
-            raise ValueError(
+            raise ArgumentError(
                 "ShadowPolicy: got compute='device' without device='cpu'; an average on the "
                 "model's device is always computed there"
             )
         every = self.update_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"ShadowPolicy: got update_every={every!r}, expected a whole number of 1 or more"
             )
         size = self.staging_bytes
         if not isinstance(size, int) or isinstance(size, bool) or size < 1 << 20:
-            raise ValueError(
+            raise ArgumentError(
                 f"ShadowPolicy: got staging_bytes={size!r}, expected bytes, 1 MiB or more"
             )
         if isinstance(self.dtype, str) and self.dtype in _NAMED:
             object.__setattr__(self, "dtype", _NAMED[self.dtype])
         if self.dtype not in ("auto", torch.float32, torch.float64, torch.bfloat16):
-            raise ValueError(
+            raise ArgumentError(
                 f"ShadowPolicy: got dtype={self.dtype!r}, expected 'auto', torch.float32, "
                 "torch.float64 or torch.bfloat16"
             )
         if self.compensated and self.dtype not in ("auto", torch.float32):
-            raise ValueError(
+            raise ArgumentError(
                 f"ShadowPolicy: got compensated=True with dtype={self.dtype!r}, expected 'auto' or "
                 "torch.float32, whose lost bits it keeps"
             )
         seed = self.seed
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= 1 << 53:
-            raise ValueError(
+            raise ArgumentError(
                 f"ShadowPolicy: got seed={seed!r}, expected a whole number from 0 to 2**53"
             )
         if seed and not self.stochastic:
-            raise ValueError(
+            raise ArgumentError(
                 f"ShadowPolicy: got seed={seed} with dtype={self.dtype!r}, which is not rounded at "
                 "random; give dtype=torch.bfloat16 or no seed"
             )

@@ -23,6 +23,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, cast, overload
 from shardema import schedules
 from shardema.arguments import Preset
 from shardema.ema import ShardedEMA
+from shardema.errors import ArgumentError
 from shardema.schedules import Schedule
 from shardema.schedules.base import check_count, check_positive
 from shardema.schedules.closed import parse_length
@@ -229,7 +230,7 @@ def karras(
         ValueError: both or none of ``sigma_rel`` and ``gamma``.
     """
     if (sigma_rel is None) == (gamma is None):
-        raise ValueError(
+        raise ArgumentError(
             f"presets.karras: got sigma_rel={sigma_rel!r} and gamma={gamma!r}, expected one of them"
         )
     profile = schedules.power(sigma_rel) if gamma is None else schedules.power(gamma=gamma)
@@ -253,7 +254,9 @@ def edm2(
     widths = list(stds)
     rules = {f"{std:.3f}": schedules.power(std, unit) for std in widths}
     if len(rules) < len(widths):
-        raise ValueError(f"presets.edm2: got stds={widths}, expected distinct values to 3 digits")
+        raise ArgumentError(
+            f"presets.edm2: got stds={widths}, expected distinct values to 3 digits"
+        )
     return _build(model, rules, **options)
 
 
@@ -281,7 +284,7 @@ def composer(
             ``ba``, ``ep`` or ``dur``; an interval that is not in whole batches.
     """
     if (half_life is None) == (smoothing is None):
-        raise ValueError(
+        raise ArgumentError(
             f"presets.composer: got half_life={half_life!r} and smoothing={smoothing!r}, expected "
             "one of them and None for the other"
         )
@@ -290,13 +293,15 @@ def composer(
         what = f"presets.composer, {name}"
         length, unit = parse_length(text, "step", epoch, run, what)
         if unit != "step":
-            raise ValueError(f"{what}: got {text!r}, expected a time in ba, ep or dur")
+            raise ArgumentError(f"{what}: got {text!r}, expected a time in ba, ep or dur")
         return length
 
     by_epoch = half_life is not None and half_life.endswith("ep")
     k = batches("update_interval", update_interval or ("1ep" if by_epoch else "1ba"))
     if k != int(k):
-        raise ValueError(f"presets.composer: got an interval of {k} batches, expected whole ones")
+        raise ArgumentError(
+            f"presets.composer: got an interval of {k} batches, expected whole ones"
+        )
     if smoothing is None:
         length = batches("half_life", str(half_life))
         check_positive(length, "presets.composer, half_life")
@@ -385,7 +390,7 @@ def ignite(
     if momentum_warmup is not None and warmup_iters is not None:
         rule = schedules.linear(1 - momentum_warmup, 1 - momentum, warmup_iters)
     elif momentum_warmup is not None or warmup_iters is not None:
-        raise ValueError(
+        raise ArgumentError(
             f"presets.ignite: got momentum_warmup={momentum_warmup!r} and "
             f"warmup_iters={warmup_iters!r}, expected both or none"
         )
@@ -436,7 +441,7 @@ def torchtitan(
         rules.append((_titan_name("half_life", fraction), rule))
     names = [name for name, _ in rules]
     if not names or len(set(names)) < len(names):
-        raise ValueError(
+        raise ArgumentError(
             f"presets.torchtitan: got the averages {names}, expected at least one, each once: "
             "decays=[0.999] or half_life_fractions=[0.05]"
         )
@@ -518,7 +523,7 @@ def olmo_merge(
     check_count(n, "presets.olmo_merge, merge_last_n_steps")
     steps = [merge_step] if isinstance(merge_step, int) else sorted(merge_step)
     if bool(steps) == (merge_interval is not None):
-        raise ValueError(
+        raise ArgumentError(
             f"presets.olmo_merge: got merge_step={merge_step!r} and "
             f"merge_interval={merge_interval!r}, expected one of them"
         )
@@ -526,7 +531,7 @@ def olmo_merge(
         check_count(step, "presets.olmo_merge, merge step")
     gaps = [b - a for a, b in itertools.pairwise(steps)]
     if n > min([*gaps, math.inf if merge_interval is None else merge_interval]):
-        raise ValueError(
+        raise ArgumentError(
             f"presets.olmo_merge: got merge_last_n_steps={n} and merges at "
             f"{steps or merge_interval}, whose windows overlap; build one EMA for each"
         )

@@ -12,7 +12,7 @@ import torch
 
 from shardema import saving
 from shardema.ema import ShardedEMA
-from shardema.errors import CheckpointError, abbreviate
+from shardema.errors import ArgumentError, ArgumentTypeError, CheckpointError, abbreviate
 from shardema.files import manifest
 from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
@@ -78,26 +78,26 @@ class Snapshots(StepsWriter):
         wait: bool = True,
     ) -> None:
         if not isinstance(ema, ShardedEMA):
-            raise TypeError(f"Snapshots: got {type(ema).__name__}, expected a ShardedEMA")
+            raise ArgumentTypeError(f"Snapshots: got {type(ema).__name__}, expected a ShardedEMA")
         self._ema = ema
         self._averages = ema.internal.averages
         self._ranks = self._averages.ranks
         chosen = self._averages.names if names is None else tuple(names)
         if not chosen:
-            raise ValueError("Snapshots: got no names, expected one average or more")
+            raise ArgumentError("Snapshots: got no names, expected one average or more")
         self._chosen = [self._averages.named(name) for name in chosen]
         if dtype not in _DTYPES:
-            raise ValueError(f"Snapshots: got dtype={dtype!r}, expected one of {list(_DTYPES)}")
+            raise ArgumentError(f"Snapshots: got dtype={dtype!r}, expected one of {list(_DTYPES)}")
         self._dtype = None if dtype == "float32" else _DTYPES[dtype]
         for label, value in (("every", every), ("keep", keep)):
             if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(
+                raise ArgumentError(
                     f"Snapshots: got {label}={value!r}, expected an integer of 1 or more, or None"
                 )
         self._every, self._keep = every, keep
         others = [a.name for a in self._chosen if not isinstance(a.schedule, block_mean)]
         if others and every is None:
-            raise ValueError(
+            raise ArgumentError(
                 f"Snapshots: {abbreviate(others)}: no block means, whose ends are known, so give "
                 "every=, the steps between snapshots"
             )
@@ -129,7 +129,7 @@ class Snapshots(StepsWriter):
         """
         saves = self._saves(steps, dt)
         if not saves:
-            raise ValueError(f"plan: got {steps} steps, and the first snapshot would be later")
+            raise ArgumentError(f"plan: got {steps} steps, and the first snapshot would be later")
         kept = dict(list(saves.items())[-(self._keep or len(saves)) :])
         sizes = {step: sum(self._nbytes(a) for a in due) for step, due in saves.items()}
         columns = [
@@ -191,9 +191,9 @@ class Snapshots(StepsWriter):
                 unchanged.
         """
         if type(step) is not int:
-            raise TypeError(f"Snapshots.step: got step {step!r}, expected an integer")
+            raise ArgumentTypeError(f"Snapshots.step: got step {step!r}, expected an integer")
         if not 0 <= step < MAX_STEP:
-            raise ValueError(
+            raise ArgumentError(
                 f"Snapshots.step: got step {step}, expected 0 or more and below {MAX_STEP}"
             )
         clock = self._ema.t  # which closes an open round of updates
@@ -264,7 +264,7 @@ class Snapshots(StepsWriter):
         None if that one has the averages as they are, so nothing is recorded.
         """
         if step <= self._last:
-            raise ValueError(
+            raise ArgumentError(
                 f"Snapshots.step: got step {step} after step {self._last}, expected a later one"
             )
         present, made = self._steps.present(), self._steps.recorded()
@@ -283,7 +283,7 @@ class Snapshots(StepsWriter):
         """
         folder = self._steps.folder
         if not all(average.loaded for average in due):
-            raise ValueError(
+            raise ArgumentError(
                 f"Snapshots.step: {folder} has {name_of(present[-1])} of an earlier run, and "
                 "this run's averages were not loaded from a checkpoint, or reset since; load it "
                 "first (ema.load, manager.resume), or give a new directory"
@@ -296,7 +296,7 @@ class Snapshots(StepsWriter):
                 if before is not None and before.t == average.t:
                     return False
                 if before is not None and before.t > average.t:
-                    raise ValueError(
+                    raise ArgumentError(
                         f"Snapshots.step: average {average.name!r} is at t={average.t:g}, and "
                         f"{name_of(earlier[-1])} in {folder} has it at t={before.t:g}: this run "
                         "does not continue that one; give a new directory"

@@ -23,10 +23,11 @@ from typing import Any
 from torch import Tensor
 
 from shardema.calls import Call, Calls
-from shardema.errors import SwapError, abbreviate
+from shardema.errors import ArgumentError, CallError, SwapError, abbreviate
 from shardema.exchange import Exchange
 from shardema.files import loading
 from shardema.files.sources import Imported
+from shardema.model import hiding
 from shardema.model.replicas import AllGatherSlices
 from shardema.scopes import to_the_end, uninterrupted, writable
 from shardema.shards.shard import Shard, materialized
@@ -158,7 +159,7 @@ class Swaps:
         )
         if exchange.copied:
             lost = "the write is lost and the weights are as before; write weights outside of it"
-        raise RuntimeError(
+        raise CallError(
             f"rank {self._averages.ranks.rank}: {abbreviate(written)}: written inside swap(), so "
             f"{lost}"
         )
@@ -167,6 +168,8 @@ class Swaps:
         self, average: Readable
     ) -> tuple[Readable, list[Shard], Exchange, AllGatherSlices | None]:
         notices = self._calls.notices
+        hiding.refuse_cached("swap", self._weights.shards, self._averages.ranks.rank)
+        notices.hidden("swap")
         notices.missed("swap", self._updates.following)
         notices.never_updated("swap", average.components)
         self._updates.refresh()
@@ -235,10 +238,14 @@ class Swaps:
 
         def given() -> dict[str, Any]:
             if not good:
-                raise ValueError(f"copy_to_model: got every={every!r}, expected a whole number > 0")
+                raise ArgumentError(
+                    f"copy_to_model: got every={every!r}, expected a whole number > 0"
+                )
             return {"every": every}
 
         def ready(average: Readable) -> tuple[Readable, AllGatherSlices | None]:
+            hiding.refuse_cached("copy_to_model", self._weights.shards, self._averages.ranks.rank)
+            self._calls.notices.hidden("copy_to_model")
             self._calls.notices.missed("copy_to_model", self._updates.following)
             self._updates.refresh()
             self._updates.flush("copy_to_model")

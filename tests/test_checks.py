@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from shardema import CheckpointManager, ShardedEMA
 from shardema.cli.main import main
+from shardema.errors import address
 from shardema.files.compare import compare
 from shardema.files.manifest import BLOCK
 from shardema.files.safetensors import make_header
@@ -585,7 +586,8 @@ def test_a_closed_pipe_and_a_full_disk_end_in_one_line(tmp_path: Path) -> None:
     reasons = {"full": "No space left on device", "closed": "Broken pipe", "head": "Broken pipe"}
     for (output, command), (status, said) in zip(given, ended(given), strict=True):
         *first, last = said.splitlines()
-        assert (status, last) == (1, f"Error: writing the output: {reasons[output]}"), command
+        line = f"Error: writing the output: {reasons[output]} ({address('writing the output: ')})"
+        assert (status, last) == (1, line), command
         assert len(first) == (output == "head"), said
 
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib.util
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 from torch import nn
 
-from shardema import CheckpointError, RankError, ShadowPolicy, ShardedEMA, SwapError, schedules
+import shardema
+from shardema import CheckpointError, ShadowPolicy, ShardedEMA, schedules
+from shardema.cli.main import main
+from shardema.errors import address
+from shardema.errors.entries import ENTRIES
 from tests import world, zoo
 from tests.test_checkpoint import bits
-from tests.test_docs import anchors
+from tests.test_docs import templates
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def net() -> nn.Module:
@@ -108,17 +117,100 @@ def test_construction(make: Callable[[], object], error: type[Exception], text: 
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="notes are of Python 3.11")
-def test_a_traceback_leads_to_the_section_of_the_page() -> None:
-    page = Path(__file__).parent.parent / "docs" / "errors.md"
-    found = []
-    for error in (RankError("x"), CheckpointError("x"), SwapError("x", weights={})):
-        (note,) = error.__notes__
-        url, _, section = note.rpartition(" ")[2].partition("#")
-        assert url == "https://github.com/shardema/shardema/blob/main/docs/errors.md"
-        assert section in anchors(page)
-        found.append(section)
-        assert str(error) == "x"
-    assert found == ["collective-calls", "saving-loading-exporting", "updating-and-swapping"]
+def test_a_traceback_ends_with_the_address_of_its_entry(tmp_path: Path) -> None:
+    ema = ShardedEMA(net(), 0.5)
+    for call, entry in (
+        (lambda: ShardedEMA(net(), 1.2), "decay-range"),
+        (lambda: ShardedEMA(net(), None), "schedule-kind"),
+        (lambda: schedules.power(gamma=-2), "argument"),
+        (lambda: ema.update(7), "update-arguments"),
+        (lambda: ema.store(), "no-attribute"),
+        (lambda: ema.load(tmp_path / "gone"), "no-folder"),
+        (lambda: ema.attach(torch.optim.SGD(net().parameters(), 0.1)), "attach-no-parameters"),
+    ):
+        with pytest.raises(Exception, match=r"\w") as caught:
+            call()
+        page = "https://github.com/shardema/shardema/blob/main/docs/errors.md"
+        assert caught.value.__notes__ == [f"causes and remedies: {page}#{entry}"]
+        assert page not in str(caught.value)
+
+
+def test_the_entries_are_those_of_the_page() -> None:
+    spec = importlib.util.spec_from_file_location("entries", DOCS / "entries.py")
+    writing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writing)
+    assert writing.MODULE.read_text() == writing.module(), "run python docs/entries.py"
+    page = (DOCS / "errors.md").read_text()
+    names = re.findall(r'id="([^"]*)"', page)
+    assert len(set(names)) == len(names) == len(ENTRIES) == len(set(ENTRIES.values()))
+    rows = re.findall(r"^\| (?!message).*", page.split("\n## ", 1)[1], re.MULTILINE)
+    assert [row for row in rows if not row.startswith('| <a id="')] == []
+
+
+# the classes that find their entry by themselves, and the functions that give errors one
+LINKED = {"ArgumentError", "ArgumentTypeError", "CallError", "RankError", "CheckpointError"}
+LINKED |= {"SwapError", "linked", "rank_error", "ClickException", "UsageError", "BadParameter"}
+# parts of messages, which the same file completes: "reading ...: <part> in the manifest; ..."
+PARTS = {
+    "files/histories.py": "in the history of ...",
+    "files/manifest.py": "in the manifest; it was not written by ema.save",
+    "files/safetensors.py": "its safetensors header is broken (...)",
+    "importers/states.py": "broken ...",
+    "importers/torchfile.py": "not a complete file of torch.save (...)",
+    "shards/strides.py": "caught by the kernels and by the export, which go another way",
+}
+# what is said around the message of another error, which has an entry
+AROUND = ["\0", "rank \0: \0", "\0 \0: \0", "\0: \0", "rank \0: \0: \0", "\0\0"]
+AROUND += ["\0; resume from a checkpoint before the step that caused it", "\0\0 on every rank"]
+
+
+def raised() -> Iterator[tuple[str, str, str]]:
+    """File, class and text of each error of the package; a null character is a value in it."""
+    package = Path(shardema.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and node.args:
+                name = ast.unparse(node.func).rpartition(".")[2]
+                text = template(node.args[-1 if name == "rank_error" else 0])
+                yield str(path.relative_to(package)), name, text
+
+
+def template(node: ast.expr) -> str:
+    if isinstance(node, ast.Call) and node.args:  # linked(ImportError(...)), printable(...)
+        return template(node.args[0])
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(template, node.values))
+    return str(node.value) if isinstance(node, ast.Constant) else "\0"
+
+
+def test_every_message_of_the_package_has_an_entry() -> None:
+    messages = [(place, text) for place, name, text in raised() if name in LINKED]
+    assert len(messages) > 500
+    lost = [m for m in messages if not address(m[1]) and m[1] not in AROUND]
+    assert lost == []
+    texts = {text for text in templates() if text.count(" ") > 1}
+    found = {address(text).partition("#")[2] for text in texts}
+    assert sorted(ENTRIES.keys() - found) == []  # no entry is hidden by a longer one
+
+
+def test_an_error_of_python_is_a_part_of_a_message() -> None:
+    bare = ("ValueError", "TypeError", "RuntimeError")
+    assert {place for place, name, _ in raised() if name in bare} == PARTS.keys()
+
+
+def test_a_command_ends_its_line_with_the_address() -> None:
+    page = "https://github.com/shardema/shardema/blob/main/docs/errors.md"
+    for arguments, code, entry in (
+        (["inspect", "gone"], 1, "no-folder"),
+        (["plan"], 2, "plan-source"),
+        (["plot", "profile", "--steps", "9", "--schedule", "2"], 2, "decay-range"),
+    ):
+        result = CliRunner().invoke(main, arguments)
+        last = result.stderr.splitlines()[-1]
+        assert (result.exit_code, last.startswith("Error: ")) == (code, True), result.output
+        assert last.endswith(f" ({page}#{entry})")
+    unknown = CliRunner().invoke(main, ["inspect", "--gone"])
+    assert page not in unknown.stderr  # click says it
 
 
 def test_a_tensor_that_shares_memory_is_refused() -> None:

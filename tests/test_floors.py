@@ -31,7 +31,7 @@ OPTIONAL = {
 
 def table() -> dict[str, tuple[int, list[str]]]:
     """``{room: (floor, files, lowest first)}``, from rows ``| 3 | `files/` | a, b, c | ... |``."""
-    rows = re.findall(r"^\| (\d+) \| `([\w./]+)` \|([\w ,]*)\|", DESIGN.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (-?\d+) \| `([\w./]+)` \|([\w ,]*)\|", DESIGN.read_text(), re.MULTILINE)
     return {
         room.removesuffix("/").removesuffix(".py"): (int(floor), re.findall(r"\w+", files))
         for floor, room, files in rows
@@ -99,13 +99,13 @@ def test_imports_only_go_down() -> None:
 def test_an_import_that_goes_up_or_across_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("errors.py", "model/weights.py", "model/selection.py", "files/folder.py"):
+    for name in ("bars.py", "model/weights.py", "model/selection.py", "files/folder.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     for importing, module, wrong in (
-        ("errors.py", "shardema.model.weights", True),
-        ("model/weights.py", "shardema.errors", False),
+        ("bars.py", "shardema.model.weights", True),
+        ("model/weights.py", "shardema.bars", False),
         ("model/weights.py", "shardema.files.folder", True),
         ("model/weights.py", "shardema.model.selection", False),
         ("model/selection.py", "shardema.model.weights", True),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 
 from shardema import ShadowPolicy, ShardedEMA, functional, schedules, update_bn
 from tests import world
@@ -190,3 +191,48 @@ def on_two_ranks() -> None:
 
 def test_nor_do_they_on_two_ranks() -> None:
     world.run(on_two_ranks, 2, timeout=200)
+
+
+def normed() -> tuple[nn.Module, ShardedEMA]:
+    """A model with a parametrization, and an average of it that differs."""
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2, bias=False))
+    ema = ShardedEMA(model, 0.5)
+    with torch.no_grad():
+        model.parametrizations.weight.original0.add_(4.0)
+    ema.update()
+    return model, ema
+
+
+def test_a_swap_inside_cached_parametrizations_is_refused() -> None:
+    model, ema = normed()
+    x = torch.ones(1, 3)
+    with torch.no_grad(), parametrize.cached():
+        raw = model(x)
+        for call in (lambda: ema.swap().__enter__(), ema.copy_to_model, lambda: ema(x)):
+            with pytest.raises(RuntimeError, match=r"inside .*parametrize.cached\(\): p"):
+                call()
+        assert torch.equal(model(x), raw)
+    with torch.no_grad(), ema.swap(), parametrize.cached():
+        assert not torch.equal(model(x), raw)
+    with torch.no_grad():
+        assert torch.equal(model(x), raw)
+    plain = ShardedEMA(nn.Linear(3, 2), 0.5)  # nothing of it is cached
+    with parametrize.cached(), plain.swap():
+        pass
+
+
+def test_a_swap_of_graphs_with_frozen_weights_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from torch._inductor import config
+
+    _, ema = normed()
+    with config.patch(freezing=False), ema.swap():
+        pass
+    assert "freezing" not in caplog.text
+    with config.patch(freezing=True):
+        for _ in range(2):
+            with ema.swap():
+                pass
+        ema.copy_to_model()
+    assert caplog.text.count("torch._inductor.config.freezing is on") == 1

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from shardema.backends import plain
 from shardema.backends.tree import refuse_unknown_wrappers
+from shardema.errors import ArgumentError
 from shardema.shards.shard import Shard
 
 Models = Sequence[nn.Module]
@@ -123,16 +124,16 @@ def find(models: Models, name: str = "auto") -> tuple[str, Backend]:
     """
     matching = [key for key in BACKENDS if key != "plain" and BACKENDS[key].matches(models)]
     if len(matching) > 1:
-        raise ValueError(
+        raise ArgumentError(
             f"the model is sharded in several ways at once: {matching}; shard it in one way, or "
             "build one ShardedEMA for each part"
         )
     found = matching[0] if matching else "plain"
     if name not in ("auto", *BACKENDS):
-        raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {sorted(BACKENDS)}")
+        raise ArgumentError(f"backend: got {name!r}, expected 'auto' or one of {sorted(BACKENDS)}")
     if name not in ("auto", found):
         kinds = sorted({type(model).__name__ for model in models})
-        raise ValueError(
+        raise ArgumentError(
             f"backend: got {name!r}, but the model ({', '.join(kinds)}) is of backend {found!r}; "
             "leave backend='auto', or build the EMA after wrapping the model"
         )

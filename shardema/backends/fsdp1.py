@@ -34,6 +34,7 @@ from shardema.backends.tree import (
     walk,
     whole_shard,
 )
+from shardema.errors import ArgumentError, CallError
 from shardema.shards.boxes import Box, Dims, flat_boxes
 from shardema.shards.shard import REPLACED, Shard
 from shardema.shards.strides import memory_order
@@ -105,7 +106,7 @@ def _flat_shards(
         first, *more = named
         skip.add((id(info.module), info.param_name))
         if extensions[index] is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"{first}: FSDP1 holds a DTensor here (tensor parallel under FSDP1), which is "
                 "not supported; use fully_shard (FSDP2) with tensor parallel"
             )
@@ -199,7 +200,7 @@ def ensure_sharded(models: Sequence[nn.Module], *, force: bool = False) -> None:
 def _refuse_busy(models: Sequence[nn.Module], handles: Sequence[Any]) -> None:
     states = {handle._training_state.name for handle in handles} - {"IDLE"}
     if "SUMMON_FULL_PARAMS" in states:
-        raise RuntimeError(
+        raise CallError(
             f"rank {dist.get_rank()}: inside FSDP.summon_full_params, which holds the weights "
             "gathered and writes them back when it ends; leave the with block first"
         )

@@ -26,6 +26,7 @@ from shardema.backends.tree import (
     tie_shared_storage,
     whole_shard,
 )
+from shardema.errors import ArgumentError
 from shardema.shards.boxes import Box, Dims
 from shardema.shards.shard import REPLACED, Shard
 
@@ -88,7 +89,7 @@ def _boxes_of(fqn: str, param: DTensor, sizes: Dims) -> tuple[tuple[Dims, ...], 
     """
     odd = [how for how in param.placements if not isinstance(how, _KNOWN)]
     if any(placement.is_partial() for placement in param.placements):
-        raise ValueError(
+        raise ArgumentError(
             f"{fqn}: placements {param.placements} hold partial sums, which have no place in "
             "the full tensor; redistribute it to Shard or Replicate first"
         )
@@ -104,7 +105,7 @@ def _boxes_of(fqn: str, param: DTensor, sizes: Dims) -> tuple[tuple[Dims, ...], 
     stretches = None if odd or chunks is not None else _stretches(param)
     if stretches is None or tuple(sum(s for *_, s in dim) for dim in stretches) != sizes:
         expected = [] if stretches is None else [sum(s for *_, s in dim) for dim in stretches]
-        raise ValueError(
+        raise ArgumentError(
             f"rank {dist.get_rank()}: {fqn}: got a local part of shape {list(sizes)}, expected "
             f"{expected or 'Shard and Replicate placements'} by the placements {param.placements} "
             f"of shape {list(param.shape)}; shard it by distribute_tensor or fully_shard, or let "

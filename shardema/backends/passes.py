@@ -9,6 +9,8 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from shardema.errors import CallError
+
 _CALL = nn.Module._call_impl.__code__
 
 
@@ -35,7 +37,7 @@ def in_forward(models: Sequence[nn.Module]) -> bool:
 def refuse_inside(models: Sequence[nn.Module]) -> None:
     """Raises RuntimeError inside a forward of a model, or inside any backward."""
     if in_backward() or in_forward(models):
-        raise RuntimeError(
+        raise CallError(
             f"rank {dist.get_rank()}: a forward or backward of the model is under way and needs "
             "the weights that it has gathered; call this outside of the model's forward and of "
             "backward, their hooks included: after optimizer.step()"

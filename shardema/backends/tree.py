@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from shardema.backends.subclasses import kind_of, pointer, values_of
+from shardema.errors import ArgumentError
 from shardema.shards.boxes import whole
 from shardema.shards.shard import REPLACED, Role, Shard
 from shardema.shards.strides import overlaps, share_memory
@@ -128,7 +129,7 @@ def refuse_unknown_wrappers(models: Sequence[nn.Module]) -> None:
                 continue
             kind = type(module)
             where = f" at {prefix[:-1]!r}" if prefix else ""
-            raise ValueError(
+            raise ArgumentError(
                 f"model: got a {kind.__module__}.{kind.__qualname__}{where}, which names and "
                 "shards weights in a way that is not supported; if every rank holds whole tensors, "
                 "build the EMA from the module inside it, else shard the model with "
@@ -159,7 +160,7 @@ def refuse_part(models: Sequence[nn.Module], root: nn.Module | None, how: str) -
     parts = [prefix for prefix, module in around if any(module is model for model in models)]
     select = " or ".join(f"select='{prefix}*'" for prefix in parts) or "select="
     name = "module" if root is None else type(root).__name__
-    raise ValueError(
+    raise ArgumentError(
         f"model: got a part ({', '.join(kinds)}) of what {how} has put into one group of a "
         f"{name} around it, which gathers and frees all of it at once; give the EMA that one, "
         f"and choose the part: ShardedEMA(whole, ..., {select})"
@@ -243,7 +244,7 @@ def named_tensors(models: Sequence[nn.Module], skip: set[tuple[int, str]]) -> li
                         continue
                     fqn = f"{prefix}{key}"
                     if seen.setdefault(fqn, id(tensor)) != id(tensor):
-                        raise ValueError(
+                        raise ArgumentError(
                             f"{fqn}: two tensors of the model have this name; give the modules "
                             "of the list distinct names, or build one ShardedEMA for each"
                         )
@@ -275,7 +276,7 @@ def whole_shard(named: Named) -> Shard:
     if local is None:
         local = named.tensor.detach()
     elif overlaps(local) and named.role != "buffer":  # which is only read
-        raise ValueError(
+        raise ArgumentError(
             f"{named.fqn}: shape {tuple(local.shape)} with strides {local.stride()} shares memory "
             "between elements; give it storage of its own (tensor.clone())"
         )
@@ -333,7 +334,7 @@ def _refuse_overlaps(spans: list[tuple[int, int, int, Shard]]) -> None:
         near = [other for other in near if other[0] == storage and other[2] > begin]
         for *_, other in near:
             if share_memory(other.local, shard.local):
-                raise ValueError(
+                raise ArgumentError(
                     f"{shard.fqn} and {other.fqn} share a part of their memory; an average of "
                     "both would count it twice: give one of them storage of its own"
                 )

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from shardema.backends.tree import Named, named_tensors, tie_shared_storage, whole_shard
+from shardema.errors import ArgumentError, CallError
 from shardema.shards.boxes import Dims, flat_boxes
 from shardema.shards.shard import REPLACED, OffloadedStorage, Shard
 
@@ -77,13 +78,13 @@ def _engine(models: Sequence[nn.Module]) -> Any:
     """The one engine. Raises ValueError for anything else, and for unsupported features."""
     found = engines(models)
     if not found:
-        raise ValueError(
+        raise ArgumentError(
             "model: got a module whose parameters DeepSpeed has partitioned, or steps in its "
             "engine, expected the engine that deepspeed.initialize returned: "
             "ShardedEMA(engine, ...), after initialize; select= chooses a part of it"
         )
     if len(models) > 1:
-        raise ValueError(
+        raise ArgumentError(
             f"model: got a list of {len(models)} modules with a DeepSpeed engine in it; keep one "
             "ShardedEMA for each engine"
         )
@@ -97,7 +98,7 @@ def refuse_unsupported(engine: Any) -> None:
     if type(engine).__name__ != "DeepSpeedEngine":
         found.insert(0, type(engine).__name__)
     if found:
-        raise ValueError(
+        raise ArgumentError(
             f"model: a DeepSpeed engine with {', '.join(found)}: not supported (untested); turn it "
             "off in the DeepSpeed config, or average without an engine (FSDP2)"
         )
@@ -107,14 +108,14 @@ def _check_supported(engine: Any) -> None:
     """Raises ValueError for unsupported features, and for an engine that steps no masters."""
     refuse_unsupported(engine)
     if engine.basic_optimizer is None:
-        raise ValueError(
+        raise ArgumentError(
             "model: a DeepSpeed engine without an optimizer steps nothing; give "
             "deepspeed.initialize an optimizer, or a config with one; where an optimizer of your "
             "own steps the module of a ZeRO-0 engine, ShardedEMA(engine.module, ...)"
         )
     if _map_for(engine.optimizer) is None:
         cls = type(engine.optimizer)
-        raise ValueError(
+        raise ArgumentError(
             f"model: a DeepSpeed engine with the optimizer class {cls.__module__}.{cls.__name__}, "
             f"expected a torch optimizer or one of {[kind.rsplit('.', 1)[1] for kind in _MAPS]}"
         )
@@ -210,7 +211,7 @@ def _inside(
     for param in params:
         at = (param.data.data_ptr() - flat.data_ptr()) // flat.element_size()
         if not 0 <= at <= flat.numel() - param.numel():
-            raise RuntimeError(
+            raise CallError(
                 "the engine's weights are not where its optimizer keeps them; after "
                 "engine.offload_states() call engine.reload_states() first"
             )
@@ -374,7 +375,7 @@ def _map_for(opt: Any) -> Callable[[Any], _PartitionMap] | None:
 def _partition_map(engine: Any) -> _PartitionMap:
     opt = engine.optimizer
     if getattr(opt, "offloaded_states", None):
-        raise RuntimeError(
+        raise CallError(
             "the engine's states are offloaded; call engine.reload_states() before the average "
             "is read or written"
         )
@@ -440,7 +441,7 @@ def _block_of(named: Named, engine: Any) -> _Block | None:
     # the sizes of the ranks' parts; None for what is cut in another way
     dim, sizes = (None, None) if cut is None else (cut["partition_dim"], cut["partition_sizes"])
     if dim is None or not sizes or sizes[rank] != local[dim]:
-        raise ValueError(
+        raise ArgumentError(
             f"rank {dist.get_rank()}: {named.fqn}: AutoTP has cut it into parts of shape "
             f"{list(local)} that are not one block each (fused weights), which is not supported; "
             "leave it whole (partition_type 'skip'), or split it into several layers"

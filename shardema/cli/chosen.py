@@ -17,7 +17,7 @@ from torch import distributed as dist
 from shardema import posthoc
 from shardema.cli import spec
 from shardema.cli.tables import as_json, line, one_line, printable, progress, row, screen, table
-from shardema.errors import counted
+from shardema.errors import ArgumentError, counted
 from shardema.files.safetensors import reporting
 from shardema.posthoc.reconstruction import Reconstruction, described
 from shardema.posthoc.targets import CURVES
@@ -67,7 +67,7 @@ def reconstruct(
     drawn = picture or (f"{out.rstrip('/')}.png" if out else "")
     with one_line(), _ranks() as leader:
         if drawn and os.path.lexists(drawn):
-            raise ValueError(f"{drawn} exists already, and the picture would be drawn there")
+            raise ArgumentError(f"{drawn} exists already, and the picture would be drawn there")
         found = posthoc.open(directory).target(
             spec.target(target),
             at,
@@ -180,7 +180,7 @@ def _numbers(text: str | None) -> list[float] | None:
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"--weights: got {text!r}, expected numbers such as 0.2,0.8") from error
+        raise ArgumentError(f"--weights: got {text!r}, expected numbers such as 0.2,0.8") from error
 
 
 @contextlib.contextmanager

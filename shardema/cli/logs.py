@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from shardema.errors import ArgumentError
+
 Row = Mapping[str, float]
 _STEPS = ("step", "global_step", "epoch")  # columns that order the rows; the first found is used
 _AVERAGED = ("ema", "averaged", "average", "avg")
@@ -45,10 +47,10 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
                 else list(csv.DictReader(io.StringIO(text)))
             )
         except (ValueError, csv.Error, RecursionError) as error:
-            raise ValueError(f"{path} is not a log: {error}") from error
+            raise ArgumentError(f"{path} is not a log: {error}") from error
     rows = [{k: n for k, v in row.items() if (n := _number(v)) is not None} for row in found]
     if not any(rows):
-        raise ValueError(
+        raise ArgumentError(
             f"{path} has no rows with numbers, expected CSV with a header line, JSON lines, or a "
             "trainer_state.json"
         )
@@ -92,7 +94,9 @@ def step_column(rows: Sequence[Row], given: str | None = None) -> str:
         return _known(given, there)
     found = [name for name in _STEPS if name in there]
     if not found:
-        raise ValueError(f"the log has no column {' or '.join(_STEPS)}; it has {', '.join(there)}")
+        raise ArgumentError(
+            f"the log has no column {' or '.join(_STEPS)}; it has {', '.join(there)}"
+        )
     return found[0]
 
 
@@ -133,7 +137,7 @@ def pairs(
     if averaged is not None:
         found = [pair for pair in found if pair[1] == _known(averaged, there)]
     if not found:
-        raise ValueError(
+        raise ArgumentError(
             "no pair of columns has names such as raw_loss and ema_loss: give the raw and the "
             f"averaged one; the log has {', '.join(there)}"
         )
@@ -142,7 +146,7 @@ def pairs(
 
 def _known(name: str, there: Sequence[str]) -> str:
     if name not in there:
-        raise ValueError(f"got column {name!r}, expected one of {', '.join(there)}")
+        raise ArgumentError(f"got column {name!r}, expected one of {', '.join(there)}")
     return name
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shardema.cli.tables import as_json, line, one_line, row, screen, size, table
-from shardema.errors import counted
+from shardema.errors import ArgumentError, counted
 from shardema.files import consolidated, recognize
 from shardema.files import manifest as manifests
 from shardema.files.manifest import Manifest, StoredTensor
@@ -34,9 +34,11 @@ def inspect(path: str, tensors: bool, layout: bool, json_: bool) -> None:
     with one_line():
         found = recognize.recognize(path)
         if layout and found.kind != CHECKPOINT:
-            raise ValueError(f"--layout: {path} is {found.what}, expected a checkpoint of shardema")
+            raise ArgumentError(
+                f"--layout: {path} is {found.what}, expected a checkpoint of shardema"
+            )
         if tensors and found.kind not in (CHECKPOINT, HF, SAFETENSORS):
-            raise ValueError(f"--tensors: the tensors of {path} are not known: {found.what}")
+            raise ArgumentError(f"--tensors: the tensors of {path} are not known: {found.what}")
         stored = manifests.read(path, "inspect") if found.kind == CHECKPOINT else None
         facts: dict[str, Any] = {
             "path": path,

@@ -24,7 +24,7 @@ from shardema.cli.looks import inspect
 from shardema.cli.planned import plan
 from shardema.cli.tables import Commands, as_json, one_line, printable, progress
 from shardema.cli.texts import describe, unit_of
-from shardema.errors import counted
+from shardema.errors import ArgumentError, counted
 from shardema.files import companions, manifest
 from shardema.files.layouts import LAYOUTS, Layout
 from shardema.files.manifest import Manifest
@@ -368,7 +368,7 @@ def curves(
 
 def _rules(written: tuple[str, ...], presets: tuple[str, ...]) -> dict[str, Schedule]:
     if not written and not presets:
-        raise ValueError("nothing to draw: give --schedule or --preset")
+        raise ArgumentError("nothing to draw: give --schedule or --preset")
     found = {text: spec.schedule(text) for text in written}
     for text in presets:
         found |= spec.preset(text)

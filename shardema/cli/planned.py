@@ -22,6 +22,7 @@ from shardema.costs.layout import STRATEGIES, Layout, Strategy
 from shardema.costs.speeds import Speeds
 from shardema.costs.tensors import Described
 from shardema.costs.words import duration
+from shardema.errors import ArgumentError
 from shardema.policy import ShadowPolicy
 
 _DTYPES = {
@@ -126,7 +127,7 @@ def plan(
 
 def _replicas(strategy: str, given: int | None, world_size: int) -> int:
     if strategy == "hsdp" and given is None:
-        raise ValueError("--strategy hsdp: give --replicas, the ranks that hold the same shard")
+        raise ArgumentError("--strategy hsdp: give --replicas, the ranks that hold the same shard")
     return given or 1
 
 
@@ -146,16 +147,18 @@ def _configured(path: str) -> nn.Module:
     try:
         given = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: got {error}, expected a config.json of transformers") from error
+        raise ArgumentError(
+            f"{file}: got {error}, expected a config.json of transformers"
+        ) from error
     if not isinstance(given, dict) or "model_type" not in given:
-        raise ValueError(
+        raise ArgumentError(
             f"{file}: has no model_type, expected a config.json of transformers; for other models "
             "give --from FILE:FUNCTION"
         )
     try:
         from shardema.integrations import transformers as integration
     except ImportError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"{file}: needs transformers ({error}): pip install 'shardema[transformers]', or give "
             "--params or --from"
         ) from error
@@ -167,21 +170,23 @@ def _built(source: str) -> nn.Module:
     """What a function in a script returns, on the meta device."""
     path, colon, name = source.rpartition(":")
     if not colon or not name.isidentifier():
-        raise ValueError(f"--from: got {source!r}, expected FILE:FUNCTION such as train.py:build")
+        raise ArgumentError(
+            f"--from: got {source!r}, expected FILE:FUNCTION such as train.py:build"
+        )
     if not os.path.isfile(path):
-        raise ValueError(f"--from: got {path!r}, expected a Python file")
+        raise ArgumentError(f"--from: got {path!r}, expected a Python file")
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # as for a script
     try:
         build: Callable[[], Any] | None = runpy.run_path(path).get(name)
         if not callable(build):
-            raise ValueError(f"--from: {path} has no function {name!r}")
+            raise ArgumentError(f"--from: {path} has no function {name!r}")
         model = build()
     except (ArithmeticError, AttributeError, ImportError, LookupError, TypeError) as error:
-        raise ValueError(f"--from: {source} raised {type(error).__name__}: {error}") from error
+        raise ArgumentError(f"--from: {source} raised {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
     if not isinstance(model, nn.Module):
-        raise ValueError(
+        raise ArgumentError(
             f"--from: {name} returned a {type(model).__name__}, expected the module before it is "
             "wrapped"
         )

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from shardema.cli import logs, spec
 from shardema.cli.texts import describe, unit_of
+from shardema.errors import ArgumentError, linked
 from shardema.profiles import Profile
 from shardema.schedules import Schedule, as_schedule
 from shardema.schedules.base import check_positive
@@ -34,8 +35,10 @@ try:
     from matplotlib.patches import StepPatch
     from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 except ImportError as error:
-    raise ImportError(
-        "shardema.cli.plot needs matplotlib: pip install 'shardema[plot]'", name=error.name
+    raise linked(
+        ImportError(
+            "shardema.cli.plot needs matplotlib: pip install 'shardema[plot]'", name=error.name
+        )
     ) from error
 
 _SEEN = 0.005  # weight of the initial values from which the legend mentions it
@@ -112,7 +115,7 @@ def profiles(found: Mapping[str, Profile], *, log: bool = False) -> Figure:
         axes.stairs(heights, edges, baseline=None, label=label, **_style(number))
         highest = max(highest, float(heights.max()))
     if not highest:
-        raise ValueError(f"profiles: got {list(found)}, of which none has the mass of an update")
+        raise ArgumentError(f"profiles: got {list(found)}, of which none has the mass of an update")
     axes.set(ylim=(0, 1.08 * highest))
     if log:
         axes.set(yscale="log", ylim=(highest / 1e6, 2 * highest))
@@ -259,17 +262,17 @@ def _clocks(rules: Any, dt: float | None) -> dict[str, tuple[Schedule, float]]:
     found: dict[str, Schedule] = {}
     for label, rule in _labelled(rules):
         if label in found:
-            raise ValueError(f"rules: got {label!r} twice, expected each once")
+            raise ArgumentError(f"rules: got {label!r} twice, expected each once")
         found[label] = rule
     if not found:
-        raise ValueError("rules: got none, expected one schedule or more")
+        raise ArgumentError("rules: got none, expected one schedule or more")
     units = sorted({rule.unit for rule in found.values()} - {"step"})
     if len(units) > 1:
-        raise ValueError(f"rules: got schedules in {units}, expected steps and one other unit")
+        raise ArgumentError(f"rules: got schedules in {units}, expected steps and one other unit")
     if units and dt is None:
-        raise ValueError(f"dt: a schedule counts {units[0]}s, so say how many one step has")
+        raise ArgumentError(f"dt: a schedule counts {units[0]}s, so say how many one step has")
     if not units and dt is not None:
-        raise ValueError(f"dt: got {dt}, but every schedule counts steps")
+        raise ArgumentError(f"dt: got {dt}, but every schedule counts steps")
     if dt is not None:
         check_positive(dt, "dt")
     increment = 1 if dt is None else int(dt) if dt == int(dt) else dt
@@ -278,7 +281,7 @@ def _clocks(rules: Any, dt: float | None) -> dict[str, tuple[Schedule, float]]:
 
 def _labelled(rules: Any) -> Iterable[tuple[str, Schedule]]:
     if isinstance(rules, str) or not isinstance(rules, Iterable):
-        raise ValueError(f"rules: got {rules!r}, expected a list of schedules or a mapping")
+        raise ArgumentError(f"rules: got {rules!r}, expected a list of schedules or a mapping")
     if isinstance(rules, Mapping):
         for label, rule in rules.items():
             yield str(label), spec.schedule(rule) if isinstance(rule, str) else as_schedule(rule)

@@ -18,6 +18,7 @@ from typing import Any
 
 from shardema import presets, schedules
 from shardema.arguments import Preset, as_schedules
+from shardema.errors import ArgumentError
 from shardema.posthoc.targets import CURVES, Target, window
 from shardema.schedules import Schedule, as_schedule
 
@@ -42,10 +43,12 @@ def schedule(text: str) -> Schedule:
     """
     found = _value(_parse(text), _schedules(), text)
     if isinstance(found, str | list | None):
-        raise ValueError(f"got {text!r}, expected a decay, or a schedule such as power(std=0.10)")
+        raise ArgumentError(
+            f"got {text!r}, expected a decay, or a schedule such as power(std=0.10)"
+        )
     made: Schedule = _made(lambda: as_schedule(found), text)
     if not isinstance(made.unit, str):
-        raise ValueError(f"{text}: got unit={made.unit!r}, expected a string such as 'sample'")
+        raise ArgumentError(f"{text}: got unit={made.unit!r}, expected a string such as 'sample'")
     return made
 
 
@@ -71,7 +74,7 @@ def preset(text: str) -> dict[str, Schedule]:
 def _preset_of(text: str) -> Preset:
     made = _value(_parse(text), _presets(), text)
     if not isinstance(made, Preset):
-        raise ValueError(f"got {text!r}, expected a preset such as timm_v3(decay=0.9999)")
+        raise ArgumentError(f"got {text!r}, expected a preset such as timm_v3(decay=0.9999)")
     return made
 
 
@@ -92,7 +95,7 @@ def target(text: str) -> Target:
     if isinstance(found, window):
         return found
     if isinstance(found, str | list | None | int | float):
-        raise ValueError(
+        raise ArgumentError(
             f"got {text!r}, expected a target such as power(0.10) or window(20000, minus-sqrt)"
         )
     made: Schedule = _made(lambda: as_schedule(found), text)
@@ -142,11 +145,11 @@ def _presets() -> dict[str, Callable[..., Any]]:
 def _parse(text: str) -> ast.expr:
     """The syntax tree of an expression."""
     if len(text) > _LONGEST:
-        raise ValueError(f"got a string of {len(text)} characters, expected at most {_LONGEST}")
+        raise ArgumentError(f"got a string of {len(text)} characters, expected at most {_LONGEST}")
     try:
         return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(
+        raise ArgumentError(
             f"got {text!r}, which cannot be read ({error}), expected a call such as power(std=0.10)"
         ) from error
 
@@ -173,7 +176,7 @@ def _value(node: ast.expr, known: dict[str, Callable[..., Any]], text: str) -> A
             keywords = {name: _value(part, known, text) for name, part in named.items()}
             return _call(node.func.id, positional, keywords, known, text)
     part = ast.get_source_segment(text.strip(), node) or ast.unparse(node)
-    raise ValueError(
+    raise ArgumentError(
         f"got {part!r}, expected a call such as power(std=0.10), of numbers, strings, lists and "
         "such calls"
     )
@@ -185,7 +188,7 @@ def _finite(value: Any, text: str) -> Any:
     except OverflowError:
         good = False
     if not good:
-        raise ValueError(f"got a number in {text!r} that is too large for a float")
+        raise ArgumentError(f"got a number in {text!r} that is too large for a float")
     return value
 
 
@@ -199,14 +202,16 @@ def _call(
     if name not in known:
         also = "; it is a preset" if name in _presets() else ""
         also = "; it is a schedule" if name in _schedules() else also
-        raise ValueError(f"got the name {name!r}, expected one of {', '.join(sorted(known))}{also}")
+        raise ArgumentError(
+            f"got the name {name!r}, expected one of {', '.join(sorted(known))}{also}"
+        )
     signature = inspect.signature(known[name])
     taken = [p for p in signature.parameters.values() if p.name not in _OPTIONS]
     try:
         bound = signature.replace(parameters=taken).bind(*positional, **keywords)
     except TypeError as error:
         takes = ", ".join(str(p.replace(annotation=p.empty)) for p in taken)
-        raise ValueError(f"{name}: {error}; it takes {takes or 'nothing'}") from error
+        raise ArgumentError(f"{name}: {error}; it takes {takes or 'nothing'}") from error
     return _made(lambda: known[name](*bound.args, **bound.kwargs), text)
 
 
@@ -215,4 +220,4 @@ def _made(make: Callable[[], Any], text: str) -> Any:
     try:
         return make()
     except (TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{text}: {error}") from error
+        raise ArgumentError(f"{text}: {error}") from error

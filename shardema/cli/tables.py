@@ -18,7 +18,7 @@ from rich.text import Text
 
 from shardema import bars
 from shardema.costs.words import size as size
-from shardema.errors import CheckpointError
+from shardema.errors import PAGE, CheckpointError, address
 
 
 class Commands(click.Group):
@@ -28,14 +28,27 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except OSError as error:
-            raise _output_failed(error) from error
+            raise _with_address(_output_failed(error)) from error
+        except click.ClickException as error:
+            raise _with_address(error) from error.__cause__
 
     def main(self, *args: Any, **options: Any) -> Any:
         try:
             return super().main(*args, **options)
         except OSError as error:  # of the help text
-            _output_failed(error).show()
+            _with_address(_output_failed(error)).show()
             sys.exit(1)
+
+
+def _with_address(error: click.ClickException) -> click.ClickException:
+    """The error; its line ends with the address of its message's entry, if there is one."""
+    entry = address(error.message)
+    if not entry or PAGE in error.message:
+        return error
+    text = f"{error.format_message()} ({entry})"
+    if isinstance(error, click.UsageError):
+        return click.UsageError(text, error.ctx)
+    return click.ClickException(text)
 
 
 def _output_failed(error: OSError) -> click.ClickException:

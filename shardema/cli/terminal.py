@@ -6,11 +6,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shardema.errors import linked
+
 try:
     import plotext
 except ImportError as error:
-    raise ImportError(
-        "--format terminal needs plotext: pip install 'shardema[terminal]'", name=error.name
+    raise linked(
+        ImportError(
+            "--format terminal needs plotext: pip install 'shardema[terminal]'", name=error.name
+        )
     ) from error
 
 _HEIGHT = 20  # lines of a panel

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardema.costs.tensors import Described
+from shardema.errors import ArgumentError
 
 Strategy = Literal["fsdp2", "fsdp1", "hsdp", "ddp", "zero1", "zero2", "zero3"]
 STRATEGIES: tuple[Strategy, ...] = ("fsdp2", "fsdp1", "hsdp", "ddp", "zero1", "zero2", "zero3")
@@ -49,15 +50,15 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy: got {self.strategy!r}, expected one of {STRATEGIES}")
+            raise ArgumentError(f"strategy: got {self.strategy!r}, expected one of {STRATEGIES}")
         if self.world_size < 1:
-            raise ValueError(f"world size: got {self.world_size}, expected 1 or more ranks")
+            raise ArgumentError(f"world size: got {self.world_size}, expected 1 or more ranks")
         if self.replicas < 1 or self.world_size % self.replicas:
-            raise ValueError(
+            raise ArgumentError(
                 f"replicas: got {self.replicas} for {self.world_size} ranks, expected a divisor"
             )
         if self.replicas > 1 and self.strategy != "hsdp":
-            raise ValueError(f"replicas: strategy {self.strategy} has none, expected hsdp")
+            raise ArgumentError(f"replicas: strategy {self.strategy} has none, expected hsdp")
 
     @property
     def adjacent(self) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from shardema.backends import plain
+from shardema.errors import ArgumentError
 from shardema.shards.boxes import Dims
 from shardema.shards.shard import Role
 
@@ -78,7 +79,7 @@ def of_count(numel: int, dtype: torch.dtype = torch.float32) -> list[Described]:
     7000000001
     """
     if numel < 1:
-        raise ValueError(f"--params: got {numel}, expected 1 or more parameters")
+        raise ArgumentError(f"--params: got {numel}, expected 1 or more parameters")
     layers = max(1, round((numel / 12 / _ASPECT**2) ** (1 / 3)))
     count = _MATRICES * layers
     rows = max(1, math.isqrt(numel // count))
@@ -108,5 +109,7 @@ def averaged(tensors: Sequence[Described]) -> list[Described]:
     """Those that an EMA averages. Raises ValueError if there is none."""
     found = [tensor for tensor in tensors if tensor.averaged]
     if not found:
-        raise ValueError("nothing to average: the model has no trainable floating-point parameter")
+        raise ArgumentError(
+            "nothing to average: the model has no trainable floating-point parameter"
+        )
     return found

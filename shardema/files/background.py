@@ -53,7 +53,7 @@ class PendingSave:
         commit: Callable[[Sequence[Any]], None],
         nbytes: int,
     ) -> None:
-        self.finished = False
+        self.finished: bool = False
         self._new, self._ranks, self._nbytes = new, ranks, nbytes
         self._work: tuple[Callable[[], Any], Callable[[Sequence[Any]], None]] | None
         self._work = write, commit

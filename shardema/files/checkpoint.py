@@ -25,7 +25,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from shardema.errors import abbreviate
+from shardema.errors import ArgumentError, abbreviate
 from shardema.files import manifest as manifests
 from shardema.files import pairing
 from shardema.files.background import PendingSave
@@ -473,7 +473,7 @@ def check_same_tensors(
         (stored.keys() - here.keys(), "unexpected"),
     ):
         if names:
-            raise ValueError(
+            raise ArgumentError(
                 f"load from {folder}: {text} tensors in average {average!r}: "
                 f"{abbreviate(sorted(names))}; it is a checkpoint of another model, or of another "
                 "select= or buffers="
@@ -481,7 +481,7 @@ def check_same_tensors(
     for fqn, item in here.items():
         there = stored[fqn]
         if (there.shape, there.dtype) != (item.shape, dtype(item)):
-            raise ValueError(
+            raise ArgumentError(
                 f"load from {folder}: {fqn} of average {average!r} has shape {there.shape} and "
                 f"dtype {there.dtype}, expected {item.shape} and {dtype(item)}; build the model "
                 "and the ShadowPolicy as they were at the save"

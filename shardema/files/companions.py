@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from shardema.errors import CheckpointError
+from shardema.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from shardema.files.safetensors import reporting
 
 # of tokenizers and processors in the layout of transformers
@@ -65,12 +65,12 @@ def check_tokenizer(tokenizer: Any) -> None:
     if tokenizer is None or tokenizer is False or hasattr(tokenizer, "save_pretrained"):
         return
     if not isinstance(tokenizer, str | os.PathLike):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"tokenizer: got {type(tokenizer).__name__}, expected an object with save_pretrained, "
             "a folder, or False"
         )
     if not any(os.path.isfile(os.path.join(tokenizer, name)) for name in _TOKENIZER):
-        raise ValueError(
+        raise ArgumentError(
             f"tokenizer: {os.fspath(tokenizer)} has none of a tokenizer's files, expected the "
             "folder of tokenizer.save_pretrained"
         )
@@ -91,10 +91,10 @@ def into_pipeline(pipeline: str, component: str, out: str, export: Callable[[str
     """
     inside = os.path.join(pipeline, component)
     if not os.path.isfile(os.path.join(pipeline, "model_index.json")):
-        raise ValueError(f"{pipeline} has no model_index.json, expected a pipeline of diffusers")
+        raise ArgumentError(f"{pipeline} has no model_index.json, expected a pipeline of diffusers")
     if not os.path.isfile(os.path.join(inside, "config.json")):
         known = sorted(_components(pipeline))
-        raise ValueError(f"{pipeline} has no component {component!r}, expected one of {known}")
+        raise ArgumentError(f"{pipeline} has no component {component!r}, expected one of {known}")
     if os.path.lexists(out):
         raise CheckpointError(f"export: {out} exists; give a new folder", path=out)
     parent = os.path.dirname(os.path.abspath(out))

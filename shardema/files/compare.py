@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from shardema.errors import CheckpointError
+from shardema.errors import ArgumentError, CheckpointError
 from shardema.files import consolidated, manifest, recognize
 from shardema.files.consolidated import Place
 from shardema.files.manifest import Manifest, StoredBox
@@ -125,7 +125,7 @@ def compare(
     """
     side_a, side_b = _opened(a, average), _opened(b, average)
     if average is not None and not any(isinstance(s, _Checkpoint) for s in (side_a, side_b)):
-        raise ValueError(f"got average {average!r}, and neither {a} nor {b} is a checkpoint")
+        raise ArgumentError(f"got average {average!r}, and neither {a} nor {b} is a checkpoint")
     of_a, of_b = side_a.tensors, side_b.tensors
     matched, only_a, only_b = _matched(of_a, of_b)
     pairs = [(i, j) for i, j in matched if of_a[i].shape == of_b[j].shape]
@@ -335,7 +335,7 @@ def _opened(given: str | os.PathLike[str], average: str | None) -> _Side:
     if CHECKPOINT in kinds:
         return _Checkpoint(path, average)
     if named and kinds:
-        raise ValueError(f"diff: got average {name!r} of {path}, which is no checkpoint")
+        raise ArgumentError(f"diff: got average {name!r} of {path}, which is no checkpoint")
     if kinds[:1] in ([HF], [SAFETENSORS]):
         return _Export(path)
     found = recognize.recognize(path)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardema.errors import CheckpointError, abbreviate
+from shardema.errors import ArgumentError, CheckpointError, abbreviate
 from shardema.files.places import OpenFile, any_path, exists, is_file, names_in, read_whole, reading
 from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
@@ -212,12 +212,12 @@ def match(
         if there is None:
             missing.append(item.fqn)
         elif shapes[there] != item.shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"{label}: {there} has shape {shapes[there]}, expected {item.shape}; the source is "
                 "of another model"
             )
         elif there in found.values():
-            raise ValueError(
+            raise ArgumentError(
                 f"{label}: {there} is the name of two tensors of the model, such as two adapters; "
                 "give {fqn: tensor} with the names of model.state_dict()"
             )
@@ -228,5 +228,5 @@ def match(
         text = f"missing {abbreviate(missing)}" if missing else ""
         text += ", " if missing and unknown else ""
         text += f"unexpected {abbreviate(unknown)}" if unknown else ""
-        raise ValueError(f"{label}: {text}; the source is of another model")
+        raise ArgumentError(f"{label}: {text}; the source is of another model")
     return found

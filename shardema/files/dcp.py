@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from shardema.errors import CheckpointError
+from shardema.errors import ArgumentTypeError, CheckpointError, linked
 from shardema.files import histories
 from shardema.ranks.plan import Plan
 from shardema.schedules import describe
@@ -85,7 +85,7 @@ def saved_elsewhere(plan: Plan, index: int) -> set[str]:
 
 def refuse_pickle(what: str) -> NoReturn:
     """Raises the TypeError for an attempt to pickle or copy an average."""
-    raise TypeError(f"{what} cannot be pickled or deep-copied: {_REMEDY}")
+    raise ArgumentTypeError(f"{what} cannot be pickled or deep-copied: {_REMEDY}")
 
 
 class BoxedTensor(torch.Tensor):
@@ -129,8 +129,10 @@ class BoxedTensor(torch.Tensor):
             return cls(args[1], args[0].dtype)
         if func is torch.ops.aten.detach.default:
             return args[0]
-        raise NotImplementedError(
-            f"{func} on a shard of a full tensor; use ema.full_state_dict() for full tensors"
+        raise linked(
+            NotImplementedError(
+                f"{func} on a shard of a full tensor; use ema.full_state_dict() for full tensors"
+            )
         )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -191,7 +193,7 @@ class BoxedTensor(torch.Tensor):
         for box, values in self._local_boxes():
             if torch.Size(box.offsets) == index.offset:
                 return values
-        raise KeyError(f"{index.fqn}: no chunk at {index.offset} on this rank")
+        raise linked(KeyError(f"{index.fqn}: no chunk at {index.offset} on this rank"))
 
 
 # ---- folders that others wrote ----------------------------------------------------------------

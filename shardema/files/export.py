@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shardema import bars
+from shardema.errors import ArgumentError
 from shardema.files.folder import new_folder
 from shardema.files.places import any_path
 from shardema.files.prefix import new_prefix
@@ -93,7 +94,9 @@ def parse_size(size: int | str) -> int:
     )
     value = int(float(match[1]) * unit) if match and unit else 0
     if value <= 0:
-        raise ValueError(f"max_shard_size: got {size!r}, expected a size such as '5GB' or '512MiB'")
+        raise ArgumentError(
+            f"max_shard_size: got {size!r}, expected a size such as '5GB' or '512MiB'"
+        )
     return value
 
 
@@ -222,7 +225,7 @@ def export(
     bar = bars.bar("export", total, visible=progress and ranks.leader)
     if is_remote(any_path("export", folder)):
         if mode == "direct":
-            raise ValueError(
+            raise ArgumentError(
                 f"export: got mode='direct' and {os.fspath(folder)}: ranks may write side by side "
                 "only on a local file system: leave mode='auto'"
             )
@@ -330,7 +333,7 @@ def choose_mode(temporary: str, mode: Mode, ranks: Ranks) -> str:
         hosts = {host for host, _ in found}
         local = all(is_here for _, is_here in found)
         if mode == "direct" and (len(hosts) > 1 or not local):
-            raise ValueError(
+            raise ArgumentError(
                 f"export: got mode='direct' with ranks on {len(hosts)} host(s) and "
                 f"{'a' if local else 'no'} local file system, expected one host and a local file "
                 "system; use mode='auto'"

@@ -57,8 +57,8 @@ class NewFolder:
     """
 
     def __init__(self, op: str, ranks: Ranks) -> None:
-        self.path = ""
-        self.place = ""
+        self.path: str = ""
+        self.place: str = ""
         self._op = op
         self._ranks = ranks
         self.folder = ""

@@ -17,16 +17,18 @@ from typing import Any
 
 from safetensors import safe_open
 
-from shardema.errors import CheckpointError
+from shardema.errors import CheckpointError, linked
 from shardema.files.export import ABOUT
 from shardema.files.safetensors import reporting, write_file
 
 try:
     import huggingface_hub
 except ImportError as error:
-    raise ImportError(
-        "a model card and a push need huggingface_hub: pip install 'shardema[hub]'",
-        name=error.name,
+    raise linked(
+        ImportError(
+            "a model card and a push need huggingface_hub: pip install 'shardema[hub]'",
+            name=error.name,
+        )
     ) from error
 
 _CARD = "README.md"

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from shardema.errors import CheckpointError
+from shardema.errors import ArgumentError, CheckpointError
 from shardema.files import pretrained
 from shardema.files.export import parse_size
 from shardema.files.folder import absolute, new_folder
@@ -40,7 +40,7 @@ _MAX_CONFIG = 10_000_000  # bytes
 def check(layout: str) -> None:
     """Raises ValueError unless there is such a layout."""
     if layout not in LAYOUTS:
-        raise ValueError(f"layout: got {layout!r}, expected one of {list(LAYOUTS)}")
+        raise ArgumentError(f"layout: got {layout!r}, expected one of {list(LAYOUTS)}")
 
 
 def arguments(
@@ -49,9 +49,9 @@ def arguments(
     """The arguments of ``ema.export`` in one form. Raises ValueError."""
     check(layout)
     if mode not in ("auto", "direct", "stream"):
-        raise ValueError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
+        raise ArgumentError(f"mode: got {mode!r}, expected 'auto', 'direct' or 'stream'")
     if layout in FILES and mode != "auto":
-        raise ValueError(
+        raise ArgumentError(
             f"mode: got {mode!r} with layout={layout!r}, a file that the first rank writes; leave "
             "mode='auto'"
         )
@@ -130,7 +130,7 @@ def fields_of(average: Readable, layout: str, stem: str, unit: str) -> dict[str,
         return {}
     check_diffusers(stem)
     if isinstance(average, MixedAverage):
-        raise ValueError(
+        raise ArgumentError(
             f"layout: got 'diffusers' for the mixture {average.name}, which EMAModel cannot "
             "continue; use layout='hf'"
         )
@@ -150,7 +150,7 @@ def ema_model_fields(schedule: Any, t: float, unit: str, update_every: int = 1) 
         rule, low = rule.schedule, rule.min_decay
     counts = unit == "step" and update_every == 1 and t == int(t) and after == int(after)
     if not counts or not isinstance(rule, ramp | warmup | constant):
-        raise ValueError(
+        raise ArgumentError(
             f"layout='diffusers': diffusers' EMAModel does not have the schedule {schedule} with "
             f"{unit}s and update_every={update_every}; it has those of presets.diffusers and a "
             "constant decay. Give layout='hf' for the weights alone"
@@ -171,7 +171,7 @@ def ema_model_fields(schedule: Any, t: float, unit: str, update_every: int = 1) 
 def check_diffusers(stem: str) -> None:
     """Raises ValueError unless files of this stem are those of a diffusers model."""
     if stem != DIFFUSERS:
-        raise ValueError(
+        raise ArgumentError(
             "layout='diffusers': the model is not a diffusers model, whose config EMAModel needs; "
             "give layout='hf'"
         )

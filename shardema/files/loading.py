@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from shardema.arguments import progress
-from shardema.errors import CheckpointError, abbreviate
+from shardema.errors import ArgumentError, CheckpointError, abbreviate
 from shardema.files import checkpoint, histories, manifest, pairing, remote, sources
 from shardema.files.dcp import BoxedTensor
 from shardema.files.manifest import Manifest, ReadRequest
@@ -158,7 +158,7 @@ def _check_names(
     call = ", ".join(
         f"{word}={sorted(names)}" for word, names in (("add", lacking), ("drop", surplus)) if names
     )
-    raise ValueError(
+    raise ArgumentError(
         f"load from {folder}: it holds averages {sorted(stored)}, this object keeps "
         f"{sorted(kept)}, and got add={sorted(add)}, drop={sorted(drop)}; build the EMA "
         "with the same names" + (f", or load(..., {call})" if call else " and add or drop none")
@@ -168,7 +168,7 @@ def _check_names(
 def _check_seed(op: str, average: Average, seed: int | None) -> None:
     """Raises ValueError unless an average goes on with its random numbers of before."""
     if average.policy.stochastic and seed not in (None, average.policy.seed):
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: average {average.name!r} was rounded with seed {seed}, this object has "
             f"{average.policy.seed}; build it with ShadowPolicy(dtype=torch.bfloat16, seed={seed})"
         )
@@ -177,7 +177,7 @@ def _check_seed(op: str, average: Average, seed: int | None) -> None:
 def _check_schedule(op: str, average: Average, was: dict[str, Any], otherwise: str = "") -> None:
     now = describe(average.schedule)
     if was != now:
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: average {average.name!r} was saved with schedule {was!s:.1000}, this object "
             f"has {now}; build it with the same schedule{otherwise}"
         )
@@ -255,13 +255,13 @@ def check_state(state: Mapping[str, Any], averages: Averages) -> None:
     parts = ["averages", "progress", "schedules"]
     missing = {*parts, *(["companions"] if _compensated(averages) else [])} - set(state)
     if missing:
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: missing keys {sorted(missing)}, expected a dict as ema.state_dict() returns"
         )
     for part in parts:
         if set(state[part]) != set(averages):
             got, expected = sorted(state[part]), sorted(averages.names)
-            raise ValueError(f"{op}: got {part} {got}, expected averages {expected}")
+            raise ArgumentError(f"{op}: got {part} {got}, expected averages {expected}")
     for average in averages.values():
         _check_tensors(op, average, state["averages"][average.name], average.shadows.views)
         if average.policy.compensated:
@@ -288,14 +288,14 @@ def _check_tensors(
 ) -> None:
     if set(given) != set(views):
         odd = sorted(set(given) ^ set(views))
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: average {average.name!r} differs in {abbreviate(odd)}; "
             "the state is of another model, or of another select= or buffers="
         )
     for fqn, value in given.items():
         local = value.local if isinstance(value, BoxedTensor) else None
         if local is None or local.shape != views[fqn].shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: {fqn}: got {type(value).__name__}, expected a local shard as "
                 "ema.state_dict() returns; use ema.load_full for full tensors"
             )

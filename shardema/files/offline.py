@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from shardema import schedules
-from shardema.errors import CheckpointError, abbreviate
+from shardema.errors import ArgumentError, CheckpointError, abbreviate
 from shardema.files import layouts
 from shardema.files import manifest as manifests
 from shardema.files.export import Target, Writer, about, parse_size, plan_targets, reserve
@@ -176,7 +176,7 @@ def _full_tensors(
     """
     stems = {tensor.stem for tensor in stored.tensors if tensor.stem}
     if not stems <= {*WHOLE}:
-        raise ValueError(
+        raise ArgumentError(
             "it is of adapters, which only layout='hf' stores as PEFT names them; give layout='hf' "
             "or ema.export(path, layout=...) with the model"
         )
@@ -204,7 +204,7 @@ def _fields(stored: Manifest, name: str, numbers: Sequence[int]) -> dict[str, An
 
 def _check_complete(folder: str | os.PathLike[str], stored: Manifest) -> None:
     if stored.left_out:
-        raise ValueError(
+        raise ArgumentError(
             f"{folder} lacks {abbreviate(stored.left_out)}: parameters that are not averaged; "
             "save with ema.save(folder, include_frozen=True), or export without them (--partial)"
         )
@@ -214,9 +214,9 @@ def choose_average(stored: Manifest, average: str | None) -> str:
     """The average of this name, or the only one. Raises ValueError if there is none such."""
     names = list(stored.averages)
     if average is None and len(names) > 1:
-        raise ValueError(f"there are several averages, choose one of {names}")
+        raise ArgumentError(f"there are several averages, choose one of {names}")
     if average is not None and average not in names:
-        raise ValueError(f"got average {average!r}, expected one of {names}")
+        raise ArgumentError(f"got average {average!r}, expected one of {names}")
     return names[0] if average is None else average
 
 

@@ -19,7 +19,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 
-from shardema.errors import CheckpointError
+from shardema.errors import ArgumentError, CheckpointError
 from shardema.files import manifest as manifests
 from shardema.files import remote
 from shardema.files.manifest import MAX_MANIFEST, NAME, PLACE, Manifest
@@ -39,8 +39,8 @@ class NewPrefix:
     """
 
     def __init__(self, op: str, ranks: Ranks) -> None:
-        self.path = ""
-        self.place = ""
+        self.path: str = ""
+        self.place: str = ""
         self.names: list[str] = []
         self._op = op
         self._ranks = ranks
@@ -175,7 +175,7 @@ def new_prefix(
 
 def other_path(op: str, rank: int, got: str, first: int, expected: str) -> ValueError:
     """Ranks that name different folders."""
-    return ValueError(
+    return ArgumentError(
         f"{op}: rank {rank} got {got}, rank {first} got {expected}; give the same path on "
         "every rank"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from shardema.errors import CheckpointError
+from shardema.errors import ArgumentError, CheckpointError
 from shardema.files import manifest as manifests
 from shardema.files.manifest import Manifest
 from shardema.files.offline import choose_average
@@ -36,7 +36,7 @@ def read_profile(
     tensors = (t for t in stored.tensors if t.average == average)
     names = [(t.fqn, *t.aliases) for t in tensors if fqn in (t.fqn, *t.aliases)]
     if fqn is not None and not names:
-        raise ValueError(f"fqn: got {fqn!r}, expected the name of a tensor of {average!r}")
+        raise ArgumentError(f"fqn: got {fqn!r}, expected the name of a tensor of {average!r}")
     return profile_in(stored, os.fspath(folder), average, names[0] if names else ())
 
 

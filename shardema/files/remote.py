@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, TypeVar
 
-from shardema.errors import CheckpointError
+from shardema.errors import ArgumentError, CheckpointError
 from shardema.ranks.deadline import Task
 
 _URL = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.:_-]*://")
@@ -51,7 +51,7 @@ def check_scheme(op: str, url: str, *, package: bool = True) -> None:
     """
     scheme, _, rest = url.partition("://")
     if "::" in url or scheme in ("file", "local") or not rest.strip("/"):
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: got {url!r}, expected the URL of one store and a folder in it, such as "
             "s3://bucket/folder, or a local path"
         )
@@ -62,12 +62,12 @@ def check_scheme(op: str, url: str, *, package: bool = True) -> None:
     except ImportError as error:
         if not package:
             return
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: got {url!r}: a package for {scheme}:// is missing: {error}; install it on "
             "every host"
         ) from error
     except ValueError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: got {url!r}: fsspec has no scheme {scheme!r}; give one that it has, such as "
             "s3, gs, az or hf, or a local path"
         ) from error

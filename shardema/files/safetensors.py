@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from shardema.errors import CheckpointError
+from shardema.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from shardema.shards.boxes import Dims
 
 # In the order of the safetensors format: tensors are laid out from the last dtype to the first.
@@ -65,21 +65,21 @@ def local_path(op: str, path: str | os.PathLike[str]) -> str:
     """
     text = os.fspath(path)
     if not isinstance(text, str):
-        raise TypeError(f"{op}: got {path!r}, expected a path as str or pathlib.Path")
+        raise ArgumentTypeError(f"{op}: got {path!r}, expected a path as str or pathlib.Path")
     if not text:
-        raise ValueError(f"{op}: got an empty path")
+        raise ArgumentError(f"{op}: got an empty path")
     if not _is_name(text):
-        raise ValueError(f"{op}: got {text!r}, which no file system can hold")
+        raise ArgumentError(f"{op}: got {text!r}, which no file system can hold")
     found = _FILE_URL.match(text) if _URL.match(text) else None
     if found is not None:
         if found[1] is None:
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: got {text!r}, expected file:/// and an absolute path, as a str since "
                 "pathlib drops slashes, or the path alone"
             )
         return os.fsdecode(urllib.parse.unquote_to_bytes(text[found.end() :]))
     if _URL.match(text):
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: got {text!r}, expected a local path, or where URLs are possible one with two "
             "slashes, as a str since pathlib drops slashes"
         )
@@ -345,9 +345,11 @@ def make_header(
     """
     for name, dtype, _ in tensors:
         if name == _METADATA:
-            raise ValueError(f"{name}: safetensors keeps its metadata under this name; rename it")
+            raise ArgumentError(
+                f"{name}: safetensors keeps its metadata under this name; rename it"
+            )
         if dtype not in NAMES:
-            raise ValueError(
+            raise ArgumentError(
                 f"{name}: safetensors has no dtype for {dtype}; give dtype=, or leave the tensor "
                 "out of the model's state"
             )
@@ -362,7 +364,7 @@ def make_header(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
-        raise ValueError(
+        raise ArgumentError(
             f"a safetensors header of {len(text)} bytes is over the format's limit of "
             f"{MAX_HEADER}; give a smaller max_shard_size"
         )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from shardema.errors import abbreviate
+from shardema.errors import ArgumentError, abbreviate
 from shardema.files import blending, consolidated, sums
 from shardema.files.blending import Blend, Stored, Value, dtype_of
 from shardema.files.consolidated import Place
@@ -84,7 +84,7 @@ class Imported:
 def _check_plain(label: str, name: str, value: Tensor) -> None:
     special = is_traceable_wrapper_subclass(value) or value.is_quantized
     if special or value.layout is not torch.strided or value.device.type == "meta":
-        raise ValueError(
+        raise ArgumentError(
             f"{label}: {name:.200}: got a {type(value).__name__} of layout {value.layout} on "
             f"{value.device}, expected a full tensor with values; gather it before it is saved"
         )
@@ -119,7 +119,7 @@ def match(
     for fqn, name in found.items():
         dtype = dtype_of(imported.tensors[name])
         if not dtype.is_floating_point:
-            raise ValueError(
+            raise ArgumentError(
                 f"{label}: {fqn}: got {dtype}, expected a floating-point tensor; it is no average"
             )
     return found
@@ -135,7 +135,7 @@ def _unwrapped(label: str, names: Collection[str], known: Collection[str]) -> di
         rest = name.removeprefix(_WRAPPED) if wrapped else name
         clean = ".".join(part for part in rest.split(".") if part not in inserted)
         if clean in found:
-            raise ValueError(f"{label}: {name} and {found[clean]} are one name without wrappers")
+            raise ArgumentError(f"{label}: {name} and {found[clean]} are one name without wrappers")
         found[clean] = name
     return found
 
@@ -148,13 +148,13 @@ def _match_order(label: str, plan: Plan, shapes: Sequence[Dims], chunked: bool) 
     if listed is None or chunked:
         expected = sorted({len(params), len(trainable), len(averaged)}, reverse=True)
         why = "the chunks of a model have no order" if chunked else f"expected {expected}"
-        raise ValueError(
+        raise ArgumentError(
             f"{label}: a list of {len(shapes)} tensors without names, {why}; it is of another "
             "model, or give importers.read(source, names=<the fqn of each>)"
         )
     for number, (item, shape) in enumerate(zip(listed, shapes, strict=True)):
         if item.shape != shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"{label}: number {number} of the list, {item.fqn}, has shape {shape}, expected "
                 f"{item.shape}; it is of another model, or in another order than "
                 "model.parameters(): give importers.read(source, names=<the fqn of each>)"
@@ -162,7 +162,7 @@ def _match_order(label: str, plan: Plan, shapes: Sequence[Dims], chunked: bool) 
     found = {item.fqn: str(number) for number, item in enumerate(listed) if item.averaged}
     missing = [item.fqn for item in plan.items if item.averaged and item.fqn not in found]
     if missing:
-        raise ValueError(
+        raise ArgumentError(
             f"{label}: missing {abbreviate(missing)}: a list has no buffers; give the EMA "
             'buffers="copy"'
         )
@@ -174,7 +174,7 @@ def _match_dotless(label: str, plan: Plan, shapes: Mapping[str, Dims]) -> dict[s
     counts = Counter(_dotless(item.fqn) for item in items)
     odd = [item.fqn for item in items if counts[_dotless(item.fqn)] > 1]
     if odd:
-        raise ValueError(
+        raise ArgumentError(
             f"{label}: {abbreviate(odd)}: equal without dots, so LitEma has kept one for several"
         )
     averaged = [item for item in plan.items if item.averaged]
@@ -182,13 +182,13 @@ def _match_dotless(label: str, plan: Plan, shapes: Mapping[str, Dims]) -> dict[s
     unknown = sorted(shapes.keys() - {_dotless(item.fqn) for item in items})
     missing = [item.fqn for item in averaged if item.fqn not in by_name]
     if missing or unknown:
-        raise ValueError(
+        raise ArgumentError(
             f"{label}: without dots, missing {abbreviate(missing) or 'nothing'}, unexpected "
             f"{abbreviate(unknown) or 'nothing'}; the source is of another model"
         )
     for item in averaged:
         if by_name[item.fqn] != item.shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"{label}: {item.fqn} has shape {by_name[item.fqn]}, expected {item.shape}; the "
                 "source is of another model"
             )

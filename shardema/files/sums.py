@@ -46,7 +46,7 @@ class Room:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         # for what is read
-        self.block = raw_bytes(torch.empty(BLOCK, dtype=torch.uint8, device="cpu"))
+        self.block: memoryview = raw_bytes(torch.empty(BLOCK, dtype=torch.uint8, device="cpu"))
         self._used = 0  # bytes that the tensors since `clear` take, also those in fresh memory
 
     def clear(self) -> None:

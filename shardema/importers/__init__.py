@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shardema.errors import ArgumentError
 from shardema.files.remote import is_remote
 from shardema.files.sources import Imported
 from shardema.importers import folders, states, torchfile
@@ -56,7 +57,7 @@ def read(
         ValueError: the content is in none of the known formats, in several, or not in ``format``.
     """
     if format not in ("auto", *FORMATS):
-        raise ValueError(f"format: got {format!r}, expected 'auto' or one of {list(FORMATS)}")
+        raise ArgumentError(f"format: got {format!r}, expected 'auto' or one of {list(FORMATS)}")
     if isinstance(source, Mapping):
         return states.read("load_full", "", source, format, key, prefix, names)
     path, inside = folders.looked_into(source)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from shardema.errors import ArgumentError
 from shardema.files import consolidated, layouts
 from shardema.files.blending import dtype_of
 from shardema.files.consolidated import Place
@@ -49,12 +50,14 @@ def write(
     """
     label = f"convert {imported.path}".rstrip()
     if imported.naming != "fqn":
-        raise ValueError(
+        raise ArgumentError(
             f"{label}: {imported.format} stores the tensors without the model's names; build the "
             "model, ema.load_full(path), then ema.export"
         )
     if layout == "diffusers":
-        raise ValueError(f"{label}: layout 'diffusers' needs the model's config; give another one")
+        raise ArgumentError(
+            f"{label}: layout 'diffusers' needs the model's config; give another one"
+        )
     shapes = imported.shapes(label)
     alone = Ranks((dist.get_rank() if dist.is_initialized() else 0,))
     if layout in layouts.FILES:

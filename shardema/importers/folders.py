@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from shardema.errors import CheckpointError, abbreviate
+from shardema.errors import ArgumentError, CheckpointError, abbreviate
 from shardema.files import consolidated
 from shardema.files.dcp import Chunks, load_chunks
 from shardema.files.places import any_path, is_file, names_in
@@ -48,9 +48,11 @@ def read_safetensors(
     steps = consolidated.steps_of(path)
     kind = "safetensors" if steps is None else "diffusers"
     if format not in ("auto", kind, "safetensors"):
-        raise ValueError(f"{label}: got {SAYS['safetensors']}, expected format {format!r}")
+        raise ArgumentError(f"{label}: got {SAYS['safetensors']}, expected format {format!r}")
     if key:
-        raise ValueError(f"{label}: got key={key!r}: it has one part; give prefix= for its names")
+        raise ArgumentError(
+            f"{label}: got key={key!r}: it has one part; give prefix= for its names"
+        )
     return states.renamed(
         label, Imported(kind, tensors, num_updates=steps, path=path), prefix, names
     )
@@ -83,7 +85,7 @@ def read_dcp(
     if not key and any(re.fullmatch(r"shadow_params\.\d+", name) for name in chunks):
         kind = "simpletuner"
     if format not in ("auto", kind):
-        raise ValueError(f"{label}: got format {kind!r} ({_shown(chunks)}), expected {format!r}")
+        raise ArgumentError(f"{label}: got format {kind!r} ({_shown(chunks)}), expected {format!r}")
     if kind == "torchtitan":
         found = _torchtitan(label, folder, chunks, key, stepped=_STEP in others)
     elif kind == "simpletuner":
@@ -127,7 +129,7 @@ def _torchtitan(
     entries = _of_torchtitan(chunks)
     copies = sorted({copy for _, copy, _ in entries})
     if not key and len(copies) > 1:
-        raise ValueError(f"{label}: it holds the averages {copies}; choose one by key=")
+        raise ArgumentError(f"{label}: it holds the averages {copies}; choose one by key=")
     wanted = key or copies[0]
     tensors: dict[str, Any] = {fqn: chunk for fqn, copy, chunk in entries if copy == wanted}
     step = None
@@ -141,7 +143,7 @@ def _torchtitan(
 def _simpletuner(label: str, folder: str, chunks: dict[str, Chunks]) -> Imported:
     listed = {n.rpartition(".")[2]: c for n, c in chunks.items() if n.startswith("shadow_params.")}
     if set(listed) != {str(number) for number in range(len(listed))}:
-        raise ValueError(f"{label}: shadow_params are not numbered from 0 on: {_shown(chunks)}")
+        raise ArgumentError(f"{label}: shadow_params are not numbered from 0 on: {_shown(chunks)}")
     tensors: dict[str, Any] = {str(number): listed[str(number)] for number in range(len(listed))}
     path = os.path.join(folder, _COUNTS)
     with reporting(folder, "reading"):
@@ -164,5 +166,5 @@ def _plain(label: str, chunks: dict[str, Chunks], key: str) -> Imported:
         name.removeprefix(begin): chunk for name, chunk in chunks.items() if name.startswith(begin)
     }
     if not tensors:
-        raise ValueError(f"{label}: key={key!r}: nothing is there in {_shown(chunks)}")
+        raise ArgumentError(f"{label}: key={key!r}: nothing is there in {_shown(chunks)}")
     return Imported("dcp", tensors)

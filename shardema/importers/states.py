@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from shardema.errors import CheckpointError, abbreviate
+from shardema.errors import ArgumentError, CheckpointError, abbreviate
 from shardema.files.safetensors import BROKEN, checked_int
 from shardema.files.sources import Imported
 
@@ -47,7 +47,7 @@ def read(
         raise (
             CheckpointError(f"{label}: {text}", path=path)
             if path
-            else ValueError(f"{label}: {text}")
+            else ArgumentError(f"{label}: {text}")
         )
 
     try:
@@ -57,7 +57,7 @@ def read(
         refuse(f"key={key!r}: {error!s:.300}")
     if format == "auto" and len(fitting) != 1:
         reads = f"reads as {' and as '.join(fitting)}" if fitting else "is in no known format"
-        raise ValueError(
+        raise ArgumentError(
             f"{label}: {_found(part)} {reads}; give importers.read(source, format=), one of "
             f"{list(STATES)}, or key=, the part that holds the average"
         )
@@ -68,7 +68,7 @@ def read(
             if name in STATES
             else "it is a folder or a file"
         )
-        raise ValueError(f"{label}: got {_found(part)}, expected format {name!r}: {known}")
+        raise ArgumentError(f"{label}: got {_found(part)}, expected format {name!r}: {known}")
     try:
         found = replace(STATES[name].read(part), format=name, path=path)
     except (*BROKEN, OverflowError) as error:  # the latter of an endless number
@@ -79,7 +79,7 @@ def read(
 def part_of(state: Any, key: str) -> _State:
     """The dict under ``key``, or the entries whose names begin with it."""
     if not isinstance(state, Mapping):
-        raise ValueError(f"got {type(state).__name__}, expected a dict")
+        raise ArgumentError(f"got {type(state).__name__}, expected a dict")
     if not key:
         return state
     words = key.split(".")
@@ -99,7 +99,7 @@ def renamed(label: str, found: Imported, prefix: str, names: Sequence[str] | Non
     if names is not None:
         if found.naming != "order" or len(names) != len(tensors) or len({*names}) != len(names):
             kind = f"a list of {len(tensors)}" if found.naming == "order" else "tensors with names"
-            raise ValueError(
+            raise ArgumentError(
                 f"{label}: got names= with {len(names)} names for {kind}, expected a different "
                 "name for each tensor of a list"
             )
@@ -110,7 +110,7 @@ def renamed(label: str, found: Imported, prefix: str, names: Sequence[str] | Non
         tensors = {n.removeprefix(begin): v for n, v in tensors.items() if n.startswith(begin)}
         if not tensors or found.naming == "order":
             shown = abbreviate([name[:100] for name in found.tensors])
-            raise ValueError(f"{label}: prefix={prefix!r}: no name begins with it: {shown}")
+            raise ArgumentError(f"{label}: prefix={prefix!r}: no name begins with it: {shown}")
         found = replace(found, tensors=tensors)
     return found
 
@@ -126,7 +126,7 @@ def _found(state: _State) -> str:
 def _tensors(state: Any) -> dict[str, Tensor]:
     """The tensors of a flat state dict; extra state is left out."""
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"got {type(state).__name__}, expected a dict of tensors by name")
+        raise ArgumentError(f"got {type(state).__name__}, expected a dict of tensors by name")
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -137,7 +137,7 @@ def _within(state: _State, prefix: str) -> dict[str, Tensor]:
 
 def _listed(values: Any) -> dict[str, Tensor]:
     if not isinstance(values, list | tuple) or not all(isinstance(v, Tensor) for v in values):
-        raise ValueError(f"{_LISTED}: got {type(values).__name__}, expected a list of tensors")
+        raise ArgumentError(f"{_LISTED}: got {type(values).__name__}, expected a list of tensors")
     return {str(number): value for number, value in enumerate(values)}
 
 
@@ -152,7 +152,7 @@ def count_of(value: Any, what: str) -> int:
     try:
         return checked_int(_number(value))
     except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
+        raise ArgumentError(f"{what}: {error}") from error
 
 
 def _number(value: Any) -> Any:

@@ -29,7 +29,7 @@ from shardema.arguments import NAME, Preset, with_preset
 from shardema.backends.tree import wrapped_child
 from shardema.calls import Call
 from shardema.ema import Given, ShardedEMA
-from shardema.errors import CheckpointError, RankError
+from shardema.errors import ArgumentError, ArgumentTypeError, CheckpointError, RankError, linked
 from shardema.files import loading, manifest
 from shardema.files.background import PendingSave
 from shardema.files.safetensors import reporting, sync_path
@@ -40,9 +40,11 @@ try:
     from accelerate import Accelerator
     from accelerate.utils import DistributedType
 except ImportError as error:
-    raise ImportError(
-        "shardema.integrations.accelerate needs accelerate: pip install 'shardema[accelerate]'",
-        name=error.name,
+    raise linked(
+        ImportError(
+            "shardema.integrations.accelerate needs accelerate: pip install 'shardema[accelerate]'",
+            name=error.name,
+        )
     ) from error
 
 log = logging.getLogger(__name__)
@@ -103,19 +105,17 @@ def attach(
         ValueError: a model or an optimizer that ``prepare`` did not return, an optimizer of
             another model, a name in use, an unsupported kind of training, and whatever
             `ShardedEMA` and its ``attach`` raise.
-        TypeError: an EMA was passed as the model, or is registered for checkpointing.
+        TypeError: an EMA was passed as the model.
     """
     entry = _entry(accelerator, model)
     engine = accelerator.distributed_type == DistributedType.DEEPSPEED
     _check_optimizers(accelerator, model, optimizers, engine)
     _check_name(accelerator, name)
-    _refuse_registered(accelerator._custom_objects)
     rule, options = with_preset(schedule, options)
     ema = AttachedEMA(model, rule, **options)
     handle: Any = ema.attach(*((model,) if engine else optimizers), dt=dt)
     carrier = _Carrier(accelerator, entry, ema, name, wait)
     ema._handles = [handle, accelerator.register_save_state_pre_hook(carrier.save)]
-    _guard_registration(accelerator)
     _wrap_state_methods(accelerator)
     return ema
 
@@ -216,7 +216,7 @@ class _Carrier:
             try:
                 _check_loadable(ema, folder)
             except ValueError as error:
-                raise ValueError(
+                raise ArgumentError(
                     f"load_state: {error}. Nothing was loaded; to continue without the stored "
                     "average, detach this one with remove(), load the state, then attach()"
                 ) from error
@@ -293,12 +293,12 @@ def _entry(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         ValueError: ``prepare`` did not return it, or the kind of training is not supported.
     """
     if accelerator.distributed_type in _REFUSED:
-        raise ValueError(
+        raise ArgumentError(
             f"attach: got an accelerator of type {accelerator.distributed_type.value}, expected "
             "one process, DDP, FSDP or DeepSpeed; other types are not supported"
         )
     if isinstance(model, ShardedEMA):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"attach: got a {type(model).__name__}, expected the model that accelerator.prepare "
             "returned; attach builds the EMA itself, of the weights as prepare placed them"
         )
@@ -310,7 +310,7 @@ def _entry(accelerator: Accelerator, model: nn.Module) -> nn.Module:
         if returned and any(held is layer for layer in layers):
             entry: nn.Module = held
             return entry
-    raise ValueError(
+    raise ArgumentError(
         f"attach: got a {type(model).__name__} that this accelerator's prepare did not return; "
         "call model, optimizer = accelerator.prepare(model, optimizer) first and pass what it "
         "returned"
@@ -330,20 +330,20 @@ def _check_optimizers(
 ) -> None:
     given = list(optimizers)
     if not given and not engine:
-        raise ValueError(
+        raise ArgumentError(
             "attach: got no optimizer, expected those that accelerator.prepare returned"
         )
     own = {id(p) for p in model.parameters()}
     for optimizer in given:
         kind = type(optimizer).__name__
         if not any(optimizer is known for known in accelerator._optimizers):
-            raise ValueError(
+            raise ArgumentError(
                 f"attach: got an optimizer ({kind}) that this accelerator's prepare did not "
                 "return; pass what it returned, not what was passed to it"
             )
         stepped = (id(p) for group in optimizer.param_groups for p in group["params"])
         if not engine and own.isdisjoint(stepped):
-            raise ValueError(
+            raise ArgumentError(
                 f"attach: got an optimizer ({kind}) with none of this model's parameters; pass "
                 "the one that steps this model"
             )
@@ -358,38 +358,13 @@ def _carriers(accelerator: Accelerator) -> list[_Carrier]:
 
 def _check_name(accelerator: Accelerator, name: str) -> None:
     if not NAME.fullmatch(name):
-        raise ValueError(
+        raise ArgumentError(
             f"attach: got name={name!r}, expected a folder name of letters, digits, '.', '_', '-'"
         )
     if any(carrier.name == name for carrier in _carriers(accelerator)):
-        raise ValueError(
+        raise ArgumentError(
             f"attach: this accelerator has an EMA {name!r} already; give this one another "
             "name=, the folder in the state, or detach the other with remove()"
-        )
-
-
-def _guard_registration(accelerator: Accelerator) -> None:
-    """Makes ``register_for_checkpointing`` raise for EMAs, on every rank.
-
-    Otherwise the main process alone would fail, at the first save.
-    """
-    register = accelerator.register_for_checkpointing
-    if hasattr(register, "__wrapped__"):
-        return
-
-    @functools.wraps(register)
-    def checked(*objects: Any) -> None:
-        _refuse_registered(objects)
-        register(*objects)
-
-    accelerator.register_for_checkpointing = checked
-
-
-def _refuse_registered(objects: Iterable[Any]) -> None:
-    if any(isinstance(one, ShardedEMA) for one in objects):
-        raise TypeError(
-            "register_for_checkpointing: got a ShardedEMA, whose pickle would contain one rank's "
-            "shards only; omit the call: after attach() save_state and load_state include the EMA"
         )
 
 
@@ -446,7 +421,7 @@ def _finish_saves(accelerator: Accelerator, carriers: Iterable[_Carrier]) -> Non
     project = accelerator.project_configuration
     for carrier in carriers:
         if not carrier.wait and project.automatic_checkpoint_naming and project.total_limit == 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"save_state: got attach(..., name={carrier.name!r}, wait=False) and total_limit=1,"
                 " so the only state would be removed before the next one is complete; set "
                 "total_limit to 2 or more"

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from shardema.arguments import Preset, as_schedules, with_preset
 from shardema.ema import Given, ShardedEMA
-from shardema.errors import CheckpointError
+from shardema.errors import ArgumentError, CallError, CheckpointError, linked
 from shardema.files.background import PendingSave
 from shardema.files.safetensors import reporting
 from shardema.integrations.logged import logged
@@ -50,9 +50,11 @@ try:
     )
     from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 except ImportError as error:
-    raise ImportError(
-        "shardema.integrations.lightning needs lightning: pip install 'shardema[lightning]'",
-        name=error.name,
+    raise linked(
+        ImportError(
+            "shardema.integrations.lightning needs lightning: pip install 'shardema[lightning]'",
+            name=error.name,
+        )
     ) from error
 
 log = logging.getLogger(__name__)
@@ -122,11 +124,11 @@ class EMACallback(Callback):
         inspect.signature(ShardedEMA).bind(None, schedule, **options)
         names = list(as_schedules(schedule))
         if "raw" in names:
-            raise ValueError(
+            raise ArgumentError(
                 "schedule: 'raw' is a value of eval_with=; give the average another name"
             )
         if average not in (None, *names) or (average is None and len(names) > 1):
-            raise ValueError(f"average: got {average!r}, expected one of {names}")
+            raise ArgumentError(f"average: got {average!r}, expected one of {names}")
         self.eval_with = eval_with
         self.schedule: Any = schedule
         self.average = average
@@ -159,29 +161,29 @@ class EMACallback(Callback):
         strategy = trainer.strategy
         kind = f"{type(strategy).__module__}.{type(strategy).__name__}"
         if len(_callbacks(trainer)) > 1:
-            raise ValueError(
+            raise ArgumentError(
                 "Trainer(callbacks=): got several EMACallbacks, expected one; for several "
                 "averages pass it {name: schedule}"
             )
         on_xla = isinstance(trainer.accelerator, XLAAccelerator)
         if on_xla or not isinstance(strategy, _SUPPORTED):
-            raise ValueError(
+            raise ArgumentError(
                 f"Trainer(strategy=): got {kind}, expected one of lightning.pytorch's "
                 f"{[s.__name__ for s in _SUPPORTED]}, not on XLA; others are not "
                 "supported (untested)"
             )
         if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
-            raise ValueError(
+            raise ArgumentError(
                 "Trainer(plugins=): got AsyncCheckpointIO, which does not report when a checkpoint "
                 "is complete, so an average could not be saved with it; omit it"
             )
         if self.module is not None and isinstance(strategy, _WRAPPING):
-            raise ValueError(
+            raise ArgumentError(
                 f"module: got {self.module!r} with {kind}, which wraps the whole LightningModule; "
                 "omit it, and remove the prefix from the exported names"
             )
         if self.teacher is not None and isinstance(strategy, _WRAPPING):
-            raise ValueError(
+            raise ArgumentError(
                 f"teacher: got {self.teacher!r} with {kind}, which wraps the whole "
                 'LightningModule; in its place give rename={"<student>": "<teacher>"}, parts of '
                 "the names of its parameters"
@@ -199,7 +201,7 @@ class EMACallback(Callback):
         self._follow(trainer)
         if self._handle is None:
             kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
-            raise ValueError(
+            raise ArgumentError(
                 f"fit: none of the trainer's optimizers ({', '.join(kinds)}) holds an averaged "
                 "parameter, so the average would never change; pass EMACallback the module= or "
                 "select= that they step, or return one that does from configure_optimizers"
@@ -300,7 +302,7 @@ class EMACallback(Callback):
     def _refuse_export(self) -> None:
         def look(_: list[None]) -> None:
             if self.export is not None and os.path.lexists(self.export):
-                raise ValueError(
+                raise ArgumentError(
                     f"export: {os.fspath(self.export)} exists; give a new folder, or remove it"
                 )
 
@@ -314,7 +316,7 @@ class EMACallback(Callback):
             return False
         rewrapped = self._averaged[1] is not trainer.strategy.model
         if rewrapped and isinstance(trainer.strategy, _WRAPPING):
-            raise RuntimeError(
+            raise CallError(
                 f"{type(trainer.strategy).__name__} has wrapped the model again, and the average "
                 "belongs to the previous wrapper; resume from a checkpoint with ckpt_path=, or "
                 "evaluate with eval_with='raw'"
@@ -380,7 +382,7 @@ class EMACallback(Callback):
         if not (token and self._ranks().agree("ckpt_path", None, lambda _: os.path.isdir(folder))):
             why = f"its average {folder} is missing" if token else "it was saved without an average"
             if not allow_missing:
-                raise ValueError(
+                raise ArgumentError(
                     f"ckpt_path: {path}: {why}; use EMACallback(allow_missing=True) to start one "
                     "from the checkpoint's weights, or eval_with='raw' to evaluate these"
                 )
@@ -405,17 +407,17 @@ class EMACallback(Callback):
         names = list(as_schedules(self.schedule))
         able = list(dict.fromkeys(["ema", "raw", *names]))
         if not sides or any(side not in able for side in sides):
-            raise ValueError(
+            raise ArgumentError(
                 f"eval_with: got {given!r}, expected one of {able}, or a list of them with one for "
                 "each dataloader (both: the same dataloader twice, and ['raw', 'ema'])"
             )
         if "ema" in sides and "ema" in names and self.average not in (None, "ema"):
-            raise ValueError(
+            raise ArgumentError(
                 f"eval_with: got {given!r}, where 'ema' is the name of an average, and average="
                 f"{self.average!r} is another; write the name of the one that is meant"
             )
         if loaders and len(sides) != loaders:
-            raise ValueError(
+            raise ArgumentError(
                 f"eval_with: got {given!r}, but there are {loaders} dataloaders; name one for each"
             )
         return sides
@@ -493,9 +495,9 @@ class EMACallback(Callback):
 
         def where(_: list[None]) -> list[Any]:
             if "://" in path:
-                raise ValueError(f"save_checkpoint: got {path}, expected a local path")
+                raise ArgumentError(f"save_checkpoint: got {path}, expected a local path")
             if self._swap is not None:
-                raise RuntimeError(
+                raise CallError(
                     "save_checkpoint during an evaluation, while the model holds the average; put "
                     "the EMACallback first in callbacks=, and save in on_validation_end"
                 )
@@ -548,11 +550,11 @@ def _child(pl_module: LightningModule, argument: str, path: str) -> nn.Module:
             above.append(getattr(above[-1], name))
     except AttributeError:
         children = [name for name, _ in pl_module.named_children()]
-        raise ValueError(
+        raise ArgumentError(
             f"{argument}: {type(pl_module).__name__} has no {path!r}, only {children}"
         ) from None
     if any(isinstance(module, FSDPModule) for module in above[:-1]):
-        raise ValueError(
+        raise ArgumentError(
             f"{argument}: {path!r} is inside a module that fully_shard was applied to; apply it to "
             f"pl_module.{path} in configure_model, not around it"
         )

@@ -30,6 +30,7 @@ from torch import nn
 from shardema.arguments import Preset, as_schedules, with_preset
 from shardema.backends.tree import unwrap
 from shardema.ema import Given, ShardedEMA
+from shardema.errors import ArgumentError, ArgumentTypeError, CallError, linked
 from shardema.files import manifest
 from shardema.files.background import PendingSave
 from shardema.integrations.logged import logged
@@ -42,10 +43,12 @@ try:
     import transformers
     from transformers import Trainer, TrainerCallback
 except ImportError as error:
-    raise ImportError(
-        "shardema.integrations.transformers needs transformers: "
-        "pip install 'shardema[transformers]'",
-        name=error.name,
+    raise linked(
+        ImportError(
+            "shardema.integrations.transformers needs transformers: "
+            "pip install 'shardema[transformers]'",
+            name=error.name,
+        )
     ) from error
 
 log = logging.getLogger(__name__)
@@ -125,18 +128,18 @@ class EMACallback(TrainerCallback):
         rules = as_schedules(schedule)
         self._unit = next(iter(rules.values())).unit
         if self._unit not in ("step", "sample"):
-            raise ValueError(
+            raise ArgumentError(
                 f"schedule: it counts {self._unit}s, which the Trainer does not report; expected "
                 "unit='step' or unit='sample'"
             )
         if {"raw", "both"} & set(rules):
-            raise ValueError(
+            raise ArgumentError(
                 f"schedule: got averages {list(rules)}; 'raw' and 'both' are values of eval_with=, "
                 "give them other names"
             )
         self._evaluated = _passes_of(eval_with, list(rules))
         if save_with not in ("raw", *rules):
-            raise ValueError(f"save_with: got {save_with!r}, expected one of {['raw', *rules]}")
+            raise ArgumentError(f"save_with: got {save_with!r}, expected one of {['raw', *rules]}")
         self._saved = None if save_with == "raw" else save_with
         self._allow_missing = allow_missing
         self._new_schedule = new_schedule
@@ -176,32 +179,36 @@ class EMACallback(TrainerCallback):
     def _check(self, trainer: Trainer) -> None:
         """Raises the errors of `bind`."""
         if not isinstance(trainer, Trainer):
-            raise TypeError(f"bind: got {type(trainer).__name__}, expected a transformers.Trainer")
+            raise ArgumentTypeError(
+                f"bind: got {type(trainer).__name__}, expected a transformers.Trainer"
+            )
         if self._trainer is trainer:
-            raise RuntimeError("bind: this EMACallback is bound to this trainer; bind it once")
+            raise CallError("bind: this EMACallback is bound to this trainer; bind it once")
         if self._trainer is not None:
-            raise RuntimeError(
+            raise CallError(
                 "bind: this EMACallback is bound to another trainer; make one for each trainer"
             )
         callbacks = trainer.callback_handler.callbacks
         if any(isinstance(c, EMACallback) and c is not self for c in callbacks):
-            raise RuntimeError(
+            raise CallError(
                 "bind: the trainer has another EMACallback; for several averages make one "
                 "EMACallback({name: schedule, ...})"
             )
         lost = [name for name in (*_WRAPPED, *_CALLED) if not hasattr(trainer, name)]
         if lost:
-            raise RuntimeError(
+            raise CallError(
                 f"bind: {type(trainer).__name__} of transformers {transformers.__version__} has "
                 f"no {', '.join(lost)}, which EMACallback needs; it was tested with 4.57 and 5.23"
             )
         if trainer.args.n_gpu > 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"bind: one process with {trainer.args.n_gpu} GPUs trains in DataParallel, which "
                 "is not supported; start one process for each GPU: torchrun --nproc_per_node"
             )
         if getattr(trainer.args, "use_legacy_prediction_loop", False):  # of transformers 4
-            raise ValueError("bind: use_legacy_prediction_loop is not supported; set it to False")
+            raise ArgumentError(
+                "bind: use_legacy_prediction_loop is not supported; set it to False"
+            )
 
     # ---- training -----------------------------------------------------------------------------
 
@@ -215,7 +222,7 @@ class EMACallback(TrainerCallback):
         self._resume = None
         self._finish_save()
         if not self._wait and self._trainer.args.save_total_limit == 1:
-            raise ValueError(
+            raise ArgumentError(
                 "train: got wait=False and save_total_limit=1, so the only checkpoint would be "
                 "removed while the average of the next one is written; set save_total_limit to 2 "
                 "or more, or wait=True"
@@ -256,7 +263,7 @@ class EMACallback(TrainerCallback):
             if self._allow_missing:
                 log.warning("%s has no average: a new one starts from its weights", checkpoint)
                 return False
-            raise ValueError(
+            raise ArgumentError(
                 f"resume from {checkpoint}: it has no folder {FOLDER!r}, so it was saved without "
                 "this callback; EMACallback(..., allow_missing=True) starts an average from its "
                 "weights"
@@ -264,7 +271,7 @@ class EMACallback(TrainerCallback):
         was = {name: a.schedule for name, a in manifest.read(place).averages.items()}
         now = {name: describe(rule) for name, rule in self._rules.items()}
         if was.keys() != now.keys() or (was != now and not self._new_schedule):
-            raise ValueError(
+            raise ArgumentError(
                 f"resume from {checkpoint}: its averages were saved as {was}, this EMACallback has "
                 f"{now}; build it with the same schedules, or with the same names and "
                 "new_schedule=True"
@@ -275,7 +282,7 @@ class EMACallback(TrainerCallback):
         """Builds the average of the wrapped model, and loads it. Collective when resuming."""
         trainer = self._trainer
         if trainer is None or state is not trainer.state:
-            raise RuntimeError(
+            raise CallError(
                 "EMACallback: not bound to this trainer, so it would miss evaluations and "
                 "checkpoints; call callback.bind(trainer) before trainer.train()"
             )
@@ -299,7 +306,7 @@ class EMACallback(TrainerCallback):
             return teacher
         found = getattr(trainer, teacher, None)
         if not isinstance(found, nn.Module):
-            raise ValueError(
+            raise ArgumentError(
                 f"teacher: got {teacher!r}, which is {type(found).__name__} in "
                 f"{type(trainer).__name__}, expected the name of an attribute that holds a module "
                 "when training begins"
@@ -416,7 +423,7 @@ class EMACallback(TrainerCallback):
             return
         args = self._trainer.args
         if not self._trainer.is_in_train and (args.fp16_full_eval or args.bf16_full_eval):
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: fp16_full_eval and bf16_full_eval cast the model in place, so that neither "
                 "the average nor the weights could be put back; set them to False in trainer.args"
             )
@@ -509,7 +516,7 @@ def _passes_of(eval_with: str | Sequence[str], names: list[str]) -> list[str | N
     """The averages that ``eval_with`` stands for, None for the weights. Raises ValueError."""
     if isinstance(eval_with, str):
         if eval_with not in ("raw", "both", *names):
-            raise ValueError(
+            raise ArgumentError(
                 f"eval_with: got {eval_with!r}, expected one of {['raw', 'both', *names]}, or a "
                 "list of 'raw' and averages"
             )
@@ -517,7 +524,7 @@ def _passes_of(eval_with: str | Sequence[str], names: list[str]) -> list[str | N
         return whole.get(eval_with, [eval_with])
     first, *others = eval_with or [""]
     if first != "raw" or not set(others) <= set(names) or len(set(others)) < len(others):
-        raise ValueError(
+        raise ArgumentError(
             f"eval_with: got {eval_with!r}, expected a list of 'raw', and then some of {names}"
         )
     return [None, *others]
@@ -549,7 +556,7 @@ def model_of(config: Mapping[str, Any]) -> nn.Module:
         build: Any = getattr(transformers, str(names[0]), transformers.AutoModel.from_config)
         model: nn.Module = build(made)
     except Exception as error:  # a config may be wrong in any way
-        raise ValueError(
+        raise ArgumentError(
             f"config.json: transformers cannot build a {kind} of it: {error}; give --params or "
             "--from instead"
         ) from error

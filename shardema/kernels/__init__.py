@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from shardema.errors import ArgumentError
 from shardema.kernels import foreach, fused, reference
 from shardema.kernels.bound import Bound as Lerp
 
@@ -37,7 +38,7 @@ def find(name: str) -> Bind:
     if name == "auto":
         return fused.bind_auto
     if name not in KERNELS:
-        raise ValueError(f"kernel: got {name!r}, expected 'auto' or one of {sorted(KERNELS)}")
+        raise ArgumentError(f"kernel: got {name!r}, expected 'auto' or one of {sorted(KERNELS)}")
     return KERNELS[name]
 
 

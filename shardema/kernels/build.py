@@ -27,6 +27,8 @@ from pathlib import Path
 
 import torch
 
+from shardema.errors import CallError
+
 log = logging.getLogger(__name__)
 
 # No option may change the rounding; the two -fno only allow loops to be vectorized.
@@ -49,7 +51,7 @@ def instructions() -> tuple[str, ...]:
     if machine in ("arm64", "aarch64"):
         return ("-DSHARDEMA_FMA=1",)
     if machine not in ("x86_64", "amd64"):
-        raise RuntimeError(f"no compiler flags are known for a CPU of type {machine!r}")
+        raise CallError(f"no compiler flags are known for a CPU of type {machine!r}")
     capability = torch.backends.cpu.get_cpu_capability()
     return {"AVX512": _AVX2 + _AVX512, "AVX2": _AVX2}.get(capability, ("-DSHARDEMA_FMA=0",))
 
@@ -96,9 +98,9 @@ def _compile(source: Path, flags: Sequence[str], path: Path) -> None:
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT
         )
         if done.returncode != 0:
-            raise RuntimeError(f"{shlex.join(command)}: {done.stderr.strip()[-2000:]}")
+            raise CallError(f"{shlex.join(command)}: {done.stderr.strip()[-2000:]}")
         os.replace(made, path)
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{compiler[0]} took more than {_TIMEOUT} s") from error
+        raise CallError(f"{compiler[0]} took more than {_TIMEOUT} s") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardema.errors import CallError
 from shardema.kernels import build, reference, variants
 from shardema.kernels.bound import Bound
 from shardema.kernels.rounding import Compensated, Rounding, Stochastic, runs
@@ -124,7 +125,7 @@ def bind(
     """
     code = library()
     if code is None:
-        raise RuntimeError("fused: the CPU kernel could not be compiled; use kernel='foreach'")
+        raise CallError("fused: the CPU kernel could not be compiled; use kernel='foreach'")
     large = sum(shadow.nbytes for shadow in shadows) >= LARGE
     variant = _fastest(code, torch.get_num_threads()) if large else DEFAULT
     return Bound(table(code, shadows, params, slots, roundings, variant), ("fused",))

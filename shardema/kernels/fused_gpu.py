@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shardema.errors import ArgumentError, CallError
 from shardema.kernels.bound import Bound
 from shardema.kernels.rounding import Compensated, Rounding, Stochastic, runs
 from shardema.shards.strides import dense_like
@@ -365,7 +366,7 @@ class _Work:
         A host buffer could be overwritten by the next weights before it is copied.
         """
         if self._capturing():
-            raise RuntimeError(
+            raise CallError(
                 "refresh: got a stream that captures a CUDA graph, expected one that does not: "
                 "the graph would keep these weights; refresh before each replay, outside of it"
             )
@@ -427,7 +428,7 @@ def bind(
     how = roundings or [None] * len(shadows)
     for shadow, param, slot, stored in zip(shadows, params, slots, how, strict=True):
         if not supports(shadow, param, stored):
-            raise ValueError(
+            raise ArgumentError(
                 f"fused: got a shadow of {_facts(shadow)} and a parameter of {_facts(param)}, "
                 "expected dense tensors of a floating dtype, with equal strides, on one device; "
                 "use kernel='foreach'"

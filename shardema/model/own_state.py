@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardema.backends.tree import walk, wrapped_child
-from shardema.errors import abbreviate
+from shardema.errors import CallError, abbreviate
 from shardema.ranks.plan import Item, Plan
 from shardema.shards.boxes import whole
 from shardema.shards.shard import Role, Shard
@@ -145,7 +145,7 @@ class MergedState:
         first = set(range(receivers))
         lacking = sorted(key for key, have in self.holders.items() if not first <= set(have))
         if lacking:
-            raise RuntimeError(
+            raise CallError(
                 f"{op}: {abbreviate(lacking)}: extra state of a module that is no tensor, so it "
                 "is not transferred, and a rank that receives the result does not have it; make it "
                 "a tensor"
@@ -154,14 +154,14 @@ class MergedState:
     def check_export(self) -> None:
         """Raises RuntimeError if the model cannot be exported."""
         if self.refusal:
-            raise RuntimeError(f"export: {self.refusal}")
+            raise CallError(f"export: {self.refusal}")
         remedy = "use ema.full_state_dict(), or make it a tensor"
         self.check_tensors("export", remedy)
 
     def check_tensors(self, op: str, remedy: str) -> None:
         """Raises RuntimeError if a module adds something other than tensors."""
         if self.holders:
-            raise RuntimeError(
+            raise CallError(
                 f"{op}: {abbreviate(sorted(self.holders))}: state that the model's modules write "
                 f"and that is no tensor, which a file of tensors cannot hold; {remedy}"
             )
@@ -269,7 +269,7 @@ def read(
         else:
             tensors[key] = value
     if computed:
-        raise RuntimeError(
+        raise CallError(
             f"{abbreviate(sorted(computed))}: {made.owner_of(computed[0])} computes this state "
             "from weights that are averaged or sharded, so it would not fit the average; compute "
             "it when it is loaded, or exclude those weights with select="
@@ -314,7 +314,7 @@ class Skeletons:
     def __init__(
         self, models: Sequence[nn.Module], shards: Sequence[Shard], averaged: Collection[str]
     ) -> None:
-        self.table = {name: shard for shard in shards for name in shard.names}
+        self.table: dict[str, Shard] = {name: shard for shard in shards for name in shard.names}
         self._averaged = averaged
         self._by_prefix: dict[str, list[str]] = {}
         for name in self.table:
@@ -324,7 +324,7 @@ class Skeletons:
         self._known: dict[Any, Shard] = {}
         self._others: dict[Any, str] = {}  # names of buffers that have no shard
         self._clones: dict[int, nn.Module] = {}
-        self.models = [self._clone(model, "") for model in models]
+        self.models: list[nn.Module] = [self._clone(model, "") for model in models]
 
     def state_dict(self) -> dict[str, Any]:
         """The state dicts of all models as one."""
@@ -334,7 +334,7 @@ class Skeletons:
                 with torch.no_grad():
                     merged.update(model.state_dict(keep_vars=True))
             except Exception as error:
-                raise RuntimeError(
+                raise CallError(
                     f"{type(model).__name__}.state_dict() of the unwrapped model, asked for its "
                     f"keys with stand-ins for weights that are averaged or sharded, raised "
                     f"{type(error).__name__}: {error}; the code that writes a module's state must "

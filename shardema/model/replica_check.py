@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import xxhash
 from torch import Tensor
 
+from shardema.errors import CallError
 from shardema.kernels.fingerprint import fingerprint, total
 from shardema.ranks.agree import Ranks
 from shardema.ranks.plan import Item, Plan
@@ -63,7 +64,7 @@ def refuse_replicas(
                 values = {i: d[key] for i, d in enumerate(all_details) if key in d}
                 odd = [i for i in values if values[i] != next(iter(values.values()))]
                 if odd:
-                    raise RuntimeError(_differ(item, ranks, next(iter(values)), odd))
+                    raise CallError(_differ(item, ranks, next(iter(values)), odd))
 
     ranks.agree(f"{op} (comparing replicas)", look, name_them)
 

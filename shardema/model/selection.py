@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import distributed as dist
 
 from shardema.devices import SUPPORTED
-from shardema.errors import abbreviate
+from shardema.errors import ArgumentError, abbreviate
 from shardema.schedules import by_pattern
 from shardema.shards.boxes import Dims
 from shardema.shards.patterns import Pattern, fits, text_of
@@ -38,7 +38,7 @@ class UnmatchedPatterns(dict[str, str]):
         if not self._partial_model:
             several = dist.is_available() and dist.is_initialized()
             remedy = "; pass a pipeline stage as a list" if several else ""
-            raise ValueError(f"{message}{remedy}")
+            raise ArgumentError(f"{message}{remedy}")
         self[what] = message
 
 
@@ -46,14 +46,14 @@ def unmatched_everywhere(gathered: Sequence[Mapping[str, str]]) -> None:
     """Raises ValueError for a pattern that matches on no rank."""
     for what, message in gathered[0].items():
         if all(what in theirs for theirs in gathered):
-            raise ValueError(message)
+            raise ArgumentError(message)
 
 
 def same_rules(gathered: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError if averages or schedules differ between ranks."""
     for index, rules in enumerate(gathered):
         if rules != gathered[0]:
-            raise ValueError(
+            raise ArgumentError(
                 f"the ranks keep other averages: rank {index} of those that share the model has "
                 f"{dict(rules)}, the first one {dict(gathered[0])}; give all of them the same "
                 "schedules"
@@ -87,20 +87,20 @@ def choose(
             chosen += hits
     unmade = [s.fqn for s in chosen if s.local.device.type == "meta"]
     if unmade:
-        raise ValueError(
+        raise ArgumentError(
             f"{abbreviate(unmade)}: on the meta device, without values to average; "
             "materialise the model first (to_empty and its initialisation, or a checkpoint)"
         )
     odd = [s for s in chosen if s.local.device.type not in SUPPORTED]
     if odd:
-        raise ValueError(
+        raise ArgumentError(
             f"{abbreviate([s.fqn for s in odd])}: got the device {odd[0].local.device.type!r}, "
             f"expected one of {', '.join(SUPPORTED)}: others are not tested; average a copy of the "
             "weights on the CPU"
         )
     opaque = [s for s in chosen if s.opaque]
     if opaque:
-        raise ValueError(
+        raise ArgumentError(
             f"{abbreviate([s.fqn for s in opaque])}: {opaque[0].opaque} does not declare one plain "
             "tensor of its own shape and dtype that holds its values (__tensor_flatten__), so "
             "they cannot be averaged; freeze them or exclude them with select=, or average the "
@@ -111,7 +111,7 @@ def choose(
         unmatched.add(text, text + ("" if select is None else " that select= matches"))
     complex_ones = [s.fqn for s in shards if s.local.is_complex() and s.role != "buffer"]
     if select is None and complex_ones:
-        raise ValueError(
+        raise ArgumentError(
             f"{abbreviate(complex_ones)}: complex parameters are not averaged; keep them "
             "as pairs of real numbers (torch.view_as_real), or exclude them with select="
         )
@@ -137,7 +137,7 @@ def sort_buffers(
     here = [shard for shard in shards if shard.role == "buffer"]
     for pattern, word in rules.items():
         if word not in ("copy", "average", "ignore"):
-            raise ValueError(
+            raise ArgumentError(
                 f"buffers: got {word!r}, expected 'copy', 'average' or 'ignore', or "
                 "{pattern: one of these}"
             )
@@ -155,7 +155,7 @@ def _word(shard: Shard, rules: Mapping[Pattern, Buffers]) -> Buffers:
     if not (floating and bool(shard.local.isfinite().all())):
         return "copy"
     if overlaps(shard.local):
-        raise ValueError(
+        raise ArgumentError(
             f"{shard.fqn}: a buffer that shares memory between elements cannot be averaged; give "
             f'it storage of its own (tensor.clone()), or buffers={{"{shard.fqn}": "copy"}}'
         )

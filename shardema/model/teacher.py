@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from shardema import backends
 from shardema.backends.passes import refuse_inside
 from shardema.backends.tree import FLAT, Form, named_tensors
-from shardema.errors import abbreviate
+from shardema.errors import ArgumentError, CallError, abbreviate
 from shardema.model.weights import Weights
 from shardema.shards.patterns import Rename, renamed
 from shardema.shards.shard import Shard
@@ -71,14 +71,16 @@ class Teacher:
         *,
         chosen: bool,
     ) -> None:
-        self.models, self._weights, self._rename = models, weights, rename
+        self.models: tuple[nn.Module, ...] = models
+        self._weights, self._rename = weights, rename
         self._same = [id(model) for model in models] == [id(model) for model in weights.models]
         if self._same and rename is None:
-            raise ValueError(
+            raise ArgumentError(
                 "into: got the model itself; give it a second module, or rename= to "
                 'other tensors of the model: rename={"default": "old"}'
             )
         backends.refuse_unknown(models)
+        self.name: str
         self.name, self._backend = backends.find_teacher(models)
         # the student's own engine, or one that steps other tensors
         self._engine = self._backend.engine(models)
@@ -121,7 +123,7 @@ class Teacher:
             self._weights.reread(rank)  # its copied buffers may have been replaced
             self._match(self._read())
         except ValueError as error:
-            raise RuntimeError(
+            raise CallError(
                 f"rank {rank}: {error}; it has changed since the EMA was built: build a new one"
             ) from error
         return True
@@ -130,10 +132,12 @@ class Teacher:
         return {name: s for s in self._backend.read(self.models) for name in s.names}
 
     def _match(self, found: Mapping[str, Shard]) -> None:
-        self.averaged = [self._matched(shard, found) for shard in self._weights.averaged_shards]
+        self.averaged: list[Match] = [
+            self._matched(shard, found) for shard in self._weights.averaged_shards
+        ]
         self._refuse_twice()
         self._refuse_shared()
-        self.copied = [
+        self.copied: list[Match] = [
             self._buffer(shard, found)
             for shard in self._weights.shards
             if shard.role == "buffer" and shard.fqn not in self._weights.averaged
@@ -153,19 +157,19 @@ class Teacher:
         theirs = [self._named(name, shard, found) for name in names]
         target = theirs[0]
         if any(other is not target for other in theirs):
-            raise ValueError(
+            raise ArgumentError(
                 f"into: {shard.fqn}: tied to {abbreviate(shard.names[1:])} in the "
                 "student, and the teacher has a tensor for each; tie them in the teacher too"
             )
         if target.fqn in shard.names and self._same:
-            raise ValueError(
+            raise ArgumentError(
                 f"into: {shard.fqn}: rename= leaves its name as it is, so it would be "
                 "averaged into itself; rename it too, or exclude it with select="
             )
         _check_kind(shard, target)
         view = _with_layout(shard, target)
         if view is None:
-            raise ValueError(
+            raise ArgumentError(
                 f"into: {shard.fqn}: got a teacher of which this rank holds "
                 f"{_text(target)}, expected {_text(shard)}, as of the student: an update does not "
                 "communicate, so shard both in the same way (wrapper, units and mesh)"
@@ -175,7 +179,7 @@ class Teacher:
     def _named(self, name: str, shard: Shard, found: Mapping[str, Shard]) -> Shard:
         if name not in found:
             others = [n for n, s in found.items() if s.role != "buffer" and s.shape == shard.shape]
-            raise ValueError(
+            raise ArgumentError(
                 f"into: {shard.fqn}: the teacher has no tensor {name!r}, expected one "
                 f"of shape {shard.shape} (it has {abbreviate(others) or 'none'}); build it as the "
                 "student, exclude the tensor with select=, or map names with rename="
@@ -188,7 +192,7 @@ class Teacher:
         target = found.get(name)
         if target is None or target.role != "buffer" or target.shape != shard.shape:
             got = "none" if target is None else f"a {target.role} of shape {target.shape}"
-            raise ValueError(
+            raise ArgumentError(
                 f"into: {shard.fqn}: got {got} in the teacher under {name!r}, expected "
                 f"a buffer of shape {shard.shape}, which is copied from the student; exclude it "
                 f'with buffers={{"{shard.fqn}": "ignore"}}'
@@ -202,7 +206,7 @@ class Teacher:
         known = {name for shard in self._weights.shards for name in shard.names}
         odd = [name for name, s in found.items() if s.role != "buffer" and name not in known]
         if odd:
-            raise ValueError(
+            raise ArgumentError(
                 f"into: {abbreviate(odd)}: only the teacher has it, so nothing would "
                 "update it; build the teacher as the student, or choose what is averaged into it "
                 "with select="
@@ -214,7 +218,7 @@ class Teacher:
         for match in self.averaged:
             other = first.setdefault(match.name, match.shard)
             if other is not match.shard:
-                raise ValueError(
+                raise ArgumentError(
                     f"into: {other.fqn} and {match.shard.fqn} both match "
                     f"{match.name!r} of the teacher; rename each to a tensor of its own"
                 )
@@ -230,7 +234,7 @@ class Teacher:
             for tensor in (shard.local, shard.own)
         ]
         for name, other in overlaps(list(targets.items()), students):
-            raise ValueError(
+            raise ArgumentError(
                 f"into: {name}: the teacher shares its storage with {other} of the "
                 "student; give it storage of its own (copy.deepcopy before wrapping)"
             )
@@ -281,24 +285,24 @@ def _check_kind(shard: Shard, target: Shard) -> None:
     """Raises ValueError if a tensor of the teacher cannot hold the average of ``shard``."""
     where = f"into: {target.fqn}"
     if target.shape != shard.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"{where}: got shape {target.shape} in the teacher, expected {shard.shape} as "
             f"{shard.fqn} of the student; build the teacher as the student"
         )
     if (target.role == "buffer") != (shard.role == "buffer") or target.opaque:
         got = f"a tensor of {target.opaque}" if target.opaque else f"a {target.role}"
-        raise ValueError(
+        raise ArgumentError(
             f"{where}: got {got} in the teacher, expected a plain {shard.role} as in the student; "
             "build the teacher as the student"
         )
     if target.role == "parameter":
-        raise ValueError(
+        raise ArgumentError(
             f"{where}: the teacher's parameter requires grad, so it would be trained, and count in "
             "gradient norms; call teacher.requires_grad_(False) before (of an adapter: for its "
             "parameters), and give it to no optimizer"
         )
     if not target.own.is_floating_point() or target.own.device.type == "meta":
-        raise ValueError(
+        raise ArgumentError(
             f"{where}: got {target.own.dtype} on {target.own.device} in the teacher, expected "
             "floating-point values; materialise the teacher first"
         )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from shardema import backends
 from shardema.backends.tree import FLAT, Form, named_tensors
+from shardema.errors import CallError
 from shardema.model import own_state, replicas, selection
 from shardema.model.selection import Buffers, Select
 from shardema.policy import ShadowPolicy
@@ -63,21 +64,23 @@ class Weights:
     ) -> None:
         self.models = models
         backends.refuse_unknown(models)
+        self.name: str
         self.name, self._backend = backends.find(models, backend)
         self._reads_weights = reads_weights
         self._rules = buffers
         self._buffers: dict[str, Buffers] = {}
-        self.unmatched = selection.UnmatchedPatterns(partial_model)
+        self.unmatched: selection.UnmatchedPatterns = selection.UnmatchedPatterns(partial_model)
         self.ensure_sharded()
         found = self._backend.read(models)
         self._buffers = selection.sort_buffers(found, buffers, self.unmatched)
-        self.shards = self._read()
-        self.engine = self._backend.engine(models)
+        self.shards: list[Shard] = self._read()
+        self.engine: backends.Engine | None = self._backend.engine(models)
         averaged_buffers = {fqn for fqn, word in self._buffers.items() if word == "average"}
         self._first_slices: dict[str, tuple[Any, ...]] = {}  # boxes and order when first sliced
         packed = own_state.packed(models)
         numbers = [shard for shard in self.shards if shard.fqn not in packed]
-        self.averaged = selection.choose(numbers, select, self.unmatched) | averaged_buffers
+        chosen = selection.choose(numbers, select, self.unmatched)
+        self.averaged: frozenset[str] = chosen | averaged_buffers
         self._frozen = self._frozen_now()
         self._watch()
 
@@ -154,7 +157,7 @@ class Weights:
     def _read(self) -> list[Shard]:
         shards = self._backend.read(self.models)
         left_out = [shard for shard in shards if self._ignored(shard)]
-        self.ignored = frozenset(name for shard in left_out for name in shard.names)
+        self.ignored: frozenset[str] = frozenset(name for shard in left_out for name in shard.names)
         shards = [shard for shard in shards if shard.fqn not in self.ignored]
         if not self._reads_weights:
             return shards
@@ -185,7 +188,7 @@ class Weights:
         self._form = Form(self.models)
         self._facts = self._kept(self.shards)
         self._addresses = [(shard.address, shard.address()) for shard in self.averaged_shards]
-        self.on_disk = [
+        self.on_disk: list[Shard] = [
             s for s in self.averaged_shards if s.on_disk is not None and not s.reads_weights
         ]
         self._slices: dict[str, Shard] = {}
@@ -214,14 +217,14 @@ class Weights:
         """
         name, _ = backends.find(self.models)
         if name != self.name:
-            raise RuntimeError(
+            raise CallError(
                 f"rank {rank}: the model was {self.name!r} when the EMA was built and is "
                 f"{name!r} now; build the EMA after wrapping the model"
             )
         shards = selection.as_before(self.shards, self._read())
         facts = self._kept(shards)
         if facts != self._facts:
-            raise RuntimeError(f"rank {rank}: {selection.difference(self._facts, facts)}")
+            raise CallError(f"rank {rank}: {selection.difference(self._facts, facts)}")
         self._check_slices(shards, rank)
         before = [known for _, known in self._addresses]
         self.shards = shards
@@ -234,7 +237,7 @@ class Weights:
         for fqn, then in self._first_slices.items():
             part = replicas.slice_of(now[fqn])
             if (part.boxes, part.order) != then:
-                raise RuntimeError(
+                raise CallError(
                     f"rank {rank}: {fqn}: this replica's slice has other elements than when the "
                     "EMA was built, since the memory order of the tensor or its replicas changed; "
                     "keep them, or build a new EMA"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardema.errors import CheckpointError, abbreviate
+from shardema.errors import ArgumentError, CheckpointError, abbreviate
 from shardema.files import manifest as manifests
 from shardema.files.manifest import Manifest
 from shardema.files.profiles import profile_in
@@ -84,7 +84,7 @@ def read(folder: str | os.PathLike[str]) -> list[Snapshot]:
 
 def _profile_of(stored: Manifest, path: str, name: str) -> Profile:
     if stored.averages[name].schedule["name"] == "by_pattern":
-        raise ValueError(
+        raise ArgumentError(
             f"{path}: average {name!r} has several schedules (by_pattern), so no one profile; "
             "give Snapshots the names of averages with one schedule"
         )
@@ -145,7 +145,7 @@ def check_same_tensors(snapshots: Sequence[Snapshot]) -> None:
         there = _shapes(one)
         if there != expected:
             odd = sorted(dict(there.items() ^ expected.items()))
-            raise ValueError(
+            raise ArgumentError(
                 f"{one.label} and {last.label} differ in the shape or the presence of "
                 f"{abbreviate(odd)}: they are of different models"
             )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardema.errors import abbreviate
+from shardema.errors import ArgumentError, abbreviate
 
 Vector = NDArray[np.float64]
 
@@ -158,7 +158,7 @@ def check(found: Fit, names: Sequence[str], what: str, allowed: float) -> None:
         allowed: the largest residual.
     """
     if found.residual > allowed:
-        raise ValueError(
+        raise ArgumentError(
             f"{what}: the snapshots reach it with a residual of {found.residual:.3g}: this share "
             f"of the weight would be on other steps than wanted, expected at most {allowed:g}; "
             "take snapshots more often, or at the window's start, of block means for a window; or "
@@ -166,7 +166,7 @@ def check(found: Fit, names: Sequence[str], what: str, allowed: float) -> None:
         )
     if found.amplification > MAX_AMPLIFICATION:
         used = [n for n, c in zip(names, found.coefficients, strict=True) if c]
-        raise ValueError(
+        raise ArgumentError(
             f"{what}: it is a difference of long averages: the coefficients of {abbreviate(used)} "
             f"sum to {found.amplification:.3g} in absolute value, so rounding errors grow by as "
             f"much, expected at most {MAX_AMPLIFICATION:g}; keep block means "

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from shardema.errors import ArgumentError
 from shardema.posthoc.fitting import Fit, Vector, cells, fit
 from shardema.posthoc.targets import Wanted, window
 from shardema.profiles import Profile
@@ -127,7 +128,7 @@ def _check_covered(wanted: Wanted, masses: Vector, edges: Vector) -> None:
     covered = np.flatnonzero(masses.any(axis=1))
     first = edges[covered[0]] if len(covered) else wanted.at
     if wanted.begin < first:
-        raise ValueError(
+        raise ArgumentError(
             f"{wanted.target} at t={wanted.at:g}: the window begins at t={wanted.begin:g}, before "
             f"the first snapshot: what the snapshots hold is from t={first:g} on; give a shorter "
             "window or a later time"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from shardema import importers
-from shardema.errors import abbreviate
+from shardema.errors import ArgumentError, abbreviate
 from shardema.files import manifest as manifests
 from shardema.files.blending import Blend, Source, Stored, Value, dtype_of, shape_of
 from shardema.files.consolidated import Place
@@ -89,7 +89,7 @@ def merge(
     _check_same(models)
     last = models[-1]
     if last.left_out and not partial:
-        raise ValueError(
+        raise ArgumentError(
             f"{last.path} lacks {abbreviate(last.left_out)}: parameters that are not averaged; "
             "save with ema.save(folder, include_frozen=True), or merge without them (partial)"
         )
@@ -114,19 +114,19 @@ def _weights(
     count: int, weights: Sequence[float] | None, style: Curve | None, any_sum: bool
 ) -> list[float]:
     if count == 0:
-        raise ValueError("merge: got no checkpoints, expected one or more")
+        raise ArgumentError("merge: got no checkpoints, expected one or more")
     if (weights is None) == (style is None):
-        raise ValueError("merge: got weights and style, or neither, expected one of the two")
+        raise ArgumentError("merge: got weights and style, or neither, expected one of the two")
     if style is not None:
         return [float(weight) for weight in merge_weights(count, style)]
     given = [float(weight) for weight in weights or ()]
     if len(given) != count or not all(map(math.isfinite, given)):
-        raise ValueError(
+        raise ArgumentError(
             f"merge: got weights {given} for {count} checkpoints, expected a finite number for each"
         )
     total = math.fsum(given)
     if abs(total - 1) > _EXACT and not any_sum:
-        raise ValueError(
+        raise ArgumentError(
             f"merge: got weights that sum to {total:.8g}, expected 1; divide them by their sum, or "
             "allow it (any_sum)"
         )
@@ -140,7 +140,7 @@ def _read(path: str | os.PathLike[str], average: str | None, trust: bool) -> _Mo
     found = importers.read(text, trust=trust)
     label = f"merge {text}"
     if found.naming != "fqn":
-        raise ValueError(
+        raise ArgumentError(
             f"{label}: {found.format} stores the tensors without the model's names; write it as a "
             "folder first: ema.load_full, then ema.export"
         )
@@ -177,14 +177,14 @@ def _check_same(models: Sequence[_Model]) -> None:
     for one in models[:-1]:
         odd = sorted(one.tensors.keys() ^ last.tensors.keys())
         if odd:
-            raise ValueError(
+            raise ArgumentError(
                 f"merge: {abbreviate(odd)}: in only one of {one.path} and {last.path}; they are "
                 "of different models"
             )
         for name, (_, value, averaged) in last.tensors.items():
             _, other, too = one.tensors[name]
             if shape_of(other) != shape_of(value) or averaged != too:
-                raise ValueError(
+                raise ArgumentError(
                     f"merge: {name}: {shape_of(other)} of {dtype_of(other)} in {one.path}, "
                     f"{shape_of(value)} of {dtype_of(value)} in {last.path}; they are of different "
                     "models"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardema.errors import abbreviate
+from shardema.errors import ArgumentError, abbreviate
 from shardema.files import sources
 from shardema.files.blending import Blend, Stored, Value
 from shardema.files.manifest import StoredTensor
@@ -79,7 +79,7 @@ class Reconstruction(sources.Imported):
         """
         layout, mode = arguments["layout"], arguments["mode"]
         if (layout, mode) != ("hf", "auto") or dtype == "model":
-            raise ValueError(
+            raise ArgumentError(
                 f"export of a reconstruction: got layout={layout!r}, mode={mode!r} and "
                 f"dtype={dtype!r}, expected 'hf', 'auto' and a dtype or None"
             )
@@ -118,7 +118,7 @@ class Reconstruction(sources.Imported):
         """
         stored = self.last.manifest
         if stored.left_out and not partial:
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.path}: the snapshots lack {abbreviate(stored.left_out)}: parameters that "
                 "are not averaged; take snapshots with include_frozen=True, or export without "
                 "them (partial)"
@@ -156,8 +156,8 @@ class StoredRun:
 
     def __init__(self, folder: str, snapshots: Sequence[Snapshot]) -> None:
         self.folder = folder
-        self.snapshots = tuple(snapshots)
-        self.unit = directory.unit_of(snapshots)
+        self.snapshots: tuple[Snapshot, ...] = tuple(snapshots)
+        self.unit: str = directory.unit_of(snapshots)
 
     def __repr__(self) -> str:
         return (
@@ -200,14 +200,14 @@ class StoredRun:
         """
         at = self._time(at)
         if isinstance(target, Schedule) and target.unit != self.unit:
-            raise ValueError(
+            raise ArgumentError(
                 f"target {target}: it counts {target.unit}s, the snapshots count {self.unit}s; "
                 f"give it unit={self.unit!r}"
             )
         wanted = Wanted.of(target, at)
         usable = [one for one in self.snapshots if one.t <= at and self._named(one, names)]
         if not usable:
-            raise ValueError(f"target at t={at:g}: no snapshot of {names} up to this time")
+            raise ArgumentError(f"target at t={at:g}: no snapshot of {names} up to this time")
         usable.sort(key=lambda one: one.t)
         allowed = math.inf if allow_residual is True else float(allow_residual)
         columns = [(one.name, one.profile) for one in usable]
@@ -234,7 +234,7 @@ class StoredRun:
     def _named(self, one: Snapshot, names: Sequence[str] | None) -> bool:
         for name in names or ():
             if name not in self.names:
-                raise ValueError(f"names: got {name!r}, expected some of {list(self.names)}")
+                raise ArgumentError(f"names: got {name!r}, expected some of {list(self.names)}")
         return names is None or one.name in names
 
     def _time(self, at: float | None) -> float:
@@ -243,7 +243,7 @@ class StoredRun:
             return times[-1]
         if at not in times:
             near = sorted(times, key=lambda t: abs(t - at))[:2]
-            raise ValueError(
+            raise ArgumentError(
                 f"at: got t={at:g}, and there is no snapshot then; the nearest are at "
                 f"{' and '.join(f'{t:g}' for t in sorted(near))}"
             )

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardema.errors import ArgumentError, ArgumentTypeError
 from shardema.schedules import Schedule
 from shardema.schedules.base import check_positive
 
@@ -43,11 +44,13 @@ def curve_of(curve: Curve) -> Callable[[float], float]:
     """
     if isinstance(curve, str):
         if curve not in CURVES:
-            raise ValueError(f"curve: got {curve!r}, expected one of {list(CURVES)} or a callable")
+            raise ArgumentError(
+                f"curve: got {curve!r}, expected one of {list(CURVES)} or a callable"
+            )
         return CURVES[curve]
     ends = [float(curve(0.0)), float(curve(1.0))]
     if not (abs(ends[0] - 1) < 1e-9 and abs(ends[1]) < 1e-9):
-        raise ValueError(
+        raise ArgumentError(
             f"curve: got {ends[0]:.6g} at the start and {ends[1]:.6g} at the end of the window, "
             "expected 1 and 0: the share of the learning rate that is left"
         )
@@ -63,7 +66,7 @@ def merge_weights(count: int, curve: Curve) -> NDArray[np.float64]:
     [0.5, 0.207, 0.159, 0.134]
     """
     if count < 1:
-        raise ValueError(f"merge: got {count} checkpoints, expected one or more")
+        raise ArgumentError(f"merge: got {count} checkpoints, expected one or more")
     decay = curve_of(curve)
     left = np.array([float(decay(i / count)) for i in range(count + 1)])
     return _falls(left)
@@ -123,13 +126,13 @@ class Wanted:
         """
         if isinstance(target, window):
             if target.length > at:
-                raise ValueError(
+                raise ArgumentError(
                     f"{target} at t={at:g}: the window is longer than the run so far; give a "
                     "shorter one, or a later time"
                 )
             return cls(target, at, at - target.length)
         if not isinstance(target, Schedule) and not callable(target):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"target: got {target!r}, expected a schedule such as schedules.power(0.10), "
                 "posthoc.window(length, curve), or a callable of the time"
             )
@@ -164,7 +167,7 @@ def _of_density(
     found: NDArray[np.float64] = heights * np.diff(edges)
     total = float(found.sum())
     if not np.isfinite(found).all() or not total > 0:
-        raise ValueError(
+        raise ArgumentError(
             f"target: got a callable whose weights sum to {total:.3g} from t={edges[0]:g} to "
             f"{edges[-1]:g}, expected finite weights with a sum above 0"
         )

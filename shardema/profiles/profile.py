@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardema.errors import ArgumentError
 from shardema.profiles.history import History, Run, Segment
 from shardema.profiles.ledger import Ledger
 from shardema.schedules import Schedule, as_schedule, restore
@@ -67,7 +68,7 @@ class Profile:
         ledger, t = Ledger(rule, History(begin, imported=False)), begin
         for time in times:
             if not time > t:
-                raise ValueError(f"profile: got the time {time} after {t}, expected a later one")
+                raise ArgumentError(f"profile: got the time {time} after {t}, expected a later one")
             ledger.record(time, (rule.retention(t, time),))
             t = time
         return cls(ledger.history(), t)
@@ -110,7 +111,7 @@ class Profile:
             ValueError: edges that decrease; one before `start` while `unknown` is above 0.
         """
         if any(a > b for a, b in itertools.pairwise(edges)):
-            raise ValueError("profile: got edges that decrease, expected increasing times")
+            raise ArgumentError("profile: got edges that decrease, expected increasing times")
         return np.diff(self.retained(edges))
 
     def retained(self, times: Times) -> NDArray[np.float64]:
@@ -167,7 +168,7 @@ class Profile:
 
     def _check_known(self, what: str) -> None:
         if self.unknown > 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"profile: {what} is not known: {self.unknown:.3g} of the average is what was "
                 f"loaded at t={self.start} without its history; ask for times from there on"
             )
@@ -209,7 +210,9 @@ class Profile:
                     found.append(_Stretch(begin, run, left, rule, segment.end))
                     continue
                 if run.kept is None or index >= len(run.kept):
-                    raise ValueError(f"profile: got no retentions of {segment.description!s:.300}")
+                    raise ArgumentError(
+                        f"profile: got no retentions of {segment.description!s:.300}"
+                    )
                 kept = run.kept[index]
                 found.append(_Stretch(begin, run, left, kept))
                 left *= kept

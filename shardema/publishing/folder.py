@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shardema.errors import CheckpointError
+from shardema.errors import ArgumentError, CheckpointError
 from shardema.files import export as exporter
 from shardema.files.folder import absolute
 from shardema.files.locks import lock
@@ -66,15 +66,16 @@ class FolderSink:
         max_shard_size: int | str = "5GB",
         mode: exporter.Mode = "auto",
     ) -> None:
-        self.folder = absolute(folder, "publish")
+        self.folder: str = absolute(folder, "publish")
         if is_remote(self.folder):
-            raise ValueError(
+            raise ArgumentError(
                 f"FolderSink: got {self.folder}, expected a folder of a file system: an object "
                 "store has no links that are renamed; use ema.export() with a name per version"
             )
         if keep is not None and keep < 1:
-            raise ValueError(f"FolderSink: got keep={keep}, expected 1 or more, or None")
-        self.max_shard_size, self.mode = max_shard_size, mode
+            raise ArgumentError(f"FolderSink: got keep={keep}, expected 1 or more, or None")
+        self.max_shard_size: int | str = max_shard_size
+        self.mode: exporter.Mode = mode
         self._keep = keep
         self._place = Place(self.folder)
 

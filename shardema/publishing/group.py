@@ -24,7 +24,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 
-from shardema.errors import RankError
+from shardema.errors import ArgumentError, CallError, RankError
 from shardema.files.safetensors import (
     BROKEN,
     DTYPES,
@@ -64,13 +64,14 @@ class Connection:
         named = PrefixStore("shardema/publishing", store)
         group = ProcessGroupGloo(named, index, size, timedelta(seconds=timeout))
         self._group: ProcessGroupGloo | None = group
-        self.index, self.size = index, size
+        self.index: int = index
+        self.size: int = size
         _open.add(self)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:
         """Sends a tensor from process ``root`` to the others."""
         if self._group is None:
-            raise RuntimeError("the connection was closed")
+            raise CallError("the connection was closed")
         _broadcast(self._group, tensor, root)
 
     def close(self) -> None:
@@ -107,7 +108,7 @@ class GroupSink:
         else:
             index, size = group.rank(), group.size()
         if size < 2:
-            raise ValueError("GroupSink: got a group of one process, expected one with readers")
+            raise ArgumentError("GroupSink: got a group of one process, expected one with readers")
         self._channel = _Channel(group, index)
         self._versions: set[str] = set()
         self._begun = False  # readers have the header of a version, and wait for the rest
@@ -120,7 +121,7 @@ class GroupSink:
             refuse_existing(publication.version, "this group")
         for header in publication.headers:
             if header.dtype not in NAMES:
-                raise ValueError(
+                raise ArgumentError(
                     f"publish: {header.name}: got {header.dtype}, which a GroupSink does not send; "
                     "give dtype="
                 )
@@ -196,7 +197,7 @@ class _Channel:
 
     def __init__(self, group: Connection | dist.ProcessGroup, root: int) -> None:
         if isinstance(group, dist.ProcessGroup) and device_for(group, "cpu").type != "cpu":
-            raise ValueError(
+            raise ArgumentError(
                 f"publishing: got a group of backend {dist.get_backend(group)}, expected one that "
                 "sends tensors of the CPU, such as gloo"
             )

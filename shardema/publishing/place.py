@@ -23,7 +23,7 @@ import time
 import torch
 from torch import Tensor
 
-from shardema.errors import CheckpointError
+from shardema.errors import CheckpointError, linked
 from shardema.files.locks import lock
 from shardema.files.safetensors import (
     close_quietly,
@@ -149,8 +149,10 @@ class Reader(abc.ABC):
         while (found := self.latest(after)) is None:
             if time.monotonic() >= end:
                 than = "" if after is None else f" other than {after!r}"
-                raise TimeoutError(
-                    f"{self.folder}: no version{than} was published within {timeout:g} s"
+                raise linked(
+                    TimeoutError(
+                        f"{self.folder}: no version{than} was published within {timeout:g} s"
+                    )
                 )
             time.sleep(_LOOK)
         return found

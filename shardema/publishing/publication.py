@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from shardema.errors import ArgumentError, ArgumentTypeError
 from shardema.shards.boxes import Dims
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -89,10 +90,12 @@ def version_name(version: Any, num_updates: int) -> str:
     if version is None:
         version = num_updates
     if isinstance(version, bool) or not isinstance(version, int | str):
-        raise TypeError(f"publish: got version={version!r}, expected a whole number or a name")
+        raise ArgumentTypeError(
+            f"publish: got version={version!r}, expected a whole number or a name"
+        )
     text = str(version)
     if not _VERSION.fullmatch(text) or text == CURRENT:
-        raise ValueError(
+        raise ArgumentError(
             f"publish: got version={version!r}, expected a number of 0 or more, or a name of up to "
             f"100 letters, digits, '.', '_' and '-' other than {CURRENT!r}"
         )
@@ -101,7 +104,7 @@ def version_name(version: Any, num_updates: int) -> str:
 
 def refuse_existing(version: str, where: str) -> None:
     """Raises ValueError: readers may have this version already."""
-    raise ValueError(
+    raise ArgumentError(
         f"publish: version {version!r} exists in {where}, expected a new one; give another "
         "version=, in a run that was resumed one with a word for the attempt"
     )

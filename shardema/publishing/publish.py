@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shardema import saving
 from shardema.calls import Calls
-from shardema.errors import RankError
+from shardema.errors import ArgumentTypeError, CallError, RankError
 from shardema.gathering import Full, begin_full
 from shardema.publishing.folder import FolderSink
 from shardema.publishing.loader import Load, Loader
@@ -158,7 +158,7 @@ def as_sink(sink: Any) -> Sink:
     if isinstance(sink, Sink) and not isinstance(sink, type):
         return sink
     if not callable(sink) or isinstance(sink, nn.Module | type):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"{_OP}: got the sink {sink!r:.200}, expected a callable that takes an iterator of "
             "(name, tensor), such as model.load_weights of an engine, or one of "
             "shardema.publishing: FolderSink(path), GroupSink(group), SharedMemorySink(name), or "
@@ -177,7 +177,7 @@ def _write(
         with torch.no_grad(), _sink_errors():
             sink.write(publication, counted)
         if receives and counted.count < len(publication.headers):
-            raise RuntimeError(
+            raise CallError(
                 f"{_OP}: the sink took {counted.count} of {len(publication.headers)} tensors, "
                 "expected all; it must loop over what it is given before it returns"
             )
@@ -201,7 +201,7 @@ def _sink_errors() -> Iterator[None]:
     except (RankError, ValueError):
         raise
     except Exception as error:
-        raise RuntimeError(
+        raise CallError(
             f"{_OP}: the sink raised {type(error).__name__}: {error}; readers have the version "
             "before, but a callable's engine has what it has taken: see publishing.Loader(staged=)"
         ) from error

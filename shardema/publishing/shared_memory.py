@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from shardema.errors import ArgumentError
 from shardema.files.safetensors import (
     Entry,
     NewFile,
@@ -116,10 +117,10 @@ class SharedMemoryReader(Reader):
 
 def _folder(name: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(
+        raise ArgumentError(
             f"publishing: got the name {name!r} of shared memory, expected letters, digits, '.', "
             "'_' and '-'"
         )
     if not os.path.isdir(_MEMORY):
-        raise ValueError(f"publishing: this host has no {_MEMORY}; use a FolderSink")
+        raise ArgumentError(f"publishing: this host has no {_MEMORY}; use a FolderSink")
     return os.path.join(_MEMORY, f"shardema-{name}")

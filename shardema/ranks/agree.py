@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from shardema.errors import RankError
+from shardema.errors import ArgumentError, CallError, RankError
 from shardema.ranks.deadline import Task
 from shardema.ranks.messages import (
     LONG,
@@ -88,16 +88,16 @@ class Ranks:
     ) -> None:
         active = dist.is_available() and dist.is_initialized()
         world = tuple(range(dist.get_world_size())) if active else (0,)
-        self.rank = dist.get_rank() if active else 0
+        self.rank: int = dist.get_rank() if active else 0
         if group is not None:
             ranks = dist.get_process_group_ranks(group)
-        self.ranks = tuple(sorted(ranks)) if ranks is not None else world
+        self.ranks: tuple[int, ...] = tuple(sorted(ranks)) if ranks is not None else world
         if self.rank not in self.ranks:
-            raise ValueError(
+            raise ArgumentError(
                 f"rank {self.rank}: the model is shared by ranks {list(self.ranks)}, which this "
                 "rank is not one of; build the EMA on those ranks, or pass group="
             )
-        self.index = self.ranks.index(self.rank)
+        self.index: int = self.ranks.index(self.rank)
         self.timeout = timeout
         self.device = device
         self._world = world
@@ -323,7 +323,7 @@ class Ranks:
                 lists the other ranks' errors too; a rank's own is its cause.
         """
         if not self._active and dist.is_available() and dist.is_initialized():
-            raise RuntimeError(
+            raise CallError(
                 f"{op}: the process group was initialised after the EMA was built, which therefore "
                 "uses one rank only; build it after init_process_group and after wrapping"
             )
@@ -363,7 +363,7 @@ class Ranks:
         if self.size == 1 or self._world_group is None:
             return
         if not dist.is_initialized() or self._world_group() is not dist.group.WORLD:
-            raise RuntimeError(
+            raise CallError(
                 f"rank {self.rank}: {op}: the process group that the EMA was built in has been "
                 "destroyed; after another init_process_group wrap the model and build the EMA "
                 "again, and load its checkpoint"

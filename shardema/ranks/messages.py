@@ -9,12 +9,15 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from shardema.errors import CheckpointError, RankError
+from shardema.errors import ArgumentError, ArgumentTypeError, CallError, CheckpointError, RankError
 
 _RAISED: dict[str, type[Exception]] = {
     "ValueError": ValueError,
     "TypeError": TypeError,
     "RuntimeError": RuntimeError,
+    "ArgumentError": ArgumentError,
+    "ArgumentTypeError": ArgumentTypeError,
+    "CallError": CallError,
     "CheckpointError": CheckpointError,
     "RankError": RankError,
 }
@@ -66,7 +69,7 @@ def unequal(op: str, came: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, An
                 "some ranks more often): load a checkpoint or call reset() on all ranks",
             )
         text = f"{op}: the ranks got different arguments: {name} is {listed}; give the same "
-        return {**rank_error(leader, f"{text}{name} on every rank"), "type": "ValueError"}
+        return {**rank_error(leader, f"{text}{name} on every rank"), "type": "ArgumentError"}
     return None
 
 

@@ -26,7 +26,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from shardema.errors import abbreviate
+from shardema.errors import ArgumentError, abbreviate
 from shardema.ranks.agree import Ranks
 from shardema.shards.boxes import Box, Dims, check_covered, without_overlaps
 from shardema.shards.shard import Role, Shard
@@ -242,7 +242,9 @@ def _agreed(
         index = digests.index(digest)
         for fqn, facts in theirs:
             if agreed.setdefault(fqn, facts) != facts:
-                raise ValueError(_disagreement(fqn, agreed[fqn], first[fqn], facts, index, ranks))
+                raise ArgumentError(
+                    _disagreement(fqn, agreed[fqn], first[fqn], facts, index, ranks)
+                )
             first.setdefault(fqn, index)
     return agreed
 
@@ -343,7 +345,7 @@ def refuse_opaque(op: str, plan: Plan, chosen: Sequence[int], remedy: str) -> No
     """Raises ValueError if a chosen item has no values to gather."""
     odd = [plan.items[index] for index in chosen if plan.items[index].opaque]
     if odd:
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: {abbreviate([item.fqn for item in odd])}: {odd[0].opaque} is a tensor "
             "subclass that stores its values in its own format, which cannot be split; "
             f"{remedy}"

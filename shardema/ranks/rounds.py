@@ -75,12 +75,12 @@ class Rounds:
 
     def __init__(self, store: Any, ranks: Sequence[int], index: int) -> None:
         self._store = weakref.ref(store)  # destroying the group must free its store
-        self.ranks = tuple(ranks)
+        self.ranks: tuple[int, ...] = tuple(ranks)
         self.index = index
-        self.broken = ""
-        self.culprit = -1
-        self.missed = ""
-        self.alive = time.monotonic()
+        self.broken: str = ""
+        self.culprit: int = -1
+        self.missed: str = ""
+        self.alive: float = time.monotonic()
         self.joined: set[str] = set()
         self._group: weakref.ref[dist.ProcessGroup] | None = None  # it keeps the store
         self._name = f"shardema/{self.ranks[0]}-{self.ranks[-1]}-{hash(self.ranks)}"

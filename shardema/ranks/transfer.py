@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from shardema.ranks.agree import Ranks
 from shardema.ranks.messages import is_shared
 from shardema.ranks.plan import Contents, Item, refuse_opaque
 from shardema.shards.boxes import Box, split_box, whole
@@ -141,7 +142,7 @@ class Iteration:
     """
 
     def __init__(self, arriving: Generator[tuple[TransferChunk, Tensor]]) -> None:
-        self.ended_by = ""
+        self.ended_by: str = ""
         self._arriving = arriving
         _iterations.add(self)
 
@@ -166,13 +167,13 @@ class _Transfer:
 
     def __init__(self, contents: Contents, all_ranks: bool) -> None:
         self._contents = contents
-        self.ranks = contents.ranks
+        self.ranks: Ranks = contents.ranks
         self._all_ranks = all_ranks
         self._beat_at = time.monotonic() + self.ranks.timeout / 4
         self._buffers: dict[torch.device, Tensor] = {}
         # receives what was transferred on a device
         self._host = torch.tensor([], dtype=torch.uint8, device="cpu")
-        self.receives = all_ranks or self.ranks.leader
+        self.receives: bool = all_ranks or self.ranks.leader
 
     def reserve(self, groups: Sequence[list[TransferChunk]]) -> None:
         """Allocates a buffer for each device, of the size of its largest bucket."""

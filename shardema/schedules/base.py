@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from shardema.errors import ArgumentError
+
 _REGISTRY: dict[str, type[Any]] = {}
 _RULES: dict[str, type[Any]] = {}  # they choose a schedule per tensor and are none themselves
 _S = TypeVar("_S", bound=type[Any])
@@ -98,7 +100,7 @@ def _restored(value: Any) -> Any:
 def check_decay(decay: float, what: str) -> None:
     """Raises ValueError unless ``decay`` is a number in [0, 1]."""
     if not isinstance(decay, int | float) or isinstance(decay, bool) or not 0 <= decay <= 1:
-        raise ValueError(
+        raise ArgumentError(
             f"{what}: got decay={decay!r}, expected a number in [0, 1], such as 0.9999"
         )
 
@@ -107,20 +109,20 @@ def check_positive(value: float, what: str) -> None:
     """Raises ValueError unless ``value`` is a finite number above zero."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
     if not good or not 0 < value < float("inf"):
-        raise ValueError(f"{what}: got {value!r}, expected a finite number above 0")
+        raise ArgumentError(f"{what}: got {value!r}, expected a finite number above 0")
 
 
 def check_progress(value: float, what: str) -> None:
     """Raises ValueError unless ``value`` is a finite number of 0 or more."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
     if not good or not 0 <= value < float("inf"):
-        raise ValueError(f"{what}: got {value!r}, expected a finite number of 0 or more")
+        raise ArgumentError(f"{what}: got {value!r}, expected a finite number of 0 or more")
 
 
 def check_count(value: int, what: str) -> None:
     """Raises ValueError unless ``value`` is a whole number of 1 or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{what}: got {value!r}, expected a whole number of 1 or more")
+        raise ArgumentError(f"{what}: got {value!r}, expected a whole number of 1 or more")
 
 
 def whole_steps(t0: float, t1: float, name: str) -> tuple[int, int]:
@@ -130,7 +132,7 @@ def whole_steps(t0: float, t1: float, name: str) -> tuple[int, int]:
         ValueError: one of them is not a whole number; ``name`` is the schedule in the message.
     """
     if t0 != int(t0) or t1 != int(t1):
-        raise ValueError(
+        raise ArgumentError(
             f"{name}: got progress {t0} to {t1}, expected whole steps, since it is defined per "
             "step; call update(dt=...) with whole numbers or use schedules.half_life"
         )

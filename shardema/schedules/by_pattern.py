@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardema.errors import ArgumentError, ArgumentTypeError
 from shardema.schedules.base import Schedule, register_rule
 from shardema.schedules.custom import as_schedule
 from shardema.shards.patterns import Pattern, fits
@@ -43,12 +44,14 @@ class by_pattern:
         pairs: Iterable[Any] = rules.items() if isinstance(rules, Mapping) else rules
         made = tuple((_pattern(pattern), as_schedule(rule)) for pattern, rule in pairs)
         if not made:
-            raise ValueError("schedules.by_pattern: got no rules, expected {pattern: schedule}")
+            raise ArgumentError("schedules.by_pattern: got no rules, expected {pattern: schedule}")
         object.__setattr__(self, "rules", made)
         object.__setattr__(self, "default", as_schedule(default))
         units = sorted({schedule.unit for schedule in self.schedules})
         if len(units) > 1:
-            raise ValueError(f"schedules.by_pattern: got schedules in {units}, expected one unit")
+            raise ArgumentError(
+                f"schedules.by_pattern: got schedules in {units}, expected one unit"
+            )
 
     @property
     def unit(self) -> str:
@@ -96,12 +99,12 @@ def _pattern(value: Any) -> Pattern:
     if isinstance(value, str) and value.startswith(_REGEX):
         return re.compile(value.removeprefix(_REGEX))
     if isinstance(value, re.Pattern) and value.flags != re.compile("").flags:
-        raise ValueError(
+        raise ArgumentError(
             f"schedules.by_pattern: got {value!r}; write its flags into the pattern, such as (?i), "
             "so that a checkpoint stores them"
         )
     if not isinstance(value, str | re.Pattern):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"schedules.by_pattern: got the pattern {value!r}, expected a glob or a compiled "
             "regular expression"
         )

@@ -7,6 +7,7 @@ import re
 from dataclasses import InitVar, dataclass, field
 from typing import Literal
 
+from shardema.errors import ArgumentError
 from shardema.schedules.base import check_decay, check_positive, register, whole_steps
 
 
@@ -58,7 +59,7 @@ def parse_length(
     """
     match = _TEXT.fullmatch(text)
     if match is None:
-        raise ValueError(
+        raise ArgumentError(
             f"{what}: got {text!r}, expected a number and a unit: 1000ba (batches), 512sp "
             "(samples), 1e6tok (tokens), 1ep (epochs) or 0.1dur (a share of the run)"
         )
@@ -66,13 +67,13 @@ def parse_length(
     if suffix in _CLOCKS:
         clock = _CLOCKS[suffix]
         if unit not in ("step", clock):
-            raise ValueError(f"{what}: got {text!r} and unit={unit!r}, expected unit={clock!r}")
+            raise ArgumentError(f"{what}: got {text!r} and unit={unit!r}, expected unit={clock!r}")
         return value, clock
     if suffix == "ep" and unit == "epoch":
         return value, unit
     name, length = ("epoch", epoch) if suffix == "ep" else ("run", run)
     if length is None:
-        raise ValueError(f"{what}: got {text!r}, so give the length too: {name}=<{unit}s>")
+        raise ArgumentError(f"{what}: got {text!r}, so give the length too: {name}=<{unit}s>")
     check_positive(length, f"{what}, {name}")
     return value * length, unit
 
@@ -143,7 +144,7 @@ class half_life_ramp:
         for name in ("begin", "end", "over"):
             check_positive(getattr(self, name), f"schedules.half_life_ramp, {name}")
         if self.shape not in ("linear", "cosine"):
-            raise ValueError(
+            raise ArgumentError(
                 f"schedules.half_life_ramp: got shape={self.shape!r}, expected 'linear' or 'cosine'"
             )
 
@@ -236,13 +237,13 @@ class block_mean:
     def __post_init__(self) -> None:
         check_positive(self.length, "schedules.block_mean, length")
         if self.length < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"schedules.block_mean: got length={self.length!r}, expected 1 {self.unit} or more"
             )
         if self.last is not None:
             check_positive(self.last, "schedules.block_mean, last")
             if self.last > self.length:
-                raise ValueError(
+                raise ArgumentError(
                     f"schedules.block_mean: got last={self.last!r}, expected at most the length, "
                     f"{self.length!r}"
                 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shardema.errors import ArgumentError
 from shardema.schedules.base import (
     check_count,
     check_decay,
@@ -208,7 +209,7 @@ class clip(Nested, Stepwise):
         check_decay(self.min_decay, "schedules.clip, min_decay")
         check_decay(self.max_decay, "schedules.clip, max_decay")
         if self.min_decay > self.max_decay:
-            raise ValueError(
+            raise ArgumentError(
                 f"schedules.clip: got min_decay={self.min_decay} above max_decay={self.max_decay}"
             )
 
@@ -242,13 +243,13 @@ class join:
             check_progress(bound, "schedules.join, at")
         rising = all(a < b for a, b in itertools.pairwise((0.0, *at)))
         if len(at) != len(schedules) - 1 or not at or not rising:
-            raise ValueError(
+            raise ArgumentError(
                 f"schedules.join: got {len(schedules)} schedules and at={list(at)}, expected "
                 "increasing progress above 0, one fewer than schedules"
             )
         units = sorted({schedule.unit for schedule in schedules})
         if len(units) > 1:
-            raise ValueError(f"schedules.join: got schedules in {units}, expected one unit")
+            raise ArgumentError(f"schedules.join: got schedules in {units}, expected one unit")
         object.__setattr__(self, "schedules", schedules)
         object.__setattr__(self, "at", at)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from shardema.errors import ArgumentTypeError
 from shardema.schedules.base import Schedule, check_decay, register, registered
 from shardema.schedules.closed import constant
 
@@ -52,14 +53,16 @@ def as_schedule(value: Any) -> Schedule:
         TypeError: anything else.
     """
     if isinstance(value, bool):
-        raise TypeError(f"schedule: got {value!r}, expected a decay, a schedule or a callable")
+        raise ArgumentTypeError(
+            f"schedule: got {value!r}, expected a decay, a schedule or a callable"
+        )
     if isinstance(value, int | float):
         return constant(float(value))
     if isinstance(value, Schedule) and not isinstance(value, type):
         return value
     if callable(value) and not isinstance(value, type):
         return custom(value)
-    raise TypeError(
+    raise ArgumentTypeError(
         f"schedule: got {value!r}, expected a decay in [0, 1], a schedule such as "
         "schedules.half_life(1000), or a callable (t, dt) -> decay"
     )

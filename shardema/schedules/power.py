@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from shardema.errors import ArgumentError
 from shardema.schedules.base import check_positive, register
 
 _MAX_STD = 12**-0.5  # the std of the uniform profile, gamma = 0
@@ -68,13 +69,13 @@ class power:
 
     def __post_init__(self) -> None:
         if self.std is not None and not _is_nan(self.gamma):
-            raise ValueError(
+            raise ArgumentError(
                 f"schedules.power: got std={self.std!r} and gamma={self.gamma!r}, expected one of "
                 "the two"
             )
         if self.std is None and not _is_nan(self.gamma):
             if not isinstance(self.gamma, int | float) or not -1 < self.gamma < math.inf:
-                raise ValueError(
+                raise ArgumentError(
                     f"schedules.power: got gamma={self.gamma!r}, expected a finite number above "
                     "-1, such as -0.5 or 6.94"
                 )
@@ -82,7 +83,7 @@ class power:
             object.__setattr__(self, "_given", "gamma")
             return
         if not isinstance(self.std, int | float) or not 0 < self.std < _MAX_STD:
-            raise ValueError(
+            raise ArgumentError(
                 f"schedules.power: got std={self.std!r}, expected a number in (0, {_MAX_STD:.4f}), "
                 "such as 0.05 or 0.10"
             )

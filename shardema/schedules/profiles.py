@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardema.errors import ArgumentError
 from shardema.schedules.base import Schedule, check_count, check_positive
 from shardema.schedules.custom import as_schedule, needs_code
 
@@ -188,7 +189,7 @@ def _retention(rule: Schedule, steps: int, dt: float) -> _Kept:
     def kept(a: int, b: int) -> float:
         share = 1.0 if a == b else rule.retention(a * dt, b * dt)
         if not 0 <= share <= 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"schedule {rule}: got retention {share} from {a * dt} to {b * dt} {rule.unit}s, "
                 "expected a number in [0, 1]"
             )

@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from shardema.errors import ArgumentError
 from shardema.schedules.base import (
     check_count,
     check_decay,
@@ -202,7 +203,7 @@ class bema(Stepwise):
         check_positive(self.multiplier, "schedules.bema, multiplier")
         check_decay(self.min_weight, "schedules.bema, min_weight")
         if self.lag + self.multiplier < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"schedules.bema: got lag={self.lag!r} and multiplier={self.multiplier!r}, "
                 "expected a sum of 1 or more, so that no weight is above 1"
             )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from shardema.errors import ArgumentError
+
 Dims = tuple[int, ...]
 
 
@@ -179,7 +181,7 @@ def check_covered(fqn: str, shape: Dims, boxes: Sequence[Box]) -> None:
     numel = math.prod(shape)
     held = sum(box.numel for box in boxes)
     if held != numel:
-        raise ValueError(
+        raise ArgumentError(
             f"{fqn}: the ranks together hold {held} elements, expected {numel} for shape "
             f"{tuple(shape)}; pass group= with the ranks that share the model, all of them"
         )
@@ -193,11 +195,11 @@ def check_covered(fqn: str, shape: Dims, boxes: Sequence[Box]) -> None:
         if place and all(a <= at < b for at, (a, b) in zip(place, span, strict=True))
     ]
     if len(clash) > 1:
-        raise ValueError(
+        raise ArgumentError(
             f"{fqn}: {clash[0]} and {clash[1]} are held by different ranks and overlap; pass "
             "group= with the ranks that share the model"
         )
-    raise ValueError(
+    raise ArgumentError(
         f"{fqn}: the ranks hold boxes that leave out a part of shape {tuple(shape)}, or reach "
         "beyond it; pass group= with the ranks that share the model, all of them"
     )

@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardema.backends.passes import in_backward
+from shardema.errors import ArgumentError
 from shardema.update.stepping import Steps, torch_optimizer
 from shardema.update.watch import Holds, OtherOptimizers
 
@@ -77,16 +78,17 @@ class Rounds:
         leader: bool,
     ) -> None:
         if not optimizers:
-            raise ValueError("attach: got no optimizer, expected one or more")
+            raise ArgumentError("attach: got no optimizer, expected one or more")
         given = [torch_optimizer(optimizer) for optimizer in optimizers]
         if len({id(optimizer) for optimizer in given}) != len(given):
-            raise ValueError("attach: got the same optimizer twice")
+            raise ArgumentError("attach: got the same optimizer twice")
         held = holds(given)
         followed = [optimizer for optimizer, one in zip(given, held, strict=True) if one]
-        self.what = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in followed))
+        names = dict.fromkeys(type(optimizer).__name__ for optimizer in followed)
+        self.what: str = ", ".join(names)
         if not followed:
             kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in given))
-            raise ValueError(
+            raise ArgumentError(
                 f"attach: {kinds} holds none of the averaged parameters; pass the optimizer that "
                 "steps them, created after the model was wrapped, or, if it steps copies of them, "
                 "call ema.update() after each step"
@@ -100,7 +102,7 @@ class Rounds:
         self._thread = threading.get_ident()  # of the steps; calls of `close` in others do nothing
         self._steps = [Steps(optimizer, self._before, self._after) for optimizer in followed]
         self._forwards: list[Any] = []
-        self.others = OtherOptimizers(holds, followed, self._steps, wait)
+        self.others: OtherOptimizers = OtherOptimizers(holds, followed, self._steps, wait)
         if len(followed) > 1:
             self._watch_forwards()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from shardema.errors import ArgumentError
 from shardema.kernels.rounding import Compensated, Rounding, Stochastic, tensor_key
 from shardema.policy import ShadowPolicy
 from shardema.profiles import History, Ledger
@@ -102,7 +103,7 @@ class Average:
         for schedule in self.schedules:
             retention = schedule.retention(self.moved_at, self.t + dt)
             if not 0 <= retention <= 1:
-                raise ValueError(
+                raise ArgumentError(
                     f"schedule of average {self.name!r} ({schedule}): got retention {retention} "
                     f"at t={self.moved_at}, expected a number in [0, 1]"
                 )
@@ -179,7 +180,7 @@ class Average:
             return t, self.num_updates if count is None else count
         erasing = self._erasing()
         if erasing is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: average {self.name!r} is at t={self.t}, from where its schedule {erasing} "
                 "discards all of what is loaded at the next update; give the progress "
                 f"of what is loaded: load_full(source, t=<{erasing.unit}s>), or a schedule that "

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shardema.errors import abbreviate
+from shardema.errors import ArgumentError, abbreviate
 from shardema.model.weights import Weights
 from shardema.policy import ShadowPolicy
 from shardema.ranks.agree import Ranks
@@ -45,9 +45,10 @@ class Averages(Mapping[str, Average]):
         policies: Mapping[str, ShadowPolicy],
         homes: Mapping[str, Home],
     ) -> None:
-        self.weights, self.ranks = weights, ranks
-        self.homes = tuple(homes.values())
-        self.lending = Lending()
+        self.weights: Weights = weights
+        self.ranks: Ranks = ranks
+        self.homes: tuple[Home, ...] = tuple(homes.values())
+        self.lending: Lending = Lending()
         self._handed_out = False
         self._by_name: dict[str, Average] = {}
         for name, rule in schedules.items():
@@ -76,15 +77,15 @@ class Averages(Mapping[str, Average]):
     def named(self, name: str | Mixture | None) -> Average:
         """The average of this name; None stands for the only one. Raises ValueError."""
         if isinstance(name, Mixture):
-            raise ValueError(
+            raise ArgumentError(
                 f"name: got the mixture {name}, which stores nothing that could be written; give "
                 f"one of {list(self.names)}"
             )
         if name is None and len(self) > 1:
-            raise ValueError(f"name: there are several averages, give one of {list(self.names)}")
+            raise ArgumentError(f"name: there are several averages, give one of {list(self.names)}")
         key = self.names[0] if name is None else name
         if key not in self:
-            raise ValueError(f"name: got {name!r}, expected one of {list(self.names)}")
+            raise ArgumentError(f"name: got {name!r}, expected one of {list(self.names)}")
         return self[key]
 
     def tensor_names(self, fqn: str) -> tuple[str, ...]:
@@ -92,7 +93,9 @@ class Averages(Mapping[str, Average]):
         for shard in self.weights.averaged_shards:
             if fqn in shard.names:
                 return shard.names
-        raise ValueError(f"fqn: got {fqn!r}, expected the name of an averaged tensor on this rank")
+        raise ArgumentError(
+            f"fqn: got {fqn!r}, expected the name of an averaged tensor on this rank"
+        )
 
     def readable(self, name: str | Mixture | Average | None) -> Readable:
         """The average or mixture of this name, or an average itself. Raises ValueError."""
@@ -105,7 +108,7 @@ class Averages(Mapping[str, Average]):
         averages = [average for _, average in parts if average is not None] or [*self.values()][:1]
         sliced = [average.name for average in averages if average.policy.shard_replicas]
         if sliced and len(sliced) < len(averages):
-            raise ValueError(
+            raise ArgumentError(
                 f"mix: {abbreviate(sliced)}: kept with shard_replicas=True, the other averages of "
                 f"the mixture are not ({', '.join(a.name for a in averages)}); give all of them "
                 "the same shard_replicas"
@@ -154,7 +157,7 @@ class Averages(Mapping[str, Average]):
         """Raises ValueError if an optimizer steps an average that is kept in a teacher."""
         stepped = [fqn for home in self.homes for fqn in home.teacher.stepped_by(optimizers)]
         if stepped:
-            raise ValueError(
+            raise ArgumentError(
                 f"rank {self.ranks.rank}: attach: {abbreviate(stepped)}: of the teacher, and in an "
                 "optimizer, expected only parameters of the student; give the optimizer those "
                 "that train: [p for p in model.parameters() if p.requires_grad]"

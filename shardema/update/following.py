@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from shardema.errors import CallError
 from shardema.model.weights import Weights
 from shardema.ranks.agree import Ranks
 from shardema.update.attach import Attached, Engine, Rounds, Source
@@ -42,7 +43,7 @@ class Following:
             RuntimeError: something is attached already.
         """
         if self.source is not None:
-            raise RuntimeError(
+            raise CallError(
                 f"rank {ranks.rank}: attach: {self.source.what} is attached already, and "
                 "each step would count twice; detach that first: handle = ema.attach(...), "
                 "handle.remove()"
@@ -64,7 +65,7 @@ class Following:
     def refuse_by_hand(self, rank: int) -> None:
         """Raises RuntimeError for a manual update while something is attached."""
         if self.source is not None:
-            raise RuntimeError(
+            raise CallError(
                 f"rank {rank}: update: {self.source.what} is attached and updates "
                 "this EMA after each of its steps, so this one would count twice; omit update(), "
                 "or detach that first: handle = ema.attach(...), handle.remove()"

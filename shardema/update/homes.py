@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from shardema.errors import ArgumentError, CallError
 from shardema.model.teacher import Match, Teacher, overlaps
 from shardema.model.weights import Weights
 from shardema.policy import ShadowPolicy
@@ -42,7 +43,8 @@ class Home:
     """
 
     def __init__(self, teacher: Teacher, policy: ShadowPolicy) -> None:
-        self.teacher, self._policy = teacher, policy
+        self.teacher: Teacher = teacher
+        self._policy = policy
         self._apart = [match for match in teacher.averaged if not _holds(match, policy)]
         if self._apart and policy.dtype == "auto":
             _refuse(self._apart[0], policy)
@@ -58,7 +60,7 @@ class Home:
     def _collect(self) -> None:
         views = {m.shard.fqn: m.target for m in self.teacher.averaged if _holds(m, self._policy)}
         kept = self._kept
-        self.shadows = Shadows(kept.flats, {**views, **kept.views}, kept.next_fqn)
+        self.shadows: Shadows = Shadows(kept.flats, {**views, **kept.views}, kept.next_fqn)
 
     @property
     def apart(self) -> Mapping[str, Tensor]:
@@ -82,7 +84,7 @@ class Home:
         self._apart = [match for match in self.teacher.averaged if match.shard.fqn in self.apart]
         for match in self.teacher.averaged:
             if match.shard.fqn not in self.apart and not _holds(match, self._policy):
-                raise RuntimeError(
+                raise CallError(
                     f"rank {rank}: into: {match.name}: got {match.target.dtype} on "
                     f"{match.target.device}, expected that of the average as when the EMA was "
                     "built; build the EMA after the teacher has its final form"
@@ -107,7 +109,7 @@ def _holds(match: Match, policy: ShadowPolicy) -> bool:
 
 def _refuse(match: Match, policy: ShadowPolicy) -> None:
     source, target = match.shard.source, match.target
-    raise ValueError(
+    raise ArgumentError(
         f"into: {match.name}: got {target.dtype} on {target.device} in the teacher, expected "
         f"{policy.dtype_for(source.dtype)} on {source.device}, the dtype of the average, whose "
         "small updates 16 bits round to zero; build the teacher in that dtype (to compute in 16 "
@@ -136,7 +138,7 @@ def find_homes(
         home = Home(Teacher(models, weights, rename, chosen=chosen), policies[name])
         for other, theirs in homes.items():
             for tensor, _ in overlaps(_targets(home), _targets(theirs)):
-                raise ValueError(
+                raise ArgumentError(
                     f"into: {tensor}: averages {other!r} and {name!r} would both be kept in it; "
                     "give each a teacher of its own"
                 )
@@ -177,7 +179,7 @@ def _check_policy(name: str, policy: ShadowPolicy) -> None:
     if policy.compensated:
         refused["compensated"] = True
     for field, value in refused.items():
-        raise ValueError(
+        raise ArgumentError(
             f"into: average {name!r} has ShadowPolicy({field}={value!r}), which keeps it elsewhere "
             "than the teacher's forward reads; leave that out, or use swap() in place of into="
         )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from shardema.devices import with_float64
+from shardema.errors import ArgumentError, ArgumentTypeError, CallError
 from shardema.policy import ShadowPolicy
 from shardema.ranks.plan import Holdings, Plan
 from shardema.shards.boxes import Box, split_box
@@ -63,23 +64,23 @@ def check_coefficients(
     """The coefficients as floats. Raises ValueError, TypeError."""
     known = [*names, RAW]
     if RAW in names:
-        raise ValueError(
+        raise ArgumentError(
             f"mix: an average is called {RAW!r}, which here stands for the weights; give it "
             "another name"
         )
     if not isinstance(coefficients, Mapping) or not coefficients:
-        raise TypeError(f"mix: got {coefficients!r}, expected {{name: coefficient}}")
+        raise ArgumentTypeError(f"mix: got {coefficients!r}, expected {{name: coefficient}}")
     found: dict[str, float] = {}
     for name, value in coefficients.items():
         if name not in known:
-            raise ValueError(f"mix: got {name!r}, expected one of {known}")
+            raise ArgumentError(f"mix: got {name!r}, expected one of {known}")
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value):
-            raise ValueError(f"mix: got {name}={value!r}, expected a finite number")
+            raise ArgumentError(f"mix: got {name}={value!r}, expected a finite number")
         found[name] = float(value)
     total, size = math.fsum(found.values()), math.fsum(map(abs, found.values()))
     if check_sum and abs(total - 1) > _TOLERANCE * max(1.0, size):
-        raise ValueError(
+        raise ArgumentError(
             f"mix: the coefficients {found} sum to {total!r}, expected 1, which keeps the size of "
             "the weights; pass check_sum=False if another sum is meant"
         )
@@ -160,7 +161,7 @@ class _MixedHoldings:
             return self._own(index, box)
         shard = self._shards[item.fqn]
         if None in self._mixed.components and _version(shard.source) != self._versions[item.fqn]:
-            raise RuntimeError(
+            raise CallError(
                 f"{item.fqn}: the weights were modified while a mixture of them was read; train "
                 "on after its last tensor"
             )

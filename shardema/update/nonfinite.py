@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from shardema.devices import double
-from shardema.errors import abbreviate
+from shardema.errors import CallError, abbreviate
 from shardema.shards.shard import Shard, materialized
 from shardema.update.averages import Averages
 
@@ -56,7 +56,7 @@ class NonFinite:
         listed = ranks.agree("update (naming what is not finite)", lambda: names, report)
         text = f"rank {ranks.rank}: {listed}: not finite, so the average is not updated"
         if self.policy == "raise":
-            raise RuntimeError(f"{text}; resume from a checkpoint before the step that caused it")
+            raise CallError(f"{text}; resume from a checkpoint before the step that caused it")
         if ranks.leader:
             log.warning(text)
         return True

@@ -8,6 +8,7 @@ from typing import Any
 
 from shardema.arguments import suspicious_decay
 from shardema.errors import abbreviate
+from shardema.model.hiding import graphs_are_frozen
 from shardema.update.average import Average
 from shardema.update.averages import Averages
 from shardema.update.following import Following
@@ -58,6 +59,17 @@ class Notices:
                 op,
                 f": {other} stepped them" if other else "",
                 attached,
+            )
+
+    def hidden(self, op: str) -> None:
+        """Warns of compiled graphs that do not see that weights are written."""
+        if graphs_are_frozen():
+            self.once(
+                "hidden",
+                "%s: torch._inductor.config.freezing is on: a graph that is compiled for inference "
+                "has the weights as constants, and does not compute with others; turn it off, or "
+                "compile a model of its own from the export",
+                op,
             )
 
     def never_updated(self, op: str, averages: Sequence[Average | None]) -> None:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from shardema import kernels
+from shardema.errors import CallError
 from shardema.kernels.rounding import Rounding
 from shardema.scopes import writable
 from shardema.update.staging import (
@@ -99,7 +100,7 @@ class HostOffload:
                 )
                 for k, batch in enumerate(packed)
             ]
-        self.nbytes = sum(sizes)
+        self.nbytes: int = sum(sizes)
         self._update: _Update | None = None
         self._work = _Work(batches, detach)
         # the thread has no reference to this object: else it could not be collected
@@ -170,7 +171,7 @@ class HostOffload:
 
     def _here(self) -> None:
         if os.getpid() != self._work.pid:
-            raise RuntimeError(
+            raise CallError(
                 "offloaded averages are updated in the process that this one was forked from; "
                 "update and read them there"
             )
@@ -217,7 +218,7 @@ class DeviceOffload:
             by_device.setdefault(param.device, []).append(i)
         self._copies: list[CopyStreams] = []
         self._batches: list[DeviceBatch] = []
-        self.nbytes = 0  # on all devices
+        self.nbytes: int = 0  # on all devices
         with writable():
             for device, mine in by_device.items():
                 copies = CopyStreams(device, streams=2)
@@ -394,7 +395,7 @@ def _stop(work: _Work, thread: threading.Thread) -> None:
 
 
 def _raise_failed(error: BaseException) -> NoReturn:
-    raise RuntimeError(
+    raise CallError(
         f"an update of offloaded averages failed: {type(error).__name__}: {error}; they may be "
         "partly updated: ema.reset() them to the weights, or ema.load() a checkpoint (before "
         "dcp.load call ema.reset())"
@@ -402,4 +403,4 @@ def _raise_failed(error: BaseException) -> NoReturn:
 
 
 def _raise_closed() -> NoReturn:
-    raise RuntimeError("update of offloaded averages after close(); build a new EMA")
+    raise CallError("update of offloaded averages after close(); build a new EMA")

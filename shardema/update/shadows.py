@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from shardema.devices import has_float64
+from shardema.errors import ArgumentError
 from shardema.policy import ShadowPolicy
 from shardema.shards.shard import Shard, materialized
 from shardema.shards.strides import dense_like
@@ -94,7 +95,7 @@ def _check_float64(shard: Shard, policy: ShadowPolicy) -> None:
         return
     if dtype == torch.float64 or policy.lossless:
         what = "compensated" if policy.compensated else str(dtype)
-        raise ValueError(
+        raise ArgumentError(
             f"{shard.fqn}: got a {what} average on {device.type}, expected float32: that device "
             "has no float64, in which the average is computed; use the default ShadowPolicy(), or "
             "keep it in host memory with ShadowPolicy(device='cpu')"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shardema import kernels
+from shardema.errors import ArgumentError
 from shardema.kernels import rounding
 from shardema.kernels.rounding import Compensated, Rounding, Stochastic
 from shardema.shards.strides import dense_like
@@ -167,7 +168,7 @@ _Packed = list[list[tuple[int, ParamSlice]]]  # batches of pieces, each with its
 def buffer_bytes(staging_bytes: int) -> int:
     """Size in bytes of each of the two buffers, aligned. Raises ValueError if it is too small."""
     if staging_bytes < 4 * _ALIGN:
-        raise ValueError(f"staging_bytes: got {staging_bytes}, expected {4 * _ALIGN} or more")
+        raise ArgumentError(f"staging_bytes: got {staging_bytes}, expected {4 * _ALIGN} or more")
     return staging_bytes // (4 * _ALIGN) * (2 * _ALIGN)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from shardema.errors import ArgumentTypeError
+
 _TABLES = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _LIGHTNINGS = {"_FabricOptimizer", "LightningOptimizer"}  # wrappers that subclass the inner class
 _LAYERS = 64  # limit of nested functions around a step
@@ -24,7 +26,7 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
     """
     kind = type(optimizer).__name__
     if type(optimizer).__module__.split(".")[0] == "deepspeed":
-        raise TypeError(
+        raise ArgumentTypeError(
             f"attach: got DeepSpeed's {kind}, which its engine steps; "
             "attach the engine that the EMA was built for: ema.attach(engine)"
         )
@@ -33,12 +35,12 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
     if _LIGHTNINGS & {base.__name__ for base in type(optimizer).__mro__}:
         optimizer = optimizer.optimizer  # a copy of its attributes, which steps the inner one
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"attach: got {kind}, expected a torch.optim.Optimizer or "
             "accelerate's wrapper of one; else call ema.update() after each step"
         )
     if not _runs_hooks(optimizer):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"attach: got {type(optimizer).__name__}, whose step does not run torch's step hooks: "
             "its class skips torch.optim.Optimizer.__init__, or its step was replaced; call "
             f"ema.update() after each step{_inner(optimizer)}"

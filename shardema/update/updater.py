@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from shardema import kernels
+from shardema.errors import CallError
 from shardema.policy import ShadowPolicy
 from shardema.shards.shard import Shard
 from shardema.update.average import Average, Pair
@@ -77,7 +78,7 @@ class Updater:
                 else DeviceOffload(*those, staging_bytes=size)
             )
         by_host = (isinstance(behind, HostOffload) for behind in self._behind)
-        self.changes_here = bool(self._inline) or not all(by_host)
+        self.changes_here: bool = bool(self._inline) or not all(by_host)
 
     @property
     def kernel_names(self) -> tuple[str, ...]:
@@ -114,7 +115,7 @@ class Updater:
             RuntimeError: a kernel in use cannot be captured.
         """
         if self._behind or self.replays is None:
-            raise RuntimeError(
+            raise CallError(
                 f"update under CUDA graph capture: {', '.join(self.kernel_names)} cannot be "
                 "captured; build the EMA with kernel='fused' on a GPU with triton, and averages on "
                 "the weights' device"

@@ -11,6 +11,7 @@ import torch
 
 from shardema import kernels
 from shardema.arguments import increment
+from shardema.errors import CallError
 from shardema.scopes import to_the_end, uninterrupted, writable
 from shardema.shards.shard import Shard, materialized
 from shardema.update.average import Average
@@ -66,14 +67,14 @@ class Updates:
         notices: Notices,
     ) -> None:
         self.bind_kernel = bind_kernel
-        self.following = Following(averages.weights)
+        self.following: Following = Following(averages.weights)
         self._averages, self._weights = averages, averages.weights
         self._nonfinite = NonFinite(averages, on_nonfinite)
         self._notices = notices
         self._counted = self._weights.applied()  # the engine's last step that was averaged
         self._binding = Binding.BOUND
         self._failed: RuntimeError | None = None  # of a background update, or a load
-        self.updater = self._bound()
+        self.updater: Updater = self._bound()
 
     # ---- updating the averages ----------------------------------------------------------------
 
@@ -111,12 +112,12 @@ class Updates:
 
     def _capture(self) -> None:
         if self._averages.homes:
-            raise RuntimeError(
+            raise CallError(
                 "update under CUDA graph capture: not supported with into=, since a replay does "
                 "not free what the teacher has gathered; update outside of the graph"
             )
         if self._weights.engine is not None or self._nonfinite.policy != "ignore":
-            raise RuntimeError(
+            raise CallError(
                 "update under CUDA graph capture: not supported with a DeepSpeed engine, nor with "
                 "on_nonfinite='skip' or 'raise', which wait for the device"
             )
@@ -132,9 +133,7 @@ class Updates:
                 replays without this call.
         """
         if not self._binding.captured:
-            raise RuntimeError(
-                "before_replay: no graph has captured ema.update(); capture it first"
-            )
+            raise CallError("before_replay: no graph has captured ema.update(); capture it first")
         if self._binding.moved or not self._weights.storage_unchanged():
             self._raise_moved()
         with self._naming("before_replay"):
@@ -198,7 +197,7 @@ class Updates:
         return Updater(list(self._averages.values()), here, self.bind_kernel, detach)
 
     def _raise_moved(self) -> NoReturn:
-        raise RuntimeError(
+        raise CallError(
             f"rank {self._averages.ranks.rank}: the model's weights have other storage than when a "
             "CUDA graph captured ema.update(), so its replays would read freed memory; build the "
             "EMA and capture again"
@@ -221,14 +220,14 @@ class Updates:
         """Adds the rank and ``op`` to the error of a background update, or of replays."""
         replays = self.updater.replays
         if self._failed is None and replays is not None and (text := replays.complaint()):
-            self._failed = RuntimeError(text)
+            self._failed = CallError(text)
         try:
             if self._failed is not None:
                 raise self._failed
             yield
         except RuntimeError as error:
             rank = self._averages.ranks.rank
-            raise RuntimeError(f"rank {rank}: {op}: {error}") from error
+            raise CallError(f"rank {rank}: {op}: {error}") from error
 
     # ---- replacing the averages ---------------------------------------------------------------
 
@@ -265,7 +264,7 @@ class Updates:
             try:
                 interrupt = to_the_end(whole)
             except Exception as error:
-                self._failed = RuntimeError(
+                self._failed = CallError(
                     f"{op} failed: {type(error).__name__}: {error}; the averages may be partly "
                     "replaced: ema.load() a checkpoint, or ema.reset() them to the weights"
                 )

@@ -51,7 +51,8 @@ class OtherOptimizers:
         self._held: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._began: dict[int, int] = {}  # `_passed` when the step of another one began
         self._passed = 0
-        self.count, self.name = 0, ""
+        self.count: int = 0
+        self.name: str = ""
         _watch(self)
 
     def passed(self) -> None:
