@@ -58,7 +58,7 @@ _CALLS = {
     ),
     **dict.fromkeys(
         ("optimization_step", "initted", "n_averaged", "updates"),
-        "ema.metrics(), which has num_updates and t; of one average ema.num_updates too",
+        "ema.metrics(), which has num_updates and t",
     ),
     "set_decay": "ShardedEMA(model, schedule): a schedule says the decay of each step",
     "save_pretrained": "ema.export(folder), which from_pretrained reads",
