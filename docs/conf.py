@@ -10,7 +10,14 @@ version = release = shardema.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 # the pages need none of them
-autodoc_mock_imports = ["accelerate", "lightning", "matplotlib", "transformers", "triton"]
+autodoc_mock_imports = [
+    "accelerate",
+    "huggingface_hub",
+    "lightning",
+    "matplotlib",
+    "transformers",
+    "triton",
+]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"shardema {release}"

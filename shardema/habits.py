@@ -23,7 +23,16 @@ _DECAY = "ema.metrics(), which has the decay of the last update"
 # by the name that is tried: the call that does it
 _CALLS = {
     **dict.fromkeys(
-        ("step", "step_ema", "update_ema", "update_parameters", "ema_update", "update_average"),
+        (
+            "step",
+            "step_ema",
+            "update_ema",
+            "update_parameters",
+            "ema_update",
+            "update_average",
+            "update_moving_average",
+            "add_to_optimizer_post_step_hook",
+        ),
         _UPDATE,
     ),
     **dict.fromkeys(
@@ -52,7 +61,14 @@ _CALLS = {
     **dict.fromkeys(("to", "cpu", "cuda", "half", "float", "device", "pin_memory"), _MEMORY),
     **dict.fromkeys(("eval", "train", "requires_grad_"), _MODE),
     **dict.fromkeys(("decay", "get_decay", "cur_decay_value", "get_current_decay"), _DECAY),
-    "set": "ema.reset(), which begins again with the weights",
+    **dict.fromkeys(
+        ("set", "copy_params_from_model_to_ema", "reset_num_updates"),
+        "ema.reset(), which begins again with the weights",
+    ),
+    **dict.fromkeys(
+        ("optimization_step", "initted", "n_averaged", "updates"),
+        "ema.metrics(), which has num_updates and t",
+    ),
     "set_decay": "ShardedEMA(model, schedule): a schedule says the decay of each step",
     "save_pretrained": "ema.export(folder), which from_pretrained reads",
     "from_pretrained": "ema.load_full(folder)",

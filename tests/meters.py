@@ -15,10 +15,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardema import ShardedEMA
+from shardema.ranks.agree import ALL_GATHER
 
 _COMMUNICATION = (
     "allgather",
     "_allgather_base",
+    "all_gather_single",
+    "all_gather_single_coalesced",
     "allgather_into_tensor_coalesced",
     "allgather_coalesced",
     "allreduce",
@@ -29,9 +32,13 @@ _COMMUNICATION = (
     "reduce",
     "reduce_scatter",
     "_reduce_scatter_base",
+    "reduce_scatter_single",
+    "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced",
     "scatter",
     "alltoall",
     "alltoall_base",
+    "all_to_all_single",
     "send",
     "recv",
     "recv_anysource",
@@ -97,6 +104,23 @@ def collectives() -> Iterator[list[str]]:
     finally:
         for name, original in originals.items():
             setattr(cls, name, original)
+
+
+@contextlib.contextmanager
+def gathered() -> Iterator[list[int]]:
+    """Bytes that this rank gives to each all-gather of the library inside."""
+    given: list[int] = []
+    original = getattr(dist, ALL_GATHER)
+
+    def counted(output: Tensor, own: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given.append(own.nbytes)
+        return original(output, own, *args, **kwargs)
+
+    setattr(dist, ALL_GATHER, counted)
+    try:
+        yield given
+    finally:
+        setattr(dist, ALL_GATHER, original)
 
 
 def allocated(call: Callable[[], object]) -> int:

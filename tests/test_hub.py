@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -146,6 +147,7 @@ class Api(BaseHTTPRequestHandler):
 
     seen: list[str]
     files: dict[str, bytes]
+    private: list[bool]
     refuse = False
 
     def do_POST(self) -> None:
@@ -155,7 +157,9 @@ class Api(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != "Bearer hf_secret" or self.refuse:
             self._answer({"error": "Invalid credentials"}, 401)
         elif self.path == "/api/repos/create":
-            name = json.loads(body)["name"]
+            given = json.loads(body)
+            name = given["name"]
+            self.private.append(given.get("visibility") == "private" or bool(given.get("private")))
             self._answer({"url": f"http://{self.headers['Host']}/me/{name}", "name": f"me/{name}"})
         elif self.path.endswith("/preupload/main"):
             given = json.loads(body)["files"]
@@ -197,7 +201,7 @@ class Api(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, type[Api]]]:
-    api = type("Fresh", (Api,), {"seen": [], "files": {}})
+    api = type("Fresh", (Api,), {"seen": [], "files": {}, "private": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), api) as served:
         thread = threading.Thread(target=served.serve_forever)
         thread.start()
@@ -206,10 +210,25 @@ def server() -> Iterator[tuple[str, type[Api]]]:
         thread.join()
 
 
-def push(saved: Path, address: str, out: str) -> subprocess.CompletedProcess[str]:
+BY_COMMAND = """
+from shardema.cli.main import main
+main(["export", "ema", "out", "--average", "slow", "--push", "me/model"])
+"""
+IN_PYTHON = """
+import pathlib
+from shardema import CheckpointError
+from shardema.files import hub
+print(hub.push(pathlib.Path("online"), "me/model", base_model="org/base", private=True))
+print(hub.push("online", "me/model"))  # the card is there
+try:
+    hub.push("ema", "me/model")
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def pushed(code: str, saved: Path, address: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: huggingface_hub reads the environment when it is imported."""
-    code = "from shardema.cli.main import main; main()"
-    words = ["export", str(saved / "ema"), str(saved / out), "--average", "slow"]
     environment = os.environ | {
         "HF_ENDPOINT": address,
         "HF_TOKEN": "hf_secret",
@@ -217,23 +236,38 @@ def push(saved: Path, address: str, out: str) -> subprocess.CompletedProcess[str
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    command = [sys.executable, "-c", code, *words, "--push", "me/model"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=saved, env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
 
 
 def test_push_uploads_the_export_and_its_card(saved: Path, server: tuple[str, type[Api]]) -> None:
     address, api = server
-    done = push(saved, address, "out")
+    done = pushed(BY_COMMAND, saved, address)
     assert done.returncode == 0, done.stderr + str(api.seen)
     assert f"{address}/me/model" in done.stdout
     assert set(api.files) == {"model.safetensors", "README.md"}
     assert api.files["model.safetensors"] == (saved / "out/model.safetensors").read_bytes()
     assert b"| average | slow |" in api.files["README.md"]
+    shutil.rmtree(saved / "out")
     api.refuse = True
-    done = push(saved, address, "again")
+    done = pushed(BY_COMMAND, saved, address)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("Error: push to me/model: ")
     assert "Traceback" not in done.stderr
     assert torch.equal(
-        *(load_file(saved / n / "model.safetensors")["weight"] for n in ("again", "out"))
+        *(load_file(saved / n / "model.safetensors")["weight"] for n in ("online", "out"))
     )
+
+
+def test_python_pushes_what_ema_export_wrote(saved: Path, server: tuple[str, type[Api]]) -> None:
+    address, api = server
+    done = pushed(IN_PYTHON, saved, address)
+    assert done.returncode == 0, done.stderr
+    *urls, refused = done.stdout.splitlines()
+    assert urls == [f"{address}/me/model/commit/0"] * 2
+    assert refused == "card: ema is a checkpoint of ema.save; push what ema.export wrote"
+    assert set(api.files) == {"model.safetensors", "README.md"}
+    assert b"base_model: org/base" in api.files["README.md"]
+    assert api.private == [True, False]

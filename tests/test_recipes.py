@@ -167,6 +167,22 @@ def test_a_recipe_is_a_short_patch_of_a_named_commit(path: Path) -> None:
     assert "\n+from shardema" in text
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_a_recipe_applies_where_its_lines_are(path: Path, tmp_path: Path) -> None:
+    """Among other lines: git takes a place without a line after it for the end of the file."""
+    text = path.read_text()
+    (name,) = re.findall(r"^--- a/(.+)$", text, re.MULTILINE)
+    upstream = [f"other {n}" for n in range(2000)]
+    hunks = re.split(r"^@@ -(\d+)[^@]*@@\n", text, flags=re.MULTILINE)[1:]
+    for at, lines in zip(hunks[::2], hunks[1::2], strict=True):
+        old = [line[1:] for line in lines.splitlines() if line[0] in " -"]
+        upstream[int(at) - 1 : int(at) - 1 + len(old)] = old
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(upstream))
+    subprocess.run(["git", "apply", "--check", str(path)], cwd=tmp_path, check=True, timeout=60)
+
+
 def test_every_recipe_is_on_its_page() -> None:
     page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
     assert sorted(re.findall(r"\(recipes/([\w-]+)\.patch\)", page)) == NAMES

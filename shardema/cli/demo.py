@@ -144,7 +144,7 @@ def demo(out: str | None, steps: int) -> None:
     """
     folder = new_folder(out)
     click.echo(
-        f"training {RANKS} ranks of FSDP2 for {steps} steps: the next byte of torch's sources\n"
+        f"training {RANKS} ranks of FSDP2 for {steps} steps to predict bytes of torch's sources\n"
         f"\n{'step':>8}{'raw loss':>12}{'averaged':>12}"
     )
     with tempfile.TemporaryDirectory() as store:

@@ -143,9 +143,10 @@ def _published(
 ) -> str | None:
     """Writes the card, and uploads the folder if there is a place; returns its address."""
     with one_line():
-        title = push or os.path.basename(os.path.abspath(out))
-        hub.write_card(out, title=title, base_model=base_model)
-        return str(hub.push(out, push, private=private)) if push else None
+        if push:
+            return str(hub.push(out, push, base_model=base_model, private=private))
+        hub.write_card(out, base_model=base_model)
+        return None
 
 
 @main.command()

@@ -159,8 +159,7 @@ def _configured(path: str) -> nn.Module:
         from shardema.integrations import transformers as integration
     except ImportError as error:
         raise ArgumentError(
-            f"{file}: needs transformers ({error}): pip install 'shardema[transformers]', or give "
-            "--params or --from"
+            f"{file}: {error}; or give --params or --from in place of the config"
         ) from error
     model: nn.Module = integration.model_of(given)
     return model

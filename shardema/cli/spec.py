@@ -149,8 +149,10 @@ def _parse(text: str) -> ast.expr:
     try:
         return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else error
         raise ArgumentError(
-            f"got {text!r}, which cannot be read ({error}), expected a call such as power(std=0.10)"
+            f"got {text!r}, which cannot be read ({reason}), expected a call such as "
+            "power(std=0.10)"
         ) from error
 
 

@@ -20,7 +20,7 @@ from shardema.costs.tensors import Described, averaged
 from shardema.costs.words import count, duration, size
 from shardema.policy import ShadowPolicy
 from shardema.ranks.plan import Told
-from shardema.shards.boxes import Box
+from shardema.shards.boxes import Box, flat_boxes
 
 _ALIGN = 64  # bytes: where a shadow begins that follows no neighbour
 _LOST = 2  # bytes of each element of a compensated average
@@ -115,7 +115,6 @@ def estimate(
     own = [policy.dtype_for(source).itemsize for source in sources]
     buffers = sum(t.numel * t.dtype.itemsize for t in others if t.role == "buffer")
     rest = sum(t.numel * t.dtype.itemsize for t in others)
-    boxes = [_rows(t, int(counts[0])) for t, counts in zip(chosen, held, strict=True)]
     return finished(
         [(policy, int(shadows.max()))] * averages,
         parameters=sum(numel),
@@ -127,7 +126,7 @@ def estimate(
         save_bytes=averages * _dot(numel, stored) + buffers,
         export_bytes=_dot(numel, own) + rest,
         model_dtype_bytes=_dot(numel, [t.dtype.itemsize for t in chosen]) + rest,
-        sent_bytes=len(pickle.dumps(Told.of(boxes, ()))),
+        sent_bytes=_sent(tensors, layout, policy),
         speeds=speeds,
     )
 
@@ -230,10 +229,28 @@ def _longest(*work: tuple[int, float | None]) -> float | None:
     return max((nbytes / speed for nbytes, speed in needed if speed), default=0.0)
 
 
-def _rows(tensor: Described, rows: int) -> list[Box]:
-    """What the first rank holds, as if it were whole rows."""
-    sizes = (rows, *tensor.shape[1:])
-    return [Box((0,) * len(sizes), sizes)]
+def told_bytes(held: Sequence[Sequence[Box]]) -> int:
+    """The message in which a rank tells what it holds of each of its tensors."""
+    return len(pickle.dumps(Told.of(held, ())))
+
+
+def _sent(tensors: Sequence[Described], layout: Layout, policy: ShadowPolicy) -> int:
+    """The messages of the first collective call, as long as that of the rank with the most to tell.
+
+    They are of the shards, and of the slices that are averaged, if there are any.
+    """
+    ranks = {0, layout.world_size // 2, layout.world_size - 1}
+    total = 0
+    for slices in {False, policy.shard_replicas}:
+        parts = list(zip(tensors, layout.held_of_all(tensors, slices), strict=True))
+        total += max(told_bytes([_boxes(*part, rank) for part in parts]) for rank in ranks)
+    return total
+
+
+def _boxes(tensor: Described, counts: Counts, rank: int) -> tuple[Box, ...]:
+    """What a rank holds: the elements after those of the ranks before it."""
+    start = int(counts[:rank].sum()) % max(tensor.numel, 1)
+    return flat_boxes(tensor.shape, start, int(counts[rank]))
 
 
 def _dtype_name(policy: ShadowPolicy) -> str:

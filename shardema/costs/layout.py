@@ -71,6 +71,11 @@ class Layout:
         return self.strategy == "fsdp1"
 
     @property
+    def cuts_frozen(self) -> bool:
+        """Whether a rank holds a part of each frozen parameter."""
+        return self.strategy in ("fsdp1", "fsdp2", "hsdp", "zero3")
+
+    @property
     def masters(self) -> bool:
         """Whether fp32 masters are averaged, and not the weights themselves."""
         return self.strategy in ("zero1", "zero2", "zero3")
@@ -89,6 +94,16 @@ class Layout:
                 yield _even(tensor.numel, self.world_size)
             else:
                 yield self._replicated(tensor, slices)
+
+    def held_of_all(self, tensors: Sequence[Described], slices: bool) -> Iterator[Counts]:
+        """The same with frozen parameters, which are not averaged, and with buffers."""
+        cut = [t for t in tensors if t.averaged or (self.cuts_frozen and t.role != "buffer")]
+        cuts = {id(t): counts for t, counts in zip(cut, self.held(cut, slices), strict=True)}
+        for tensor in tensors:
+            if id(tensor) in cuts:
+                yield cuts[id(tensor)]
+            else:
+                yield np.full(self.world_size, tensor.numel, np.int64)
 
     def _replicated(self, tensor: Described, slices: bool) -> Counts:
         """Of fsdp2, hsdp and ddp: rows on the shards, then slices on the replicas of each."""

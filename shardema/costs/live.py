@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 
 import torch
 
-from shardema.costs.cost import Cost, finished
+from shardema.costs.cost import Cost, finished, told_bytes
 from shardema.costs.speeds import Speeds, disk_speed, link_speed, memory_speed
-from shardema.ranks.plan import Told
+from shardema.policy import ShadowPolicy
 from shardema.update.averages import Averages
 
 
@@ -49,8 +48,18 @@ def cost_of(averages: Averages, folder: str | os.PathLike[str] | None) -> Cost:
         save_bytes=sum(stored) + buffers,
         export_bytes=full(own) + sum(sizes.values()),
         model_dtype_bytes=full([s.own.dtype.itemsize for s in chosen]) + sum(sizes.values()),
-        sent_bytes=len(pickle.dumps(Told.of([shard.boxes for shard in weights.shards], ()))),
+        sent_bytes=_sent(averages),
         speeds=_speeds(averages, chosen[0].source.device, folder),
+    )
+
+
+def _sent(averages: Averages) -> int:
+    """The messages of this rank in the first collective call; see `cost.told_bytes`."""
+    policies = {average.policy.shard_replicas: average.policy for average in averages.values()}
+    policies.setdefault(False, ShadowPolicy())  # the weights themselves are always told
+    return sum(
+        told_bytes([shard.boxes for shard in averages.weights.all_shards(policy)])
+        for policy in policies.values()
     )
 
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from shardema.errors import CheckpointError, linked
 from shardema.files.export import ABOUT
+from shardema.files.manifest import NAME
 from shardema.files.safetensors import reporting, write_file
 
 try:
@@ -62,17 +63,25 @@ written by [shardema](https://github.com/shardema/shardema).
 """
 
 
-def write_card(folder: str, *, title: str, base_model: str | None = None) -> None:
-    """Writes the README.md of an export. Local.
+def write_card(
+    folder: str | os.PathLike[str], *, title: str | None = None, base_model: str | None = None
+) -> None:
+    """Writes the README.md of an export. Local: call it on one rank, after the export.
 
     Args:
         folder: what `ShardedEMA.export` or `export_checkpoint` wrote, complete.
-        title: the name of the repository, or of the folder.
+        title: the name of the repository; None: that of the folder.
         base_model: what the run started from: a repository, or any words.
 
     Raises:
         CheckpointError: no export, or it has a card already.
     """
+    folder = os.fspath(folder)
+    title = title or os.path.basename(os.path.abspath(folder))
+    if os.path.exists(os.path.join(folder, NAME)):
+        raise CheckpointError(
+            f"card: {folder} is a checkpoint of ema.save; push what ema.export wrote", path=folder
+        )
     files = sorted(glob(os.path.join(escape(folder), "*.safetensors")))
     if not files:
         raise CheckpointError(f"card: {folder} has no safetensors file", path=folder)
@@ -97,14 +106,29 @@ def write_card(folder: str, *, title: str, base_model: str | None = None) -> Non
     write_file(os.path.join(folder, _CARD), f"{card}\n".encode())
 
 
-def push(folder: str, repository: str, *, private: bool = False) -> str:
-    """Uploads an export as one commit; returns its address.
+def push(
+    folder: str | os.PathLike[str],
+    repository: str,
+    *,
+    base_model: str | None = None,
+    private: bool = False,
+) -> str:
+    """Uploads an export with its card as one commit; returns its address. Local, as `write_card`.
 
     The token is that of ``hf auth login`` or ``HF_TOKEN``.
 
+    Args:
+        folder: as for `write_card`, which writes the card if there is none.
+        repository: ``"org/name"``, new or existing.
+        base_model: for the card.
+        private: a new repository is private.
+
     Raises:
-        CheckpointError: the Hub refused it, or cannot be reached.
+        CheckpointError: no export; the Hub refused it, or cannot be reached.
     """
+    folder = os.fspath(folder)
+    if not os.path.exists(os.path.join(folder, _CARD)):
+        write_card(folder, title=repository, base_model=base_model)
     api = huggingface_hub.HfApi()
     try:
         created = api.create_repo(repository, private=private, exist_ok=True)

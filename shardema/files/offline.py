@@ -214,7 +214,9 @@ def choose_average(stored: Manifest, average: str | None) -> str:
     """The average of this name, or the only one. Raises ValueError if there is none such."""
     names = list(stored.averages)
     if average is None and len(names) > 1:
-        raise ArgumentError(f"there are several averages, choose one of {names}")
+        raise ArgumentError(
+            f"there are several averages, choose one of {names}: --average NAME, or average="
+        )
     if average is not None and average not in names:
         raise ArgumentError(f"got average {average!r}, expected one of {names}")
     return names[0] if average is None else average

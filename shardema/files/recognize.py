@@ -276,8 +276,9 @@ def _dcp(path: str) -> Recognized:
     what = f"a checkpoint of torch.distributed.checkpoint (DCP) in {counted(len(files), 'file')}"
     if key is None:
         advice = (
-            "read it into the model by dcp.load, then make the ShardedEMA; no average of shardema "
-            "is in it"
+            "no average of shardema is in it: weights are read into the model by dcp.load before "
+            "the ShardedEMA is made, another library's average by "
+            "ema.load_full(importers.read(folder, key=..., trust=True))"
         )
     else:
         facts["key"] = key
@@ -381,8 +382,8 @@ def _pickle(path: str) -> Recognized:
         path,
         PICKLE,
         "a pickle of torch.save" if facts["zip"] or head.startswith(_LEGACY) else "a pickle",
-        "ema.load_full(torch.load(file, weights_only=True)) reads {fqn: tensor}; give the part of "
-        "it that is the state dict of the average",
+        "ema.load_full(file) reads the average of another library, and {fqn: tensor}; "
+        "`shardema convert` writes it as safetensors",
         facts,
     )
 

@@ -75,7 +75,7 @@ def read_dcp(
         raise CheckpointError(
             f"reading {folder}: a folder of torch.distributed.checkpoint: its {METADATA} is a "
             "pickle, which can run any code when it is read; if you trust who wrote it, give "
-            "ema.load_full(importers.read(folder, trust=True))",
+            "ema.load_full(importers.read(folder, trust=True)), or shardema convert --trust",
             path=folder,
         )
     label = f"load_full from {folder}"

@@ -59,7 +59,8 @@ def read(
         reads = f"reads as {' and as '.join(fitting)}" if fitting else "is in no known format"
         raise ArgumentError(
             f"{label}: {_found(part)} {reads}; give importers.read(source, format=), one of "
-            f"{list(STATES)}, or key=, the part that holds the average"
+            f"{list(STATES)}, or key=, the part that holds the average (shardema convert: "
+            "--format, --key)"
         )
     name = fitting[0] if format == "auto" else format
     if name not in fitting:
