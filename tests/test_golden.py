@@ -136,6 +136,13 @@ def test_the_directory_of_a_manager_of_any_version_goes_on(folder: Path, tmp_pat
         fresh(1).load(run / "step-00000004", model="check")
 
 
+def test_orders_that_files_share_are_written_as_they_were() -> None:
+    for folder in (GOLDEN / ".".join(map(str, manifest.SHARED_VERSION))).iterdir():
+        data = (folder / manifest.NAME).read_bytes()
+        assert b'"orders":[[' in data
+        assert manifest.pack(manifest.read(folder)) == data
+
+
 # ---- on two ranks -------------------------------------------------------------------------------
 
 
