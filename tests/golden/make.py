@@ -2,8 +2,8 @@
 
     PYTHONPATH=SOURCE python tests/golden/make.py OUT NAME...
 
-SOURCE is a tree of the version that is to write, and the names are those of `WRITERS` and `RANKS`. README.md
-beside this says which commit wrote what, and when there is something new to write.
+SOURCE is a tree of the version that is to write, and the names are those of `WRITERS` and `RANKS`.
+README.md beside this says which commit wrote what, and when there is something new to write.
 """
 
 from __future__ import annotations
