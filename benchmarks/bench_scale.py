@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import distributed as dist
 from torch import nn
@@ -37,19 +38,19 @@ import models
 from harness import Table, Target, arguments, finish, say
 from shardema import backends
 from shardema.files import manifest as manifests
+from shardema.files.arrangement import Pieces, StoredFile, packed
 from shardema.files.export import parse_size, plan_targets
 from shardema.files.manifest import (
     Fingerprint,
     Manifest,
     StoredAverage,
-    StoredBox,
-    StoredFile,
     StoredTensor,
 )
 from shardema.files.safetensors import make_header
 from shardema.policy import ShadowPolicy
 from shardema.profiles import History
 from shardema.ranks.agree import Ranks
+from shardema.ranks.messages import text_of
 from shardema.ranks.plan import Plan, make_plan
 from shardema.schedules import constant, describe
 from shardema.shards.boxes import Box
@@ -303,21 +304,19 @@ def files_of(plan: Plan, ranks: int) -> list[StoredFile]:
         for (box, _), writer in zip(item.holders, writers, strict=True):
             pieces[writer].append((number, box))
     files = []
+    made = Pieces([torch.float32.itemsize] * len(plan.items))
     for rank, held in enumerate(pieces):
         names = [plan.items[number].fqn for number, _ in held]
         sizes = [box.sizes for _, box in held]
         head, entries = make_header(
             [(name, torch.float32, size) for name, size in zip(names, sizes, strict=True)]
         )
-        boxes = [
-            StoredBox(number, box, entries[name].start)
-            for name, (number, box) in zip(names, held, strict=True)
-        ]
-        boxes.sort(key=lambda one: one.start)
+        starts = [entries[name].start for name in names]
+        order, different = made.of([held[i] for i in np.argsort(starts).tolist()])
         size = len(head) + sum(entry.nbytes for entry in entries.values())
         blocks = tuple(f"{n:032x}" for n in range(-(-size // manifests.BLOCK)))
         name = f"rank-{rank:05d}-of-{ranks:05d}.safetensors"
-        files.append(StoredFile(name, size, len(head), blocks, tuple(boxes)))
+        files.append(StoredFile(name, size, len(head), blocks, order, different))
     return files
 
 
@@ -347,10 +346,13 @@ def word_of(file: StoredFile) -> int:
         "size": file.size,
         "head": file.head,
         "blocks": file.blocks,
-        "pieces": [[one.tensor, one.box.offsets, one.box.sizes] for one in file.boxes],
+        "order": packed([(one.tensor, one.box) for one in file.boxes])[0],
+        "boxes": [[box.offsets, box.sizes] for box in file.different],
     }
-    prints = [[one.tensor, "weights", "F32", 1 << 63] for one in file.boxes]
-    return len(json.dumps([entry, prints]))
+    numbers = sorted(file.order.tensors)
+    made_up = [number * 0x9E3779B97F4A7C15 % (1 << 64) for number in numbers]
+    prints = ["weights", "F32", text_of(numbers, np.uint32), text_of(made_up, np.uint64)]
+    return len(json.dumps([entry, [prints]]))
 
 
 def measure_save(table: Table, case: str, plan: Plan, ranks: int) -> None:

@@ -242,7 +242,7 @@ def sign(text: bytes) -> bytes:
 
 def recut(body: Any, rng: random.Random) -> None:
     """Cuts a box in two, as another layout would, or moves one to another place in its file."""
-    pieces = rng.choice(body["files"])["pieces"]
+    pieces = rng.choice([file["pieces"] for file in body["files"] if "pieces" in file])
     number, offsets, sizes = piece = pieces.pop(rng.randrange(len(pieces)))
     dims = [dim for dim, size in enumerate(sizes) if size > 1]
     at = rng.randrange(len(pieces) + 1)
@@ -256,6 +256,14 @@ def recut(body: Any, rng: random.Random) -> None:
     further = list(offsets)
     further[dim] += cut
     pieces[at:at] = [[number, offsets, first], [number, further, second]]
+
+
+def pieces_of(body: Any, file: Any) -> Any:
+    """What a file of a manifest holds: numbers of tensors, offsets, sizes."""
+    if "order" not in file:
+        return file["pieces"]
+    tensors, which = body["orders"][file["order"]]
+    return [[number, *file["boxes"][k]] for number, k in zip(tensors, which, strict=True)]
 
 
 class Reader:
@@ -278,12 +286,11 @@ class Manifests(Reader):
         self.folder = folder
         self.bodies = []
         self.files = {}
-        for name in ("plain", "sharded"):
-            source = GOLDEN / "1.2" / name
+        for source in (GOLDEN / name for name in ("1.2/plain", "1.2/sharded", "2.0/alike")):
             body = json.loads((source / manifest.NAME).read_bytes())["body"]
             for file in body["files"]:
                 data = (source / file["name"]).read_bytes()
-                file["name"] = f"{name}-{file['name']}"
+                file["name"] = f"{source.name}-{file['name']}"
                 (folder / file["name"]).write_bytes(data)
                 self.files[file["name"]] = data
             self.bodies.append(text_of(body))
@@ -323,7 +330,7 @@ class Manifests(Reader):
         want: dict[int, torch.Tensor] = {}
         for file in body["files"]:
             at = file["head"]
-            for number, offsets, sizes in file["pieces"]:
+            for number, offsets, sizes in pieces_of(body, file):
                 tensor = body["tensors"][number]
                 dtype = headers.DTYPES[tensor["dtype"]]
                 full = want.setdefault(number, torch.empty(tensor["shape"], dtype=dtype))

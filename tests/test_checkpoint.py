@@ -188,9 +188,26 @@ def of(*keys: object) -> Callable[[dict], Callable[[object], dict]]:
     return change
 
 
+def by_order(change: Callable[[dict], object]) -> Callable[[dict], object]:
+    """Changes a manifest whose file has its boxes by an order, as files that hold alike."""
+
+    def changed(body: dict) -> object:
+        (file,) = body["files"]
+        pieces = file.pop("pieces")
+        boxes: list[object] = []
+        for _, *box in pieces:
+            if box not in boxes:
+                boxes.append(box)
+        order = [[number for number, *_ in pieces], [boxes.index(box) for _, *box in pieces]]
+        file.update(order=0, boxes=boxes)
+        return change({**body, "version": [2, 0], "orders": [order]})
+
+    return changed
+
+
 # What is changed in a manifest that is good otherwise, and what it must be refused with.
 HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
-    "another major version": (put(["version"], [2, 0]), "format version 2.0, this shardema reads"),
+    "another major version": (put(["version"], [3, 0]), "format version 3.0, this shardema reads"),
     "a version without an end": (put(["version"], [1, 0, 0]), "too many values to unpack"),
     "another format": (put(["format"], "zip"), "format 'zip', expected 'shardema'"),
     "another block": (put(["block"], 4096), "block 4096, expected"),
@@ -255,6 +272,43 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
             ]
         ),
         "and overlap",
+    ),
+    "an order of two lengths": (
+        by_order(of("orders", 0, 0)(lambda numbers: numbers[1:])),
+        r"the order \[",
+    ),
+    "an order that leaves a box out": (
+        by_order(of("orders", 0, 1)(lambda boxes: [box + 1 for box in boxes])),
+        r"the order \[",
+    ),
+    "an order in which a narrow dtype is first": (
+        by_order(of("orders", 0)(lambda both: [part[::-1] for part in both])),
+        "does not begin with the widest dtype",
+    ),
+    "an order that is not there": (by_order(put(["files", 0, "order"], 9)), "index out of range"),
+    "an order of a tensor that is not there": (
+        by_order(put(["orders", 0, 0, 0], 999)),
+        "index out of range",
+    ),
+    "more boxes than an order has": (
+        by_order(of("files", 0, "boxes")(lambda boxes: [*boxes, boxes[0]])),
+        "boxes, which its order does not have",
+    ),
+    "one box of tensors of two shapes": (
+        by_order(of("orders", 0, 1)(lambda boxes: [*boxes[1:], boxes[0]])),
+        "a box of tensors of .* shapes",
+    ),
+    "a box of an order outside": (
+        by_order(put(["files", 0, "boxes", -1, 1, 0], 10**6)),
+        "is not inside",
+    ),
+    "an order that begins between elements": (
+        by_order(
+            lambda body: of("files", 0, "size")(lambda n: n - 1)(
+                of("files", 0, "head")(lambda n: n - 1)(body)
+            )
+        ),
+        "begins at byte .*, between its elements",
     ),
     "a doubled file": (of("files")(lambda safetensors: safetensors * 2), "a file is listed twice"),
     "bytes that nothing is of": (of("files", 0, "head")(lambda n: n + 8), "its head and boxes"),
@@ -330,6 +384,12 @@ def test_a_hostile_manifest_is_refused(saved: Path, name: str) -> None:
     change, text = HOSTILE[name]
     (saved / "shardema.json").write_bytes(signed(change(body_of(saved))))
     assert_refused(saved, text)
+
+
+def test_a_file_by_an_order_is_the_file_with_all_its_boxes_listed(saved: Path) -> None:
+    listed = manifest.read(saved)
+    (saved / "shardema.json").write_bytes(signed(by_order(dict)(body_of(saved))))
+    assert manifest.read(saved) == listed
 
 
 @pytest.mark.parametrize("name", RAW)

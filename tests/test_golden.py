@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -134,6 +135,25 @@ def test_the_directory_of_a_manager_of_any_version_goes_on(folder: Path, tmp_pat
     assert sorted(path.name for path in run.glob("step-*")) == ["step-00000003", "step-00000004"]
     with pytest.raises(CheckpointError, match="are not those that its averages were saved with"):
         fresh(1).load(run / "step-00000004", model="check")
+
+
+def test_orders_that_files_share_are_written_as_they_were() -> None:
+    for folder in (GOLDEN / ".".join(map(str, manifest.SHARED_VERSION))).iterdir():
+        data = (folder / manifest.NAME).read_bytes()
+        assert b'"orders":[[' in data
+        assert manifest.pack(manifest.read(folder)) == data
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=IDS)
+def test_the_reader_of_the_page_on_the_format_reads_every_version(folder: Path) -> None:
+    page = (GOLDEN.parents[1] / "docs" / "format.md").read_text()
+    (code,) = re.findall(r"```python\n(import json\n.*?)\n\nfull, expected", page, re.DOTALL)
+    found: dict[str, Any] = {"torch": torch}
+    exec(code, found)
+    full = found["read"](folder, "short")
+    steps = 2 if folder.name == "step-00000002" else make.STEPS
+    for name, mean in expected("short", steps).items():
+        assert torch.equal(full[name].double(), mean), name
 
 
 # ---- on two ranks -------------------------------------------------------------------------------

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardema.files.arrangement import StoredFile
 from shardema.files.consolidated import Place
 from shardema.files.dcp import Chunks
-from shardema.files.manifest import BLOCK, Manifest, StoredFile
+from shardema.files.manifest import BLOCK, Manifest
 from shardema.shards.boxes import Box, Dims, flat_boxes, split_box, whole
 
 PART_BLOCKS = 2  # of the last source, in a part: what a processor's cache holds

@@ -28,6 +28,7 @@ from torch import Tensor
 from shardema.errors import ArgumentError, abbreviate
 from shardema.files import manifest as manifests
 from shardema.files import pairing
+from shardema.files.arrangement import Pieces, StoredFile, packed
 from shardema.files.background import PendingSave
 from shardema.files.folder import NewFolder, new_folder
 from shardema.files.manifest import (
@@ -35,8 +36,6 @@ from shardema.files.manifest import (
     Manifest,
     ReadRequest,
     StoredAverage,
-    StoredBox,
-    StoredFile,
     StoredTensor,
 )
 from shardema.files.places import new_file
@@ -208,7 +207,7 @@ class _Saving:
             dict(self.averages),
             tensors,
             tuple(self.left_out),
-            tuple(_stored_file(entry, tensors) for entry, _ in told if entry is not None),
+            _stored_files([entry for entry, _ in told], tensors),
             new.place,
             model=pairing.merged(self.sources[-1].plan, [theirs for _, theirs in told]),
             follows=self.follows,
@@ -333,8 +332,10 @@ def _write_rank(
     with reporting(path, "writing"), new_file(path, size) as file:
         blocks = _write_chunks(file, _joined(_chunks(head, boxes, values, order)))
         file.sync()
-    pieces = [[boxes[i].number, boxes[i].box.offsets, boxes[i].box.sizes] for i in order]
-    return {"name": name, "size": size, "head": len(head), "blocks": blocks, "pieces": pieces}
+    text, different = packed([(boxes[i].number, boxes[i].box) for i in order])
+    shapes = [[box.offsets, box.sizes] for box in different]
+    facts = {"name": name, "size": size, "head": len(head), "blocks": blocks}
+    return {**facts, "order": text, "boxes": shapes}
 
 
 def _write_chunks(file: NewFile | NewObject, chunks: Iterator[memoryview]) -> list[str]:
@@ -405,15 +406,22 @@ def _tensors(sources: Sequence[Contents]) -> tuple[StoredTensor, ...]:
     return tuple(tensors)
 
 
-def _stored_file(entry: dict[str, Any], tensors: Sequence[StoredTensor]) -> StoredFile:
-    boxes = []
-    start = entry["head"]
-    for number, offsets, sizes in entry["pieces"]:
-        box = Box(tuple(offsets), tuple(sizes))
-        boxes.append(StoredBox(number, box, start))
-        start += box.numel * tensors[number].dtype.itemsize
-    blocks = tuple(entry["blocks"])
-    return StoredFile(entry["name"], entry["size"], entry["head"], blocks, tuple(boxes))
+def _stored_files(
+    entries: Sequence[dict[str, Any] | None], tensors: Sequence[StoredTensor]
+) -> tuple[StoredFile, ...]:
+    pieces = Pieces([tensor.dtype.itemsize for tensor in tensors])
+    return tuple(
+        StoredFile(
+            entry["name"],
+            entry["size"],
+            entry["head"],
+            tuple(entry["blocks"]),
+            pieces.unpacked(entry["order"]),
+            tuple(Box(tuple(offsets), tuple(sizes)) for offsets, sizes in entry["boxes"]),
+        )
+        for entry in entries
+        if entry is not None
+    )
 
 
 def read_requests(manifest: Manifest, average: str, shards: Sequence[Shard]) -> list[ReadRequest]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from torch import Tensor
 from shardema.errors import ArgumentError, CheckpointError
 from shardema.files import consolidated, manifest, recognize
 from shardema.files.consolidated import Place
-from shardema.files.manifest import Manifest, StoredBox
 from shardema.files.offline import choose_average
 from shardema.files.recognize import CHECKPOINT, HF, SAFETENSORS
 from shardema.files.safetensors import local_path
@@ -253,10 +252,6 @@ class _Checkpoint:
         self._numbers = [n for n, t in enumerate(self._stored.tensors) if t.average in (name, None)]
         self._own = {n: k for k, n in enumerate(self._numbers)}
         self.tensors = [self._named(n) for n in self._numbers]
-        self._held: dict[int, list[tuple[int, StoredBox]]] = {}
-        for file_number, file in enumerate(self._stored.files):
-            for held in file.boxes:
-                self._held.setdefault(held.tensor, []).append((file_number, held))
 
     def _named(self, number: int) -> Named:
         tensor = self._stored.tensors[number]
@@ -275,26 +270,14 @@ class _Checkpoint:
         for (k, box), target in zip(wanted, found, strict=True):
             targets.setdefault(self._numbers[k], []).append((box, target))
         boxes = {number: [box for box, _ in held] for number, held in targets.items()}
-        holding = self._holding(list(targets))
-        for number, part, values in manifest.parts(holding, manifest.read_requests(holding, boxes)):
+        requests = manifest.read_requests(self._stored, boxes)
+        for number, part, values in manifest.parts(self._stored, requests):
             for box, target in targets[number]:
                 common = part.intersect(box)
                 if common is not None:
                     source = common.relative_to(part.offsets).view(values)
                     common.relative_to(box.offsets).view(target).copy_(source)
         return found
-
-    def _holding(self, numbers: Sequence[int]) -> Manifest:
-        """The manifest with the boxes of these tensors only, so that few are looked through."""
-        boxes: dict[int, list[StoredBox]] = {}
-        for number in numbers:
-            for file_number, held in self._held.get(number, ()):
-                boxes.setdefault(file_number, []).append(held)
-        files = (
-            replace(self._stored.files[n], boxes=tuple(sorted(held, key=lambda h: h.start)))
-            for n, held in sorted(boxes.items())
-        )
-        return replace(self._stored, files=tuple(files))
 
 
 class _Export:

@@ -19,11 +19,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
 from shardema.errors import CheckpointError, abbreviate
 from shardema.files import histories, remote
+from shardema.files.arrangement import Arrangement, Order, Pieces, StoredBox, StoredFile
 from shardema.files.places import OpenFile, any_path, exists, names_in, read_whole, reading
 from shardema.files.remote import is_remote
 from shardema.files.safetensors import (
@@ -45,6 +47,7 @@ from shardema.shards.shard import Role
 
 NAME = "shardema.json"
 VERSION = (1, 4)  # docs/format.md says what each one added
+SHARED_VERSION = (2, 0)  # of a manifest with orders that files share
 BLOCK = 4 << 20  # bytes that one checksum covers
 MAX_MANIFEST = 1 << 30  # bytes
 _START = b'{"checksum":"'
@@ -73,26 +76,6 @@ class StoredTensor:
     dtype: torch.dtype
     aliases: tuple[str, ...]
     stem: str = MODEL
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBox:
-    """A box of tensor number ``tensor``; ``start`` is its first byte in the file."""
-
-    tensor: int
-    box: Box
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """One safetensors file of a checkpoint: bytes in all and of its head, checksums, boxes."""
-
-    name: str
-    size: int
-    head: int
-    blocks: tuple[str, ...]
-    boxes: tuple[StoredBox, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +128,9 @@ class Manifest:
     follows: str = ""
 
     @cached_property
-    def held(self) -> dict[int, list[tuple[int, StoredBox]]]:
-        """By number of a tensor its boxes, each with the number of its file."""
-        found: dict[int, list[tuple[int, StoredBox]]] = {}
-        for number, file in enumerate(self.files):
-            for stored in file.boxes:
-                found.setdefault(stored.tensor, []).append((number, stored))
-        return found
+    def arrangement(self) -> Arrangement:
+        """Which file holds which box of which tensor."""
+        return Arrangement(self.files)
 
     def exported_dtype(self, tensor: StoredTensor) -> torch.dtype:
         """The dtype of a tensor outside of checkpoints, where lost bits are not kept."""
@@ -161,9 +140,11 @@ class Manifest:
 
 def pack(manifest: Manifest) -> bytes:
     """The bytes of the manifest's file."""
+    orders = [order for order, files in manifest.arrangement.orders if len(files) > 1]
+    number = {id(order): n for n, order in enumerate(orders)}
     body = {
         "format": "shardema",
-        "version": list(VERSION),
+        "version": list(SHARED_VERSION if orders else VERSION),
         "save_id": manifest.save_id,
         "world_size": manifest.world_size,
         "block": BLOCK,
@@ -200,19 +181,27 @@ def pack(manifest: Manifest) -> bytes:
             kind: {fqn: [one.dtype, one.digits] for fqn, one in values.items()}
             for kind, values in manifest.model.items()
         },
+        **({"orders": [[one.tensors, one.boxes] for one in orders]} if orders else {}),
         "files": [
             {
                 "name": f.name,
                 "size": f.size,
                 "head": f.head,
                 "blocks": f.blocks,
-                "pieces": [[b.tensor, b.box.offsets, b.box.sizes] for b in f.boxes],
+                **_held(f, number.get(id(f.order))),
             }
             for f in manifest.files
         ],
     }
     text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
     return _START + xxhash.xxh3_128_hexdigest(text).encode() + _MIDDLE + text + _END
+
+
+def _held(file: StoredFile, order: int | None) -> dict[str, Any]:
+    """What a file holds: its order, if others have it too, or all of it."""
+    if order is None:
+        return {"pieces": [[b.tensor, b.box.offsets, b.box.sizes] for b in file.boxes]}
+    return {"order": order, "boxes": [[box.offsets, box.sizes] for box in file.different]}
 
 
 def read(folder: str | os.PathLike[str], op: str = "load", *, files: bool = True) -> Manifest:
@@ -293,11 +282,11 @@ def _parse(body: Any, folder: str) -> Manifest:
     if body["format"] != "shardema":
         raise ValueError(f"format {reprlib.repr(body['format'])}, expected 'shardema'")
     major, minor = (checked_int(n) for n in checked_list(body["version"]))
-    if major != VERSION[0]:
+    if major not in (VERSION[0], SHARED_VERSION[0]):
         path = os.path.join(folder, NAME)
         raise CheckpointError(
             f"reading {path}: format version {major}.{minor}, this shardema reads "
-            f"{VERSION[0]}.x; install the version that wrote it",
+            f"{VERSION[0]}.x and {SHARED_VERSION[0]}.x; install the version that wrote it",
             path=path,
         )
     if body["block"] != BLOCK:
@@ -308,16 +297,8 @@ def _parse(body: Any, folder: str) -> Manifest:
     averages = {checked_text(name): _average(a) for name, a in body["averages"].items()}
     tensors = tuple(_tensor(value, averages) for value in checked_list(body["tensors"]))
     _check_names(tensors, averages)
-    files = tuple(_file(value, tensors) for value in checked_list(body["files"]))
-    if len({file.name for file in files}) != len(files):
-        raise ValueError("a file is listed twice")
-    boxes: list[list[Box]] = [[] for _ in tensors]
-    for file in files:
-        for stored in file.boxes:
-            boxes[stored.tensor].append(stored.box)
-    for tensor, held in zip(tensors, boxes, strict=True):
-        check_covered(tensor.fqn, tensor.shape, held)
-    return Manifest(
+    files = _files(body, tensors)
+    manifest = Manifest(
         checked_text(body["save_id"]),
         checked_int(body["world_size"]),
         averages,
@@ -329,6 +310,18 @@ def _parse(body: Any, folder: str) -> Manifest:
         _model(body.get("model", {}), {tensor.fqn for tensor in tensors if tensor.average}),
         checked_text(body.get("follows", "")),
     )
+    _check_covered(manifest)
+    return manifest
+
+
+def _check_covered(manifest: Manifest) -> None:
+    """Raises ValueError unless the files hold each element of each tensor exactly once."""
+    held, known = manifest.arrangement, set()
+    for number, tensor in enumerate(manifest.tensors):
+        key = tensor.shape, held.alike(number)
+        if key not in known:
+            check_covered(tensor.fqn, tensor.shape, held.boxes(number, len(tensor.shape)))
+            known.add(key)
 
 
 def _model(value: Any, averaged: set[str]) -> dict[str, dict[str, Fingerprint]]:
@@ -398,32 +391,90 @@ def _check_names(tensors: tuple[StoredTensor, ...], averages: dict[str, StoredAv
             raise ValueError(f"a tensor is listed twice, by its {attribute}")
 
 
-def _file(value: Any, tensors: tuple[StoredTensor, ...]) -> StoredFile:
+def _files(body: Any, tensors: tuple[StoredTensor, ...]) -> tuple[StoredFile, ...]:
+    pieces = Pieces([tensor.dtype.itemsize for tensor in tensors])
+    orders = [_order(value, pieces) for value in checked_list(body.get("orders", []))]
+    files = [_file(value, pieces, orders) for value in checked_list(body["files"])]
+    if len({file.name for file in files}) != len(files):
+        raise ValueError("a file is listed twice")
+    for order, numbers in Arrangement(files).orders:
+        within = _smallest(order, tensors)
+        for number in numbers:
+            _check_boxes(files[number], within, tensors)
+    return tuple(files)
+
+
+def _order(value: Any, pieces: Pieces) -> Order:
+    tensors, boxes = (_dims(part) for part in checked_list(value))
+    if len(tensors) != len(boxes) or set(boxes) != set(range(1 + max(boxes, default=-1))):
+        raise ValueError(f"the order {reprlib.repr(value)}")
+    order = pieces.order(tensors, boxes)
+    if not order.widest_first:  # else the start of each box in each file would be looked at
+        raise ValueError(f"the order {reprlib.repr(value)} does not begin with the widest dtype")
+    return order
+
+
+def _file(value: Any, pieces: Pieces, orders: list[Order]) -> StoredFile:
     name = value["name"]
     if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
         raise ValueError(f"file name {reprlib.repr(name)}")
+    if "order" in value:
+        order = orders[checked_int(value["order"])]
+        different = tuple(_box(*one) for one in checked_list(value["boxes"]))
+        if len(different) != len(order.itemsizes_of_box):
+            raise ValueError(f"{name}: {len(different)} boxes, which its order does not have")
+    else:
+        listed = checked_list(value["pieces"])
+        order, different = pieces.of([(checked_int(n), _box(*box)) for n, *box in listed])
     size, head = checked_int(value["size"]), checked_int(value["head"])
-    start = head
-    boxes = []
-    for number, offsets, sizes in checked_list(value["pieces"]):
-        tensor = tensors[checked_int(number)]
-        box = Box(_dims(offsets), _dims(sizes))
-        inside = len(box.offsets) == len(box.sizes) == len(tensor.shape) and all(
-            n > 0 and o + n <= full
-            for o, n, full in zip(box.offsets, box.sizes, tensor.shape, strict=True)
-        )
-        if not inside:
-            raise ValueError(f"{box!r:.200} is not inside {tensor.fqn} of shape {tensor.shape}")
-        if start % tensor.dtype.itemsize:  # no element lies across two blocks
-            raise ValueError(f"{tensor.fqn} begins at byte {start}, between its elements")
-        boxes.append(StoredBox(number, box, start))
-        start += box.numel * tensor.dtype.itemsize
     blocks = tuple(checked_text(block) for block in checked_list(value["blocks"]))
-    if start != size:
-        raise ValueError(f"{name}: {size} bytes, its head and boxes are {start}")
     if len(blocks) != -(-size // BLOCK):
         raise ValueError(f"{name}: {len(blocks)} checksums, expected {-(-size // BLOCK)}")
-    return StoredFile(name, size, head, blocks, tuple(boxes))
+    return StoredFile(name, size, head, blocks, order, different)
+
+
+def _smallest(order: Order, tensors: tuple[StoredTensor, ...]) -> list[tuple[Dims, int]]:
+    """For each different box the shape that it must be inside of, and a tensor that has it.
+
+    A box of tensors of several shapes must be inside of the least size of each dim.
+    """
+    shapes: dict[int, dict[Dims, int]] = {}
+    for number, box in zip(order.tensors, order.boxes, strict=True):
+        shapes.setdefault(box, {}).setdefault(tensors[number].shape, number)
+    found = []
+    for box in range(len(shapes)):
+        if len({len(shape) for shape in shapes[box]}) > 1:
+            raise ValueError(f"a box of tensors of {len(shapes[box])} shapes")
+        least = tuple(min(sizes) for sizes in zip(*shapes[box], strict=True))
+        found.append((least, next(iter(shapes[box].values()))))
+    return found
+
+
+def _check_boxes(
+    file: StoredFile, within: list[tuple[Dims, int]], tensors: tuple[StoredTensor, ...]
+) -> None:
+    """Raises ValueError unless the boxes are inside of the tensors, and end where the file does."""
+    for box, (shape, number) in zip(file.different, within, strict=True):
+        inside = len(box.offsets) == len(box.sizes) == len(shape) and all(
+            n > 0 and o + n <= full
+            for o, n, full in zip(box.offsets, box.sizes, shape, strict=True)
+        )
+        if not inside:
+            tensor = tensors[number]
+            raise ValueError(f"{box!r:.200} is not inside {tensor.fqn} of shape {tensor.shape}")
+    if file.end != file.size:
+        raise ValueError(f"{file.name}: {file.size} bytes, its head and boxes are {file.end}")
+    if file.order.widest_first and file.head % max(file.order.itemsizes, default=1) == 0:
+        return  # every box begins between two elements
+    starts = file.starts()
+    odd = np.flatnonzero(starts % np.array(file.order.itemsizes, np.int64))
+    if len(odd):  # an element would lie across two blocks
+        fqn = tensors[file.order.tensors[odd[0]]].fqn
+        raise ValueError(f"{fqn} begins at byte {starts[odd[0]]}, between its elements")
+
+
+def _box(offsets: Any, sizes: Any) -> Box:
+    return Box(_dims(offsets), _dims(sizes))
 
 
 def _dims(value: Any) -> Dims:
@@ -513,11 +564,10 @@ def read_requests(manifest: Manifest, wanted: dict[int, list[Box]]) -> list[Read
     needed: dict[int, list[tuple[int, int, StoredBox]]] = {}
     for tensor, boxes in wanted.items():
         itemsize = manifest.tensors[tensor].dtype.itemsize
-        for file, stored in manifest.held.get(tensor, ()):
-            reach = _reach(stored, boxes)
-            if reach is not None:
-                start, stop = (stored.start + edge * itemsize for edge in reach)
-                needed.setdefault(file, []).append((start, stop, stored))
+        held = {one: None for box in boxes for one in manifest.arrangement.overlapping(tensor, box)}
+        for file, stored in held:
+            start, stop = (stored.start + edge * itemsize for edge in _reach(stored, boxes))
+            needed.setdefault(file, []).append((start, stop, stored))
     return [
         ReadRequest(manifest.files[file], tuple(sorted(needed[file], key=lambda one: one[0])))
         for file in sorted(needed)
@@ -608,8 +658,12 @@ def _read_block(
         yield begin, data
 
 
-def _reach(stored: StoredBox, boxes: list[Box]) -> tuple[int, int] | None:
-    """First element of the stored box that any of the boxes overlaps, and the end."""
+def _reach(stored: StoredBox, boxes: list[Box]) -> tuple[int, int]:
+    """First element of the stored box that any of the boxes overlaps, and the end.
+
+    Args:
+        boxes: of which one overlaps it.
+    """
     low, high = stored.box.numel, 0
     for box in boxes:
         common = stored.box.intersect(box)
@@ -621,4 +675,4 @@ def _reach(stored: StoredBox, boxes: list[Box]) -> tuple[int, int] | None:
             first = first * full + offset
             last = last * full + offset + size - 1
         low, high = min(low, first), max(high, last + 1)
-    return (low, high) if high else None
+    return low, high

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shardema.errors import CheckpointError, abbreviate
@@ -18,12 +20,15 @@ from shardema.files.manifest import Fingerprint, Manifest
 from shardema.files.safetensors import NAMES
 from shardema.kernels.fingerprint import fingerprint, to_host
 from shardema.ranks.agree import Ranks
+from shardema.ranks.messages import array_of, text_of
 from shardema.ranks.plan import Plan
 from shardema.shards.shard import Shard
 
 log = logging.getLogger(__name__)
 
-Part = tuple[int, str, str, int]  # number in the plan, "weights" or "masters", dtype, fingerprint
+# of tensors of one dtype: "weights" or "masters", the dtype, their numbers in the plan, their
+# fingerprints; the last two by `text_of`
+Part = tuple[str, str, str, str]
 
 
 def local_parts(plan: Plan, averaged: Sequence[Shard], ranks: Ranks) -> list[Part]:
@@ -33,17 +38,21 @@ def local_parts(plan: Plan, averaged: Sequence[Shard], ranks: Ranks) -> list[Par
         plan: of whole shards.
         averaged: this rank's shards of the averaged tensors.
     """
-    facts: list[tuple[int, str, str]] = []
-    found: list[Tensor] = []
+    numbers: dict[tuple[str, str], list[int]] = {}
+    found: dict[tuple[str, str], list[Tensor]] = {}
     for number, kind, shard, tensor in _tensors(plan, averaged):
         item = plan.items[number]
         pairs = zip(item.holders, plan.writers[number], strict=True)
         written = {box for (box, _), writer in pairs if writer == ranks.index}
         boxes = [(box, part) for box, part in shard.local_boxes(tensor) if box in written]
         if boxes:
-            facts.append((number, kind, NAMES[tensor.dtype]))
-            found.append(fingerprint(item.fqn, item.shape, boxes))
-    return [(*fact, value) for fact, value in zip(facts, to_host(found), strict=True)]
+            key = kind, NAMES[tensor.dtype]
+            numbers.setdefault(key, []).append(number)
+            found.setdefault(key, []).append(fingerprint(item.fqn, item.shape, boxes))
+    return [
+        (*key, text_of(at, np.uint32), text_of(to_host(found[key]), np.uint64))
+        for key, at in numbers.items()
+    ]
 
 
 def _tensors(plan: Plan, averaged: Sequence[Shard]) -> Iterator[tuple[int, str, Shard, Tensor]]:
@@ -58,16 +67,21 @@ def _tensors(plan: Plan, averaged: Sequence[Shard]) -> Iterator[tuple[int, str, 
 
 def merged(plan: Plan, parts: Sequence[Sequence[Part]]) -> dict[str, dict[str, Fingerprint]]:
     """By "weights" and "masters" and by fqn, from the parts of all ranks."""
-    found: dict[str, dict[str, tuple[str, int]]] = {}
+    sums: dict[tuple[str, str], NDArray[np.uint64]] = {}
+    held: dict[tuple[str, str], set[int]] = {}
     for theirs in parts:
-        for number, kind, dtype, value in theirs:
-            by_fqn = found.setdefault(kind, {})
-            fqn = plan.items[number].fqn
-            before = by_fqn.get(fqn, (dtype, 0))[1]
-            by_fqn[fqn] = (dtype, (before + value) % (1 << 64))
+        for kind, dtype, numbers, values in theirs:
+            key, at = (kind, dtype), array_of(numbers, np.uint32)
+            sums.setdefault(key, np.zeros(len(plan.items), np.uint64))
+            sums[key][at] += array_of(values, np.uint64)  # modulo 2^64
+            held.setdefault(key, set()).update(at.tolist())
+    found: dict[str, dict[int, Fingerprint]] = {}
+    for (kind, dtype), total in sums.items():
+        of_kind = found.setdefault(kind, {})
+        of_kind |= {n: Fingerprint(dtype, f"{total[n]:016x}") for n in held[kind, dtype]}
     return {
-        kind: {fqn: Fingerprint(dtype, f"{value:016x}") for fqn, (dtype, value) in values.items()}
-        for kind, values in found.items()
+        kind: {plan.items[number].fqn: of_kind[number] for number in sorted(of_kind)}
+        for kind, of_kind in found.items()
     }
 
 

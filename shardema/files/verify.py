@@ -15,8 +15,9 @@ import xxhash
 
 from shardema.errors import CheckpointError
 from shardema.files import consolidated, manifest, recognize
+from shardema.files.arrangement import StoredFile
 from shardema.files.consolidated import Place
-from shardema.files.manifest import BLOCK, Manifest, StoredFile
+from shardema.files.manifest import BLOCK, Manifest
 from shardema.files.places import OpenFile, any_path, is_there, reading
 from shardema.files.recognize import CHECKPOINT, HF, MANAGER, SAFETENSORS
 from shardema.files.safetensors import NAMES

@@ -1,13 +1,18 @@
-"""The messages of a round: errors as JSON, and comparison of the ranks' calls and arguments."""
+"""The messages of a round: errors and arrays as JSON, comparison of the ranks' calls, arguments."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import re
 import traceback
+import zlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from shardema.errors import ArgumentError, ArgumentTypeError, CallError, CheckpointError, RankError
 
@@ -165,6 +170,16 @@ def unpacked(message: dict[str, Any], rank: int) -> Exception:
         if int(other) != rank and hasattr(error, "add_note"):  # its own is the cause
             error.add_note(f"on rank {other}:\n{trace}")
     return error
+
+
+def text_of(values: Sequence[int], dtype: DTypeLike) -> str:
+    """Integers as a text, shorter than they are as JSON."""
+    return base64.b64encode(zlib.compress(np.array(values, dtype).tobytes())).decode()
+
+
+def array_of(text: str, dtype: DTypeLike) -> NDArray[Any]:
+    """The integers of which `text_of` made a text, ``[number of them]``."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
 
 
 def first_line(error: BaseException) -> str:

@@ -101,7 +101,8 @@ class Rounds:
         """A process group of these ranks, one for all that use it. Collective on the first call."""
         known = None if self._group is None else self._group()
         if known is None:
-            known = dist.new_group(list(self.ranks), use_local_synchronization=True)
+            with _unsplit():
+                known = dist.new_group(list(self.ranks), use_local_synchronization=True)
             self._group = weakref.ref(known)
         return known
 
@@ -353,6 +354,22 @@ class Rounds:
 def call_of(message: dict[str, Any]) -> str:
     """The call and its arguments, as a key."""
     return json.dumps([message["op"], message["same"]], sort_keys=True)
+
+
+@contextlib.contextmanager
+def _unsplit() -> Iterator[None]:
+    """Inside the block, a new group gets communicators of its own.
+
+    If the default group has a ``device_id``, torch would split its communicator, which all of its
+    ranks must do together: https://github.com/pytorch/pytorch/issues/134314.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    device, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = device
 
 
 def _may_be_here(store: Any) -> bool:

@@ -2,8 +2,8 @@
 
     PYTHONPATH=SOURCE python tests/golden/make.py OUT NAME...
 
-SOURCE is a tree of the version that is to write, and the names are those of `WRITERS`. README.md
-beside this says which commit wrote what, and when there is something new to write.
+SOURCE is a tree of the version that is to write, and the names are those of `WRITERS` and `RANKS`.
+README.md beside this says which commit wrote what, and when there is something new to write.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def build(*, shard: bool = False, narrow: bool = False) -> tuple[nn.Module, Shar
     """
     net: nn.Module = Net()
     if shard:
-        mesh = init_device_mesh("cpu", (2,))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for child in (net.low, net.frozen):  # of one dtype each
             fully_shard(child, mesh=mesh)
         fully_shard(net, mesh=mesh)
@@ -129,7 +129,7 @@ def manager(out: Path) -> None:
 
 
 def sharded(out: Path) -> None:
-    """On two ranks, each of which calls it."""
+    """On two ranks or more, each of which calls it."""
     trained(shard=True).save(out, include_frozen=True)
 
 
@@ -147,8 +147,12 @@ WRITERS = {
 }
 
 
-def _rank(rank: int, store: str, out: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+# how many ranks write the same; of five the last two hold alike
+RANKS = {"sharded": 2, "alike": 5}
+
+
+def _rank(rank: int, size: int, store: str, out: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     sharded(out)
     dist.destroy_process_group()
 
@@ -156,9 +160,10 @@ def _rank(rank: int, store: str, out: Path) -> None:
 def main() -> None:
     out, names = Path(sys.argv[1]), sys.argv[2:]
     for name in names:
-        if name == "sharded":
+        if name in RANKS:
             with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(_rank, (f"{folder}/store", out / name), nprocs=2)
+                arguments = (RANKS[name], f"{folder}/store", out / name)
+                mp.spawn(_rank, arguments, nprocs=RANKS[name])
         else:
             WRITERS[name](out / name)
 
