@@ -83,7 +83,8 @@ def rounded_at_random(value: Tensor, fqn: str, number: int) -> Tensor:
     seed = xxhash.xxh3_64_intdigest(fqn.encode(), seed=SEED)
     update = mix(np.array([(seed + number * golden) % 2**64], np.uint64))
     places = np.arange(value.numel(), dtype=np.uint64) * np.uint64(golden)
-    noise = mix(update + places) >> np.uint64(19)
+    x = update + places
+    noise = (x ^ (x >> np.uint64(32))) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(19)
     whole = value.cpu().contiguous().numpy().reshape(-1).view(np.uint64) + noise
     cut = (whole >> np.uint64(45) << np.uint64(45)).view(np.float64)
     return nearest(torch.from_numpy(cut).view(value.shape))
