@@ -1,8 +1,9 @@
-# Sourced by demo.sh, test.sh and docs.sh: the environment in VENV, with the pins of constraints.txt.
-# Sets ROOT, VENV and PYTHON. Usage: [VENV=$ROOT/FOLDER]; make_env EXTRA
+# Sourced by demo.sh, test.sh and docs.sh: the environment in VENV, with the exact versions in PINS.
+# Sets ROOT, VENV, PINS and PYTHON. Usage: [VENV=$ROOT/FOLDER | other_versions ROW]; make_env EXTRA
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
+PINS=$ROOT/launch/constraints.txt
 PYTHON=$VENV/bin/python
 
 die() {
@@ -22,6 +23,24 @@ find_python() {
     die "no python3 of version 3.10 or newer was found: install one"
 }
 
+# other_versions --versions NAME: the pins of launch/versions/NAME.txt
+# other_versions --torch VERSION: this torch, and all else as in constraints.txt
+other_versions() {
+    local option=$1 name=${2:-}
+    [ -n "$name" ] || die "$option: got nothing, expected a version after --torch, a row after --versions"
+    if [ "$option" = --versions ]; then
+        VENV=$ROOT/.venv-$name
+        PINS=$ROOT/launch/versions/$name.txt
+        [ -f "$PINS" ] || die "--versions: got $name, expected a file launch/versions/$name.txt"
+        return
+    fi
+    VENV=$ROOT/.venv-torch$name
+    mkdir -p "$VENV"
+    # torch itself says which triton and setuptools it works with
+    { grep -Ev '^(torch|triton|setuptools)==' "$PINS" && echo "torch==$name.*"; } >"$VENV/pins.txt"
+    PINS=$VENV/pins.txt
+}
+
 make_env() {
     local extra=$1 python stamp wanted
     PYTHON=$VENV/bin/python
@@ -35,7 +54,7 @@ make_env() {
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         die "$VENV has no working Python of version 3.10 or newer: remove it and run this again"
     stamp=$VENV/.installed-$extra
-    wanted=$(cat "$ROOT/pyproject.toml" "$ROOT/launch/constraints.txt" | "$PYTHON" -c \
+    wanted=$(cat "$ROOT/pyproject.toml" "$PINS" | "$PYTHON" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
@@ -44,7 +63,7 @@ make_env() {
     "$PYTHON" -m pip --version >/dev/null 2>&1 ||
         die "$VENV has no pip: remove it and run this again"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check \
-        --constraint "$ROOT/launch/constraints.txt" --editable "$ROOT[$extra]" ||
+        --constraint "$PINS" --editable "$ROOT[$extra]" ||
         die "pip could not install shardema[$extra]: its lines above say why"
     echo "$wanted" >"$stamp"
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import xxhash
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 from torch import nn
 
 import shardema
@@ -206,6 +209,80 @@ def test_every_file_that_design_names_is_there() -> None:
 
 
 # ---- versions ------------------------------------------------------------------------------------
+
+
+FOR_USERS = {"accelerate", "deepspeed", "lightning", "transformers", "digits", "plot", "terminal"}
+FOR_USERS |= {"remote", "hub", "demo"}  # the others are for those who change shardema
+
+
+def project() -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert isinstance(table, dict)
+    return table
+
+
+def required(lines: list[str]) -> dict[str, Requirement]:
+    found = [Requirement(line) for line in lines]
+    return {one.name: one for one in found if one.name != "shardema"}
+
+
+def pinned(row: str) -> dict[str, Version]:
+    """``{package: version}`` of launch/versions/ROW.txt."""
+    text = (ROOT / "launch" / "versions" / f"{row}.txt").read_text()
+    pins = re.findall(r"^([\w.-]+)==([\w.+]+)$", text, re.MULTILINE)
+    return {name.replace("-", "_").lower(): Version(version) for name, version in pins}
+
+
+def lowest(requirement: Requirement) -> Version:
+    (bound,) = [one.version for one in requirement.specifier if one.operator == ">="]
+    return Version(bound)
+
+
+def test_the_oldest_versions_are_the_lower_bounds_and_the_newest_are_allowed() -> None:
+    extras = project()["optional-dependencies"]
+    tested = {**required(project()["dependencies"]), **required(extras["test"])}
+    for name in FOR_USERS:
+        tested |= required(extras[name])
+    oldest, newest = pinned("oldest"), pinned("newest")
+    for name, requirement in tested.items():
+        key = name.replace("-", "_").lower()
+        assert oldest[key] == lowest(requirement), name
+        assert newest[key] in requirement.specifier, name
+
+
+def test_the_table_of_versions_is_that_of_the_ranges_and_of_the_rows() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    section = page.split("\n## Supported versions\n", 1)[1]
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \| (.*)\|$", section, re.MULTILINE)
+    extras = project()["optional-dependencies"]
+    wanted = {(name, "") for name in required(project()["dependencies"])}
+    wanted |= {(name, extra) for extra in FOR_USERS for name in required(extras[extra])}
+    listed = {
+        (name, extra) for name, *_, cell in rows for extra in re.findall(r"`(\w+)`", cell) or [""]
+    }
+    assert listed == wanted
+    oldest, newest = pinned("oldest"), pinned("newest")
+    for name, first, last, _ in rows:
+        key = name.replace("-", "_")
+        assert (Version(first), Version(last)) == (oldest[key], newest[key]), name
+
+
+def test_every_row_of_the_matrix_is_one_that_the_script_knows() -> None:
+    work = yaml.safe_load((ROOT / ".github/workflows/versions.yml").read_text())
+    rows = work["jobs"]["row"]["strategy"]["matrix"]["include"]
+    oldest = project()["requires-python"].removeprefix(">=")
+    first = f"--torch {lowest(required(project()['dependencies'])['torch'])}"
+    assert {row["row"] for row in rows} == {"--versions oldest", "--versions newest", first}
+    assert [row["python"] for row in rows if row["row"] == "--versions oldest"] == [oldest]
+    named = re.findall(
+        r"^(tests/\S+)", (ROOT / "launch/versions/tests.txt").read_text(), re.MULTILINE
+    )
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / path).is_file()] == []
 
 
 def test_pre_commit_runs_the_pinned_versions() -> None:

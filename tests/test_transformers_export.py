@@ -231,7 +231,7 @@ def one_thread() -> Iterator[None]:
 def load(folder: Path) -> Any:
     """The model as a user loads it, with nothing missing and nothing left over."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, local_files_only=True
+        folder, output_loading_info=True, local_files_only=True, dtype="auto"
     )
     assert not any(info.values()), info
     return model.eval()
