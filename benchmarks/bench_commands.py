@@ -26,7 +26,7 @@ COMMANDS = {
     "demo": ["demo"],
     "doctor": ["doctor"],
     "plan of 7 B on 1024 ranks": ["plan", "--params", "7e9", "--world-size", "1024"],
-    "--help": ["--help"],
+    "help": ["--help"],
 }
 TARGETS = (
     Target("shardema", "demo", "time", most=60),

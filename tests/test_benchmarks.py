@@ -47,7 +47,7 @@ ON_ONE = {
         *("--large-ranks", "128", "--large-layers", "2"),
     ],
     "calls": [*TWICE, "--ranks", "3"],
-    "commands": ["--repeats", "1", "--commands", "--help"],
+    "commands": ["--repeats", "1", "--commands", "help"],
     "arithmetic": [
         *(*TWICE, "--updates", "3", "--target-updates", "3", "--elements", "4", "--numel", "2048")
     ],
