@@ -10,6 +10,7 @@ Every wrapper trains the same model for a few steps; only the update of each ste
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -45,7 +46,7 @@ Wrapped = tuple[Any, Callable[[Any], None]]
 # ---- wrappers ---------------------------------------------------------------------------------
 
 
-def _built(mib: int, layout: models.Layout = "plain") -> nn.Module:
+def built(mib: int, layout: models.Layout = "plain") -> nn.Module:
     """The model, with weights that a step keeps finite: an engine does not apply others."""
     model = models.build(lambda: models.Blocks(mib), layout)
     with torch.no_grad():
@@ -54,7 +55,7 @@ def _built(mib: int, layout: models.Layout = "plain") -> nn.Module:
     return model
 
 
-def _plain_step(model: nn.Module) -> Callable[[Any], None]:
+def plain_step(model: nn.Module) -> Callable[[Any], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
     def step(loss: Any) -> None:
@@ -67,36 +68,36 @@ def _plain_step(model: nn.Module) -> Callable[[Any], None]:
 
 def ddp(mib: int) -> Wrapped:
     """Every rank holds the whole model."""
-    model = DistributedDataParallel(_built(mib))
-    return model, _plain_step(model)
+    model = DistributedDataParallel(built(mib))
+    return model, plain_step(model)
 
 
 def fsdp1(mib: int) -> Wrapped:
     """Every block is a flat parameter of its own, cut by ranks."""
     model = FullyShardedDataParallel(
-        _built(mib),
+        built(mib),
         auto_wrap_policy=ModuleWrapPolicy({models.Block}),
         device_mesh=init_device_mesh("cpu", (dist.get_world_size(),)),
         use_orig_params=True,
         device_id=torch.device("cpu"),
     )
-    return model, _plain_step(model)
+    return model, plain_step(model)
 
 
 def fsdp2(mib: int) -> Wrapped:
     """Every tensor is cut by rows."""
-    model = _built(mib, "fsdp2")
-    return model, _plain_step(model)
+    model = built(mib, "fsdp2")
+    return model, plain_step(model)
 
 
-def zero3(mib: int) -> Wrapped:
-    """DeepSpeed, with the config of launch/; the masters are averaged."""
+def zero(stage: int, mib: int) -> Wrapped:
+    """DeepSpeed, with a config of launch/; the masters are averaged."""
     try:
         import deepspeed
     except ImportError as error:
         raise Missing("pip install deepspeed") from error
-    model = _built(mib)
-    config = json.loads((HERE.parent / "launch/deepspeed/zero3.json").read_text())
+    model = built(mib)
+    config = json.loads((HERE.parent / f"launch/deepspeed/zero{stage}.json").read_text())
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     config |= {"gradient_clipping": 0.0, "bf16": {"enabled": False}}
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -114,7 +115,7 @@ WRAPPERS: dict[str, tuple[Callable[[int], Wrapped], ShadowPolicy]] = {
     "ddp, slices": (ddp, ShadowPolicy(shard_replicas=True)),
     "fsdp1": (fsdp1, ShadowPolicy()),
     "fsdp2": (fsdp2, ShadowPolicy()),
-    "zero3": (zero3, ShadowPolicy()),
+    "zero3": (functools.partial(zero, 3), ShadowPolicy()),
 }
 
 

@@ -51,6 +51,10 @@ PICTURES = (
         "update-averages", "update", "time_to_one_average", "time / one average", r"(.*), (\d+).*"
     ),
     Picture("wrappers", "wrappers", "time", "us of an update", r"(?=.* (\d+ MiB))(.*) .*/.*"),
+    Picture(
+        "plan", "plan", "planned_to_average", "planned / allocated", r"(?=.* (\d+ MiB))(.*) .*/.*"
+    ),
+    Picture("commands", "commands", "time", "s of the process"),
     Picture("step", "step", "overhead", "% of a training step"),
     Picture("swap", "swap", "time", "ms for a swap, in and out"),
     Picture("gather", "gather", "time", "s to the first rank"),

@@ -39,6 +39,7 @@ ON_TWO_RANKS = {
     "memory": ["--mib", "1", "--dtype", "bf16"],
     "replicas": [*TWICE, "--mib", "1"],
     "wrappers": [*TWICE, "--mib", "1", "--wrappers", "ddp", "ddp, slices", "fsdp1", "fsdp2"],
+    "plan": ["--mib", "1", "--strategies", "ddp, slices", "fsdp1", "fsdp2", "hsdp, slices"],
     "checkpoint": [*TWICE, "--mib", "1", "--train-mib", "1", "--tokens", "4", "--steps", "1"],
 }
 ON_ONE = {
@@ -47,6 +48,7 @@ ON_ONE = {
         *("--large-ranks", "128", "--large-layers", "2"),
     ],
     "calls": [*TWICE, "--ranks", "3"],
+    "commands": ["--repeats", "1", "--commands", "help"],
     "arithmetic": [
         *(*TWICE, "--updates", "3", "--target-updates", "3", "--elements", "4", "--numel", "2048")
     ],
