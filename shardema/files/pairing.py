@@ -8,12 +8,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from shardema.errors import CheckpointError, abbreviate
+from shardema.errors import CheckpointError, abbreviate, logger
 from shardema.files.manifest import Fingerprint, Manifest
 from shardema.files.safetensors import NAMES
 from shardema.kernels.fingerprint import fingerprint, to_host
@@ -21,7 +20,7 @@ from shardema.ranks.agree import Ranks
 from shardema.ranks.plan import Plan
 from shardema.shards.shard import Shard
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Part = tuple[int, str, str, int]  # number in the plan, "weights" or "masters", dtype, fingerprint
 
