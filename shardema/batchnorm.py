@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +22,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from shardema.backends.tree import unwrap, walk, wrapped_child
 from shardema.devices import double
 from shardema.ema import ShardedEMA
-from shardema.errors import ArgumentError, ArgumentTypeError, abbreviate
+from shardema.errors import ArgumentError, ArgumentTypeError, abbreviate, logger
 from shardema.ranks.agree import Ranks
 from shardema.scopes import to_the_end, uninterrupted, writable
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass(frozen=True)

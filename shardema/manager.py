@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from shardema.ema import ShardedEMA
-from shardema.errors import ArgumentError, ArgumentTypeError, CheckpointError, abbreviate
+from shardema.errors import ArgumentError, ArgumentTypeError, CheckpointError, abbreviate, logger
 from shardema.files import manifest, remote, verify
 from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
@@ -17,7 +16,7 @@ from shardema.files.places import any_path
 from shardema.files.steps import MAX_STEP, StepsWriter, surplus
 from shardema.files.stored_steps import steps_in
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class CheckpointManager(StepsWriter):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ import torch
 
 from shardema import saving
 from shardema.ema import ShardedEMA
-from shardema.errors import ArgumentError, ArgumentTypeError, CheckpointError, abbreviate
+from shardema.errors import ArgumentError, ArgumentTypeError, CheckpointError, abbreviate, logger
 from shardema.files import manifest
 from shardema.files.background import PendingSave
 from shardema.files.folder import absolute
@@ -23,7 +22,7 @@ from shardema.profiles import Ledger
 from shardema.schedules import block_mean
 from shardema.update.average import Average
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from shardema.calls import Call, Calls
-from shardema.errors import ArgumentError, CallError, SwapError, abbreviate
+from shardema.errors import ArgumentError, CallError, SwapError, abbreviate, logger
 from shardema.exchange import Exchange
 from shardema.files import loading
 from shardema.files.sources import Imported
@@ -35,7 +34,7 @@ from shardema.update.average import Average
 from shardema.update.averages import Readable
 from shardema.update.mixture import Mixture
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Block(contextlib.ContextDecorator):

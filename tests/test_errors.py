@@ -198,6 +198,14 @@ def test_an_error_of_python_is_a_part_of_a_message() -> None:
     assert {place for place, name, _ in raised() if name in bare} == PARTS.keys()
 
 
+def test_every_module_has_a_logger_that_ends_warnings_with_the_address() -> None:
+    package = Path(shardema.__file__).parent
+    sources = {path: path.read_text() for path in package.rglob("*.py")}
+    own = [path.name for path, text in sources.items() if "getLogger(__name__)" in text]
+    assert own == []
+    assert sum("log = logger(__name__)" in text for text in sources.values()) > 20
+
+
 def test_a_command_ends_its_line_with_the_address() -> None:
     page = "https://github.com/shardema/shardema/blob/main/docs/errors.md"
     for arguments, code, entry in (

@@ -8,6 +8,7 @@ message's entry, which is found by its words, so that no place that raises has t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -81,6 +82,19 @@ def linked(error: _E) -> _E:
     if hasattr(error, "add_note"):  # from Python 3.11 on
         error.add_note(f"causes and remedies: {address(str(error)) or PAGE}")
     return error
+
+
+def logger(name: str) -> logging.Logger:
+    """The logger of a module; a warning ends with the address of its entry, if it has one."""
+    log = logging.getLogger(name)
+    log.addFilter(_addressed)
+    return log
+
+
+def _addressed(record: logging.LogRecord) -> bool:
+    if record.levelno >= logging.WARNING and (entry := address(record.getMessage())):
+        record.msg = f"{record.msg} ({entry})"
+    return True
 
 
 def address(message: str) -> str:

@@ -8,14 +8,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shardema.errors import CheckpointError, abbreviate
+from shardema.errors import CheckpointError, abbreviate, logger
 from shardema.files.manifest import Fingerprint, Manifest
 from shardema.files.safetensors import NAMES
 from shardema.kernels.fingerprint import fingerprint, to_host
@@ -24,7 +23,7 @@ from shardema.ranks.messages import array_of, text_of
 from shardema.ranks.plan import Plan
 from shardema.shards.shard import Shard
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # of tensors of one dtype: "weights" or "masters", the dtype, their numbers in the plan, their
 # fingerprints; the last two by `text_of`

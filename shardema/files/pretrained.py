@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 import re
 import sys
@@ -28,12 +27,12 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from shardema.backends.tree import original_class, unwrap
-from shardema.errors import abbreviate
+from shardema.errors import abbreviate, logger
 from shardema.files.safetensors import ADAPTER, DIFFUSERS, MODEL
 from shardema.model.own_state import Skeletons
 from shardema.shards.shard import Shard
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _LIBRARIES = {"diffusers", "peft", "transformers"}
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import logging
 import os
 import re
 import secrets
@@ -28,7 +27,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, TypeVar
 
-from shardema.errors import CheckpointError, abbreviate
+from shardema.errors import CheckpointError, abbreviate, logger
 from shardema.files.locks import abandoned, lock
 from shardema.files.safetensors import (
     BROKEN,
@@ -42,7 +41,7 @@ from shardema.files.safetensors import (
     write_file,
 )
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 RECORD = "manager.json"
 LOCK = ".lock"

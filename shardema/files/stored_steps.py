@@ -22,14 +22,13 @@ import collections
 import contextlib
 import errno
 import json
-import logging
 import os
 import secrets
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
-from shardema.errors import CheckpointError
+from shardema.errors import CheckpointError, logger
 from shardema.files import manifest, remote, writers
 from shardema.files.manifest import PLACE
 from shardema.files.places import any_path, read_whole
@@ -46,7 +45,7 @@ from shardema.files.steps import (
     steps_of,
 )
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 AGE = timedelta(days=1)  # parts that are older are of no save that still runs
 _CLEANING_S = 5.0  # seconds for what is done at the end

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import re
 import shutil
@@ -29,7 +28,14 @@ from shardema.arguments import NAME, Preset, with_preset
 from shardema.backends.tree import wrapped_child
 from shardema.calls import Call
 from shardema.ema import Given, ShardedEMA
-from shardema.errors import ArgumentError, ArgumentTypeError, CheckpointError, RankError, linked
+from shardema.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CheckpointError,
+    RankError,
+    linked,
+    logger,
+)
 from shardema.files import loading, manifest
 from shardema.files.background import PendingSave
 from shardema.files.safetensors import reporting, sync_path
@@ -47,7 +53,7 @@ except ImportError as error:
         )
     ) from error
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _REFUSED = {DistributedType.MEGATRON_LM, DistributedType.XLA}
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import os
 import secrets
 import shutil
@@ -29,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from shardema.arguments import Preset, as_schedules, with_preset
 from shardema.ema import Given, ShardedEMA
-from shardema.errors import ArgumentError, CallError, CheckpointError, linked
+from shardema.errors import ArgumentError, CallError, CheckpointError, linked, logger
 from shardema.files.background import PendingSave
 from shardema.files.safetensors import reporting
 from shardema.integrations.logged import logged
@@ -57,7 +56,7 @@ except ImportError as error:
         )
     ) from error
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _KEY = "shardema"  # key of the average's token in a checkpoint; "" if it has no average
 _WRAPPING = (FSDPStrategy, DeepSpeedStrategy)  # each run creates a wrapper with new tensors

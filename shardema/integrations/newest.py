@@ -7,17 +7,16 @@ newest one whose average is whole and belongs to its weights, and tells which it
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardema.errors import CheckpointError
+from shardema.errors import CheckpointError, logger
 from shardema.files.steps import sweep
 from shardema.files.verify import against, verify
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import logging
 import os
 import re
 import shutil
@@ -30,7 +29,7 @@ from torch import nn
 from shardema.arguments import Preset, as_schedules, with_preset
 from shardema.backends.tree import unwrap
 from shardema.ema import Given, ShardedEMA
-from shardema.errors import ArgumentError, ArgumentTypeError, CallError, linked
+from shardema.errors import ArgumentError, ArgumentTypeError, CallError, linked, logger
 from shardema.files import manifest
 from shardema.files.background import PendingSave
 from shardema.integrations.logged import logged
@@ -51,7 +50,7 @@ except ImportError as error:
         )
     ) from error
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 FOLDER = "ema"  # inside a checkpoint of the trainer
 _STATE = "trainer_state.json"  # of a checkpoint, which the trainer writes last

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 import shlex
@@ -27,9 +26,9 @@ from pathlib import Path
 
 import torch
 
-from shardema.errors import CallError
+from shardema.errors import CallError, logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # No option may change the rounding; the two -fno only allow loops to be vectorized.
 FLAGS = (

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,10 +27,11 @@ import torch
 import xxhash
 from torch import Tensor
 
+from shardema.errors import logger
 from shardema.kernels import build
 from shardema.shards.boxes import Box, Dims, contiguous_runs, split_box
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 _SOURCE = Path(__file__).with_name("fingerprint_cpu.cpp")
 _BLOCK = 4096  # elements that have one table of factors; each block multiplies it by its own
 _ROWS = {"cpu": 16}  # blocks at a time: what fits into a cache

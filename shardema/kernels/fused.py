@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import logging
 import threading
 from collections.abc import Sequence
 from types import ModuleType
@@ -20,11 +19,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from shardema.errors import logger
 from shardema.kernels import foreach, fused_cpu
 from shardema.kernels.bound import Bound
 from shardema.kernels.rounding import Rounding
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # Elements from which kernel="auto" uses a compiled kernel: below it foreach needs microseconds, and
 # nothing is compiled or looked up.

@@ -17,7 +17,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import logging
 import random
 import threading
 import time
@@ -29,14 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardema.errors import CallError
+from shardema.errors import CallError, logger
 from shardema.kernels import build, reference, variants
 from shardema.kernels.bound import Bound
 from shardema.kernels.rounding import Compensated, Rounding, Stochastic, runs
 from shardema.kernels.variants import DEFAULT, VARIANTS, Variant
 from shardema.shards.strides import dense_like
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 _SOURCE = Path(__file__).with_name("fused_cpu.cpp")
 
 # their codes in fused_cpu.cpp

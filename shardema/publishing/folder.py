@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import logging
 import os
 import re
 import secrets
@@ -16,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shardema.errors import ArgumentError, CheckpointError
+from shardema.errors import ArgumentError, CheckpointError, logger
 from shardema.files import export as exporter
 from shardema.files.folder import absolute
 from shardema.files.locks import lock
@@ -34,7 +33,7 @@ from shardema.files.steps import is_folder, sweep
 from shardema.publishing.place import Place, Reader, current, mapped
 from shardema.publishing.publication import refuse_existing
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _NOTE = "published.json"  # in the folder of a version
 _MAX_NOTE = 10_000  # bytes

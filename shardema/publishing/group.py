@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 
-from shardema.errors import ArgumentError, CallError, RankError
+from shardema.errors import ArgumentError, CallError, RankError, logger
 from shardema.files.safetensors import (
     BROKEN,
     DTYPES,
@@ -39,7 +38,7 @@ from shardema.ranks import transfer
 from shardema.ranks.agree import device_for
 from shardema.ranks.deadline import Task
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _HEADER, _DATA, _COMMIT, _ABANDON, _END = range(5)  # the kinds of a word
 _FORM = 0x53454D4101  # of a word: this module's, version 1

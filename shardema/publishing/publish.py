@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from shardema import saving
 from shardema.calls import Calls
-from shardema.errors import ArgumentTypeError, CallError, RankError
+from shardema.errors import ArgumentTypeError, CallError, RankError, logger
 from shardema.gathering import Full, begin_full
 from shardema.publishing.folder import FolderSink
 from shardema.publishing.loader import Load, Loader
@@ -21,7 +20,7 @@ from shardema.ranks.messages import is_shared
 from shardema.ranks.plan import refuse_opaque
 from shardema.update.mixture import Mixture
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _OP = "publish"
 

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,11 +18,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardema.backends.passes import in_backward
-from shardema.errors import ArgumentError
+from shardema.errors import ArgumentError, logger
 from shardema.update.stepping import Steps, torch_optimizer
 from shardema.update.watch import Holds, OtherOptimizers
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _PATIENCE = 100  # updates that an attached optimizer may miss before a warning
 

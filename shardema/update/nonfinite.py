@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -10,11 +9,11 @@ from typing import Literal
 import torch
 
 from shardema.devices import double
-from shardema.errors import CallError, abbreviate
+from shardema.errors import CallError, abbreviate, logger
 from shardema.shards.shard import Shard, materialized
 from shardema.update.averages import Averages
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 OnNonfinite = Literal["ignore", "skip", "raise"]
 

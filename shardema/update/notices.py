@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from shardema.arguments import suspicious_decay
-from shardema.errors import abbreviate
+from shardema.errors import abbreviate, logger
 from shardema.model.hiding import graphs_are_frozen
 from shardema.update.average import Average
 from shardema.update.averages import Averages
 from shardema.update.following import Following
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Notices:
