@@ -167,12 +167,13 @@ def make_plan(
     with _uncollected():
         told = tuple(ranks.all_gather(Told.of([s.boxes for s in shards], facts)))
         by_digest = _all_facts(facts, [one.digest for one in told], ranks)
-        if told not in ranks.plans:  # what else is exchanged does not depend on it
+        known = ranks.plans
+        if told not in known:  # what else is exchanged does not depend on it
             items = _merged(by_digest, told, ranks)
-            ranks.plans[told] = Plan(tuple(items), _share_writing(items, ranks.size))
-        plan: Plan = ranks.plans[told]
-        while len(ranks.plans) > _KEPT:
-            del ranks.plans[next(iter(ranks.plans))]
+            known[told] = Plan(tuple(items), _share_writing(items, ranks.size))
+        plan: Plan = known[told]
+        while len(known) > _KEPT:
+            del known[next(iter(known))]
     return plan
 
 
