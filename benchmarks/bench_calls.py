@@ -48,6 +48,7 @@ SAME = {  # as of a save with two averages
 EACH = 64  # ranks in a process
 LATE = 1.0  # seconds after the others in which the first rank comes
 LONG = 600.0  # seconds that ranks wait for each other
+ANSWER, BARE, END = "answer", "bare requests", "end"  # what the others are told to do
 
 
 @dataclass
@@ -106,24 +107,38 @@ def added(parts: Sequence[Traffic]) -> Traffic:
     return Traffic(sum(part.requests for part in parts), sum(part.nbytes for part in parts))
 
 
+def bare_requests(store: Counted, rank: int) -> None:
+    """The requests of a rank in a call and no more: no message is made, and nobody waits."""
+    store.set(f"bare/{rank}", "")
+    store.add("bare/came", 1)
+    store.check(["bare/reply"])
+    store.get("bare/reply")
+    store.delete_key(f"bare/{rank}")
+    store.add("bare/read", 1)
+
+
 class Connected:
     """Some of the ranks but the first, in a process of their own: threads that answer its calls."""
 
     def __init__(self, ranks: Sequence[int], size: int, port: int) -> None:
         self._stores = [Counted("127.0.0.1", port, wait_for_workers=False) for _ in ranks]
+        self._ranks = ranks
         pairs = zip(self._stores, ranks, strict=True)
         self._rounds = [Rounds(store, range(size), rank) for store, rank in pairs]
         self._who: int | None = None
         self._calls = 0
 
     def serve(self, orders: Connection) -> None:
-        """Answers a call for each order, until there are no more; tells what it took."""
+        """Does what each order says, until there are no more; tells what it took."""
         with ThreadPoolExecutor(len(self._rounds)) as pool:
             orders.send(None)
-            while orders.recv():
+            while (order := orders.recv()) != END:
                 start = time.process_time()
-                (self._who,) = set(pool.map(self._follow, self._rounds))
-                self._calls += 1
+                if order == BARE:
+                    list(pool.map(bare_requests, self._stores, self._ranks))
+                else:
+                    (self._who,) = set(pool.map(self._follow, self._rounds))
+                    self._calls += 1
                 spent = [store.take() for store in self._stores]
                 orders.send((time.process_time() - start, added(spent)))
 
@@ -170,10 +185,10 @@ class World:
         for _, orders in self._others:
             orders.recv()
 
-    def called(self, call: Callable[[], object], late: float = 0.0) -> Taken:
-        """Makes a call, so many seconds after the others."""
+    def called(self, call: Callable[[], object], late: float = 0.0, order: str = ANSWER) -> Taken:
+        """Makes a call, so many seconds after the others got their order."""
         for _, orders in self._others:
-            orders.send(True)
+            orders.send(order)
         time.sleep(late)
         start, cpu = time.perf_counter(), time.process_time()
         call()
@@ -187,7 +202,7 @@ class World:
 
     def end(self) -> None:
         for process, orders in self._others:
-            orders.send(False)
+            orders.send(END)
             process.join()
 
 
@@ -210,6 +225,9 @@ def measure(table: Table, size: int, repeats: int) -> None:
         turns = [world.called(call) for _ in range(repeats)]
         left = world.server.num_keys() - keys
         late = world.called(call, LATE)
+        world.server.set("bare/reply", "")
+        world.server.take()
+        bare = [world.called(lambda: None, order=BARE) for _ in range(repeats)]
     world.end()
     case = f"call of {size} ranks"
     table.add(OURS, case, "time", "s", [took.time for took in turns])
@@ -221,6 +239,10 @@ def measure(table: Table, size: int, repeats: int) -> None:
     table.add(OURS, case, "requests_of_leader", "requests", [own.requests for own in of_leader])
     table.add(OURS, case, "bytes_of_leader", "KiB", [own.nbytes / KIB for own in of_leader])
     table.add(OURS, case, "keys_left", "keys", [left / repeats])
+    case_bare = f"bare requests of {size} ranks"
+    table.add(OURS, case_bare, "time", "s", [took.time for took in bare])
+    table.add(OURS, case_bare, "cpu", "s", [took.cpu for took in bare])
+    table.add(OURS, case_bare, "requests", "requests", [took.all.requests for took in bare])
     often = [late.all.requests / LATE]
     table.add(OURS, f"waiting {size} ranks", "requests_per_second", "requests", often)
 

@@ -36,6 +36,7 @@ class _Rank:
         self._exchange, self.index = exchange, index
         self.size = len(exchange.slots)
         self.ranks = tuple(range(self.size))
+        self.plans: dict[Any, Plan] = {}
 
     def all_gather(self, mine: Any) -> list[Any]:
         self._exchange.slots[self.index] = mine
@@ -55,6 +56,35 @@ def planned(shards: Sequence[Sequence[Shard]]) -> tuple[list[Plan], list[list[An
     with ThreadPoolExecutor(len(shards)) as pool:
         plans = list(pool.map(work, range(len(shards))))
     return plans, exchange.told
+
+
+def test_a_second_object_takes_the_plan_that_its_ranks_made_for_the_first() -> None:
+    """Also where some of the ranks have it no longer, or tell other facts than others."""
+    exchange = Exchange(3)
+    ranks = [exchange.of(index) for index in range(3)]
+
+    def work(one: tuple[Ranks, list[Shard]]) -> Plan:
+        return make_plan(one[1], {s.fqn for s in one[1]}, one[0])
+
+    def plan_of(shards: Sequence[list[Shard]]) -> list[Plan]:
+        with ThreadPoolExecutor(3) as pool:
+            return list(pool.map(work, zip(ranks, shards, strict=True)))
+
+    fewer = by_rows(5, 3)
+    for held in fewer[1:]:
+        held.append(shard("of two", [Box((held[0].boxes[0].offsets[0] - 1,), (1,))], (2,)))
+    for shards in (by_rows(5, 3), fewer):
+        first = plan_of(shards)
+        ranks[1].plans.clear()
+        second = plan_of(shards)
+        assert second == first
+        assert [a is b for a, b in zip(first, second, strict=True)] == [True, False, True]
+    for count in range(6, 10):
+        plan_of(by_rows(count, 3))
+    assert {len(one.plans) for one in ranks} == {4}
+    third = plan_of(fewer)
+    assert third == second
+    assert not any(a is b for a, b in zip(second, third, strict=True))
 
 
 def shard(fqn: str, boxes: Sequence[Box], shape: tuple[int, ...] = ROWS) -> Shard:

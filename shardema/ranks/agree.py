@@ -145,6 +145,11 @@ class Ranks:
             self.transfer(op, lambda: dist.all_reduce(token, group=group), device)
             joined.add(key)
 
+    @property
+    def plans(self) -> dict[Any, Any]:
+        """The last plans of these ranks, by what all of them told; kept as long as their group."""
+        return self._rounds().plans if self.size > 1 else {}
+
     # ---- numbers ------------------------------------------------------------------------------
 
     def all_gather(self, value: Any) -> list[Any]:

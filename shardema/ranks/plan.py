@@ -31,6 +31,7 @@ from shardema.ranks.agree import Ranks
 from shardema.shards.boxes import Box, Dims, check_covered, without_overlaps
 from shardema.shards.shard import Role, Shard
 
+_KEPT = 4  # plans that are kept for further objects of the same ranks
 _Holders = tuple[tuple[Box, tuple[int, ...]], ...]
 
 
@@ -164,8 +165,16 @@ def make_plan(
     """
     facts = [(shard.fqn, facts_of(shard, averaged, dropped)) for shard in shards]
     with _uncollected():
-        items = _merged(facts, ranks.all_gather(Told.of([s.boxes for s in shards], facts)), ranks)
-    return Plan(tuple(items), _share_writing(items, ranks.size))
+        told = tuple(ranks.all_gather(Told.of([s.boxes for s in shards], facts)))
+        by_digest = _all_facts(facts, [one.digest for one in told], ranks)
+        known = ranks.plans
+        if told not in known:  # what else is exchanged does not depend on it
+            items = _merged(by_digest, told, ranks)
+            known[told] = Plan(tuple(items), _share_writing(items, ranks.size))
+        plan: Plan = known[told]
+        while len(known) > _KEPT:
+            del known[next(iter(known))]
+    return plan
 
 
 _Facts = Sequence[tuple[str, tuple[Any, ...]]]  # the fqn of each tensor, and its `facts_of`
@@ -195,9 +204,8 @@ class Told(NamedTuple):
         return cls(digest, zlib.compress(numbers.tobytes()), tuple(number))
 
 
-def _merged(facts: _Facts, told: Sequence[Told], ranks: Ranks) -> list[Item]:
-    """One item for each fqn, from what all ranks told. Collective if their facts differ."""
-    by_digest = _all_facts(facts, [one.digest for one in told], ranks)
+def _merged(by_digest: Mapping[bytes, _Facts], told: Sequence[Told], ranks: Ranks) -> list[Item]:
+    """One item for each fqn, from what all ranks told."""
     known = _agreed(by_digest, [one.digest for one in told], ranks)
     place = {fqn: index for index, fqn in enumerate(known)}
     places = {

@@ -71,6 +71,7 @@ class Rounds:
         alive: time of the store's last answer.
         missed: error of the last round that this rank was not part of.
         joined: the groups of these ranks that have a communicator, with its device.
+        plans: the last plans that these ranks have made, by what all of them told.
     """
 
     def __init__(self, store: Any, ranks: Sequence[int], index: int) -> None:
@@ -82,6 +83,7 @@ class Rounds:
         self.missed: str = ""
         self.alive: float = time.monotonic()
         self.joined: set[str] = set()
+        self.plans: dict[Any, Any] = {}
         self._group: weakref.ref[dist.ProcessGroup] | None = None  # it keeps the store
         self._name = f"shardema/{self.ranks[0]}-{self.ranks[-1]}-{hash(self.ranks)}"
         self._next = 0
