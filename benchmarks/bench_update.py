@@ -24,6 +24,7 @@ from torch import nn
 
 import models
 import rivals
+import triads
 from harness import (
     Table,
     Target,
@@ -40,19 +41,21 @@ from harness import (
 from rivals import DTYPES, Average, Build
 from tests import meters
 
-LIMIT, OURS, COPY = "limit", "shardema", "copy"
+LIMIT, OURS, COPY, FOREACH = "limit", "shardema", "copy", "shardema_foreach"
 SMALL = 1 << 10  # tensors of so many elements cost by the piece
 TARGETS = (
     Target(OURS, r"fsdp2 fp32/fp32 (blocks-[0-9]+|.*Mi)", "time_to_limit", most=1.05),
     Target(
         "diffusers|torch_ema", "fsdp2 fp32/fp32 (blocks-.*|.*Mi)", "time_to_shardema", least=2.4
     ),
-    Target(OURS, r".* bf16/fp32 \d+x(64Ki|\d+Mi)", "time_to_limit", most=0.85),
     Target("lerp_float", r".* bf16/fp32 \d+x(16|32|64)Mi", "time_to_shardema", least=5),
     Target(OURS, r".* fp32/fp32 (blocks-.*|.*Mi), 2 averages", "time_to_one_average", most=1.75),
     Target(OURS, r".* bf16/fp32 (blocks-.*|.*Mi), 2 averages", "time_to_one_average", most=1.9),
     Target(OURS, r".* 2000x1Ki", "beyond_1.5_limits_per_tensor", most=5),
     Target(OURS, r".* (4x|1x)\d+Mi", "share_of_copy_bandwidth", least=0.9),
+    Target(OURS, r".* fp32/fp32 (blocks-.*|.*Mi)", "share_of_host", least=0.95),
+    Target(OURS, r".* bf16/fp32 (blocks-.*|.*Mi)", "share_of_host", least=0.9),
+    Target(OURS, r".* (blocks-.*|.*Mi)", f"time_to_{FOREACH}", most=1.03),
     Target(OURS, ".*", "allocated", most=0),
     Target(OURS, ".*", "collectives", most=0),
 )
@@ -90,13 +93,37 @@ def measure(
 ) -> dict[str, list[float]]:
     """Runs all providers on one model; adds what does not depend on the others."""
     averages: dict[str, Average] = {name: build(model) for name, build in builds.items()}
-    times = clock({name: average.update for name, average in averages.items()}, args.repeats)
+    running = {name: average.update for name, average in averages.items()}
+    loops: dict[str, Callable[[], None]] = {}
+    if args.device == "cpu":  # over the memory of our own average
+        ours = list(averages[OURS].read())
+        loops, why = attempt(lambda: triads.loops(models.locals_of(model), ours))
+        if why:
+            table.lacks("host", case, why)
+    times = clock({**running, **(loops or {})}, args.repeats)
+    if loops:
+        share_of_host(table, case, times, list(loops))
+        table.add_times({name: times.pop(name) for name in loops}, case)
     for name, average in averages.items():
         with meters.collectives() as calls:
             nbytes = allocated(average.update, args.device)
         table.add(name, case, "allocated", "bytes", [nbytes])
         table.add(name, case, "collectives", "calls", [len(calls) / 2])  # allocated calls twice
     return times
+
+
+def share_of_host(
+    table: Table, case: str, times: dict[str, list[float]], loops: Sequence[str]
+) -> None:
+    """Of the fastest hand-written loop, whatever it is on this host."""
+    fastest = min(loops, key=lambda name: statistics.median(times[name]))
+    say(f"{case}: the host's own limit is {fastest}")
+    for name in (LIMIT, OURS, FOREACH):
+        if name in times:
+            table.add(name, case, "share_of_host", "ratio", ratio(times[fastest], times[name]))
+    if FOREACH in times:
+        compared = ratio(times[OURS], times[FOREACH])
+        table.add(OURS, case, f"time_to_{FOREACH}", "ratio", compared)
 
 
 def one_average(

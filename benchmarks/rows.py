@@ -16,7 +16,6 @@ import functools
 import gc
 import math
 import os
-import platform
 import subprocess
 import threading
 import time
@@ -28,6 +27,8 @@ from types import TracebackType
 
 import numpy as np
 import torch
+
+from shardema.kernels.variants import cpu_model
 
 HERE = Path(__file__).resolve().parent
 MIB = 1 << 20
@@ -198,11 +199,7 @@ def device_name() -> str:
 
 def cpu_name() -> str:
     """The processor and its cores that this process may use: ``cpu (Some CPU, 2 cores)``."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        lines = (line.partition(":") for line in file)
-        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
-    return f"cpu ({name}, {len(os.sched_getaffinity(0))} cores)"
+    return f"cpu ({cpu_model()}, {len(os.sched_getaffinity(0))} cores)"
 
 
 class PeakMemory:

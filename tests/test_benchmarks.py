@@ -9,6 +9,7 @@ import io
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -144,6 +145,9 @@ def test_the_update_benchmark_counts_nothing_for_shardema(results: Path, rows: M
     ours = [row for row in found if row.provider == "shardema"]
     for metric in ("allocated", "collectives"):
         assert {row.p50 for row in ours if row.metric == metric} == {0}
+    shares = [row.p50 for row in ours if row.metric == "share_of_host"]
+    assert len(shares) == 3  # of two dtypes on two ranks, and of the plain one
+    assert all(share > 0 for share in shares)
     assert {row.case for row in ours if row.metric == "time_to_one_average"} == {
         "fsdp2 fp32/fp32 3x64, 2 averages",
         "fsdp2 bf16/fp32 3x64, 2 averages",
@@ -220,6 +224,28 @@ def test_the_oracle_refuses_what_moves_too_little_and_what_rounds_too_much(
     assert said(lambda e, p: None).startswith("wrong: moved 0 of the way")
     assert said(lambda e, p: e.lerp_(p.float(), 2 * w)).startswith("wrong: moved 1.9")
     assert said(lambda e, p: e.copy_(rivals.DECAY * e + w * p)).startswith("wrong: moved")
+
+
+def test_every_loop_of_the_hosts_limit_moves_the_averages(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    triads, rivals = importlib.import_module("triads"), importlib.import_module("rivals")
+    params = [torch.randn(64 * 700), torch.randn(64 * 5).bfloat16()]
+    averages = [torch.randn(p.numel()) for p in params]
+    found = triads.loops(params, averages)
+    assert len(found) == len(triads.HOW) * 2
+    for name, loop in found.items():
+        expected = [
+            torch.lerp(s, p.float(), 1 - rivals.DECAY)
+            for s, p in zip(averages, params, strict=True)
+        ]
+        loop()
+        for got, value in zip(averages, expected, strict=True):
+            assert torch.allclose(got, value, rtol=1e-6, atol=1e-7), name
+            got.neg_()  # the next loop has as far to go
 
 
 def test_a_swap_that_is_no_swap_is_seen(harness: ModuleType) -> None:

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from shardema import kernels
-from shardema.kernels import foreach, fused, fused_cpu
+from shardema.kernels import foreach, fused, fused_cpu, variants
+from shardema.kernels.variants import VARIANTS, Variant
 from tests import meters
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -291,6 +292,22 @@ def test_the_threads_share_the_elements_however_many_there_are(
             assert torch.equal(got, value)
     assert asked == [5, 4, 4]  # the last case is too small to share
     del held
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_variant_gives_the_same_bits(variant: Variant, compiled: fused_cpu.Library) -> None:
+    sizes, dtypes = [1, 63, 64, 4097, 70_001], [torch.float32, torch.bfloat16, torch.float16]
+    params = [torch.randn(n).to(dtype) for n in sizes for dtype in dtypes]
+    results = []
+    for chosen in (variants.DEFAULT, variant):
+        shadows = [torch.ones(param.numel()) for param in (*params, *params)]
+        slots = [0] * len(params) + [1] * len(params)
+        fused_cpu.table(compiled, shadows, [*params, *params], slots, (), chosen)([0.3, 0.7])
+        results.append(torch.cat(shadows))
+    assert torch.equal(bits(results[0]), bits(results[1]))
+    whole = torch.cat([param.float() for param in params])
+    for part, weight in zip(results[0].chunk(2), (0.3, 0.7), strict=True):
+        assert torch.equal(part, torch.lerp(torch.ones_like(whole), whole, weight))
 
 
 def test_the_threads_are_those_of_torch(compiled: fused_cpu.Library) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import platform
@@ -11,12 +12,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from shardema.kernels import build, foreach, fused, fused_cpu
+from shardema.kernels import build, foreach, fused, fused_cpu, variants
+from shardema.kernels.variants import DEFAULT, VARIANTS, Variant
 
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ("-fPIC", "-shared")
@@ -245,6 +248,60 @@ def test_the_code_follows_the_instructions_that_torch_uses(capability: str) -> N
         check=True,
         timeout=120,
     )
+
+
+# ---- the variant of the host ---------------------------------------------------------------------
+
+FIRST, *_, LAST = VARIANTS
+
+
+def test_the_fastest_variant_is_measured_once_and_kept_for_this_cpu(tmp_path: Path) -> None:
+    library, asked = tmp_path / "fused_cpu-1.so", []
+
+    def measure() -> dict[Variant, float]:
+        asked.append(1)
+        return {FIRST: 2e-3, LAST: 1e-3}
+
+    for _ in range(2):
+        assert variants.fastest(library, 2, measure) == LAST
+    assert len(asked) == 1
+    path = variants.file_of(library, 2)
+    found = json.loads(path.read_text())
+    assert (found["cpu"], found["threads"]) == (variants.cpu_model(), 2)
+    assert [one["ms"] for one in found["measured"]] == [2.0, 1.0]
+    variants.fastest(library, 1, measure)  # other threads, other file
+    assert len(asked) == 2
+    assert len(list(tmp_path.iterdir())) == 2
+    for damaged in ("", "[]", "{}", '{"variant": {"ahead": 1, "block": 1 }}'):
+        path.write_text(damaged)
+        assert variants.fastest(library, 2, measure) == LAST
+        assert json.loads(path.read_text()) == found
+
+
+def test_without_a_folder_that_can_be_written_it_is_measured_all_the_same(tmp_path: Path) -> None:
+    library = tmp_path / "gone" / "fused_cpu-1.so"
+    assert variants.fastest(library, 2, lambda: {FIRST: 2.0, LAST: 1.0}) == LAST
+
+
+@compiles
+def test_a_large_table_takes_the_variant_of_the_host(
+    compiled: fused_cpu.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_cpu, "LARGE", 4 * 1000)
+    monkeypatch.setattr(fused_cpu, "_MEASURED_NUMEL", 1 << 12)
+    monkeypatch.setattr(fused_cpu, "library", lambda: compiled)
+    threads = torch.get_num_threads()
+    path = variants.file_of(compiled.path, threads)
+    small = fused_cpu.bind([torch.zeros(999)], [torch.zeros(999)], [0])
+    assert list(small.call.variant) == [*asdict(DEFAULT).values()]  # type: ignore[attr-defined]
+    assert not path.exists()
+    times = fused_cpu.times(compiled)
+    assert list(times) == list(VARIANTS)
+    assert all(0 < seconds < 1 for seconds in times.values())
+    path.write_text(json.dumps({"variant": asdict(LAST)}))
+    large = fused_cpu.bind([torch.zeros(1000)], [torch.zeros(1000)], [0])
+    assert list(large.call.variant) == [*asdict(LAST).values()]  # type: ignore[attr-defined]
+    path.unlink()
 
 
 def test_without_openmp_one_thread_does_it(monkeypatch: pytest.MonkeyPatch) -> None:

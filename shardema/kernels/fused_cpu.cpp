@@ -3,7 +3,7 @@
 //   row     a parameter; its elements are [start, start of the next row) of the whole table
 //   twin    a shadow of that row and the slot of its weight; rows[r].first .. rows[r + 1].first
 //           and for its rounding, if it has one: see rounding.py
-//   block   4096 elements of a row: the parameter is read once, each of its twins moves by it
+//   block   elements of a row: the parameter is read from memory once, each of its twins moves by it
 //
 // The rounding is that of torch.lerp on a CPU (aten/src/ATen/native/cpu/LerpKernel.cpp): below 0.5
 // fma(weight, end - start, start), else fma(weight - 1, end - start, end). The weight is rounded to
@@ -18,10 +18,21 @@
 
 namespace {
 
-const int64_t kBlock = 4096;     // 16 KiB of floats: with a twin they fit a first-level cache
-const int64_t kLine = 64;        // what is prefetched at a time
-const int64_t kAhead = 512;      // how far ahead: it is worth 6 to 12 % from 16 M elements up
-const int64_t kGrain = 1 << 15;  // elements that are worth a thread
+const int64_t kMostBlock = 4096;  // 16 KiB of floats: with a twin they fit a first-level cache
+const int64_t kLine = 64;         // what is prefetched at a time
+const int64_t kGrain = 1 << 15;   // elements that are worth a thread
+
+// What is fastest depends on the host: see fused_cpu.py.
+struct Variant {
+  int64_t ahead;  // elements that are prefetched ahead; 0: none
+  int64_t block;  // elements of a block of several twins, at most kMostBlock
+  int64_t width;  // bits of a vector, of those that only move memory
+};
+#if defined(__AVX512F__)
+#define SHARDEMA_256 __attribute__((noinline, target("prefer-vector-width=256")))
+#else
+#define SHARDEMA_256
+#endif
 
 struct bf16 {
   uint16_t bits;
@@ -95,28 +106,43 @@ inline void prefetch(const T* at) {
 }
 
 template <Form form, class P, class S, class C>
-void block(const P* param, S* shadow, int64_t n, C coefficient) {
+inline void block(const P* param, S* shadow, int64_t n, C coefficient, int64_t ahead) {
+  if (ahead == 0) return line<form>(param, shadow, n, coefficient);
   for (int64_t at = 0; at < n; at += kLine) {
-    prefetch(param + at + kAhead);  // beyond the end it does nothing
-    prefetch(shadow + at + kAhead);
+    prefetch(param + at + ahead);  // beyond the end it does nothing
+    prefetch(shadow + at + ahead);
     const int64_t part = n - at < kLine ? n - at : kLine;
     line<form>(param + at, shadow + at, part, coefficient);
   }
 }
 
+template <Form form, class P, class S, class C>
+SHARDEMA_256 void block_256(const P* param, S* shadow, int64_t n, C coefficient, int64_t ahead) {
+  block<form>(param, shadow, n, coefficient, ahead);
+}
+
+template <Form form, class P, class S, class C>
+void block_of(const P* param, S* shadow, int64_t n, C coefficient, const Variant& variant) {
+  if (variant.width == 256)
+    block_256<form>(param, shadow, n, coefficient, variant.ahead);
+  else
+    block<form>(param, shadow, n, coefficient, variant.ahead);
+}
+
 template <class P, class S>
-void move(const void* param, void* shadow, int64_t at, int64_t n, double given) {
+void move(const void* param, void* shadow, int64_t at, int64_t n, double given,
+          const Variant& variant) {
   typedef decltype(widen(S())) C;  // the type of the arithmetic
   const P* p = static_cast<const P*>(param);
   S* s = static_cast<S*>(shadow) + at;
   const C weight = C(given);
   if (weight == 0) return;
   if (weight == 1)
-    block<Form::copy>(p, s, n, weight);
+    block_of<Form::copy>(p, s, n, weight, variant);
   else if (weight < C(0.5))
-    block<Form::below_half>(p, s, n, weight);
+    block_of<Form::below_half>(p, s, n, weight, variant);
   else
-    block<Form::from_half>(p, s, n, weight - 1);
+    block_of<Form::from_half>(p, s, n, weight - 1, variant);
 }
 
 // ---- roundings: lerp in double, then rounded at random or with its lost bits: see rounding.py ----
@@ -124,17 +150,16 @@ void move(const void* param, void* shadow, int64_t at, int64_t n, double given) 
 const int kCut = 45;   // bits of a double that bf16 has no room for
 const int kLost = 13;  // bits of a double that a float and its companion have no room for
 const uint64_t kGolden = 0x9E3779B97F4A7C15u;
+const uint64_t kFactor = 0xBF58476D1CE4E5B9u;
 
 inline uint64_t mixed(uint64_t x) {  // splitmix64
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 30)) * kFactor;
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
   return x ^ (x >> 31);
 }
 
-inline bool finite(uint64_t bits) { return (bits >> 52 & 0x7ff) != 0x7ff; }
-
-inline bool has_companion(int64_t bits) {  // of a shadow in double: neither inf, NaN nor 0
-  return finite(uint64_t(bits)) && (bits & 0x7fffffffffffffff) != 0;
+inline bool has_companion(float x) {  // neither inf, NaN nor 0
+  return (reread<uint32_t>(x) & 0x7fffffff) - 1 < 0x7f7fffff;
 }
 
 template <Form form>
@@ -149,14 +174,15 @@ struct Places {  // of elements in the full tensor: runs of equal steps, and a j
 
 template <Form form, class P>
 void round_run(const P* __restrict__ param, bf16* __restrict__ shadow, int64_t n,
-               double coefficient, uint64_t first, uint64_t step) {
-  for (int64_t i = 0; i < n; ++i) {
+               double coefficient, uint64_t x, uint64_t step) {
+  for (int64_t i = 0; i < n; ++i, x += step) {
     const double value =
         moved<form>(double(widen(shadow[i])), double(widen(param[i])), coefficient);
+    const uint64_t noise = (x ^ (x >> 32)) * kFactor >> (64 - kCut);
     const uint64_t bits = reread<uint64_t>(value);
-    const uint64_t noise = mixed(first + uint64_t(i) * step) >> (64 - kCut);
     const uint64_t cut = (bits + noise) & ~((uint64_t(1) << kCut) - 1);
-    narrow(reread<double>(finite(bits) ? cut : bits), &shadow[i]);
+    const float nearest = float(reread<double>(value == value ? cut : bits));  // NaN stays NaN
+    shadow[i].bits = uint16_t(reread<uint32_t>(nearest) >> 16);
   }
 }
 
@@ -178,18 +204,17 @@ template <Form form, class P>
 void compensate_block(const P* __restrict__ param, float* __restrict__ shadow,
                       int16_t* __restrict__ companion, int64_t n, double coefficient) {
   for (int64_t i = 0; i < n; ++i) {
+    const int32_t lost = has_companion(shadow[i]) ? companion[i] : 0;
     const int64_t before = reread<int64_t>(double(shadow[i]));
-    const int64_t lost = int64_t(companion[i]) * (int64_t(1) << kLost);
-    const double start = reread<double>(before + (has_companion(before) ? lost : 0));
+    const double start = reread<double>(before + int64_t(lost) * (int64_t(1) << kLost));
     const double value = moved<form>(start, double(widen(param[i])), coefficient);
     const float nearest = float(value);
-    const int64_t stored = reread<int64_t>(double(nearest));
-    const int64_t apart = reread<int64_t>(value) - stored;
+    const int64_t apart = reread<int64_t>(value) - reread<int64_t>(double(nearest));
     const int64_t units = (apart + (1 << (kLost - 1))) >> kLost;
     const int64_t most = units < 32767 ? units : 32767;
-    const int64_t both = most > -32768 ? most : -32768;
+    const int32_t both = int32_t(most > -32768 ? most : -32768);
     shadow[i] = nearest;
-    companion[i] = has_companion(stored) ? int16_t(both) : int16_t(0);
+    companion[i] = int16_t(has_companion(nearest) ? both : 0);
   }
 }
 
@@ -228,7 +253,7 @@ typedef void (*MoveRounded)(const void*, void*, int64_t, int64_t, double, const 
 const MoveRounded kMovesRounded[3] = {move_rounded<float>, move_rounded<double>,
                                       move_rounded<bf16>};
 
-typedef void (*Move)(const void*, void*, int64_t, int64_t, double);
+typedef void (*Move)(const void*, void*, int64_t, int64_t, double, const Variant&);
 
 // [dtype of the parameter][dtype of the shadow]: fused_cpu.py numbers them alike.
 enum { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -278,13 +303,14 @@ struct Table {
   int64_t count;
   const Twin* twins;
   const double* weights;
+  Variant variant;
 };
 
 // Elements [at, at + n) of a row.
 void move_block(const Table& table, const Row* row, int64_t at, int64_t n) {
   const void* param = row->param + at * kSizes[row->dtype];
   int64_t dtype = row->dtype;
-  alignas(64) float halves[kBlock];
+  alignas(64) float halves[kMostBlock];
   if (dtype == kFloat16) {
     widen_halves(static_cast<const fp16*>(param), halves, n);
     param = halves;
@@ -297,7 +323,8 @@ void move_block(const Table& table, const Row* row, int64_t at, int64_t n) {
                            table.weights[twin.number]);
       continue;
     }
-    kMoves[dtype][twin.dtype](param, twin.shadow, at, n, table.weights[twin.slot]);
+    kMoves[dtype][twin.dtype](param, twin.shadow, at, n, table.weights[twin.slot],
+                              table.variant);
   }
 }
 
@@ -310,8 +337,10 @@ void move_range(const Table& table, int64_t begin, int64_t end) {
   }
   for (const Row* row = table.rows + low; begin < end; ++row) {
     const int64_t stop = end < row[1].start ? end : row[1].start;
+    const bool several = row[1].first - row->first > 1;  // else nothing is read twice
+    const int64_t block = several ? table.variant.block : kMostBlock;
     while (begin < stop) {
-      const int64_t n = stop - begin < kBlock ? stop - begin : kBlock;
+      const int64_t n = stop - begin < block ? stop - begin : block;
       move_block(table, row, begin - row->start, n);
       begin += n;
     }
@@ -343,8 +372,9 @@ void work(void* given) {
 }  // namespace
 
 extern "C" void shardema_lerp(const Row* rows, int64_t count, const Twin* twins,
-                              const double* weights, int64_t most, const Threads* threads) {
-  const Table table = {rows, count, twins, weights};
+                              const double* weights, int64_t most, const Threads* threads,
+                              const Variant* variant) {
+  const Table table = {rows, count, twins, weights, *variant};
   const int64_t total = rows[count].start;
   const int64_t worth = total / kGrain < most ? total / kGrain : most;
   if (worth < 2 || !threads->fork) return move_range(table, 0, total);

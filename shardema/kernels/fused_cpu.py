@@ -8,7 +8,8 @@
     lerp_    weights -> C doubles, then one call that processes the rows with torch's threads
 
 The code is ``fused_cpu.cpp``, which `build` compiles once. Before it is used it is compared with
-``torch.lerp`` bitwise; if it differs, or there is no compiler, foreach runs.
+``torch.lerp`` bitwise; if it differs, or there is no compiler, foreach runs. How it goes through
+memory is measured once on a host, see `variants`, when there is a table beyond the caches.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ import itertools
 import logging
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardema.kernels import build, reference
+from shardema.kernels import build, reference, variants
 from shardema.kernels.bound import Bound
 from shardema.kernels.rounding import Compensated, Rounding, Stochastic, runs
+from shardema.kernels.variants import DEFAULT, VARIANTS, Variant
 from shardema.shards.strides import dense_like
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,10 @@ _SOURCE = Path(__file__).with_name("fused_cpu.cpp")
 # their codes in fused_cpu.cpp
 PARAM_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SHADOW_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+# Bytes of averages from which the variant matters; what is measured takes 120 MiB for 0.3 s.
+LARGE = 64 << 20
+_MEASURED_NUMEL, _REPEATS = 6 << 20, 5
 
 
 class Threads(ctypes.Structure):
@@ -50,12 +57,17 @@ class Threads(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Library:
-    """``lerp_(rows, count, twins, weights, most threads, threads)`` of the compiled code."""
+    """``lerp_(rows, count, twins, weights, most threads, threads, variant)`` of the compiled code.
+
+    Attributes:
+        path: its file.
+    """
 
     lerp_: Any
     threads: Threads
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -69,11 +81,13 @@ class Table:
     weights: ctypes.Array[ctypes.c_double]
     shadows: Sequence[Tensor]
     held: Sequence[Tensor]  # keeps the parameters' memory, even if they get another
+    variant: ctypes.Array[ctypes.c_int64]
 
     def __call__(self, weights: Sequence[float]) -> None:
         self.weights[:] = list(weights[: len(self.weights)])
         threads = torch.get_num_threads()
-        self.code.lerp_(self.rows, self.count, self.twins, self.weights, threads, self.code.threads)
+        table = (self.rows, self.count, self.twins, self.weights)
+        self.code.lerp_(*table, threads, self.code.threads, self.variant)
         torch.autograd.graph.increment_version(self.shadows)
 
 
@@ -111,7 +125,29 @@ def bind(
     code = library()
     if code is None:
         raise RuntimeError("fused: the CPU kernel could not be compiled; use kernel='foreach'")
-    return Bound(table(code, shadows, params, slots, roundings), ("fused",))
+    large = sum(shadow.nbytes for shadow in shadows) >= LARGE
+    variant = _fastest(code, torch.get_num_threads()) if large else DEFAULT
+    return Bound(table(code, shadows, params, slots, roundings, variant), ("fused",))
+
+
+@functools.cache
+def _fastest(code: Library, threads: int) -> Variant:
+    return variants.fastest(code.path, threads, functools.partial(times, code))
+
+
+def times(code: Library) -> dict[Variant, float]:
+    """Seconds of each variant: of one average of a parameter, and two of another."""
+    tensors = [torch.ones(_MEASURED_NUMEL, dtype=torch.float32, device="cpu") for _ in range(5)]
+    shadows, params = tensors[:3], [tensors[3], tensors[4], tensors[4]]
+    one = table(code, shadows, params, [0, 0, 0])
+    found = dict.fromkeys(VARIANTS, float("inf"))
+    for _ in range(_REPEATS):  # in turn: a host that slows down slows all of them
+        for variant in VARIANTS:
+            of_variant = replace(one, variant=_fields(variant))
+            start = time.perf_counter()
+            of_variant([0.5])
+            found[variant] = min(found[variant], time.perf_counter() - start)
+    return found
 
 
 def table(
@@ -120,6 +156,7 @@ def table(
     params: Sequence[Tensor],
     slots: Sequence[int],
     roundings: Sequence[Rounding | None] = (),
+    variant: Variant = DEFAULT,
 ) -> Table:
     """The table of the pairs. A parameter that is listed several times becomes one row."""
     how = roundings or [None] * len(shadows)
@@ -144,7 +181,12 @@ def table(
         (ctypes.c_double * (1 + max(numbers)))(),
         [*shadows, *(one.companion for one in how if isinstance(one, Compensated))],
         [param.detach() for param in params],
+        _fields(variant),
     )
+
+
+def _fields(variant: Variant) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * 3)(variant.ahead, variant.block, variant.width)
 
 
 def _twins(
@@ -199,8 +241,8 @@ def open_library(made: ctypes.CDLL) -> Library:
     lerp_.restype = None
     address, number = ctypes.c_void_p, ctypes.c_int64
     threads = ctypes.POINTER(Threads)
-    lerp_.argtypes = [address, number, address, address, number, threads]
-    return Library(lerp_, _threads())
+    lerp_.argtypes = [address, number, address, address, number, threads, address]
+    return Library(lerp_, _threads(), Path(made._name))
 
 
 def _threads() -> Threads:

@@ -167,11 +167,13 @@ def _stochastic(row, weight, key, at, size, PARAM: tl.constexpr):
     run = tl.load(row + 8)
     place = (element // run) * tl.load(row + 10) + (element % run) * tl.load(row + 9)
     place = (tl.load(row + 6) + place).to(tl.uint64)
-    noise = _mixed(place * 0x9E3779B97F4A7C15 + key) >> 19
+    x = place * 0x9E3779B97F4A7C15 + key
+    noise = ((x ^ (x >> 32)) * 0xBF58476D1CE4E5B9) >> 19
     bits = value.to(tl.int64, bitcast=True)
     cut = (bits + noise.to(tl.int64)) & -35184372088832  # 45 zeros
-    value = tl.where(_finite(bits), cut.to(tl.float64, bitcast=True), value)
-    tl.store(target, value.to(tl.float32).to(tl.bfloat16), mask=inside)
+    value = tl.where(value == value, cut.to(tl.float64, bitcast=True), value)
+    upper = value.to(tl.float32).to(tl.int32, bitcast=True) >> 16
+    tl.store(target, upper.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
 
 
 @triton.jit

@@ -11,9 +11,10 @@ The order of operations, which all kernels share: both are converted to float64,
 the weight (1 is a copy, 0 a no-op), and the result is stored.
 
 **Stochastic.** A random number of 45 bits is added to the 45 bits of a float64 that bfloat16 has no
-room for, which are then cut. It is a function of the seed, the name of the tensor, the number of
-the update and the place of the element in the full tensor, so it depends neither on the layout nor
-on how tensors are split. inf and NaN are stored as they are; subnormals are rounded to nearest.
+room for, which are then cut; the bfloat16 is the upper half of the nearest float32. The number is a
+function of the seed, the name of the tensor, the number of the update and the place of the element
+in the full tensor, so it depends neither on the layout nor on how tensors are split. inf and NaN
+are stored as they are; subnormals are rounded towards zero.
 
 **Compensated.** The shadow is the nearest float32. The companion counts, as an int16, by how many
 units of 2^13 the bits of the float64, read as an integer, exceed those of the shadow in float64.
@@ -39,6 +40,8 @@ LOST = 13  # bits of a float64 that shadow and companion together have no room f
 GOLDEN = 0x9E3779B97F4A7C15
 ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 LAST = 31
+# the one round of a place: its key has gone through all of them
+PLACE_SHIFT, PLACE_FACTOR = 32, ROUNDS[0][1]
 _WORD = (1 << 64) - 1
 
 
@@ -199,11 +202,14 @@ def update_key(key: int, number: int) -> int:
 
 
 def random_bits(key: int, places: Tensor) -> Tensor:
-    """`CUT` random bits for each place, int64: the highest of number ``place`` of a splitmix64."""
+    """`CUT` random bits for each place, int64.
+
+    They are uniform over the updates of an element, whose keys are, and uncorrelated between
+    places: one round is enough for that, and half the time of a bfloat16 average is these bits.
+    """
     x = places * _signed(GOLDEN) + _signed(key)
-    for shift, factor in ROUNDS:
-        x = (x ^ _shifted(x, shift)) * _signed(factor)
-    return _shifted(x ^ _shifted(x, LAST), 64 - CUT)
+    x = (x ^ _shifted(x, PLACE_SHIFT)) * _signed(PLACE_FACTOR)
+    return _shifted(x, 64 - CUT)
 
 
 def _shifted(x: Tensor, count: int) -> Tensor:
@@ -218,7 +224,8 @@ def _signed(word: int) -> int:
 def _rounded(value: Tensor, noise: Tensor) -> Tensor:
     """A float64 tensor in bfloat16."""
     cut = ((value.view(torch.int64) + noise) & -(1 << CUT)).view(torch.float64)
-    return torch.where(value.isfinite(), cut, value).float().bfloat16()
+    bits = torch.where(value.isnan(), value, cut).float().view(torch.int32)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def _index(offsets: Sequence[int], strides: Sequence[int]) -> int:
