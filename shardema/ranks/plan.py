@@ -168,10 +168,10 @@ def make_plan(
         told = tuple(ranks.all_gather(Told.of([s.boxes for s in shards], facts)))
         by_digest = _all_facts(facts, [one.digest for one in told], ranks)
         known = ranks.plans
-        if told not in known:  # what else is exchanged does not depend on it
+        plan: Plan | None = known.get(told)
+        if plan is None:  # what else is exchanged does not depend on it
             items = _merged(by_digest, told, ranks)
-            known[told] = Plan(tuple(items), _share_writing(items, ranks.size))
-        plan: Plan = known[told]
+            plan = known[told] = Plan(tuple(items), _share_writing(items, ranks.size))
         while len(known) > _KEPT:
             del known[next(iter(known))]
     return plan
