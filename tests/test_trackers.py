@@ -118,9 +118,8 @@ def test_the_trainer_has_the_metrics_in_its_history_and_its_trackers(
     assert [row["step"] for row in rows] == [2, 4]
     names = {f"ema/{key}" for key in KEYS}
     assert (names <= rows[-1].keys()) == log_metrics
-    assert ("ema/distance" in {t.removeprefix("train/") for t in scalars(tmp_path / "tb")}) == (
-        log_metrics
-    )
+    found = {t.removeprefix("train/") for t in scalars(tmp_path)}  # transformers 4: in out/runs
+    assert ("ema/distance" in found) == log_metrics
     if log_metrics:
         assert callback.ema is not None
         assert rows[-1]["ema/distance"] == callback.ema.metrics()["distance"]

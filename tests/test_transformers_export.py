@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -125,6 +126,7 @@ PARALLEL = {
     "tp-ep": {"tp_size": 2, "ep_size": 2},
     "fsdp-ep": {"fsdp_size": 2, "ep_size": 2},
 }
+KNOWN = set(inspect.signature(DistributedConfig).parameters)  # of this version of transformers
 
 
 def mixtral() -> MixtralForCausalLM:
@@ -345,4 +347,7 @@ def test_plan_reads_the_config_of_a_model_without_its_weights(tmp_path: Path) ->
     ],
 )
 def test_its_own_parallelism_is_averaged(exported: Exported, fact: str) -> None:
+    unknown = set(PARALLEL[fact.removeprefix("own/")]) - KNOWN
+    if unknown:
+        pytest.skip(f"this version of transformers has no {unknown}")
     exported.verdicts.check(fact)

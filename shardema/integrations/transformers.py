@@ -197,7 +197,7 @@ class EMACallback(TrainerCallback):
         if lost:
             raise CallError(
                 f"bind: {type(trainer).__name__} of transformers {transformers.__version__} has "
-                f"no {', '.join(lost)}, which EMACallback needs; it was tested with 4.57 and 5.23"
+                f"no {', '.join(lost)}, which EMACallback needs; it was tested with 5.0 and 5.24"
             )
         if trainer.args.n_gpu > 1:
             raise ArgumentError(
