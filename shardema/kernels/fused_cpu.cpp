@@ -181,7 +181,9 @@ void round_run(const P* __restrict__ param, bf16* __restrict__ shadow, int64_t n
     const uint64_t noise = (x ^ (x >> 32)) * kFactor >> (64 - kCut);
     const uint64_t bits = reread<uint64_t>(value);
     const uint64_t cut = (bits + noise) & ~((uint64_t(1) << kCut) - 1);
-    const float nearest = float(reread<double>(value == value ? cut : bits));  // NaN stays NaN
+    // what a NaN of bfloat16 carries ends above the cut bits; that of others might overflow
+    const bool kept = sizeof(P) == sizeof(bf16) || value == value;
+    const float nearest = float(reread<double>(kept ? cut : bits));
     shadow[i].bits = uint16_t(reread<uint32_t>(nearest) >> 16);
   }
 }
