@@ -22,7 +22,7 @@ const int64_t kMostBlock = 4096;  // 16 KiB of floats: with a twin they fit a fi
 const int64_t kLine = 64;         // what is prefetched at a time
 const int64_t kGrain = 1 << 15;   // elements that are worth a thread
 
-// What is fastest depends on the host: see fused_cpu.py.
+// What is fastest depends on the host: see variants.py.
 struct Variant {
   int64_t ahead;  // elements that are prefetched ahead; 0: none
   int64_t block;  // elements of a block of several twins, at most kMostBlock

@@ -205,7 +205,7 @@ def random_bits(key: int, places: Tensor) -> Tensor:
     """`CUT` random bits for each place, int64.
 
     They are uniform over the updates of an element, whose keys are, and uncorrelated between
-    places: one round is enough for that, and half the time of a bfloat16 average is these bits.
+    places: one round is enough for that, and the second one would be an eighth of an update's time.
     """
     x = places * _signed(GOLDEN) + _signed(key)
     x = (x ^ _shifted(x, PLACE_SHIFT)) * _signed(PLACE_FACTOR)
