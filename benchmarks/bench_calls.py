@@ -74,9 +74,9 @@ class Counted(dist.TCPStore):
         self._count(key, value)
         super().set(key, value)
 
-    def get(self, key: str) -> bytes:
-        value = super().get(key)
-        self._count(key, value)
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        value = super().compare_set(key, expected, desired)
+        self._count(key, expected, desired, value)
         return value
 
     def add(self, key: str, amount: int) -> int:
@@ -110,9 +110,7 @@ def added(parts: Sequence[Traffic]) -> Traffic:
 def bare_requests(store: Counted, rank: int) -> None:
     """The requests of a rank in a call and no more: no message is made, and nobody waits."""
     store.set(f"bare/{rank}", "")
-    store.add("bare/came", 1)
-    store.check(["bare/reply"])
-    store.get("bare/reply")
+    store.compare_set("bare/reply", "-", "-")
     store.delete_key(f"bare/{rank}")
     store.add("bare/read", 1)
 

@@ -916,7 +916,7 @@ def a_round_of(size: int) -> tuple[list[str], list[list[str]], Any]:
     message, cancel = {"op": "save", "same": None}, threading.Event()
     with ThreadPoolExecutor(size) as pool:
         others = [pool.submit(one.follow, message, 15.0, cancel) for one in each[1:]]
-        while store.num_keys() < size or store.add(each[0]._key("came"), 0) < size - 1:
+        while not store.check([each[0]._key(index) for index in range(1, size)]):
             time.sleep(0.001)
         messages = each[0].collect(message, 15.0, cancel)
         collected = list(stores[0].requests)
@@ -929,15 +929,50 @@ def test_what_a_round_asks_of_the_store() -> None:
     """The leader asks as often, however many ranks there are; no rank asks more than it must."""
     for size in (2, 5):
         leader, others, store = a_round_of(size)
-        assert leader == ["set", "add", "check", "multi_get"]
+        assert leader == ["set", "check", "check", "multi_get"]
         deleting = 0
         for requests in others:
-            assert requests[:2] == ["set", "add"]
-            end = requests.index("get")
-            assert set(requests[2:end]) <= {"check", "add"}  # looking for the reply
-            assert requests[end : end + 3] == ["get", "delete_key", "add"]
-            deleting += requests[end + 3 :] == ["delete_key"] * 4 + ["set"]
+            assert requests[:2] == ["set", "compare_set"]
+            end = requests.index("delete_key")
+            assert set(requests[2:end]) <= {"compare_set", "check", "add"}  # looking for the reply
+            assert requests[end : end + 2] == ["delete_key", "add"]
+            deleting += requests[end + 2 :] == ["delete_key"] * 3 + ["set"]
         assert (deleting, store.num_keys()) == (1, 0)
+
+
+def test_a_reply_that_comes_at_the_timeout_is_read() -> None:
+    """The leader deletes its message after it has replied: that is not a leader who never came."""
+    store = dist.HashStore()
+    leader, second = (rounds.Rounds(store, (0, 1, 2), index) for index in range(2))
+    message, cancel = {"op": "metrics", "same": None}, threading.Event()
+    asked = second.beats
+
+    def replies_now() -> int:
+        """After the last look for a reply, and before the one for the leader's message."""
+        leader.answer({"error": {"text": "rank 2 did not come"}}, [message, message, None])
+        return asked()
+
+    with mock.patch.object(second, "beats", replies_now), mock.patch.object(rounds, "LINGER_S", 0):
+        reply = second.follow(message, 0.02, cancel)
+    assert reply is not None
+    assert reply["error"] == {"text": "rank 2 did not come"}
+
+
+def test_what_a_leader_asks_while_messages_are_missing() -> None:
+    """For one message at each look, and in steps that double when that has come."""
+    store = dist.HashStore()
+    asked = _Counted(store)
+    leader = rounds.Rounds(asked, range(64), 0)
+    posted = leader._posted()
+    looks = []
+    for index in (*range(40), *range(41, 64), 40):
+        store.set(leader._key(index), "")
+        if index in (20, 39, 50, 63, 40):
+            before = len(asked.requests)
+            looks.append((next(posted), len(asked.requests) - before))
+    assert [everyone for everyone, _ in looks] == [False] * 4 + [True]
+    assert looks[2][1] == looks[3][1] == 1  # rank 40 is the first that is missing
+    assert max(number for _, number in looks) <= 2 * 6 + 1  # up and down the powers of two
 
 
 def test_ranks_look_more_rarely_the_more_there_are() -> None:

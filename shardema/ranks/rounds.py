@@ -3,15 +3,16 @@
 ::
 
     round n    each rank      message  .../n/<index>   posted and deleted by that rank
-               each rank      came     .../n/came      a counter of the messages
                the leader     beat     .../n/beat      while a reply takes long to compute
                the leader     reply    .../n/reply     deleted by the last rank that reads it
+               each rank      read     .../n/read      a counter of those that have read the reply
                last reader    parted   .../n/parted    if the store may be in the leader's process
     roll call  first to raise roll     .../n/roll      a transfer does not complete
                each rank      here     .../n/here/<i>  this rank is alive
 
-A rank makes five requests and a few more that look for the reply, at intervals that grow with the
-number of ranks. The leader looks at the counter, then reads all messages at once.
+A rank makes four requests and a few more that look for the reply, at intervals that grow with the
+number of ranks. The leader looks for the first message that is missing, then reads all of them at
+once.
 
 All keys are deleted again, except those of a roll call. Each rank counts its rounds, and the leader
 alone decides how a round ends. A round that some ranks missed ends as well; its reply stays until
@@ -47,7 +48,8 @@ LINGER_S = 2.0  # seconds that the leader waits until its reply has been read
 ROLL_CALL = 2.0  # seconds in which every rank that is alive answers
 LOOK = 0.25  # seconds between two checks for rare keys: a roll call, a beat
 _LONGEST_LOOK = 1.0  # the same if there are thousands of ranks, less than `ROLL_CALL`
-_KEPT = ("reply", "read", "came", "beat")  # keys of a round until all ranks have read its reply
+_KEPT = ("reply", "read", "beat")  # keys of a round until all ranks have read its reply
+_NONE = "-"  # what `compare_set` returns for a key that is absent: what it was told to expect
 _PAUSES = (5e-5, 0.01)  # seconds between two checks for a message or a reply: first, longest
 # if larger, the number of ranks times this: the store receives no more requests from more ranks
 _PAUSES_PER_RANK = (5e-5, 1e-4)
@@ -117,19 +119,35 @@ class Rounds:
         self.store.set(self._key(0), json.dumps(message))
         end = time.monotonic() + limit
         messages: list[dict[str, Any] | None] = [None] * len(self.ranks)
-        posted, wanted = 0, len(self.ranks) - 1
+        posted = self._posted()
+        everyone = self._poll(lambda: next(posted), end, cancel)
 
-        def all_posted() -> bool:
-            nonlocal posted
-            posted = int(self.store.add(self._key("came"), 0))
-            return posted >= wanted
-
-        while True:
-            everyone = self._poll(all_posted, end, cancel, self._pauses(1))
+        def all_read() -> bool:
             self._read_messages(messages)
-            if None not in messages or not everyone or time.monotonic() >= end or self.called():
-                return messages
-            wanted = posted + 1  # a rank has withdrawn, and may post again
+            return None not in messages
+
+        # a rank that has withdrawn may post again
+        self._poll(all_read, end if everyone else time.monotonic(), cancel)
+        return messages
+
+    def _posted(self) -> Iterator[bool]:
+        """At each look, whether all ranks have posted; asks only for those not seen before.
+
+        A step is halved while a message in it is missing, and doubled after one that is complete,
+        so that a look takes a few requests, and most take one, for the first that is missing.
+        """
+        keys = [self._key(index) for index in range(len(self.ranks))]
+        seen, step = 0, len(keys)
+        while seen < len(keys):
+            if self.store.check(keys[seen : seen + step]):
+                seen += step
+                step *= 2
+            elif step > 1:
+                step //= 2
+            else:
+                yield False
+        while True:
+            yield True
 
     def _read_messages(self, messages: list[dict[str, Any] | None]) -> None:
         """Replaces each None by that rank's message, if it has posted one."""
@@ -193,9 +211,8 @@ class Rounds:
         while True:
             again = {"again": self._withdrawn} if self._withdrawn else {}  # in this round
             self.store.set(self._key(self.index), json.dumps({**message, **again}))
-            self.store.add(self._key("came"), 1)
-            if self._await_reply(end, limit, cancel):
-                reply: dict[str, Any] = json.loads(self.store.get(self._key("reply")))
+            reply = self._await_reply(end, limit, cancel)
+            if reply is not None:
                 if self._passed(reply):
                     return reply
                 if reply.get("call") == call_of(message):
@@ -205,23 +222,37 @@ class Rounds:
             else:
                 return None
 
-    def _await_reply(self, end: float, limit: float, cancel: threading.Event) -> bool:
+    def _await_reply(
+        self, end: float, limit: float, cancel: threading.Event
+    ) -> dict[str, Any] | None:
         known, pauses = 0, self._pauses(len(self.ranks))
+        reply: dict[str, Any] | None = None
 
         def replied() -> bool:
-            return self._has(self._key("reply"))
+            nonlocal reply
+            reply = self._reply()
+            return reply is not None
 
+        time.sleep(min(next(pauses), limit))  # the others post at the same time
         while True:
             if self._poll(replied, min(end, time.monotonic() + self._look), cancel, pauses):
-                return True
+                return reply
             if self.called():
-                return False
+                return None
             beats = self.beats()
             if beats != known:
                 known, end = beats, max(end, time.monotonic() + limit)
             if time.monotonic() >= end:
-                here = self._has(self._key(0))
-                return here and self._poll(replied, time.monotonic() + GRACE, cancel, pauses)
+                # the leader deletes its message after it has replied, which may be just now
+                grace = GRACE if self._has(self._key(0)) else 0.0
+                self._poll(replied, time.monotonic() + grace, cancel, pauses)
+                return reply
+
+    def _reply(self) -> dict[str, Any] | None:
+        """The reply of the current round, if there is one; one request, which does not block."""
+        raw = self.store.compare_set(self._key("reply"), _NONE, _NONE)
+        self.alive = time.monotonic()
+        return None if raw == _NONE.encode() else json.loads(raw)
 
     def _passed(self, reply: dict[str, Any]) -> bool:
         """Proceeds to the next round; returns whether the reply answers this rank's message."""
@@ -265,9 +296,10 @@ class Rounds:
 
     def left_behind(self) -> bool:
         """Whether the current round ended without this rank; proceeds to the next one then."""
-        if not self._has(self._key("reply")):
+        reply = self._reply()
+        if reply is None:
             return False
-        self._passed(json.loads(self.store.get(self._key("reply"))))
+        self._passed(reply)
         return True
 
     def call_roll(self, mark: dict[str, Any]) -> list[dict[str, Any] | None]:
@@ -284,8 +316,7 @@ class Rounds:
         marks: list[dict[str, Any] | None] = [None] * len(keys)
         for index, raw in zip(came, self._get_all([keys[i] for i in came]), strict=True):
             marks[index] = json.loads(raw)
-        for posted in (self.index, "came"):  # if ranks had posted messages
-            self.store.delete_key(self._key(posted))
+        self.store.delete_key(self._key(self.index))  # if it had posted one
         missing = [index for index, mark in enumerate(marks) if mark is None]
         if missing and self.index == came[0]:  # for ranks that were only late
             text = f"the others gave up: {mark['op']}"
