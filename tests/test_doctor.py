@@ -76,6 +76,8 @@ def test_the_kernel_is_named_and_why_it_is_not_the_compiled_one(
     assert "/no/such/compiler" in slow.text
     assert "C++ compiler" in slow.remedy
     assert symptoms.compiler().status == "warning"
+    monkeypatch.setenv("CXX", " ")
+    assert "CXX: got ' '" in symptoms.compiler().text
 
 
 def test_the_folder_is_measured_and_left_as_it_was(tmp_path: Path) -> None:

@@ -144,7 +144,10 @@ def test_two_that_build_at_once_both_get_it(
     assert len(files(empty_cache)) == 1
 
 
-@pytest.mark.parametrize("missing", ["compiler", "its success", "cache", "cpu", "setuptools"])
+@pytest.mark.parametrize(
+    "missing",
+    ["compiler", "its name", "its end quote", "its success", "cache", "cpu", "setuptools"],
+)
 def test_where_nothing_can_be_compiled_foreach_runs_after_one_warning(
     missing: str,
     tmp_path: Path,
@@ -153,6 +156,10 @@ def test_where_nothing_can_be_compiled_foreach_runs_after_one_warning(
 ) -> None:
     if missing == "compiler":
         monkeypatch.setenv("CXX", str(tmp_path / "no compiler").replace(" ", "-"))
+    elif missing == "its name":
+        monkeypatch.setenv("CXX", " ")
+    elif missing == "its end quote":
+        monkeypatch.setenv("CXX", '"c++')
     elif missing == "its success":
         monkeypatch.setenv("CXX", script(tmp_path / "fails", "echo out of luck >&2", "exit 1"))
     elif missing == "cache":

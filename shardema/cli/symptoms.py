@@ -29,6 +29,7 @@ from shardema import kernels
 from shardema.costs.speeds import disk_speed, memory_speed
 from shardema.costs.words import size
 from shardema.errors import CheckpointError
+from shardema.kernels import build
 from shardema.scopes import writable
 
 Status = Literal["ok", "absent", "warning", "fault"]
@@ -169,10 +170,14 @@ def kernel() -> Finding:
 
 def compiler() -> Finding:
     """The C++ compiler that the kernel and DeepSpeed's operators are built with."""
-    name = os.environ.get("CXX", "c++")
-    path = shutil.which(name.split()[0])
+    remedy = "apt install g++, or set CXX"
+    try:
+        name = build.compiler()[0]
+    except (ImportError, RuntimeError) as error:  # torch's build tools need setuptools
+        return Finding("compiler", "warning", str(error), remedy)
+    path = shutil.which(name)
     if path is None:
-        return Finding("compiler", "warning", f"no {name}", "apt install g++, or set CXX")
+        return Finding("compiler", "warning", f"no {name}", remedy)
     return Finding("compiler", "ok", path)
 
 

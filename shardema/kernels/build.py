@@ -82,17 +82,33 @@ def _cached(source: Path, flags: Sequence[str]) -> Path:
     return Path(root) / "shardema" / f"{source.stem}-{digest[:16]}.so"
 
 
-def _compile(source: Path, flags: Sequence[str], path: Path) -> None:
-    """Compiles to ``path``, which is created atomically."""
+def compiler() -> list[str]:
+    """The C++ compiler's command that the environment asks for.
+
+    Raises:
+        RuntimeError: ``CXX`` is none.
+    """
     from torch.utils.cpp_extension import get_cxx_compiler
 
-    compiler = shlex.split(get_cxx_compiler())  # type: ignore[no-untyped-call]
-    log.info("compiling %s with %s, once; it is kept as %s", source.name, compiler[0], path)
+    command = get_cxx_compiler()  # type: ignore[no-untyped-call]
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise CallError(f"CXX: got {command!r}, expected a compiler's command: {error}") from error
+    if not words:
+        raise CallError(f"CXX: got {command!r}, expected a compiler's command; or unset it")
+    return words
+
+
+def _compile(source: Path, flags: Sequence[str], path: Path) -> None:
+    """Compiles to ``path``, which is created atomically."""
+    called = compiler()
+    log.info("compiling %s with %s, once; it is kept as %s", source.name, called[0], path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".build-", dir=path.parent)
     try:
         made = os.path.join(folder, path.name)
-        command = [*compiler, *flags, str(source), "-o", made]
+        command = [*called, *flags, str(source), "-o", made]
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT
         )
@@ -100,6 +116,6 @@ def _compile(source: Path, flags: Sequence[str], path: Path) -> None:
             raise CallError(f"{shlex.join(command)}: {done.stderr.strip()[-2000:]}")
         os.replace(made, path)
     except subprocess.TimeoutExpired as error:
-        raise CallError(f"{compiler[0]} took more than {_TIMEOUT} s") from error
+        raise CallError(f"{called[0]} took more than {_TIMEOUT} s") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
