@@ -32,6 +32,7 @@ from shardema.ranks.rounds import Rounds
 KIB = 1 << 10
 OURS = "shardema"
 TARGETS = (
+    Target(OURS, "call of 1024 ranks", "time", most=0.2),
     Target(OURS, "call of 1024 ranks", "cpu_of_leader", most=0.2),
     Target(OURS, "call of 1024 ranks", "bytes_of_leader", most=5 * KIB),
     Target(OURS, "call of .*", "keys_left", most=0),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import os
 import signal
 import tempfile
@@ -1002,6 +1003,48 @@ def test_a_leader_that_did_not_wait_for_its_readers_clears_up_in_the_next_round(
             assert reply.result()
         left.append(store.num_keys())
     assert left == [1, 0]
+
+
+def test_a_leader_that_waited_for_a_reader_who_is_gone_is_not_the_one_that_did_not_come() -> None:
+    """So it comes late to the next round, and ends that late."""
+    store = dist.HashStore()
+    leader, second, gone = (rounds.Rounds(store, (0, 1, 2), index) for index in range(3))
+    message, cancel = {"op": "save", "same": None}, threading.Event()
+    store.set(gone._key(2), json.dumps(message))  # which never reads the reply
+    with ThreadPoolExecutor(1) as pool:
+
+        def both() -> list[dict[str, Any] | None]:
+            return [second.follow(message, limit, cancel) for limit in (15.0, 0.3)]
+
+        replies = pool.submit(both)
+        leader.answer({"reply": "yes"}, leader.collect(message, 15.0, cancel))
+        messages = leader.collect(message, 0.3, cancel)
+        assert messages == [message, message, None]
+        leader.answer({"error": {"text": "rank 2 did not come"}}, messages)
+        first, then = replies.result()
+    assert first is not None
+    assert then is not None
+    assert then["error"] == {"text": "rank 2 did not come"}
+
+
+def test_a_leader_that_waits_for_readers_hears_a_roll_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rounds, "LINGER_S", 30.0)
+    store = dist.HashStore()
+    leader, second, gone = (rounds.Rounds(store, (0, 1, 2), index) for index in range(3))
+    message, cancel = {"op": "save", "same": None}, threading.Event()
+    store.set(gone._key(2), json.dumps(message))  # which never reads the reply
+    with ThreadPoolExecutor(1) as pool:
+
+        def calls() -> list[dict[str, Any] | None]:
+            second.follow(message, 15.0, cancel)
+            return second.call_roll({"op": "swap"})
+
+        marks = pool.submit(calls)
+        leader.answer({"reply": "yes"}, leader.collect(message, 15.0, cancel))
+        leader.call_roll({"op": "swap"})
+        assert marks.result() == [{"op": "swap"}, {"op": "swap"}, None]
 
 
 def test_a_roll_call_leaves_its_own_keys_only() -> None:

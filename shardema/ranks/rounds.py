@@ -90,6 +90,7 @@ class Rounds:
         self._name = f"shardema/{self.ranks[0]}-{self.ranks[-1]}-{hash(self.ranks)}"
         self._next = 0
         self._withdrawn = 0  # withdrawn messages of this rank in the next round
+        self._lingers = 0.0  # seconds that the leader may still wait for readers of its last reply
         self._open: list[int] = []  # rounds of which ranks have not read the reply yet
 
     @property
@@ -186,7 +187,8 @@ class Rounds:
             self._open.clear()
         if parting:  # this process may be about to end, and with it the store
             parted = self._key("parted", number)
-            if self._poll(lambda: self._has(parted), time.monotonic() + LINGER_S):
+            end = time.monotonic() + LINGER_S
+            if self._poll(lambda: self._has(parted), end, threading.Event()):  # or a roll call
                 self.store.delete_key(parted)
             else:
                 self._open.append(number)
@@ -207,7 +209,7 @@ class Rounds:
 
         After a None the caller withdraws the message. Returns ``{"roll": True}`` in a roll call.
         """
-        end = time.monotonic() + limit
+        end = time.monotonic() + limit + self._lingers
         while True:
             again = {"again": self._withdrawn} if self._withdrawn else {}  # in this round
             self.store.set(self._key(self.index), json.dumps({**message, **again}))
@@ -260,6 +262,7 @@ class Rounds:
         counted = self.index not in reply["missing"]
         mine = counted and reply["again"].get(str(self.index), 0) == withdrawn
         mine = mine and self.index in reply.get("late", [self.index])
+        self._lingers = LINGER_S if reply["parting"] else 0.0
         self._go_on()
         if not mine and "error" in reply:
             self.missed = reply["error"]["text"]
