@@ -53,7 +53,7 @@ from shardema.ranks.agree import Ranks
 from shardema.ranks.messages import text_of
 from shardema.ranks.plan import Plan, make_plan
 from shardema.schedules import constant, describe
-from shardema.shards.boxes import Box
+from shardema.shards.boxes import Box, flat_boxes
 from shardema.shards.shard import Shard
 from shardema.update.shadows import allocate
 
@@ -246,11 +246,16 @@ def measure_growth(table: Table, args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Large:
-    """A model, how it is sharded, and which boxes that gives to a rank."""
+    """A model, how it is sharded, and which boxes that gives to a rank.
+
+    Attributes:
+        flat: as FSDP1 shards it, which needs real ranks: what FSDP2 gives is not compared.
+    """
 
     make: Callable[[], nn.Module]
     place: Callable[[nn.Module, int], None]
     held: Held
+    flat: bool = False
 
 
 def experts_or_rows(shard: Shard, ranks: int, rank: int) -> tuple[Box, ...]:
@@ -263,11 +268,40 @@ def experts_or_rows(shard: Shard, ranks: int, rank: int) -> tuple[Box, ...]:
     return (Box((mine * sizes[0], part * sizes[1], 0), sizes),)
 
 
+def flat_units(make: Callable[[], nn.Module]) -> Held:
+    """What FSDP1 gives to a rank: even parts of each layer's parameters, one behind the other."""
+    with torch.device("meta"):
+        model = make()
+    starts: dict[str, int] = {}
+    lengths: dict[str, int] = {}
+
+    def unit(fqn: str) -> str:
+        words = fqn.split(".")
+        return words[1] if words[0] == "layers" else ""
+
+    for fqn, param in model.named_parameters():
+        starts[fqn] = lengths.get(unit(fqn), 0)
+        lengths[unit(fqn)] = starts[fqn] + param.numel()
+
+    def held(shard: Shard, ranks: int, rank: int) -> tuple[Box, ...]:
+        each = -(-lengths[unit(shard.fqn)] // ranks)
+        start = max(0, rank * each - starts[shard.fqn])
+        stop = min(math.prod(shard.shape), (rank + 1) * each - starts[shard.fqn])
+        return flat_boxes(shard.shape, start, stop - start) if stop > start else ()
+
+    return held
+
+
 def large(layers: int | None) -> dict[str, Large]:
     """The large models, by label; with so many layers, or as many as they have."""
     fewer = {} if layers is None else {"layers": layers}
+
+    def llama() -> nn.Module:
+        return models.Llama(**fewer)
+
     return {
-        "llama-70b": Large(lambda: models.Llama(**fewer), lambda model, ranks: None, by_rows),
+        "llama-70b": Large(llama, lambda model, ranks: None, by_rows),
+        "llama-70b-fsdp1": Large(llama, lambda model, ranks: None, flat_units(llama), flat=True),
         "experts-1t": Large(
             lambda: models.Experts(**fewer),
             lambda model, ranks: models.on_experts_mesh(model, ranks, EP),
@@ -282,8 +316,9 @@ def measure_large(table: Table, label: str, model: Large, ranks: int, repeats: i
     say(case)
     with fake_world(ranks):
         shards = read(sharded(model.make, ranks, model.place))
-        for shard in shards:
-            assert shard.boxes == model.held(shard, ranks, 0), shard
+    own = [replace(shard, boxes=model.held(shard, ranks, 0)) for shard in shards]
+    assert model.flat or [s.boxes for s in own] == [s.boxes for s in shards]
+    shards = own
     averaged = {shard.fqn for shard in shards}
     sent = payloads(shards, ranks, model.held)
     times, again = [], []
@@ -309,7 +344,7 @@ def files_of(plan: Plan, ranks: int) -> list[StoredFile]:
     files = []
     made = Pieces([torch.float32.itemsize] * len(plan.items))
     for rank, held in enumerate(pieces):
-        names = [plan.items[number].fqn for number, _ in held]
+        names = [f"{plan.items[number].fqn} {place}" for place, (number, _) in enumerate(held)]
         sizes = [box.sizes for _, box in held]
         head, entries = make_header(
             [(name, torch.float32, size) for name, size in zip(names, sizes, strict=True)]
