@@ -13,7 +13,6 @@ the exact average, element by element. A turn is a third of the elements, with w
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -27,6 +26,7 @@ from harness import (
     attempt,
     clock,
     finish,
+    leave,
     number,
     ratio,
     short,
@@ -275,4 +275,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -15,7 +15,6 @@ import concurrent.futures
 import functools
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -40,6 +39,7 @@ from harness import (
     files_in,
     finish,
     forget,
+    leave,
     rank,
     ratio,
     say,
@@ -547,7 +547,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # after DCP's writers the interpreter's end may abort, see bench_export.py
+    leave(main())

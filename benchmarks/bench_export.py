@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,18 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import models
-from harness import Table, Target, arguments, everywhere, finish, say, shared_folder, turns, world
+from harness import (
+    Table,
+    Target,
+    arguments,
+    everywhere,
+    finish,
+    leave,
+    say,
+    shared_folder,
+    turns,
+    world,
+)
 from rows import MIB, PeakMemory
 from shardema import ShardedEMA
 from shardema.ranks.transfer import BUCKET_BYTES
@@ -344,9 +354,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # after DCP's writers the end of the interpreter aborts in one run of twenty: "terminate called
-    # without an active exception"; everything has been said and written by then
-    os._exit(code)
+    leave(main())

@@ -10,7 +10,6 @@ The average is made equal to the weights, so that what gathers the weights must 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 import models
-from harness import Table, Target, arguments, attempt, clock, everywhere, finish, rank, world
+from harness import Table, Target, arguments, attempt, clock, everywhere, finish, leave, rank, world
 from models import MIB
 from shardema import ShardedEMA
 from shardema.ranks.transfer import BUCKET_BYTES
@@ -129,4 +128,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import distributed as dist
 import models
 from bench_swap import PROVIDERS as SWAPPERS
 from bench_swap import use
-from harness import Table, Target, arguments, everywhere, finish, say, shared_folder, world
+from harness import Table, Target, arguments, everywhere, finish, leave, say, shared_folder, world
 from models import MIB
 from rivals import DTYPES, OTHERS, Average, Build, shardema
 from rows import PeakMemory
@@ -148,4 +147,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import bench_wrappers
 import models
 from bench_wrappers import DECAY, Wrapped
-from harness import Table, Target, arguments, attempt, everywhere, finish, say, world
+from harness import Table, Target, arguments, attempt, everywhere, finish, leave, say, world
 from shardema import ShadowPolicy, ShardedEMA
 from shardema.costs import tensors
 from shardema.costs.cost import Cost, estimate
@@ -115,4 +114,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -34,6 +34,7 @@ from harness import (
     clock,
     everywhere,
     finish,
+    leave,
     rank,
     ratio,
     shared_folder,
@@ -183,4 +184,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,7 +19,7 @@ import xxhash
 from torch import Tensor
 
 import models
-from harness import Table, Target, arguments, clock, finish, say, world
+from harness import Table, Target, arguments, clock, finish, leave, say, world
 from models import MIB
 from rivals import DTYPES
 from shardema.kernels.fingerprint import fingerprint, total
@@ -88,4 +87,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -20,7 +19,19 @@ from torch import nn
 
 import models
 import rivals
-from harness import Table, arguments, attempt, clock, finish, ratio, say, settle, short, world
+from harness import (
+    Table,
+    arguments,
+    attempt,
+    clock,
+    finish,
+    leave,
+    ratio,
+    say,
+    settle,
+    short,
+    world,
+)
 from harness import number as parse_number
 from rivals import DTYPES
 from shardema import ShadowPolicy, ShardedEMA, schedules
@@ -141,4 +152,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from harness import Table, Target, arguments, attempt, clock, everywhere, finish, peak, world
+from harness import Table, Target, arguments, attempt, clock, everywhere, finish, leave, peak, world
 from models import MIB, local, locals_of
 from rivals import DTYPES, average_of
 from shardema import ShardedEMA
@@ -186,4 +185,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

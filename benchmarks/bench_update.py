@@ -14,7 +14,6 @@ import argparse
 import fnmatch
 import functools
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +32,7 @@ from harness import (
     attempt,
     clock,
     finish,
+    leave,
     number,
     ratio,
     say,
@@ -227,4 +227,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +25,18 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from harness import Missing, Table, Target, arguments, attempt, everywhere, finish, say, world
+from harness import (
+    Missing,
+    Table,
+    Target,
+    arguments,
+    attempt,
+    everywhere,
+    finish,
+    leave,
+    say,
+    world,
+)
 from models import MIB
 from rows import HERE
 from shardema import ShadowPolicy, ShardedEMA
@@ -174,4 +184,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -183,7 +183,7 @@ def test_the_ranks_together_hold_each_element_once_for_each_replica(
     described = [tensor for tensor in described if tensor.averaged]
     replicas = 2 if strategy == "hsdp" and world_size > 1 else 1
     layout = Layout(strategy, world_size, replicas)
-    copies = world_size if strategy == "ddp" else replicas
+    copies = world_size if strategy in ("ddp", "zero0") else replicas
     for slices in (False, True):
         for tensor, counts in zip(described, layout.held(described, slices), strict=True):
             of_each = 1 if slices else copies

@@ -474,7 +474,7 @@ def the_plan_of_an_engine_is_what_it_allocates(config: Config) -> None:
     module = Net()
     weights = torch.bfloat16 if "bf16" in config.more else torch.float32
     described = tensors.of_module(module, weights)
-    zero: dict[int, Strategy] = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
+    zero: dict[int, Strategy] = {0: "zero0", 1: "zero1", 2: "zero2", 3: "zero3"}
     layout = Layout(zero[config.stage], dist.get_world_size())
     check_plan(described, config.engine(module), layout, ShadowPolicy())
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import torch
@@ -32,7 +32,6 @@ _DTYPES = {
     "float64": torch.float64,
 }
 _GB = 1e9
-assert set(get_args(Strategy)) == set(STRATEGIES)
 
 
 def _number(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:

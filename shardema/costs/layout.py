@@ -6,7 +6,7 @@
     zero3          elements, rounded up                         [ 9 | 9 | 6 ]
     fsdp1          one flat tensor for each layer               [ a a b | b b c | c . ]
     zero1, zero2   one flat tensor of all that train
-    ddp            everything everywhere; slices are cut by elements
+    ddp, zero0     everything everywhere; slices are cut by elements
 
 The same rules as in the backends, which read them from real shards; `tests/test_costs.py` compares.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from shardema.costs.tensors import Described
 from shardema.errors import ArgumentError
 
-Strategy = Literal["fsdp2", "fsdp1", "hsdp", "ddp", "zero1", "zero2", "zero3"]
-STRATEGIES: tuple[Strategy, ...] = ("fsdp2", "fsdp1", "hsdp", "ddp", "zero1", "zero2", "zero3")
+Strategy = Literal["fsdp2", "fsdp1", "hsdp", "ddp", "zero0", "zero1", "zero2", "zero3"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 Counts = NDArray[np.int64]  # [world_size]
 
 _FSDP1_ALIGN = 16  # bytes: where use_orig_params=True lets a parameter begin
@@ -78,7 +78,7 @@ class Layout:
     @property
     def masters(self) -> bool:
         """Whether fp32 masters are averaged, and not the weights themselves."""
-        return self.strategy in ("zero1", "zero2", "zero3")
+        return self.strategy in ("zero0", "zero1", "zero2", "zero3")
 
     def held(self, tensors: Sequence[Described], slices: bool) -> Iterator[Counts]:
         """For each tensor the number of elements that each rank averages.
@@ -106,8 +106,8 @@ class Layout:
                 yield np.full(self.world_size, tensor.numel, np.int64)
 
     def _replicated(self, tensor: Described, slices: bool) -> Counts:
-        """Of fsdp2, hsdp and ddp: rows on the shards, then slices on the replicas of each."""
-        replicas = self.world_size if self.strategy == "ddp" else self.replicas
+        """Of fsdp2, hsdp, ddp and zero0: rows on the shards, then slices on the replicas of each."""
+        replicas = self.world_size if self.strategy in ("ddp", "zero0") else self.replicas
         shards = _rows(tensor, self.world_size // replicas)
         if not slices:
             return np.tile(shards, replicas)
