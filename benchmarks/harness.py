@@ -73,7 +73,7 @@ def leave(code: int) -> NoReturn:
     """Ends the process with this exit code.
 
     DTensor's caches keep the group, and with it gloo's threads, past destroy_process_group; one
-    that frees a tensor while the interpreter shuts down can abort the process. So can DCP's writers.
+    that frees a tensor while the interpreter shuts down can abort it, as can those of DCP.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -106,7 +106,7 @@ class Layout:
                 yield np.full(self.world_size, tensor.numel, np.int64)
 
     def _replicated(self, tensor: Described, slices: bool) -> Counts:
-        """Of fsdp2, hsdp, ddp and zero0: rows on the shards, then slices on the replicas of each."""
+        """Of fsdp2, hsdp, ddp and zero0: rows on shards, then slices on the replicas of each."""
         replicas = self.world_size if self.strategy in ("ddp", "zero0") else self.replicas
         shards = _rows(tensor, self.world_size // replicas)
         if not slices:
