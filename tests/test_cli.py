@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -127,6 +129,15 @@ def test_inspect_shows_names_and_paths_as_they_are(tmp_path: Path, part: str) ->
     assert f"{place}{part}none: no such folder" in text
     code, text = run("export", place, tmp_path / "out")
     assert code == 0
+
+
+def test_it_also_runs_as_a_module(folder: Path) -> None:
+    command = [sys.executable, "-m", "shardema", "inspect", str(folder / "none")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no such folder" in done.stderr
+    done = subprocess.run([*command[:3], "--help"], capture_output=True, text=True)
+    assert done.stdout.startswith("Usage: python -m shardema [OPTIONS]")
 
 
 def test_inspect_sends_no_control_characters(tmp_path: Path) -> None:
