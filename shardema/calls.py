@@ -79,19 +79,39 @@ class Call:
     prepare: Callable[[Readable], None] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class SwapState:
     """The state of a swap.
 
     Attributes:
         inside: name of the average that the model holds now; None outside of a swap.
+        addresses: of the tensors that hold it.
         due: ends a swap whose end was interrupted; None if there is none.
         failed: the error with which the end of a swap failed; every later call raises.
     """
 
     inside: str | None = None
+    addresses: frozenset[int] = frozenset()
     due: Callable[[], None] | None = None
     failed: str | None = None
+
+    def enter(self, name: str, shards: Sequence[Shard]) -> None:
+        """Before the model's tensors get the average."""
+        self.inside, self.addresses = name, _addresses(shards)
+        _entered.append(self)
+
+    def leave(self) -> None:
+        """After they have the weights again; may be called twice."""
+        self.inside = self.due = None
+        if self in _entered:
+            _entered.remove(self)
+
+
+_entered: list[SwapState] = []  # the swaps of all EMAs of the process that have not ended
+
+
+def _addresses(shards: Sequence[Shard]) -> frozenset[int]:
+    return frozenset(shard.own.data_ptr() for shard in shards if shard.own.numel())
 
 
 class Calls:
@@ -129,7 +149,7 @@ class Calls:
         """Ends an interrupted swap, and the open iterations that ``op`` invalidates.
 
         Raises:
-            RuntimeError: inside a swap, or after a swap whose end failed.
+            RuntimeError: inside a swap, also of another EMA, or after one whose end failed.
         """
         if self.swap.failed is not None:
             raise CallError(
@@ -145,6 +165,21 @@ class Calls:
                 f"{self.swap.inside!r} and the average holds the weights; leave the with block "
                 "first"
             )
+        other = self._other_swap()
+        if other is not None:
+            raise CallError(
+                f"rank {self.ranks.rank}: {op} inside swap() of another EMA of this model, which "
+                f"holds average {other.inside!r}; leave the with block first, or keep both "
+                "averages in one EMA: ShardedEMA(model, {name: schedule})"
+            )
+
+    def _other_swap(self) -> SwapState | None:
+        """A swap of another EMA whose average is in place of weights that this one averages."""
+        if not _entered:
+            return None
+        mine = _addresses(self.weights.averaged_shards)
+        others = (s for s in list(_entered) if not mine.isdisjoint(s.addresses))
+        return next((other for other in others if other is not self.swap), None)
 
     def end_swap(self, op: str) -> None:
         """Ends a swap whose end was interrupted twice."""
@@ -166,7 +201,7 @@ class Calls:
 
     def close_round(self) -> None:
         """Makes the update of an open round of `attach`, before an average is read."""
-        if self.swap.inside is None:
+        if self.swap.inside is None and self._other_swap() is None:
             self.updates.following.close()
 
     def finish_save(self) -> None:

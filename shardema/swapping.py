@@ -114,7 +114,7 @@ class Swaps:
             if self._weights.engine is not None:
                 guard = functools.partial(self._calls.check_allowed, "an optimizer step")
                 guards.append(self._weights.engine.hook(before=guard))
-            state.inside = average.name
+            state.enter(average.name, shards)
             with writable(), self._weights.publish_writes("swap", gather, self._averages.ranks):
                 self._weights.await_copies()
                 exchange.swap_in()
@@ -209,7 +209,7 @@ class Swaps:
                     state.failed = f"{type(error).__name__}: {error}"
                     raise
                 finally:
-                    state.inside = state.due = None
+                    state.leave()
                 with contextlib.suppress(RuntimeError), writable():  # the next call raises it
                     self._updates.refresh()
         finally:

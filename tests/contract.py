@@ -364,10 +364,21 @@ def everything_else_raises_inside_swap(layout: Layout) -> None:
         lambda: ema.export("/nonexistent/x"),
         lambda: _enter_and_leave(ema),
     ]
+    other = layout.keep(model, 0.9)
+    others: list[Callable[[], object]] = [
+        other.update,
+        other.full_state_dict,
+        lambda: _enter_and_leave(other),
+    ]
     with ema.swap():
         for call in calls:
-            with pytest.raises(RuntimeError, match=r"rank \d+: .* inside swap\(\)"):
+            with pytest.raises(RuntimeError, match=r"rank \d+: .* inside swap\(\): the model"):
                 call()
+        for call in others:
+            with pytest.raises(RuntimeError, match=r"rank \d+: .* inside swap\(\) of another EMA"):
+                call()
+    for call in others:
+        call()
     handle.remove()
     ema.update()
 

@@ -176,6 +176,21 @@ def test_whatever_reads_ends_the_round_once(read: str, tmp_path: Path) -> None:
     assert (ema.num_updates, ema.t) == (1, 1)
 
 
+def test_a_round_is_not_ended_inside_the_swap_of_another_ema() -> None:
+    model, ema, (first, second) = parts()
+    other = ShardedEMA(model, 0.9)
+    other.update()
+    ema.attach(first, second)
+    expected = weights(model)
+    train(model, first)
+    for fqn, value in weights(model).items():
+        expected[fqn].lerp_(value, 0.5)
+    with other.swap():
+        assert ema.num_updates == 0
+    assert ema.num_updates == 1
+    assert_same(ema.full_state_dict(), expected)
+
+
 @pytest.mark.parametrize("clear", ["load", "reset", "load_full", "load_state_dict"])
 def test_a_load_or_reset_forgets_an_open_round(clear: str, tmp_path: Path) -> None:
     model, ema, (first, second) = parts()

@@ -45,6 +45,11 @@ def net() -> nn.Module:
             ValueError,
             "weight, bias: on the meta device",
         ),
+        (
+            lambda: ShardedEMA(nn.Sequential(nn.LazyLinear(2)), 0.5),
+            ValueError,
+            "0.weight, 0.bias: not initialized, as in a torch.nn.Lazy",
+        ),
         (lambda: ShardedEMA(nn.ReLU(), 0.5), ValueError, "no trainable floating-point parameter"),
         (lambda: ShardedEMA(net(), 0.5, select="*.wieght"), ValueError, "matches no floating"),
         (lambda: ShardedEMA(net(), 0.5).copy_to_model(every=0), ValueError, "expected a whole num"),

@@ -222,3 +222,27 @@ def test_measured_and_averaged_statistics_exclude_each_other() -> None:
     kept = {"*running_*": "copy", "*": "average"}
     with update_bn(loader, model, ShardedEMA(model, 0.5, buffers=kept)).swap():
         assert torch.allclose(model.norm.running_mean, loader[0].mean(0))
+
+
+def test_averages_of_different_tensors_may_be_swapped_in_together() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    first = ShardedEMA(model, 0.5, select="0.*")
+    second = ShardedEMA(model, 0.5, select="1.*")
+    both = ShardedEMA(model, 0.5)
+    for ema in (first, second, both):
+        ema.update()
+    kept = {fqn: tensor.clone() for fqn, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(2)
+    trained = {fqn: tensor.clone() for fqn, tensor in model.state_dict().items()}
+    with first.swap(), second.swap():
+        assert all(torch.equal(model.state_dict()[fqn], kept[fqn]) for fqn in kept)
+        with pytest.raises(
+            RuntimeError, match=r"update inside swap\(\) of another EMA of this model"
+        ):
+            both.update()
+    assert all(torch.equal(model.state_dict()[fqn], trained[fqn]) for fqn in kept)
+    both.update()
+    for fqn, tensor in both.full_state_dict().items():
+        assert torch.equal(tensor, kept[fqn].lerp(trained[fqn], 0.5))

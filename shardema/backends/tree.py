@@ -16,9 +16,10 @@ from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parameter import is_lazy
 
 from shardema.backends.subclasses import kind_of, pointer, values_of
-from shardema.errors import ArgumentError
+from shardema.errors import ArgumentError, abbreviate
 from shardema.shards.boxes import whole
 from shardema.shards.shard import REPLACED, Role, Shard
 from shardema.shards.strides import overlaps, share_memory
@@ -225,7 +226,7 @@ def named_tensors(models: Sequence[nn.Module], skip: set[tuple[int, str]]) -> li
         skip: ``(id(module), name)`` of tensors to leave out, which the caller reads itself.
 
     Raises:
-        ValueError: two different tensors have the same clean name.
+        ValueError: two different tensors have the same clean name; a lazy module has none yet.
     """
     first: dict[int, Named] = {}
     aliases: dict[int, list[str]] = {}
@@ -253,6 +254,12 @@ def named_tensors(models: Sequence[nn.Module], skip: set[tuple[int, str]]) -> li
                         first[id(tensor)] = Named(fqn, (), tensor, table, key, kind)
                     elif fqn != first[id(tensor)].fqn:
                         aliases.setdefault(id(tensor), []).append(fqn)
+    lazy = [named.fqn for named in first.values() if is_lazy(named.tensor)]
+    if lazy:
+        raise ArgumentError(
+            f"{abbreviate(lazy)}: not initialized, as in a torch.nn.Lazy* module before its first "
+            "forward; run one with a dummy batch first"
+        )
     return [
         Named(n.fqn, tuple(dict.fromkeys(aliases.get(i, ()))), n.tensor, n.table, n.key, n.role)
         for i, n in first.items()

@@ -71,7 +71,7 @@ def _stepped_elsewhere(models: Sequence[nn.Module], parameters: Sequence[Tensor]
     if owners:
         return any(getattr(owner, "basic_optimizer", None) is not None for owner in owners)
     known = getattr(sys.modules.get("deepspeed.utils.debug"), "param_names", ())
-    return any(p in known for p in parameters if p.requires_grad and p.element_size() == 2)
+    return any(p in known for p in parameters if p.requires_grad and p.dtype.itemsize == 2)
 
 
 def _engine(models: Sequence[nn.Module]) -> Any:
