@@ -41,7 +41,7 @@ from shardema.files import export as exporter
 from shardema.files.background import PendingSave
 from shardema.files.companions import check_tokenizer
 from shardema.gathering import export_file, full_tensors
-from shardema.habits import missing, unregistered
+from shardema.habits import missing, settable, unregistered
 from shardema.importers import Imported
 from shardema.model import selection
 from shardema.model.selection import Buffers, Select
@@ -250,6 +250,10 @@ class ShardedEMA:
         def __getattr__(self, name: str) -> NoReturn:
             raise missing(name)
 
+        def __setattr__(self, name: str, value: Any) -> None:
+            settable(name)
+            super().__setattr__(name, value)
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         dcp.refuse_pickle("ShardedEMA")
 
@@ -377,6 +381,8 @@ class ShardedEMA:
     ) -> contextlib.AbstractContextManager[None]:
         """Context manager: the model computes with the average inside the block.
 
+        Also a decorator, of functions, generator functions and coroutine functions.
+
         When the block ends, weights and average are restored bitwise.
 
         Parameters and shadows of the same dtype are exchanged in place through a small scratch
@@ -393,10 +399,10 @@ class ShardedEMA:
         end of the block raises, since it would mix average and weights.
 
         Raises:
-            RuntimeError: inside another swap. At the end of the block: the model's weights were
-                modified inside it (the weights are restored; the modification went into the
-                average, or with an engine is lost); or the exchange failed, after which every
-                call raises.
+            RuntimeError: inside another swap, also one of another EMA of the same weights. At the
+                end of the block: the model's weights were modified inside it (the weights are
+                restored; the modification went into the average, or with an engine is lost); or
+                the exchange failed, after which every call raises.
             SwapError: the block removed a parameter or cast it to a lower precision, so some
                 weights cannot be restored. They are in the error's ``weights``; the average is
                 unchanged, and the EMA works again once the model fits it.

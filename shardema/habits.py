@@ -79,11 +79,41 @@ _CALLS = {
 }
 
 
+# what a training loop of another library sets in the middle of a run
+_SET = frozenset(
+    (
+        "decay",
+        "beta",
+        "momentum",
+        "schedule",
+        "cur_decay_value",
+        "update_every",
+        "update_after_step",
+        "num_updates",
+        "optimization_step",
+        "n_averaged",
+    )
+)
+
+
 def missing(name: str) -> AttributeError:
     """For a name that `ShardedEMA` does not have; says which call does what it does elsewhere."""
     if name in _CALLS:
         return linked(AttributeError(f"ShardedEMA has no {name}: call {_CALLS[name]}"))
     return linked(AttributeError(f"'ShardedEMA' object has no attribute {name!r}"))
+
+
+def settable(name: str) -> None:
+    """Raises AttributeError if other libraries have this attribute, and setting it acts there."""
+    if name in _SET:
+        raise linked(
+            AttributeError(
+                f"ShardedEMA.{name} cannot be set: build it with a schedule that changes, such as "
+                "a callable (t, dt) -> decay; an update is made where ema.update() is called"
+            )
+        )
+    if name in _CALLS:
+        raise missing(name)
 
 
 def unregistered(method: _F) -> _F:

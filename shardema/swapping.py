@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -78,8 +79,32 @@ class Block(contextlib.ContextDecorator):
         return Block(self._enter, self._dropped)
 
     def __call__(self, function: Any) -> Any:
+        """Decorates a function; a coroutine or generator is inside until its body ends."""
         self._used = True
-        return super().__call__(function)
+        inside: Any
+        if inspect.iscoroutinefunction(function):
+
+            async def inside(*args: Any, **kwargs: Any) -> Any:
+                with self._recreate_cm():
+                    return await function(*args, **kwargs)
+
+        elif inspect.isasyncgenfunction(function):
+
+            async def inside(*args: Any, **kwargs: Any) -> Any:
+                with self._recreate_cm():
+                    async with contextlib.aclosing(function(*args, **kwargs)) as results:
+                        async for result in results:
+                            yield result
+
+        elif inspect.isgeneratorfunction(function):
+
+            def inside(*args: Any, **kwargs: Any) -> Any:
+                with self._recreate_cm():
+                    return (yield from function(*args, **kwargs))
+
+        else:
+            return super().__call__(function)
+        return functools.wraps(function)(inside)
 
     def __del__(self) -> None:
         if not self._used and not sys.is_finalizing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import functools
@@ -11,7 +12,7 @@ import pickle
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -727,6 +728,43 @@ def test_a_swap_that_is_dropped_without_with_is_told_once(told: Callable[[], lis
     del evaluate
     gc.collect()
     assert told() == []
+
+
+def test_a_decorated_coroutine_or_generator_runs_inside_the_swap() -> None:
+    _, ema, _ = setup()
+    ema.update()
+
+    def inside() -> str | None:
+        return ema.internal.calls.swap.inside
+
+    @ema.swap()
+    async def awaited() -> str | None:
+        await asyncio.sleep(0)
+        return inside()
+
+    @ema.swap()
+    def generated() -> Iterator[str | None]:
+        yield inside()
+        yield inside()
+
+    @ema.swap()
+    async def both() -> AsyncIterator[str | None]:
+        yield inside()
+        await asyncio.sleep(0)
+        yield inside()
+
+    async def collected() -> list[str | None]:
+        return [found async for found in both()]
+
+    for _ in range(2):
+        assert asyncio.run(awaited()) == "ema"
+        assert list(generated()) == asyncio.run(collected()) == ["ema", "ema"]
+        assert inside() is None
+    left = generated()
+    assert (next(left), inside()) == ("ema", "ema")
+    left.close()
+    assert inside() is None
+    assert generated.__name__ == "generated"
 
 
 def test_an_ema_that_is_dropped_is_watched_no_longer_and_breaks_no_step() -> None:

@@ -150,6 +150,9 @@ def test_a_folder_without_a_checkpoint_says_what_it_lacks(tmp_path: Path, saved:
     assert_refused(tmp_path, r"no shardema.json in it.*did you mean .*/ema\?")
     (tmp_path / "empty").mkdir()
     assert_refused(tmp_path / "empty", "no shardema.json in it")
+    ShardedEMA(model(), 0.5).export(tmp_path / "export")
+    assert_refused(tmp_path / "export", "no shardema.json in it.*; ema.load_full reads an export")
+    assert_refused(data_file(tmp_path / "export"), ": a file, not the folder .*; ema.load_full")
 
 
 def signed(body: object) -> bytes:

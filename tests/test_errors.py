@@ -37,6 +37,11 @@ def net() -> nn.Module:
     ("make", "error", "text"),
     [
         (lambda: ShardedEMA(net(), 1.2), ValueError, r"decay=1.2, expected a number in \[0, 1\]"),
+        (
+            lambda: ShardedEMA(net(), lambda t: 0.5),
+            TypeError,
+            r"schedule .*<lambda>: got a callable of \(t\), expected \(t, dt\)",
+        ),
         (lambda: ShardedEMA(net(), None), TypeError, "got None, expected a decay"),
         (lambda: ShardedEMA("net", 0.5), TypeError, "got str, expected a torch.nn.Module"),
         (lambda: ShardedEMA([], 0.5), ValueError, "empty list"),

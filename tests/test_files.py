@@ -128,6 +128,8 @@ def test_a_drive_and_a_name_with_a_colon_are_local_paths() -> None:
         assert headers.local_path("save", path) == path
     with pytest.raises(TypeError, match=r"expected a path as str or pathlib\.Path"):
         headers.local_path("save", b"run")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"save: got None, expected a path as str or pathlib\.Path"):
+        make().save(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got an empty path"):
         make().save("")
 

@@ -28,6 +28,17 @@ def test_a_name_of_no_library_is_no_attribute() -> None:
         _ = ShardedEMA(nn.Linear(2, 2), 0.9).stpe
 
 
+@pytest.mark.parametrize("name", ["decay", "beta", "update_every", "schedule", "num_updates"])
+def test_what_loops_set_elsewhere_is_refused_and_not_ignored(name: str) -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), 0.9)
+    with pytest.raises(AttributeError, match=f"ShardedEMA.{name} cannot be set: build it with a"):
+        setattr(ema, name, 0.99)
+    with pytest.raises(AttributeError, match=r"no shadow: call ema\.iter_full"):
+        ema.shadow = {}
+    ema.note = "of a user"
+    assert ema.note == "of a user"
+
+
 @pytest.mark.parametrize("word", ["decay", "beta"])
 def test_the_decay_may_be_named(word: str) -> None:
     named, plain = ShardedEMA(nn.Linear(2, 2), **{word: 0.99}), ShardedEMA(nn.Linear(2, 2), 0.99)

@@ -268,14 +268,23 @@ def _check_place(manifest: Manifest, files: bool) -> None:
 def _missing(folder: str) -> str:
     try:
         inside = sorted(names_in(folder))
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        return (
+            f"reading {folder}: a file, not the folder that ema.save wrote; ema.load_full reads "
+            "files of averages"
+        )
+    except FileNotFoundError:
         inside = None
     if inside is None or (is_remote(folder) and not inside):
         return f"reading {folder}: no such folder; give the folder that ema.save wrote"
     text = f"reading {folder}: no {NAME} in it, so this is not a finished checkpoint of ema.save"
     # not asked of a store, name by name
     nested = [name for name in inside if os.path.exists(os.path.join(folder, name, NAME))]
-    return f"{text}; did you mean {os.path.join(folder, nested[-1])}?" if nested else text
+    if nested:
+        return f"{text}; did you mean {os.path.join(folder, nested[-1])}?"
+    if any(name.endswith(".safetensors") for name in inside):
+        return f"{text}; ema.load_full reads an export"
+    return text
 
 
 def _parse(body: Any, folder: str) -> Manifest:

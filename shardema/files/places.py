@@ -26,7 +26,7 @@ def any_path(op: str, path: str | os.PathLike[str], *, package: bool = True) -> 
         ValueError: it is empty, or a URL that cannot be used here.
         TypeError: it is no path.
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if isinstance(text, str) and is_remote(text) and not text.lower().startswith("file:"):
         remote.check_scheme(op, text, package=package)
         return text.rstrip("/")

@@ -63,7 +63,7 @@ def local_path(op: str, path: str | os.PathLike[str]) -> str:
         ValueError: it is empty, or the URL of something that is not a local file.
         TypeError: it is not a path.
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         raise ArgumentTypeError(f"{op}: got {path!r}, expected a path as str or pathlib.Path")
     if not text:

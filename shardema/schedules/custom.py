@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +26,28 @@ class custom:
         fn: ``(t, dt) -> decay`` in [0, 1]; any other value raises ValueError at the update.
         unit: unit of the clock.
 
+    Raises:
+        TypeError: ``fn`` does not take two positional arguments.
+
     >>> custom(lambda t, dt: 0.9).retention(3, 4)
     0.9
     """
 
     fn: Callable[[float, float], float]
     unit: str = "step"
+
+    def __post_init__(self) -> None:
+        try:
+            signature = inspect.signature(self.fn)
+        except (TypeError, ValueError):  # of a builtin; of what is no callable the update says it
+            return
+        try:
+            signature.bind(1, 1)
+        except TypeError:
+            raise ArgumentTypeError(
+                f"schedule {self._name()}: got a callable of {signature}, expected (t, dt): the "
+                "progress after the update, and that since the last one"
+            ) from None
 
     def retention(self, t0: float, t1: float) -> float:
         decay = self.fn(t1, t1 - t0)
