@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardema import functional
+from shardema import ShadowPolicy, ShardedEMA, functional
 from tests import contract, world, zoo
 from tests.layouts import LAYOUTS
 
@@ -52,3 +52,52 @@ def test_a_batch_norm_s_statistics_are_copied() -> None:
     functional.update_(average, module, 0.9)
     assert torch.equal(average.running_var, module.running_var)
     assert average.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("numel", [5, 1 << 17])
+def test_a_bfloat16_average_is_rounded_as_that_of_an_ema(numel: int) -> None:
+    average, module = (nn.Linear(numel, 1).bfloat16() for _ in range(2))
+    with torch.no_grad():
+        for one in (average, module):
+            for parameter in one.parameters():
+                parameter.fill_(1.0)
+    ema = ShardedEMA(module, 0.99, shadow=ShadowPolicy(dtype=torch.bfloat16))
+    for step in range(1, 51):
+        with torch.no_grad():
+            module.weight.fill_(1.0 + 1 / 16)
+        functional.update_(average, module, 0.99, step=step)
+        ema.update()
+    assert torch.equal(average.weight, ema.full_state_dict()["weight"])
+    if numel > 5:  # each update adds less than half of the last bit
+        expected = 1 + (1 - 0.99**50) / 16
+        assert abs(average.weight.float().mean().item() - expected) < 1e-4
+
+
+def test_an_average_that_would_not_move_is_refused_and_unchanged() -> None:
+    average, module = nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2).bfloat16()
+    before = average.weight.clone()
+    with pytest.raises(ValueError, match=r"weight: an average in torch.bfloat16 .*or give step="):
+        functional.update_(average, module, 0.999)
+    with pytest.raises(ValueError, match="got step=-1, expected a whole number >= 0"):
+        functional.update_(average, module, 0.999, step=-1)
+    halves = nn.Linear(2, 2).half(), nn.Linear(2, 2).half()
+    with pytest.raises(
+        ValueError, match=r"an average in torch.float16 .*; keep ema_module in floa"
+    ):
+        functional.update_(*halves, 0.999, step=1)
+    with pytest.raises(ValueError, match=r"update_: weight: the average has shape"):
+        functional.update_(average, nn.Linear(2, 2), 0.999, step=1)
+    assert torch.equal(average.weight, before)
+    functional.update_(average, module, 0.0)
+    functional.update_(*halves, 0.0)
+    assert torch.equal(average.weight, module.weight)
+    assert torch.equal(halves[0].weight, halves[1].weight)
+
+
+def test_a_float32_average_of_a_bfloat16_module() -> None:
+    average, module = nn.Linear(3, 3), nn.Linear(3, 3).bfloat16()
+    expected = average.weight.detach().clone()
+    for _ in range(100):
+        functional.update_(average, module, 0.999)
+        expected.lerp_(module.weight.detach().float(), 1 - 0.999)
+    assert torch.equal(average.weight, expected)

@@ -149,6 +149,8 @@ ENTRIES = {
     "forward-of-chunks": "ema(...): the model is a list of ... modules, which only the training loop can run",
     "functional-names": "update_: ...: only one of the two modules has it",
     "functional-layout": "update_: ...: the average has shape, boxes and dtype",
+    "functional-precision": ": an average in ... would lose small updates; ",
+    "functional-step": "update_: got step=..., expected a whole number >= 0",
     "functional-engine": "whose weights are copies of masters; use ShardedEMA(engine, decay)",
     "not-finite": ": not finite, so the average is not updated",
     "copy-every": "copy_to_model: got every=..., expected a whole number > 0",
