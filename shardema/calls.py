@@ -21,7 +21,7 @@ from shardema.arguments import check_dtype
 from shardema.errors import CallError
 from shardema.files import pretrained
 from shardema.files.background import PendingSave
-from shardema.model import own_state, replica_check, selection
+from shardema.model import hiding, own_state, replica_check, selection
 from shardema.model.own_state import MergedState, OwnState
 from shardema.model.weights import Weights
 from shardema.policy import ShadowPolicy
@@ -203,6 +203,11 @@ class Calls:
         """Makes the update of an open round of `attach`, before an average is read."""
         if self.swap.inside is None and self._other_swap() is None:
             self.updates.following.close()
+
+    def refuse_merged(self, op: str) -> None:
+        """Raises CallError if averaged adapters are merged into base weights that ``op`` needs."""
+        weights = self.weights
+        hiding.refuse_merged(op, weights.models, weights.averaged, self.ranks.rank)
 
     def finish_save(self) -> None:
         """Waits for a save that is being written; raises its error. Collective if there is one."""

@@ -668,7 +668,7 @@ class ShardedEMA:
         if layout in layouts.FILES:
             export_file(calls, path, layout, name, dtype, given)
             return
-        average = calls.begin(saving.export_call("export", name, dtype, given))
+        average = calls.begin(saving.export_call(calls, "export", name, dtype, given))
         saving.export(
             calls,
             "export",

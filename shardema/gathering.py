@@ -89,6 +89,8 @@ def begin_full(
     def prepare(average: Readable) -> None:
         calls.merged_state.check_values(op, calls.ranks.size if all_ranks else 1)
         contents, names_of = calls.contents(average, dtype), names()
+        if names_of != calls.merged_state.adapter_names:
+            calls.refuse_merged(op)
         numbered = enumerate(contents.plan.items)
         contents = contents.only([index for index, item in numbered if names_of(item)])
         apart = transfer.apart(op, contents, all_ranks)

@@ -46,6 +46,8 @@ def save(
     chosen = [averages.named(name) for name in averages.names if names is None or name in names]
 
     def given() -> dict[str, Any]:
+        if include_frozen:
+            calls.refuse_merged("save")
         return {
             "path": absolute(folder, "save"),
             "include_frozen": bool(include_frozen),
@@ -76,10 +78,27 @@ def save(
 
 
 def export_call(
-    op: str, name: str | Mixture | None, dtype: Any, given: Callable[[], dict[str, Any]]
+    calls: Calls,
+    op: str,
+    name: str | Mixture | None,
+    dtype: Any,
+    given: Callable[[], dict[str, Any]],
 ) -> Call:
     """The call that `export` follows."""
-    return Call(op, name, dtype=dtype, given=given, files=True, compared=lambda a: a.components)
+
+    def prepare(average: Readable) -> None:
+        if not calls.merged_state.files:  # else only adapters are written
+            calls.refuse_merged(op)
+
+    return Call(
+        op,
+        name,
+        dtype=dtype,
+        given=given,
+        files=True,
+        compared=lambda average: average.components,
+        prepare=prepare,
+    )
 
 
 def export(

@@ -193,6 +193,7 @@ class Swaps:
     ) -> tuple[Readable, list[Shard], Exchange, AllGatherSlices | None]:
         notices = self._calls.notices
         hiding.refuse_cached("swap", self._weights.shards, self._averages.ranks.rank)
+        self._calls.refuse_merged("swap")
         notices.hidden("swap")
         notices.missed("swap", self._updates.following)
         notices.never_updated("swap", average.components)
@@ -239,7 +240,7 @@ class Swaps:
                     self._updates.refresh()
         finally:
             end.raise_lost(ranks.rank)
-        end.warn_replaced(ranks.rank)
+        end.warn(ranks.rank)
         for cause in filter(None, end.failed):
             raise cause
 
@@ -269,6 +270,7 @@ class Swaps:
 
         def ready(average: Readable) -> tuple[Readable, AllGatherSlices | None]:
             hiding.refuse_cached("copy_to_model", self._weights.shards, self._averages.ranks.rank)
+            self._calls.refuse_merged("copy_to_model")
             self._calls.notices.hidden("copy_to_model")
             self._calls.notices.missed("copy_to_model", self._updates.following)
             self._updates.refresh()
@@ -313,6 +315,7 @@ class _End:
         self._exchange, self._shards = exchange, shards
         self._lost: dict[str, Tensor] = {}
         self._looked: list[list[str]] = []
+        self._unmerged: set[str] = set()
 
     def restore(self) -> None:
         """Restores the weights in the tensors that were swapped."""
@@ -322,7 +325,14 @@ class _End:
             except Exception as error:  # a forward that was left half way: not the shards'
                 self.failed.append(error)
             self._weights.await_copies()
-            if not self._looked:  # once, while the model has the average
+            # while the model has the average, which is what was merged
+            merged = hiding.merged_layers(self._weights.models, self._weights.averaged)
+            self._unmerged.update(merged)
+            try:
+                hiding.unmerge(merged)
+            except Exception as error:  # of PEFT
+                self.failed.append(error)
+            if not self._looked:  # once, for the same reason
                 self._looked.append(self._weights.replaced(self._shards))
             self._exchange.swap_out()
 
@@ -344,8 +354,15 @@ class _End:
                 weights=self._lost,
             )
 
-    def warn_replaced(self, rank: int) -> None:
-        """Warns of weights that were loaded inside the block."""
+    def warn(self, rank: int) -> None:
+        """Warns of weights that were merged or loaded inside the block."""
+        if self._unmerged:
+            log.warning(
+                "rank %d: %s: adapters merged inside swap() were unmerged at its end, which left "
+                "the base weights as they were up to rounding; merge an export of the average",
+                rank,
+                abbreviate(sorted(self._unmerged)),
+            )
         if any(self._looked):
             log.warning(
                 "rank %d: %s: replaced inside swap() by other values, as by "

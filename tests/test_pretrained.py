@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,69 @@ def test_what_peft_computes_from_the_weights_is_refused(tmp_path: Path) -> None:
         ema.export(tmp_path / "export", progress=False)
     assert set(ema.full_state_dict()) == set(model.state_dict())
     ema.save(tmp_path / "ck")
+
+
+@pytest.mark.parametrize("case", ["lora", "dora"])
+def test_merged_adapters_do_not_hide_an_average(tmp_path: Path, case: str) -> None:
+    model = adapted(**CASES[case])
+    ema = averaged(model)
+    raw = logits(model)
+    with ema.swap():
+        average = logits(model)
+    assert not torch.allclose(raw, average, rtol=1e-3)
+    model.merge_adapter()
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    calls: dict[str, Callable[[], object]] = {
+        "swap": lambda: ema.swap().__enter__(),
+        "copy_to_model": ema.copy_to_model,
+        "full_state_dict": ema.full_state_dict,
+        "iter_full": lambda: list(ema.iter_full()),
+        "save": lambda: ema.save(tmp_path / "whole", include_frozen=True),
+        "export": lambda: ema.export(tmp_path / "average", layout="timm"),
+    }
+    for op, call in calls.items():
+        text = rf"rank 0: {op}: .*attn.c_attn: the adapters are merged into .*unmerge_adapter\("
+        with pytest.raises(RuntimeError, match=text):
+            call()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    ema.export(tmp_path / "adapter", progress=False)  # which contains no base weights
+    ema.save(tmp_path / "ck")
+    ema.update()
+    ema.load(tmp_path / "ck")
+    model.unmerge_adapter()
+    assert torch.allclose(logits(model), raw, atol=1e-5)
+    with ema.swap():
+        assert torch.allclose(logits(model), average, atol=1e-5)
+
+
+def test_what_is_merged_inside_a_swap_is_unmerged_at_its_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = adapted()
+    ema = averaged(model)
+    raw = logits(model)
+    with ema.swap():
+        average = logits(model)
+        model.merge_adapter()
+        assert torch.allclose(logits(model), average, atol=1e-5)
+    assert "attn.c_attn: adapters merged inside swap() were unmerged at its end" in caplog.text
+    assert torch.allclose(logits(model), raw, atol=1e-5)
+    with ema.swap():
+        assert torch.allclose(logits(model), average, atol=1e-5)
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert caplog.text.count("unmerged at its end") == 1
+
+
+def test_merged_adapters_that_are_not_averaged_hide_nothing() -> None:
+    model = adapted()
+    model.base_model.model.transformer.wte.weight.requires_grad_(True)
+    ema = ShardedEMA(model, 0.5, select="*wte.weight")
+    model.merge_adapter()
+    ema.update()
+    with ema.swap():
+        logits(model)
+    assert set(ema.full_state_dict()) == set(model.state_dict())
 
 
 def a_sharded_adapter_is_read(compiled: bool) -> None:

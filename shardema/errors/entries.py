@@ -111,6 +111,8 @@ ENTRIES = {
     "wrapped-later": "the model was ... when the EMA was built and is ... now; build the EMA after wrapping the model",
     "inside-swap": "inside swap(): the model holds average ",
     "inside-other-swap": "inside swap() of another EMA of this model, which holds average ",
+    "adapters-merged": ": the adapters are merged into the base weights, which are those of training",
+    "merged-in-swap": ": adapters merged inside swap() were unmerged at its end",
     "inside-cached": "inside torch.nn.utils.parametrize.cached()",
     "freezing": "torch._inductor.config.freezing is on",
     "swap-cannot-restore": "the swap has left a model that has no tensor of this name, shape and precision to restore the weights in",

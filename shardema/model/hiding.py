@@ -1,15 +1,21 @@
-"""What keeps values that were computed from the weights, so that a model does not see a swap."""
+"""What keeps values that were computed from the weights, so that a model does not see a swap.
+
+PEFT's ``merge_adapter`` adds the adapters to the base weights, and its layers compute with these
+alone until ``unmerge_adapter`` subtracts the adapters as they are then.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from shardema.errors import CallError
+from shardema.backends.tree import walk
+from shardema.errors import CallError, abbreviate
 from shardema.shards.shard import Shard
 
 _PROBE = "shardema_probe"
@@ -23,6 +29,43 @@ def refuse_cached(op: str, shards: Iterable[Shard], rank: int) -> None:
             f"rank {rank}: {op} inside torch.nn.utils.parametrize.cached(): {found}: a weight that "
             "was computed from it is used again; enter cached() after the swap, and leave it before"
         )
+
+
+def merged_layers(models: Sequence[nn.Module], averaged: Collection[str]) -> dict[str, Any]:
+    """Layers of PEFT whose averaged adapters are merged into the base weights, by clean name."""
+    layer = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    if layer is None:
+        return {}
+    merged = {
+        prefix: module
+        for model in models
+        for prefix, module in walk(model)
+        if isinstance(module, layer) and module.merged
+    }
+    return {
+        prefix.removesuffix("."): module
+        for prefix, module in merged.items()
+        if any(fqn.startswith(prefix) for fqn in averaged)
+    }
+
+
+def refuse_merged(
+    op: str, models: Sequence[nn.Module], averaged: Collection[str], rank: int
+) -> None:
+    """Raises CallError if adapters that are averaged are merged into the base weights."""
+    found = merged_layers(models, averaged)
+    if found:
+        raise CallError(
+            f"rank {rank}: {op}: {abbreviate(sorted(found))}: the adapters are merged into the "
+            "base weights, which are those of training and no average; call "
+            "model.unmerge_adapter() first"
+        )
+
+
+def unmerge(layers: dict[str, Any]) -> None:
+    """Subtracts adapters from the base weights again."""
+    for module in layers.values():
+        module.unmerge()
 
 
 def graphs_are_frozen() -> bool:

@@ -58,7 +58,7 @@ def _publish_folder(
             sink.prepare(text)
         return {"sink": sink.folder, "version": _given(version, text)}
 
-    average = calls.begin(saving.export_call(_OP, name, dtype, given))
+    average = calls.begin(saving.export_call(calls, _OP, name, dtype, given))
     text = version_name(version, average.num_updates)
     saving.export(
         calls,
