@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardema.calls import Call, Calls
 from shardema.errors import ArgumentError, CallError, SwapError, abbreviate, logger
@@ -316,6 +316,7 @@ class _End:
         self._lost: dict[str, Tensor] = {}
         self._looked: list[list[str]] = []
         self._unmerged: set[str] = set()
+        self._to_merge: list[nn.Module] = []
 
     def restore(self) -> None:
         """Restores the weights in the tensors that were swapped."""
@@ -327,10 +328,11 @@ class _End:
             self._weights.await_copies()
             # while the model has the average, which is what was merged
             merged = hiding.merged_layers(self._weights.models, self._weights.averaged)
-            self._unmerged.update(merged)
             try:
-                hiding.unmerge(merged)
-            except Exception as error:  # of PEFT
+                again = hiding.unmerge(merged)
+                self._to_merge += again
+                self._unmerged |= {name for name in merged if merged[name] not in again}
+            except Exception as error:  # of the layers
                 self.failed.append(error)
             if not self._looked:  # once, for the same reason
                 self._looked.append(self._weights.replaced(self._shards))
@@ -340,6 +342,8 @@ class _End:
         """Copies weights to the tensors that have replaced their own in the model."""
         with writable():
             self._lost.update(self._weights.copy_to_replaced(self._shards))
+            for module in self._to_merge:
+                module.eval()
         self._weights.announce_write()
         self._calls.updates.following.seen()
 

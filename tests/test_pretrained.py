@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,7 +254,7 @@ def test_merged_adapters_do_not_hide_an_average(tmp_path: Path, case: str) -> No
         "export": lambda: ema.export(tmp_path / "average", layout="timm"),
     }
     for op, call in calls.items():
-        text = rf"rank 0: {op}: .*attn.c_attn: the adapters are merged into .*unmerge_adapter\("
+        text = rf"rank 0: {op}: .*attn.c_attn: the adapters are merged .*unmerge_adapter\("
         with pytest.raises(RuntimeError, match=text):
             call()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
@@ -284,6 +285,59 @@ def test_what_is_merged_inside_a_swap_is_unmerged_at_its_end(
         model.merge_adapter()
         model.unmerge_adapter()
     assert caplog.text.count("unmerged at its end") == 1
+
+
+class Lora(nn.Linear):
+    """Of the shape of loralib's: ``eval`` merges, ``train`` unmerges."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+        self.weight.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.randn(2, size))
+        self.lora_B = nn.Parameter(torch.randn(size, 2))
+        self.merged = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = 0 if self.merged else x @ self.lora_A.T @ self.lora_B.T
+        return super().forward(x) + added
+
+    def train(self, mode: bool = True) -> Lora:
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.lora_B @ self.lora_A
+            self.merged = not mode
+        return self
+
+
+def test_layers_that_merge_in_eval_keep_their_base_weights() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Lora(4)), torch.randn(3, 4)
+    ema = averaged(model)
+    base = model[0].weight.clone()
+    raw = model(x)
+    with torch.no_grad():
+        average = ema(x)
+        for _ in range(3):
+            with ema.swap():
+                model.eval()
+                assert torch.allclose(model(x), average, atol=1e-5)
+            assert not model.training
+            assert model[0].merged
+            assert torch.allclose(model(x), raw, atol=1e-5)
+            with pytest.raises(RuntimeError, match=r"swap: 0: the adapters are .*model.train\("):
+                ema.swap().__enter__()
+            model.train()
+            assert torch.allclose(model[0].weight, base, atol=1e-5)
+
+
+def test_layers_that_merge_for_good_inside_a_swap_are_named() -> None:
+    model = nn.Sequential(Lora(4))
+    ema = averaged(model)
+    raw = {fqn: t.clone() for fqn, t in model.state_dict().items() if "lora" in fqn}
+    text = "swap: 0: adapters merged inside swap() cannot be unmerged"
+    with pytest.raises(RuntimeError, match=re.escape(text)), ema.swap():
+        model[0].merged = True
+    assert all(torch.equal(model.state_dict()[fqn], raw[fqn]) for fqn in raw)
 
 
 def test_merged_adapters_that_are_not_averaged_hide_nothing() -> None:

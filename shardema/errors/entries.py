@@ -112,6 +112,7 @@ ENTRIES = {
     "inside-swap": "inside swap(): the model holds average ",
     "inside-other-swap": "inside swap() of another EMA of this model, which holds average ",
     "adapters-merged": ": the adapters are merged into the base weights, which are those of training",
+    "merged-for-good": ": adapters merged inside swap() cannot be unmerged",
     "merged-in-swap": ": adapters merged inside swap() were unmerged at its end",
     "inside-cached": "inside torch.nn.utils.parametrize.cached()",
     "freezing": "torch._inductor.config.freezing is on",

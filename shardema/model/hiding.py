@@ -1,13 +1,14 @@
 """What keeps values that were computed from the weights, so that a model does not see a swap.
 
-PEFT's ``merge_adapter`` adds the adapters to the base weights, and its layers compute with these
-alone until ``unmerge_adapter`` subtracts the adapters as they are then.
+LoRA layers add their adapters to the base weights, and compute with these alone until they subtract
+the adapters as they are then: PEFT's in ``merge_adapter`` and ``unmerge_adapter``, those of loralib
+in ``eval`` and ``train``.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,22 +32,24 @@ def refuse_cached(op: str, shards: Iterable[Shard], rank: int) -> None:
         )
 
 
-def merged_layers(models: Sequence[nn.Module], averaged: Collection[str]) -> dict[str, Any]:
-    """Layers of PEFT whose averaged adapters are merged into the base weights, by clean name."""
-    layer = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
-    if layer is None:
-        return {}
+def merged_layers(models: Sequence[nn.Module], averaged: Collection[str]) -> dict[str, nn.Module]:
+    """LoRA layers whose averaged adapters are merged into the base weights, by clean name."""
     merged = {
         prefix: module
         for model in models
         for prefix, module in walk(model)
-        if isinstance(module, layer) and module.merged
+        if getattr(module, "merged", None) is True and _is_lora(module)
     }
     return {
         prefix.removesuffix("."): module
         for prefix, module in merged.items()
         if any(fqn.startswith(prefix) for fqn in averaged)
     }
+
+
+def _is_lora(module: nn.Module) -> bool:
+    layer = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
+    return isinstance(module, layer) or "lora_A" in {*module._parameters, *module._modules}
 
 
 def refuse_merged(
@@ -57,15 +60,32 @@ def refuse_merged(
     if found:
         raise CallError(
             f"rank {rank}: {op}: {abbreviate(sorted(found))}: the adapters are merged into the "
-            "base weights, which are those of training and no average; call "
-            "model.unmerge_adapter() first"
+            "base weights, which are those of training and no average; unmerge them first "
+            "(PEFT: model.unmerge_adapter(); loralib: model.train())"
         )
 
 
-def unmerge(layers: dict[str, Any]) -> None:
-    """Subtracts adapters from the base weights again."""
-    for module in layers.values():
-        module.unmerge()
+def unmerge(layers: Mapping[str, Any]) -> list[nn.Module]:
+    """Subtracts adapters from the base weights; returns layers that ``eval()`` merges again.
+
+    Raises:
+        CallError: a layer cannot do that.
+    """
+    again, stuck = list[nn.Module](), list[str]()
+    for name, module in layers.items():
+        if hasattr(module, "unmerge"):
+            module.unmerge()
+        elif not module.training and not module.train().merged:
+            again.append(module)
+        else:
+            stuck.append(name)
+    if stuck:
+        raise CallError(
+            f"swap: {abbreviate(sorted(stuck))}: adapters merged inside swap() cannot be unmerged, "
+            "so the base weights keep those of the average: load them from a checkpoint, and merge "
+            "a copy of the model next time"
+        )
+    return again
 
 
 def graphs_are_frozen() -> bool:
