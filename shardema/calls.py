@@ -111,7 +111,7 @@ _entered: list[SwapState] = []  # the swaps of all EMAs of the process that have
 
 
 def _addresses(shards: Sequence[Shard]) -> frozenset[int]:
-    return frozenset(shard.own.data_ptr() for shard in shards if shard.own.numel())
+    return frozenset(shard.own.data_ptr() for shard in shards) - {0}  # of empty ones
 
 
 class Calls:
