@@ -253,6 +253,54 @@ def test_buffers_that_are_not_averaged_are_not_looked_at() -> None:
         assert ShardedEMA(model, 0.5, buffers=word).num_updates == 0
 
 
+@pytest.mark.parametrize(
+    ("odd", "kind"),
+    [
+        (torch.eye(3).to_sparse(), "torch.Tensor of layout torch.sparse_coo"),
+        (torch.eye(3).to_sparse_csr(), "torch.Tensor of layout torch.sparse_csr"),
+        (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "dtype torch.qint8"),
+        (torch.ones(3, 3).to_mkldnn(), "torch.Tensor of layout torch._mkldnn"),
+    ],
+)
+def test_a_buffer_in_another_layout_is_gathered_and_else_left_out(
+    odd: Tensor, kind: str, tmp_path: Path
+) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("graph", odd)
+    ema = ShardedEMA(model, 0.5, buffers="average")
+    fill(model, 3.0)
+    ema.update()
+    full = ema.full_state_dict()
+    assert list(full) == list(model.state_dict())
+    dense = [t if t.layout == torch.strided else t.to_dense() for t in (full["graph"], odd)]
+    assert str(dense[0]) == str(dense[1])
+    with ema.swap():
+        assert torch.equal(model.weight, full["weight"])
+        assert model.graph is odd
+    with pytest.raises(ValueError, match=rf"save: graph: .*{kind} .*buffers={{name: \"ignore\"}}"):
+        ema.save(tmp_path / "a")
+    with pytest.raises(ValueError, match=rf"export: graph: .*{kind} stores its values"):
+        ema.export(tmp_path / "a.safetensors")
+    ema = ShardedEMA(model, 0.5, buffers={"graph": "ignore"})
+    ema.update()
+    ema.save(tmp_path / "a")
+    ema.load(tmp_path / "a")
+    ema.export(tmp_path / "a.safetensors")
+
+
+def test_parameters_in_another_layout_and_nested_tensors_are_refused_by_name() -> None:
+    model = nn.Module()
+    model.graph = nn.Parameter(torch.eye(3).to_sparse())
+    model.mean = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"^graph: .*Parameter of layout torch.sparse_coo does no"):
+        ShardedEMA(model, 0.5)
+    ShardedEMA(model, 0.5, select="mean").update()
+    model = nn.Linear(2, 2)
+    model.register_buffer("parts", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    with pytest.raises(ValueError, match="^parts: a nested tensor has no shape"):
+        ShardedEMA(model, 0.5)
+
+
 def test_a_class_that_cannot_be_copied_is_handed_out_itself() -> None:
     model = adapted()
     model.base = nn.Parameter(kinds.Mute.of(torch.eye(4)), requires_grad=False)

@@ -1,7 +1,8 @@
 """Tensor subclasses, such as those of quantization and float8 training, and their values.
 
 A subclass that wraps other tensors has no storage of its own. `values_of` finds the plain tensor
-with its values, which is averaged. A subclass without one is opaque: it is never averaged.
+with its values, which is averaged. A subclass without one is opaque: it is never averaged. So are
+sparse, MKL-DNN and quantized tensors, such as the adjacency matrix of a graph in a buffer.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def values_of(tensor: Tensor) -> Tensor | None:
     weights of float8 training, that tensor holds its values; quantized tensors have none.
     """
     kind = type(tensor)
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return None
     if kind in _PLAIN:
         return tensor.detach()
     if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
@@ -48,8 +51,11 @@ def pointer(tensor: Tensor) -> int:
 
 
 def kind_of(tensor: Tensor) -> str:
-    """The qualified name of a tensor's type, for `Shard.opaque`."""
-    return f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+    """The qualified name of a tensor's type, and its layout if not strided; `Shard.opaque`."""
+    name = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+    if tensor.is_quantized:
+        return f"{name} of dtype {tensor.dtype}"
+    return name if tensor.layout == torch.strided else f"{name} of layout {tensor.layout}"
 
 
 def mark_wrapped(tensors: Iterable[Tensor]) -> None:

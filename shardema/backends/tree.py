@@ -226,7 +226,8 @@ def named_tensors(models: Sequence[nn.Module], skip: set[tuple[int, str]]) -> li
         skip: ``(id(module), name)`` of tensors to leave out, which the caller reads itself.
 
     Raises:
-        ValueError: two different tensors have the same clean name; a lazy module has none yet.
+        ValueError: two different tensors have the same clean name; a lazy module has none yet; a
+            nested tensor.
     """
     first: dict[int, Named] = {}
     aliases: dict[int, list[str]] = {}
@@ -259,6 +260,12 @@ def named_tensors(models: Sequence[nn.Module], skip: set[tuple[int, str]]) -> li
         raise ArgumentError(
             f"{abbreviate(lazy)}: not initialized, as in a torch.nn.Lazy* module before its first "
             "forward; run one with a dummy batch first"
+        )
+    nested = [named.fqn for named in first.values() if named.tensor.is_nested]
+    if nested:
+        raise ArgumentError(
+            f"{abbreviate(nested)}: a nested tensor has no shape; keep its parts as tensors of their "
+            "own, or in a buffer that is not persistent"
         )
     return [
         Named(n.fqn, tuple(dict.fromkeys(aliases.get(i, ()))), n.tensor, n.table, n.key, n.role)

@@ -106,15 +106,15 @@ def choose(
             "they cannot be averaged; freeze them or exclude them with select=, or average the "
             "model before its conversion (bfloat16, float32)"
         )
-    if not chosen:
-        text = "nothing to average: the model has no trainable floating-point parameter"
-        unmatched.add(text, text + ("" if select is None else " that select= matches"))
     complex_ones = [s.fqn for s in shards if s.local.is_complex() and s.role != "buffer"]
     if select is None and complex_ones:
         raise ArgumentError(
             f"{abbreviate(complex_ones)}: complex parameters are not averaged; keep them "
             "as pairs of real numbers (torch.view_as_real), or exclude them with select="
         )
+    if not chosen:
+        text = "nothing to average: the model has no trainable floating-point parameter"
+        unmatched.add(text, text + ("" if select is None else " that select= matches"))
     return frozenset(shard.fqn for shard in chosen)
 
 
