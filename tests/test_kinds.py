@@ -297,7 +297,7 @@ def test_parameters_in_another_layout_and_nested_tensors_are_refused_by_name() -
     ShardedEMA(model, 0.5, select="mean").update()
     model = nn.Linear(2, 2)
     model.register_buffer("parts", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
-    with pytest.raises(ValueError, match="^parts: a nested tensor has no shape"):
+    with pytest.raises(ValueError, match=r"^parts: a nested tensor has no shape"):
         ShardedEMA(model, 0.5)
 
 

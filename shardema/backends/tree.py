@@ -264,8 +264,8 @@ def named_tensors(models: Sequence[nn.Module], skip: set[tuple[int, str]]) -> li
     nested = [named.fqn for named in first.values() if named.tensor.is_nested]
     if nested:
         raise ArgumentError(
-            f"{abbreviate(nested)}: a nested tensor has no shape; keep its parts as tensors of their "
-            "own, or in a buffer that is not persistent"
+            f"{abbreviate(nested)}: a nested tensor has no shape; keep its parts as tensors of "
+            "their own, or in a buffer that is not persistent"
         )
     return [
         Named(n.fqn, tuple(dict.fromkeys(aliases.get(i, ()))), n.tensor, n.table, n.key, n.role)

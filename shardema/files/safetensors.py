@@ -351,7 +351,7 @@ def make_header(
         if dtype not in NAMES:
             raise ArgumentError(
                 f"{name}: safetensors has no dtype for {dtype}; give dtype=, or leave the tensor "
-                "out of the model's state, a buffer by buffers={name: \"ignore\"}"
+                'out of the model\'s state, a buffer by buffers={name: "ignore"}'
             )
     place = {dtype: i for i, dtype in enumerate(DTYPES.values())}
     order = sorted(tensors, key=lambda t: (-place[t[1]], t[0]))
