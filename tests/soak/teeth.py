@@ -184,7 +184,7 @@ PATCHES = {
             "open_round",
             "calls.py",
             "close_round",
-            "if self.swap.inside is None:",
+            "if self.swap.inside is None and self._other_swap() is None:",
             "if False:",
             "what reads the average does not see the steps of an open round",
         ),
