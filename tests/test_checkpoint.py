@@ -284,6 +284,10 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
         by_order(of("orders", 0, 1)(lambda boxes: [box + 1 for box in boxes])),
         r"the order \[",
     ),
+    "an order with a box of a huge number": (  # which no memory may be taken by
+        by_order(put(["orders", 0, 1, -1], 2**53)),
+        r"the order \[",
+    ),
     "an order in which a narrow dtype is first": (
         by_order(of("orders", 0)(lambda both: [part[::-1] for part in both])),
         "does not begin with the widest dtype",

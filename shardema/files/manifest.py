@@ -415,7 +415,8 @@ def _files(body: Any, tensors: tuple[StoredTensor, ...]) -> tuple[StoredFile, ..
 
 def _order(value: Any, pieces: Pieces) -> Order:
     tensors, boxes = (_dims(part) for part in checked_list(value))
-    if len(tensors) != len(boxes) or set(boxes) != set(range(1 + max(boxes, default=-1))):
+    # counts, so as many different ones as the largest needs are all of them
+    if len(tensors) != len(boxes) or len(set(boxes)) != 1 + max(boxes, default=-1):
         raise ValueError(f"the order {reprlib.repr(value)}")
     order = pieces.order(tensors, boxes)
     if not order.widest_first:  # else the start of each box in each file would be looked at

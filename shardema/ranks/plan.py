@@ -354,7 +354,6 @@ def refuse_opaque(op: str, plan: Plan, chosen: Sequence[int], remedy: str) -> No
     odd = [plan.items[index] for index in chosen if plan.items[index].opaque]
     if odd:
         raise ArgumentError(
-            f"{op}: {abbreviate([item.fqn for item in odd])}: {odd[0].opaque} "
-            "stores its values in its own format, which cannot be split; "
-            f"{remedy}"
+            f"{op}: {abbreviate([item.fqn for item in odd])}: {odd[0].opaque} stores its values "
+            f"in its own format, which cannot be split; {remedy}"
         )
