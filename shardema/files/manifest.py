@@ -269,10 +269,12 @@ def _missing(folder: str) -> str:
     try:
         inside = sorted(names_in(folder))
     except NotADirectoryError:
-        return (
-            f"reading {folder}: a file, not the folder that ema.save wrote; ema.load_full reads "
-            "files of averages"
-        )
+        if os.path.isfile(folder):  # else it is below a file
+            return (
+                f"reading {folder}: a file, not the folder that ema.save wrote; ema.load_full "
+                "reads files of averages"
+            )
+        inside = None
     except FileNotFoundError:
         inside = None
     if inside is None or (is_remote(folder) and not inside):
